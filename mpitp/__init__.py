@@ -1,0 +1,31 @@
+"""Tensor parallelism for transformers in plain NumPy (or CuPy) and MPI.
+
+    with mpitp.TensorParallelGroup() as group:
+        mlp = mpitp.ParallelMLP(group, hidden_size=4096)
+        y, saved = mlp.forward(x)
+        dx, gradients = mlp.backward(dy, saved)
+"""
+__version__ = "0.1.0"
+
+_HOMES = {
+    "TensorParallelGroup": "comm.group",
+    "Partition": "partition",
+    "ParameterSpec": "parameters",
+    "InputError": "errors",
+    "ColumnParallelLinear": "layers.linear",
+    "RowParallelLinear": "layers.linear",
+    "ParallelMLP": "layers.mlp",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name):
+    # Late, because `python -m mpitp` must set the number of BLAS threads before NumPy is imported.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpitp' has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,1 @@
+"""The ranks that share a layer, and everything that calls MPI. Nothing outside this folder does."""

@@ -1,0 +1,38 @@
+"""Do all ranks mean the same collective? MPI does not ask: it adds up whatever bytes arrive, exit status 0.
+
+One small all-reduce proves it, as PETSc does: the maximum of (h, -h) over the ranks is (h, -h) only where
+every rank has the same h.
+"""
+import hashlib
+
+import numpy as np
+from mpi4py import MPI
+
+from ..errors import InputError
+
+
+def memory_order(x):
+    """F for column-major arrays, C for everything that is sent row by row."""
+    return "F" if x.flags.f_contiguous and not x.flags.c_contiguous else "C"
+
+
+def agree(comm, text):
+    """Whether `text` is the same on every rank. Collective: MPI_Allreduce of 16 bytes."""
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+    extremes = np.array([digest, -digest])
+    comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
+    return extremes[0] == -extremes[1]
+
+
+def by_ranks(texts):
+    """['a', 'b', 'a'] -> 'ranks 0, 2: a; rank 1: b'"""
+    ranks = {}
+    for rank, text in enumerate(texts):
+        ranks.setdefault(text, []).append(str(rank))
+    return "; ".join(f"rank{'s' if len(who) > 1 else ''} {', '.join(who)}: {text}" for text, who in ranks.items())
+
+
+def require_agreement(comm, subject, text):
+    """Raise InputError on every rank, listing what each says, unless `text` is the same everywhere."""
+    if not agree(comm, text):
+        raise InputError(f"the ranks disagree on {subject}: {by_ranks(comm.allgather(text))}")

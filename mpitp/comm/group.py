@@ -1,0 +1,131 @@
+"""The ranks that share a layer: what every layer is handed."""
+from math import prod
+
+import numpy as np
+from mpi4py import MPI
+
+from ..errors import require_positive
+from ..partition import Partition
+from . import agreement, guard, launch, tree
+from .collectives import Collectives
+from .device import array_module, choose_transport
+from .ledger import Collective, Ledger, wire_bytes
+from .workers import Workers, one_blas_thread
+
+
+class TensorParallelGroup(Collectives):
+    """The ranks of a communicator as one tensor-parallel group: who they are, and how they add up.
+
+    Parameters
+    ----------
+    comm : mpi4py communicator, default MPI.COMM_WORLD; the group works on a duplicate of its own
+    device : "cpu" (NumPy) or "gpu" (CuPy)
+    reproducible : the same bits for any number of ranks: sharded dimensions are cut into `blocks` blocks whatever
+        that number is, each is computed by one BLAS thread, and sum_blocks adds them in one fixed tree
+    blocks : how many in reproducible mode; otherwise there is one a rank
+    check : prove before every collective that all ranks mean the same one (16 bytes more each)
+
+    Attributes
+    ----------
+    rank, size : of this process, of the group
+    xp : the array module, numpy or cupy
+    ledger : the record of every collective
+
+    Notes
+    -----
+    Collective: the constructor, close(), and every method that communicates. As a context manager the group ends
+    the whole job when the body raises on any rank, instead of leaving the others waiting.
+
+    Raises
+    ------
+    InputError (a ValueError) for an unknown device, a missing CuPy, a launcher of another MPI than mpi4py's, ranks
+    that disagree on these arguments or, in reproducible mode, run on different kinds of machine.
+    """
+
+    def __init__(self, comm=None, *, device="cpu", reproducible=False, blocks=8, check=False):
+        if comm is None:
+            launch.require_matching_launcher()
+            comm = MPI.COMM_WORLD
+        require_positive(blocks=blocks)
+        self.xp = array_module(device)
+        self.comm = comm.Dup()
+        self.rank, self.size = self.comm.rank, self.comm.size
+        self.device, self.reproducible, self.check = device, bool(reproducible), bool(check)
+        self.blocks = int(blocks) if reproducible else self.size
+        self.ledger = Ledger()
+        agreement.require_agreement(
+            self.comm, "the group's arguments",
+            f"device={device!r} reproducible={self.reproducible} blocks={blocks} check={self.check}")
+        self.transport = choose_transport(self.comm, device, self.xp)
+        self._workers, self._give_back_threads = Workers(1), lambda: None
+        if self.reproducible and device == "cpu":
+            agreement.require_agreement(self.comm, "the machine type, and with it the bits of a product",
+                                        launch.machine())
+            self._give_back_threads = one_blas_thread()
+            self._workers = Workers(launch.share_of_cores(self.comm))
+
+    def partition(self, size):
+        """How a dimension of `size` is split over this group."""
+        return Partition(size, self.size, self.blocks)
+
+    def each_block(self, compute, partition):
+        """Yield (block, compute(block)) for each block of this rank; spare cores work ahead in reproducible mode."""
+        blocks = partition.blocks_of(self.rank)
+        yield from zip(blocks, self._workers.each(compute, blocks))
+
+    def sum_blocks(self, compute, partition, shape, dtype):
+        """The sum of compute(block) over all blocks of all ranks, on every rank.
+
+        Ordinary mode: the one block of each rank, then MPI_Allreduce in place: 2 (P-1)/P n bytes a rank, n the bytes
+        of the result. Reproducible mode: one fixed tree over the blocks (tree.py), the same bits for any P; as many
+        bytes where P divides the blocks, up to twice as many elsewhere.
+
+        Parameters
+        ----------
+        compute : function of a Block; returns a new C-contiguous array of `shape` and `dtype`, which is overwritten.
+            Not called for a block that holds nothing.
+        """
+        key = Collective("all_reduce", prod(shape), str(np.dtype(dtype)))
+        self._agree(f"sum_blocks {key.dtype} {tuple(shape)} {partition}")
+        leaves = self.each_block(compute, partition)
+        if not self.reproducible:
+            total = next((leaf for _, leaf in leaves), None)
+            total = self.xp.zeros(shape, dtype) if total is None else total
+            with self.ledger.record("data", key, wire_bytes("all_reduce", total.size, total.itemsize, self.size)):
+                self.transport.all_reduce(total, "sum")
+            return total
+        fold = tree.Fold(partition, self.rank)
+        for block, leaf in leaves:
+            fold.add(block.index, leaf)
+        total = self.xp.empty(shape, dtype)
+        with self.ledger.record("data", key, tree.bytes_sent(partition, self.rank, total.size, total.itemsize)):
+            tree.exchange(fold, self.rank, total.reshape(-1), self.transport)
+        return total
+
+    def subgroup(self, color, key=0):
+        """The group of the ranks that give the same color, ordered by key; None for color None. MPI_Comm_split."""
+        part = self.comm.Split(MPI.UNDEFINED if color is None else color, key)
+        if part == MPI.COMM_NULL:
+            return None
+        try:
+            return TensorParallelGroup(part, device=self.device, reproducible=self.reproducible,
+                                       blocks=self.blocks if self.reproducible else 8, check=self.check)
+        finally:
+            part.Free()
+
+    def close(self):
+        """Free the communicator. Collective. With check=True it proves that all ranks are through."""
+        if self.comm != MPI.COMM_NULL:
+            self._agree("close")
+            self._workers.close()
+            self._give_back_threads()
+            self.comm.Free()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None:
+            self.close()
+        elif self.size > 1 and not guard.active and not (kind is SystemExit and error.code in (0, None)):
+            guard.abort(error)                  # the others wait for this rank in some collective

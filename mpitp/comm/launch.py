@@ -1,0 +1,107 @@
+"""How this process was started: by which launcher, beside how many others, with how many cores.
+
+Needs no NumPy: BLAS reads its number of threads from the environment once, when NumPy is imported.
+"""
+import os
+import platform
+
+from mpi4py import MPI
+
+from ..errors import InputError
+
+# What each launcher tells its processes: (variable with the number of ranks, its name in a message).
+LAUNCHERS = (
+    ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),
+    ("PMI_SIZE", "a Hydra mpirun (MPICH, Intel MPI) or another PMI launcher"),
+    ("SLURM_STEP_NUM_TASKS", "srun"),
+    ("JSM_NAMESPACE_SIZE", "jsrun"),
+    ("PALS_SIZE", "PALS mpiexec"),
+    ("FLUX_JOB_SIZE", "flux run"),
+)
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
+                    "VECLIB_MAXIMUM_THREADS")
+
+
+def library_name():
+    """Name and version of the MPI library that mpi4py is bound to, such as 'MPICH 5.0.2'."""
+    name, version = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, version))}"
+
+
+def launcher(environment=None):
+    """(name, ranks) of the launcher that started this process, or (None, 1)."""
+    environment = os.environ if environment is None else environment
+    for variable, name in LAUNCHERS:
+        if variable == "SLURM_STEP_NUM_TASKS" and not environment.get("SLURM_STEP_ID", "").isdigit():
+            continue                            # a batch script's own shell, not a process of srun
+        if environment.get(variable, "").isdigit():
+            return name, int(environment[variable])
+    return None, 1
+
+
+def require_matching_launcher():
+    """Raise InputError when a launcher started several ranks and MPI sees one: it belongs to another MPI.
+
+    Then every process believes that it is alone, and computes everything P times over.
+    """
+    name, ranks = launcher()
+    if ranks > 1 and MPI.COMM_WORLD.size == 1:
+        raise InputError(
+            f"found {ranks} processes started by {name}, each alone in an MPI world of 1 rank, expected one world "
+            f"of {ranks}: mpi4py uses {library_name()}, so start with the mpirun of {library_name()}, "
+            f"or set MPI4PY_LIBMPI to the library of the launcher")
+
+
+def cores():
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))     # macOS has no affinity
+
+
+def share_of_cores(comm):
+    """How many cores are this rank's when ranks of one node share theirs evenly; at least 1. Collective."""
+    mine = cores()
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    of_ranks = node.allgather(mine)
+    node.Free()
+    return max(1, int(sum(1 / sum(core in others for others in of_ranks) for core in mine) + 1e-9))
+
+
+def set_blas_threads(comm, reproducible=False):
+    """Give BLAS this rank's share of the cores, unless the user set a number. Before NumPy is imported. Collective.
+
+    Left alone, every rank starts a thread for every core. Reproducible mode: one thread (see workers.py).
+    """
+    share = share_of_cores(comm)
+    if reproducible:
+        os.environ.update({name: "1" for name in THREAD_VARIABLES})
+    elif not any(name in os.environ for name in THREAD_VARIABLES):
+        os.environ.update({name: str(share) for name in THREAD_VARIABLES})
+    return share
+
+
+def machine():
+    """What the bits of a product depend on: processor model, NumPy, and the BLAS kernel that runs."""
+    import numpy
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, NumPy {numpy.__version__}, {blas_name()}"
+
+
+def blas_name():
+    """The BLAS that NumPy uses and the kernel it chose for this processor, as far as can be known."""
+    import numpy
+    try:
+        from threadpoolctl import threadpool_info
+        found = [f"{info['internal_api']} {info['version']} ({info.get('architecture', 'no kernel named')})"
+                 for info in threadpool_info() if info["user_api"] == "blas"]
+    except ImportError:
+        found = []
+    if not found:
+        blas = numpy.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+        found = [f"{blas.get('name', 'unknown BLAS')} {blas.get('version', '')} "
+                 f"(OPENBLAS_CORETYPE={os.environ.get('OPENBLAS_CORETYPE', 'unset')})"]
+    return ", ".join(sorted(set(found)))

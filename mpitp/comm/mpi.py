@@ -1,0 +1,85 @@
+"""Transport: MPI on the buffers themselves, host arrays or, where the MPI is CUDA-aware, device arrays.
+
+Arrays are flat or C-contiguous; counts are elements per rank. Every call is collective.
+"""
+from mpi4py import MPI
+
+from ..arrays import module_of
+
+OPERATIONS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
+# MPI counts are 32-bit integers, and some libraries count bytes in them on the way.
+PIECE_BYTES = 1 << 30
+
+
+def pieces(length, itemsize, piece_bytes):
+    """Slices that cut `length` elements into messages of at most piece_bytes."""
+    step = max(1, piece_bytes // itemsize)
+    return [slice(at, min(at + step, length)) for at in range(0, length, step)]
+
+
+class MpiTransport:
+    name = "mpi"
+
+    def __init__(self, comm, synchronise=lambda: None):
+        """synchronise: called before MPI reads or writes a buffer (a device's pending kernels)."""
+        self.comm, self.synchronise = comm, synchronise
+        self.piece_bytes = PIECE_BYTES
+
+    def all_reduce(self, x, op):
+        """x becomes the sum (max, min) over the ranks, in place."""
+        self.synchronise()
+        flat = x.reshape(-1)
+        for part in pieces(flat.size, flat.itemsize, self.piece_bytes):
+            self.comm.Allreduce(MPI.IN_PLACE, flat[part], OPERATIONS[op])
+
+    def begin_all_reduce(self, x, op):
+        """Start all_reduce(x, op); returns a function that waits for it. x must be left alone until then."""
+        self.synchronise()
+        flat = x.reshape(-1)
+        requests = [self.comm.Iallreduce(MPI.IN_PLACE, flat[part], OPERATIONS[op])
+                    for part in pieces(flat.size, flat.itemsize, self.piece_bytes)]
+        return lambda: MPI.Request.Waitall(requests)
+
+    def all_gather(self, send, receive, counts):
+        """receive = the send arrays of all ranks, one after the other."""
+        self.synchronise()
+        for part, part_counts, offsets in self.vector_pieces(counts, receive.itemsize):
+            self.comm.Allgatherv(send[part], [receive, (part_counts, offsets)])
+
+    def gather(self, send, receive, counts, root):
+        """receive on root = the send arrays of all ranks, one after the other; receive is None elsewhere."""
+        self.synchronise()
+        for part, part_counts, offsets in self.vector_pieces(counts, send.itemsize):
+            self.comm.Gatherv(send[part], None if receive is None else [receive, (part_counts, offsets)], root)
+
+    def reduce_scatter(self, send, receive, counts, op):
+        """receive = this rank's run of the sum (max, min) of the send arrays, cut by counts."""
+        self.synchronise()
+        for part, part_counts, offsets in self.vector_pieces(counts, send.itemsize):
+            if part_counts != list(counts):
+                runs = [send[at:at + n] for at, n in zip(offsets, part_counts)]
+                self.comm.Reduce_scatter(module_of(send).concatenate(runs), receive[part], part_counts, OPERATIONS[op])
+            else:
+                self.comm.Reduce_scatter(send, receive, part_counts, OPERATIONS[op])
+
+    def all_to_all(self, send, send_counts, receive, receive_counts):
+        """Run p of send goes to rank p; receive = what every rank sent here, one after the other."""
+        self.synchronise()
+        self.comm.Alltoallv([send, send_counts], [receive, receive_counts])
+
+    def broadcast(self, x, root):
+        """x becomes root's x, in place."""
+        self.synchronise()
+        flat = x.reshape(-1)
+        for part in pieces(flat.size, flat.itemsize, self.piece_bytes):
+            self.comm.Bcast(flat[part], root)
+
+    def vector_pieces(self, counts, itemsize):
+        """Cut a gather of `counts` elements a rank: (this rank's slice, counts, offsets) for each message."""
+        starts = [sum(counts[:p]) for p in range(len(counts))]
+        step = max(1, self.piece_bytes // itemsize // len(counts))
+        mine = counts[self.comm.rank]
+        for at in range(0, max(max(counts), 1), step):
+            part_counts = [max(0, min(step, n - at)) for n in counts]
+            offsets = [start + min(at, n) for start, n in zip(starts, counts)]
+            yield slice(min(at, mine), min(at + step, mine)), part_counts, offsets

@@ -1,0 +1,129 @@
+"""A sum that does not know how many ranks there are: one fixed binary tree over blocks.
+
+Floating-point addition is not associative, so MPI_Allreduce over P ranks has other bits for another P. Here
+the leaves are the blocks of a partition, whose number is fixed; which rank has which block decides who adds,
+never what is added to what:
+
+    blocks    0   1   2   3   4   5   6   7        2 ranks: rank 0 folds the left half, rank 1 the right
+               \\ /     \\ /     \\ /     \\ /         3 ranks: nodes (0,1) | 2, (3) and (4) | (5), (6,7)
+                 \\     /         \\     /
+                  \\---/           \\---/            every addition is the same one in both cases
+                     \\-----------/
+
+A rank folds the aligned nodes that it owns (as a segment tree does); the ranks then exchange chunks
+(MPI_Alltoallv), each finishes the tree for its chunk, and MPI_Allgatherv spreads the result. A block that
+holds nothing is absent, never a zero: -0.0 + 0.0 would be +0.0.
+"""
+from functools import lru_cache
+
+from ..arrays import module_of
+from ..partition import ranges
+from .mpi import pieces
+
+
+def aligned_nodes(start, stop):
+    """The fewest nodes (first leaf, width) of the tree that cover leaves start..stop-1."""
+    nodes = []
+    while start < stop:
+        width = 1
+        while start % (2 * width) == 0 and start + 2 * width <= stop:
+            width *= 2
+        nodes.append((start, width))
+        start += width
+    return nodes
+
+
+def is_absent(partition, first, width):
+    """Whether the leaves below node (first, width) hold nothing at all."""
+    bounds = partition.block_bounds
+    last = len(bounds) - 1
+    return bounds[min(first, last)] == bounds[min(first + width, last)]
+
+
+@lru_cache(maxsize=None)
+def nodes_of_ranks(partition):
+    """For each rank, the nodes that it folds its leaves into and sends."""
+    return [[node for node in aligned_nodes(start, stop) if not is_absent(partition, *node)]
+            for start, stop in zip(partition.run_bounds, partition.run_bounds[1:])]
+
+
+class Fold:
+    """One rank's part of the tree: adds leaves up as they come, in any order, into nodes_of_ranks[rank].
+
+    At most log2(leaves) + 1 partial sums are alive when leaves come in order. Leaves are overwritten.
+    """
+
+    def __init__(self, partition, rank):
+        self.partition = partition
+        self.start, self.stop = partition.run_bounds[rank:rank + 2]
+        self.known = {}
+
+    def add(self, block, leaf):
+        first, width, value = block, 1, leaf
+        while True:
+            parent = first - first % (2 * width)
+            sibling = parent + width if first == parent else parent
+            inside = self.start <= parent and parent + 2 * width <= self.stop
+            if not inside or (sibling, width) not in self.known and not is_absent(self.partition, sibling, width):
+                break
+            if (sibling, width) in self.known:
+                other = self.known.pop((sibling, width))
+                value, other = (value, other) if first == parent else (other, value)
+                value += other                  # left + right, whichever came first
+            first, width = parent, 2 * width
+        self.known[first, width] = value
+
+
+def finish(known, first, width):
+    """Value of node (first, width) from the known nodes below it; None where all of it is absent.
+
+    The arrays in `known` are overwritten.
+    """
+    if (first, width) in known:
+        return known[first, width]
+    if width == 1:
+        return None
+    left = finish(known, first, width // 2)
+    right = finish(known, first + width // 2, width // 2)
+    if left is None or right is None:
+        return right if left is None else left
+    left += right
+    return left
+
+
+def bytes_sent(partition, rank, elements, itemsize):
+    """What exchange() sends from this rank to others."""
+    chunk = ranges(elements, partition.ranks)
+    own = chunk[rank + 1] - chunk[rank]
+    folded = len(nodes_of_ranks(partition)[rank])
+    return itemsize * (folded * (elements - own) + (partition.ranks - 1) * own)
+
+
+def exchange(fold, rank, total, transport):
+    """Finish the sum over the ranks into the flat array `total`. Collective.
+
+    MPI_Alltoallv of this rank's nodes, a chunk to each rank, then MPI_Allgatherv of one finished chunk: where P
+    divides the blocks that is 2 (P-1)/P of the array, as little as the best all-reduce sends.
+    """
+    nodes = nodes_of_ranks(fold.partition)
+    mine = [fold.known[node].reshape(-1) for node in nodes[rank]]
+    every_node = sum(map(len, nodes))                       # as much as one rank sends or receives at the most
+    for part in pieces(total.size, every_node * total.itemsize, transport.piece_bytes):
+        exchange_piece(nodes, fold.partition.blocks, rank, [node[part] for node in mine], total[part], transport)
+
+
+def exchange_piece(nodes, blocks, rank, mine, total, transport):
+    xp, size = module_of(total), len(nodes)
+    chunk = ranges(total.size, size)
+    width = [stop - start for start, stop in zip(chunk, chunk[1:])]
+    if len(mine) == 1:
+        send = mine[0]
+    else:                                                   # chunk p of every node goes to rank p
+        parts = [node[chunk[p]:chunk[p + 1]] for p in range(size) for node in mine]
+        send = xp.concatenate(parts) if parts else xp.empty(0, total.dtype)
+    every_node = [node for of_rank in nodes for node in of_rank]
+    received = xp.empty((len(every_node), width[rank]), total.dtype)
+    transport.all_to_all(send, [len(mine) * w for w in width],
+                         received.reshape(-1), [len(of_rank) * width[rank] for of_rank in nodes])
+    root = 1 << (blocks - 1).bit_length()
+    transport.all_gather(finish(dict(zip(every_node, received)), 0, root), total, width)

@@ -1,0 +1,135 @@
+"""The feed-forward block of a transformer, split over the ranks.
+
+Dimension key: N rows (tokens), D hidden, F feed-forward; p marks an axis split over the ranks, b the part of it
+in one block.
+"""
+from collections import Counter
+
+from ..comm.ledger import Collective
+from ..errors import require, require_positive
+from ..ops.activation import ACTIVATIONS, activation_backward, activation_forward
+from ..ops.linear import bias_backward, linear_backward, linear_forward
+from ..parameters import ParameterSpec
+from .base import ParallelLayer, join, require_saved
+from .mappings import (copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
+                       reduce_from_ranks_forward)
+
+
+class ParallelMLP(ParallelLayer):
+    """y = act(x U^T + b_u) V^T + b_v, the up projection U split by rows, the down projection V by columns.
+
+    gated: y = (act(x G^T + b_g) * (x U^T + b_u)) V^T + b_v (Shazeer, arXiv 2002.05202), the gate G split as U.
+
+    Rank p holds features p of the middle, so that the activation needs no other rank; only the partial results of
+    V are added up.
+
+    Parameters
+    ----------
+    group : TensorParallelGroup
+    hidden_size, ffn_hidden_size : D and F of the whole block, any on any number of ranks; F defaults to 4 D
+    activation : "gelu_tanh", "gelu", "silu", "relu" or "identity"
+    gated, bias : see the equations
+    dtype : "float32" or "float64"
+    seed : of the initial weights N(0, 1/in), the same for any number of ranks; None for zeros
+    name : prefix of the parameters' names: "up.weight" [F, D], "gate.weight" [F, D], "down.weight" [D, F],
+        "up.bias" [F], "gate.bias" [F], "down.bias" [D]
+
+    Notes
+    -----
+    Collectives, N = tokens: forward one all-reduce of N x D (g), backward one of N x D (f, which up and gate share);
+    2 (P-1)/P N D itemsize bytes a rank each (Megatron-LM, arXiv 1909.08053, section 3).
+    Raises InputError for sizes that are not positive, an unknown dtype or activation, an x of another size, dtype or
+    device.
+    """
+
+    def __init__(self, group, hidden_size, ffn_hidden_size=None, activation="gelu_tanh", gated=False, bias=True, *,
+                 dtype="float32", seed=0, name=""):
+        require_positive(hidden_size=hidden_size)
+        ffn_hidden_size = 4 * hidden_size if ffn_hidden_size is None else ffn_hidden_size
+        require_positive(ffn_hidden_size=ffn_hidden_size)
+        require(activation in ACTIVATIONS, f"activation {activation!r}", f"one of {', '.join(ACTIVATIONS)}")
+        D, F = hidden_size, ffn_hidden_size
+        specs = []
+        for part in ("up", "gate") if gated else ("up",):
+            specs.append(ParameterSpec(join(name, f"{part}.weight"), (F, D), 0, D ** -0.5))
+            if bias:
+                specs.append(ParameterSpec(join(name, f"{part}.bias"), (F,), 0, decay=False))
+        specs.append(ParameterSpec(join(name, "down.weight"), (D, F), 1, F ** -0.5))
+        if bias:
+            specs.append(ParameterSpec(join(name, "down.bias"), (D,), None, decay=False))
+        super().__init__(group, specs, dtype, seed, name)
+        self.hidden_size, self.ffn_hidden_size, self.activation, self.gated = D, F, activation, gated
+        self.partition = group.partition(F)
+
+    def forward(self, x, *, saved=True):
+        """x (..., D), the same on every rank -> y (..., D), complete; and what backward needs (None if not saved)."""
+        x_ND = copy_to_ranks_forward(self.rows(x, self.hidden_size))
+        down_DFp, down_bias_D = self.parameter("down.weight"), self.parameter("down.bias")
+        kept = {}
+
+        def project(part, block):
+            w_FpD, b_Fp = self.parameter(f"{part}.weight"), self.parameter(f"{part}.bias")
+            h_NFb, _ = linear_forward(x_ND, w_FpD[block.local])
+            if b_Fp is not None:
+                h_NFb += b_Fp[block.local]
+            return h_NFb
+
+        def partial(block):
+            h_NFb = project("gate" if self.gated else "up", block)
+            # The derivative takes the place of h; without a backward pass the activation does.
+            if saved:
+                act_NFb, slope_NFb = activation_forward(self.activation, h_NFb, derivative=h_NFb)
+            else:
+                act_NFb, slope_NFb = activation_forward(self.activation, h_NFb, out=h_NFb)
+            up_NFb = project("up", block) if self.gated else None
+            a_NFb = act_NFb * up_NFb if self.gated else act_NFb
+            if saved:
+                kept[block.index] = a_NFb, act_NFb, slope_NFb, up_NFb
+            y_ND, _ = linear_forward(a_NFb, down_DFp[:, block.local])
+            return y_ND
+
+        y_ND = reduce_from_ranks_forward(partial, self.partition, self.group, x_ND.shape, self.dtype)
+        if down_bias_D is not None:
+            y_ND += down_bias_D                             # on every rank, but after the sum: once
+        return y_ND.reshape(x.shape), ((x_ND, kept) if saved else None)
+
+    def backward(self, dy, saved, *, out=None):
+        """dy (..., D), complete -> dx (..., D), complete, and {name: gradient} of this rank's slices.
+
+        out : an earlier backward's gradients, whose arrays are used again
+        """
+        require_saved(saved)
+        x_ND, kept = saved
+        dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy"))
+        gradients = self.gradients(out)
+        if self.parameter("down.bias") is not None:
+            bias_backward(dy_ND, out=gradients[join(self.name, "down.bias")])   # dy is complete: so is this
+
+        def project_backward(part, dh_NFb, block):
+            """dx of one projection; its weight and bias gradients go where they belong."""
+            if self.parameter(f"{part}.bias") is not None:
+                bias_backward(dh_NFb, out=gradients[join(self.name, f"{part}.bias")][block.local])
+            w_FbD = self.parameter(f"{part}.weight")[block.local]
+            dw_FbD = gradients[join(self.name, f"{part}.weight")][block.local]
+            dx_ND, _ = linear_backward(dh_NFb, (x_ND, w_FbD), dw_out=dw_FbD)
+            return dx_ND
+
+        def partial(block):
+            a_NFb, act_NFb, slope_NFb, up_NFb = kept[block.index]
+            down_DFb = self.parameter("down.weight")[:, block.local]
+            ddown_DFb = gradients[join(self.name, "down.weight")][:, block.local]
+            da_NFb, _ = linear_backward(dy_ND, (a_NFb, down_DFb), dw_out=ddown_DFb)
+            if not self.gated:
+                return project_backward("up", activation_backward(da_NFb, slope_NFb, out=da_NFb), block)
+            dx_ND = project_backward("up", da_NFb * act_NFb, block)
+            da_NFb *= up_NFb
+            dx_ND += project_backward("gate", activation_backward(da_NFb, slope_NFb, out=da_NFb), block)
+            return dx_ND
+
+        dx_ND = copy_to_ranks_backward(partial, self.partition, self.group, x_ND.shape, self.dtype)
+        return dx_ND.reshape(dy.shape), gradients
+
+    def collectives(self, tokens):
+        """The closed form: (forward, backward), each a Counter of logical data collectives."""
+        one = {Collective("all_reduce", tokens * self.hidden_size, self.dtype.name): 1}
+        return Counter(one), Counter(one)

@@ -1,0 +1,1 @@
+"""Dense maths on plain arrays, forward and backward side by side. Knows no ranks."""

@@ -1,0 +1,76 @@
+"""The suite runs as `mpirun -n P python -m pytest tests`: every rank runs the same tests (SPMD), or on one process.
+
+Rank 0 reports, unless another rank fails: a failure on any rank prints its traceback and ends the job at once, since
+the other ranks may be waiting for the failed one in a collective.
+"""
+import os
+import sys
+
+# One BLAS thread a rank, before NumPy is imported: the ranks of a test share the machine's cores.
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import pytest
+from mpi4py import MPI
+
+WORLD = MPI.COMM_WORLD
+
+
+@pytest.hookimpl(trylast=True)                  # after the terminal reporter is there
+def pytest_configure(config):
+    if WORLD.rank != 0:
+        config.pluginmanager.getplugin("terminalreporter")._tw._file = open(os.devnull, "w")
+
+
+def end_job(text):
+    sys.stderr.write(f"\n{'=' * 30} rank {WORLD.rank} of {WORLD.size} failed {'=' * 30}\n{text}\n")
+    sys.stderr.flush()
+    sys.stdout.flush()
+    WORLD.Abort(1)
+    os._exit(1)
+
+
+def pytest_exception_interact(node, call, report):
+    if WORLD.size > 1:
+        end_job(f"{report.nodeid}\n{report.longreprtext}\n{''.join(text for _, text in report.sections)}")
+
+
+def pytest_internalerror(excrepr):
+    if WORLD.size > 1:
+        end_job(str(excrepr))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that start jobs of their own run in the session of one rank."""
+    if WORLD.size > 1:
+        skip = pytest.mark.skip(reason="starts MPI jobs of its own: runs on one rank")
+        for item in items:
+            if "launcher" in item.keywords:
+                item.add_marker(skip)
+
+
+def pytest_runtest_setup(item):
+    """Every rank must be at the same test: the name is agreed on first."""
+    names = WORLD.allgather(item.nodeid)
+    if len(set(names)) > 1:
+        end_job(f"the ranks run different tests: {names}")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if WORLD.size > 1 and exitstatus not in (0, 5):
+        end_job(f"pytest ends with status {int(exitstatus)}")
+
+
+@pytest.fixture(scope="session")
+def world():
+    """MPI.COMM_WORLD."""
+    return WORLD
+
+
+@pytest.fixture(params=[False, True], ids=["ordinary", "reproducible"])
+def group(request):
+    """A group of all ranks in either mode, with the agreement check on."""
+    import mpitp
+    group = mpitp.TensorParallelGroup(reproducible=request.param, check=True)
+    yield group
+    group.close()
