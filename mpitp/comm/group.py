@@ -4,7 +4,7 @@ from math import prod
 import numpy as np
 from mpi4py import MPI
 
-from ..errors import require_positive
+from ..errors import InputError, require_positive
 from ..partition import Partition
 from . import agreement, guard, launch, tree
 from .collectives import Collectives
@@ -112,6 +112,29 @@ class TensorParallelGroup(Collectives):
                                        blocks=self.blocks if self.reproducible else 8, check=self.check)
         finally:
             part.Free()
+
+    def report(self, value):
+        """The values of all ranks as a list on rank 0, None elsewhere: for tables and messages, any picklable value."""
+        with self.ledger.record("control", "report", 0):
+            return self.comm.gather(value)
+
+    def root_first(self, function):
+        """function() on rank 0, and on the others only when it succeeded there. Returns each rank's own result.
+
+        For reading what the user named: a ValueError or OSError of rank 0 becomes an InputError on every rank,
+        before any of them enters a data collective.
+        """
+        result, problem = None, None
+        if self.rank == 0:
+            try:
+                result = function()
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        with self.ledger.record("control", "root_first", 0):
+            problem = self.comm.bcast(problem)
+        if problem is not None:
+            raise InputError(problem)
+        return result if self.rank == 0 else function()
 
     def close(self):
         """Free the communicator. Collective. With check=True it proves that all ranks are through."""

@@ -55,6 +55,10 @@ class Ledger:
         """The data collectives as a Counter, to compare with a closed form."""
         return Counter({key: entry.calls for key, entry in self.data.items()})
 
+    def wire_bytes(self):
+        """Bytes that this rank sent for data collectives."""
+        return sum(entry.wire_bytes for entry in self.data.values())
+
     def seconds(self):
         return sum(entry.seconds for entries in (self.data, self.control) for entry in entries.values())
 

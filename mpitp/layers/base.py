@@ -53,15 +53,18 @@ class ParallelLayer:
             window = spec.window(self.group.rank, self.group.size, self.group.blocks)
             self.weights[name][...] = self.group.xp.asarray(weights[name][window])
 
-    def gather(self):
-        """{name: dense array} on rank 0, None on the others. Collective: one gather per split parameter."""
+    def gather(self, arrays=None):
+        """{name: dense array} on rank 0, None on the others. Collective: one gather per split parameter.
+
+        arrays : {name: this rank's slice}, such as gradients; default the weights
+        """
         dense = {}
-        for name, spec in self.specs.items():
-            local = self.weights[name]
-            if spec.axis is None:
+        for name, local in (self.weights if arrays is None else arrays).items():
+            axis = self.specs[name].axis
+            if axis is None:
                 dense[name] = local.copy()
             else:
-                dense[name] = self.group.gather(local, self.group.partition(spec.shape[spec.axis]), spec.axis)
+                dense[name] = self.group.gather(local, self.group.partition(self.specs[name].shape[axis]), axis)
         return dense if self.group.rank == 0 else None
 
     def local_bytes(self):
