@@ -67,7 +67,7 @@ def fill_normal(out, seed, name, shape, window, std):
         runs = [(first_row * row_length, out.reshape(-1))]
     else:
         runs = [((first_row + i) * row_length + columns.start, run)
-                for i, run in enumerate(out.reshape(row_count, -1))]
+                for i, run in enumerate(out.reshape(row_count, columns.stop - columns.start))]
     for first, run in runs:
         for at in range(0, run.size, PIECE):
             end = min(at + PIECE, run.size)

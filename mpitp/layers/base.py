@@ -1,4 +1,6 @@
 """What every parallel layer has: parameters that it holds its slices of, and rows that it takes."""
+from math import prod
+
 import numpy as np
 
 from ..arrays import COMPUTE_DTYPES, module_of
@@ -71,14 +73,16 @@ class ParallelLayer:
         """Bytes of this rank's slices."""
         return sum(w.nbytes for w in self.weights.values())
 
-    def rows(self, x, features, what="x"):
-        """x (..., features) as rows (N, features), after checking device, dtype and size."""
+    def rows(self, x, features, what="x", count=None):
+        """x (..., features) as rows (N, features), after checking device, dtype and size; count: the N expected."""
         if module_of(x) is not self.group.xp:
             raise InputError(f"{what}: found {type(x).__module__}.{type(x).__name__}, expected an array of "
                              f"{self.group.xp.__name__} (the group's device is {self.group.device!r})")
         require(x.dtype == self.dtype, f"{what} of dtype {x.dtype}", f"{self.dtype}, the layer's")
         require(x.ndim > 0 and x.shape[-1] == features, f"{what} of shape {x.shape}", f"(..., {features})")
-        return x.reshape(-1, features) if features else x.reshape(int(np.prod(x.shape[:-1])), 0)
+        tokens = prod(x.shape[:-1])
+        require(count in (None, tokens), f"{what} of {tokens} rows", f"{count}, as many as x had")
+        return x.reshape(tokens, features)
 
     def gradients(self, out):
         """Arrays for the gradients of all parameters: those of `out`, an earlier backward's, or new ones."""

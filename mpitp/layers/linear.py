@@ -72,10 +72,10 @@ class ColumnParallelLinear(ParallelLayer):
         require_saved(saved)
         x_NI, w_OpI, gradients = saved, self.parameter("weight"), self.gradients(out)
         if self.gather_output:
-            dy_NO = self.rows(dy, self.out_features, "dy")
+            dy_NO = self.rows(dy, self.out_features, "dy", len(x_NI))
             dy_NOp = gather_from_ranks_backward(dy_NO, self.partition, self.group)
         else:
-            dy_NOp = self.rows(dy, self.local_features, "dy")
+            dy_NOp = self.rows(dy, self.local_features, "dy", len(x_NI))
         dw_OpI, db_Op = gradients[join(self.name, "weight")], gradients.get(join(self.name, "bias"))
 
         def partial(block):
@@ -143,8 +143,8 @@ class RowParallelLinear(ParallelLayer):
     def backward(self, dy, saved, *, out=None):
         """dy (..., out) -> dx (shaped as x) and {name: gradient} of this rank's slices; out as ColumnParallelLinear's."""
         require_saved(saved)
-        dy_NO = reduce_from_ranks_backward(self.rows(dy, self.out_features, "dy"))
         x_NIp, w_OIp, gradients = saved, self.parameter("weight"), self.gradients(out)
+        dy_NO = reduce_from_ranks_backward(self.rows(dy, self.out_features, "dy", len(x_NIp)))
         dw_OIp, db_O = gradients[join(self.name, "weight")], gradients.get(join(self.name, "bias"))
         dx_NIp = self.group.xp.empty_like(x_NIp)
         if db_O is not None:

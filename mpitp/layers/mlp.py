@@ -100,7 +100,7 @@ class ParallelMLP(ParallelLayer):
         """
         require_saved(saved)
         x_ND, kept = saved
-        dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy"))
+        dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy", len(x_ND)))
         gradients = self.gradients(out)
         if self.parameter("down.bias") is not None:
             bias_backward(dy_ND, out=gradients[join(self.name, "down.bias")])   # dy is complete: so is this

@@ -1,0 +1,91 @@
+"""Bad input to the layers: ValueError on every rank, with a line that names what was found and what was expected."""
+import numpy as np
+import pytest
+
+import mpitp
+from mpitp import InputError, ParameterSpec
+from mpitp.parameters import by_name
+
+
+@pytest.fixture(scope="module")
+def group():
+    with mpitp.TensorParallelGroup(check=True) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def mlp(group):
+    return mpitp.ParallelMLP(group, 6, 13)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (dict(hidden_size=0), "hidden_size = 0"), (dict(hidden_size=-3), "hidden_size = -3"),
+    (dict(hidden_size=2.5), "hidden_size = 2.5"), (dict(hidden_size=True), "hidden_size = True"),
+    (dict(hidden_size="8"), "hidden_size = '8'"), (dict(hidden_size=4, ffn_hidden_size=0), "ffn_hidden_size = 0"),
+    (dict(hidden_size=4, activation="swish"), "activation 'swish'"), (dict(hidden_size=4, dtype="float16"), "float16"),
+    (dict(hidden_size=4, dtype="floaty"), "'floaty'"), (dict(hidden_size=4, dtype="int32"), "int32"),
+    (dict(hidden_size=4, seed="x"), "seed 'x'"),
+])
+def test_constructor(group, arguments, said):
+    with pytest.raises(InputError, match="expected") as caught:
+        mpitp.ParallelMLP(group, **arguments)
+    assert isinstance(caught.value, ValueError) and said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [mpitp.ColumnParallelLinear, mpitp.RowParallelLinear])
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (4, -1), (4.0, 4)])
+def test_linear_sizes(group, kind, sizes):
+    with pytest.raises(InputError, match="features = .*expected a positive integer"):
+        kind(group, *sizes)
+
+
+@pytest.mark.parametrize("x, said", [
+    ([[1.0] * 6], "list"), (np.ones((2, 6)), "float64"), (np.ones((2, 7), "f"), r"\(2, 7\)"),
+    (np.float32(1), "float32"), (np.ones((), "f"), r"\(\)"), (np.ones((2, 6), "i4"), "int32"), (None, "NoneType"),
+])
+def test_forward(mlp, x, said):
+    with pytest.raises(InputError, match=f"found.*{said}.*expected|{said}.*expected"):
+        mlp.forward(x)
+
+
+def test_backward(mlp):
+    x = np.ones((2, 3, 6), "f")
+    _, saved = mlp.forward(x)
+    with pytest.raises(InputError, match="saved"):
+        mlp.backward(x, None)
+    with pytest.raises(InputError, match=r"dy.*\(2, 3, 5\)"):
+        mlp.backward(np.ones((2, 3, 5), "f"), saved)
+    with pytest.raises(InputError, match="7 rows.*6"):
+        mlp.backward(np.ones((7, 6), "f"), saved)
+    with pytest.raises(InputError, match="out"):
+        mlp.backward(x, saved, out={})
+    _, gradients = mlp.backward(x, saved)
+    with pytest.raises(InputError, match="up.weight"):
+        mlp.backward(x, saved, out={**gradients, "up.weight": np.ones((1, 1), "f")})
+    for layer in (mpitp.ColumnParallelLinear(mlp.group, 6, 6, gather_output=True),
+                  mpitp.RowParallelLinear(mlp.group, 6, 6, input_is_parallel=False)):
+        _, saved = layer.forward(x)
+        with pytest.raises(InputError, match="7 rows.*6"):
+            layer.backward(np.ones((7, 6), "f"), saved)
+
+
+def test_load_dense_changes_nothing_when_it_refuses(mlp):
+    good = {name: np.full(spec.shape, 7.0) for name, spec in mlp.specs.items()}
+    before = {name: w.copy() for name, w in mlp.weights.items()}
+    for weights, said in [
+        ({**good, "down.weight": np.ones((13, 6))}, r"down.weight: found shape \(13, 6\), expected \(6, 13\)"),
+        ({**good, "extra": np.ones(3)}, "extra"),
+        ({name: w for name, w in good.items() if name != "up.bias"}, "up.bias"),
+        ({**good, "down.weight": [[1.0]]}, "down.weight: found list"),
+        ({**good, "down.bias": np.ones(6, int)}, "down.bias: found dtype int64"),
+        ({**good, "down.bias": np.ones(6, complex)}, "down.bias: found dtype complex128"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            mlp.load_dense(weights)
+        assert all(np.array_equal(before[name], mlp.weights[name]) for name in before)
+
+
+def test_a_name_used_twice():
+    spec = ParameterSpec("w", (3,), None)
+    with pytest.raises(InputError, match="two parameters named 'w'"):
+        by_name([spec, spec])
