@@ -50,7 +50,7 @@ def mlp_forward(x_ND, w, name, gated):
     else:
         g_NF, a_NF = None, activation(name, u_NF)[0]
     y_ND = a_NF @ w["down.weight"].T + w.get("down.bias", 0)
-    return y_ND.astype(x_ND.dtype, copy=False), (x_ND, g_NF, u_NF, a_NF)
+    return y_ND, (x_ND, g_NF, u_NF, a_NF)
 
 
 def mlp_backward(dy_ND, saved, w, name, gated):
@@ -73,52 +73,56 @@ def mlp_backward(dy_ND, saved, w, name, gated):
 def mlp_magnitudes(x_ND, dy_ND, w, name, gated):
     """How large a rounding error of relative size 1 in every operation could grow: {"y", "dx", every key of w}.
 
-    To first order: each product and each sum is replaced by that of absolute values, and the magnitude of what
-    enters an activation leaves it times |act'| (or |act''| where a derivative is taken). The error of a result in
-    a dtype is then eps times its magnitude, times a factor that grows slowly with the sizes.
+    The lines of mlp_forward and mlp_backward to first order: what is multiplied or added up becomes its absolute
+    value, and a product of two inexact factors passes on the error of each. The error of a result in some dtype is
+    then eps times its magnitude, times a factor that grows slowly with the sizes.
     """
     size = {key: np.abs(value) for key, value in w.items()}
-    x, dy = np.abs(x_ND), np.abs(dy_ND)
-    _, (_, g_NF, u_NF, a_NF) = mlp_forward(x_ND, w, name, gated)
-    _, d_a = a_NF, dy_ND @ w["down.weight"]
-    in_u = x @ size["up.weight"].T + size.get("up.bias", 0)
-    in_da = dy @ size["down.weight"]
+    x_size, dy_size = np.abs(x_ND), np.abs(dy_ND)
+    _, (_, g_NF, u_NF, _) = mlp_forward(x_ND, w, name, gated)
+    da_NF = dy_ND @ w["down.weight"]
+    da_size = dy_size @ size["down.weight"]
+    u_size = x_size @ size["up.weight"].T + size.get("up.bias", 0)
     if gated:
-        in_g = x @ size["gate.weight"].T + size.get("gate.bias", 0)
-        act, slope, bend = activation(name, g_NF)
-        kink = kinks(name, g_NF, in_g)
-        in_act = np.abs(act) + np.abs(slope) * in_g
-        in_a = in_act * np.abs(u_NF) + np.abs(act) * in_u
-        in_du = in_da * np.abs(act) + np.abs(d_a) * in_act
-        in_dg = (in_da * np.abs(u_NF) + np.abs(d_a) * in_u) * np.abs(slope) \
-            + np.abs(d_a * u_NF) * (bend * in_g + np.abs(slope) + kink)
+        g_size = x_size @ size["gate.weight"].T + size.get("gate.bias", 0)
+        act_NF, slope_NF, _ = activation(name, g_NF)
+        act_size, slope_size = activation_magnitudes(name, g_NF, g_size)
+        a_size = act_size * np.abs(u_NF) + np.abs(act_NF) * u_size
+        du_size = da_size * np.abs(act_NF) + np.abs(da_NF) * act_size
+        dg_size = (da_size * np.abs(u_NF * slope_NF) + np.abs(da_NF * slope_NF) * u_size
+                   + np.abs(da_NF * u_NF) * slope_size)
     else:
-        act, slope, bend = activation(name, u_NF)
-        kink = kinks(name, u_NF, in_u)
-        in_a = np.abs(act) + np.abs(slope) * in_u
-        in_du = in_da * np.abs(slope) + np.abs(d_a) * (bend * in_u + np.abs(slope) + kink)
-    found = {"y": in_a @ size["down.weight"].T + size.get("down.bias", 0), "dx": in_du @ size["up.weight"],
-             "up.weight": in_du.T @ x, "up.bias": in_du.sum(axis=0),
-             "down.weight": dy.T @ in_a, "down.bias": dy.sum(axis=0)}
+        slope_NF = activation(name, u_NF)[1]
+        a_size, slope_size = activation_magnitudes(name, u_NF, u_size)
+        du_size = da_size * np.abs(slope_NF) + np.abs(da_NF) * slope_size
+    found = {"y": a_size @ size["down.weight"].T + size.get("down.bias", 0), "dx": du_size @ size["up.weight"],
+             "up.weight": du_size.T @ x_size, "up.bias": du_size.sum(axis=0),
+             "down.weight": dy_size.T @ a_size, "down.bias": dy_size.sum(axis=0)}
     if gated:
-        found["dx"] = found["dx"] + in_dg @ size["gate.weight"]
-        found.update({"gate.weight": in_dg.T @ x, "gate.bias": in_dg.sum(axis=0)})
+        found["dx"] = found["dx"] + dg_size @ size["gate.weight"]
+        found.update({"gate.weight": dg_size.T @ x_size, "gate.bias": dg_size.sum(axis=0)})
     return {key: found[key] for key in ("y", "dx", *w)}
 
 
-def kinks(name, h, magnitude):
-    """1/eps where relu's input is so close to 0 that rounding may flip its sign: any derivative is right there."""
-    if name != "relu":
-        return 0.0
-    eps = float(np.finfo(np.float32).eps)
-    return (np.abs(h) <= 4 * eps * magnitude) / eps
+def activation_magnitudes(name, h, h_size):
+    """The magnitudes of act(h) and act'(h): those of their own terms, and what becomes of h's, h_size."""
+    act, slope, bend = activation(name, h)
+    act_terms, slope_terms = np.abs(act), np.abs(slope)
+    if name in ("gelu", "gelu_tanh"):           # 1 + erf and 1 + tanh cancel for negative h: their terms do not
+        act_terms, slope_terms = np.abs(h), 1 + np.abs(h)
+    if name == "relu":                          # so close to 0 float32 may flip the sign: either slope is right
+        eps = float(np.finfo(np.float32).eps)
+        slope_terms = slope_terms + (np.abs(h) <= 4 * eps * h_size) / eps
+    return act_terms + np.abs(slope) * h_size, slope_terms + bend * h_size
 
 
 def error_ratio(computed, exact, magnitude):
-    """max |computed - exact| / (eps * magnitude), eps of the computed dtype; inf for anything not finite.
+    """max |computed - exact| / (eps * magnitude), eps of the computed dtype; inf for another shape or a non-finite.
 
     As ScaLAPACK's testers judge it (PBLAS/TESTING). 0 / 0 counts as 0: exact where there is nothing to round.
     """
+    if computed.shape != exact.shape:           # before NumPy stretches one over the other
+        return math.inf
     if computed.size == 0:
         return 0.0
     error = np.abs(computed.astype(np.float64) - exact)

@@ -1,4 +1,5 @@
 """The one error that is the caller's to mend."""
+from numbers import Integral
 
 
 class InputError(ValueError):
@@ -17,5 +18,9 @@ def require(condition, found, expected):
 def require_positive(**sizes):
     """Raise InputError unless every size is an integer of at least 1."""
     for name, size in sizes.items():
-        is_integer = hasattr(size, "__index__") and not isinstance(size, bool)
-        require(is_integer and size > 0, f"{name} = {size!r}", "a positive integer")
+        require(is_integer(size) and size > 0, f"{name} = {size!r}", "a positive integer")
+
+
+def is_integer(value):
+    """Whether value is an integer of Python or NumPy; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -70,7 +70,7 @@ def check_dense(spec, dense):
         raise InputError(f"{spec.name}: found {type(dense).__name__}, expected an array of shape {spec.shape}")
     if tuple(shape) != spec.shape:
         raise InputError(f"{spec.name}: found shape {tuple(shape)}, expected {spec.shape}")
-    if getattr(dtype, "kind", "f") in "biucmMSUO":
+    if isinstance(dtype, np.dtype) and not (dtype.kind in "fV" and np.can_cast(dtype, np.float64, "same_kind")):
         raise InputError(f"{spec.name}: found dtype {dtype}, expected a floating-point one")
 
 

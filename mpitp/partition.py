@@ -69,6 +69,6 @@ class Partition:
     def blocks_of(self, rank):
         """The blocks that this rank owns and that hold anything, in order."""
         first = self.bounds[rank]
-        return [Block(b, start, stop, slice(start - first, stop - first))
-                for b in range(self.run_bounds[rank], self.run_bounds[rank + 1])
-                for start, stop in [self.block_bounds[b:b + 2]] if start < stop]
+        return tuple(Block(b, start, stop, slice(start - first, stop - first))
+                     for b in range(self.run_bounds[rank], self.run_bounds[rank + 1])
+                     for start, stop in [self.block_bounds[b:b + 2]] if start < stop)

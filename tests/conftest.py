@@ -5,6 +5,7 @@ the other ranks may be waiting for the failed one in a collective.
 """
 import os
 import sys
+import time
 
 # One BLAS thread a rank, before NumPy is imported: the ranks of a test share the machine's cores.
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -26,6 +27,7 @@ def end_job(text):
     sys.stderr.write(f"\n{'=' * 30} rank {WORLD.rank} of {WORLD.size} failed {'=' * 30}\n{text}\n")
     sys.stderr.flush()
     sys.stdout.flush()
+    time.sleep(0.2)                             # the launcher drops what it has not forwarded when it kills (seen)
     WORLD.Abort(1)
     os._exit(1)
 

@@ -35,6 +35,7 @@ def abort(error):
     sys.stdout.flush()
     sys.stderr.write(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job: {describe(error)}")
     sys.stderr.flush()
+    time.sleep(0.2)                             # the launcher drops what it has not forwarded when it kills (seen)
     MPI.COMM_WORLD.Abort(code or 1)
     os._exit(code or 1)                         # MPI_Abort may return
 
@@ -72,6 +73,7 @@ def farewell(comm, status, message=None):
     while not request.Test():
         if message and time.monotonic() > deadline:     # this rank alone met bad input
             print(message, file=sys.stderr, flush=True)
+            time.sleep(0.2)
             comm.Abort(2)
         time.sleep(0.0002 if message is None else 0.001)
     if message and 2 not in list(statuses[:comm.rank]):

@@ -1,10 +1,11 @@
 """What every parallel layer has: parameters that it holds its slices of, and rows that it takes."""
+from collections.abc import Mapping
 from math import prod
 
 import numpy as np
 
-from ..arrays import COMPUTE_DTYPES, module_of
-from ..errors import InputError, require
+from ..arrays import compute_dtype, module_of
+from ..errors import InputError, is_integer, require
 from ..parameters import by_name, check_dense, initialise
 
 
@@ -18,12 +19,8 @@ class ParallelLayer:
     """
 
     def __init__(self, group, specs, dtype, seed, name):
-        try:
-            self.dtype = np.dtype(dtype)
-        except TypeError:
-            raise InputError(f"found dtype {dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}") from None
-        require(self.dtype.name in COMPUTE_DTYPES, f"dtype {self.dtype.name}", f"one of {', '.join(COMPUTE_DTYPES)}")
-        require(seed is None or hasattr(seed, "__index__"), f"seed {seed!r}", "an integer, or None for zeros")
+        self.dtype = compute_dtype(dtype)
+        require(seed is None or is_integer(seed), f"seed {seed!r}", "an integer, or None for zeros")
         self.group, self.name, self.specs = group, name, by_name(specs)
         where = (group.rank, group.size, group.blocks)
         self.weights = {}
@@ -44,11 +41,10 @@ class ParallelLayer:
         weights : {name: array of the whole parameter's shape, [out, in]}, or anything that has a shape and slices,
             such as a memory map: only this rank's part is read.
 
-        Raises InputError, before anything is changed, for a missing or an unexpected name, or another shape.
+        Raises InputError, before anything is changed, for a missing or an unexpected name, another shape, or numbers
+        that are not floating-point ones.
         """
-        missing, unexpected = self.specs.keys() - weights.keys(), weights.keys() - self.specs.keys()
-        require(not missing and not unexpected, f"weights named {', '.join(sorted(weights)) or '(none)'}",
-                f"{', '.join(sorted(self.specs))}")
+        self.require_names(weights, "weights")
         for name, spec in self.specs.items():
             check_dense(spec, weights[name])
         for name, spec in self.specs.items():
@@ -78,21 +74,36 @@ class ParallelLayer:
         if module_of(x) is not self.group.xp:
             raise InputError(f"{what}: found {type(x).__module__}.{type(x).__name__}, expected an array of "
                              f"{self.group.xp.__name__} (the group's device is {self.group.device!r})")
-        require(x.dtype == self.dtype, f"{what} of dtype {x.dtype}", f"{self.dtype}, the layer's")
-        require(x.ndim > 0 and x.shape[-1] == features, f"{what} of shape {x.shape}", f"(..., {features})")
+        if x.dtype != self.dtype:
+            raise InputError(f"{what}: found dtype {x.dtype}, expected {self.dtype}, the layer's")
+        if x.ndim == 0 or x.shape[-1] != features:
+            raise InputError(f"{what}: found shape {x.shape}, expected (..., {features})")
         tokens = prod(x.shape[:-1])
-        require(count in (None, tokens), f"{what} of {tokens} rows", f"{count}, as many as x had")
-        return x.reshape(tokens, features)
+        if count not in (None, tokens):
+            raise InputError(f"{what}: found {tokens} rows, expected {count}, as many as x had")
+        # The memory order would be part of the bits; and a matrix or memory map would pass its type on.
+        return self.group.xp.ascontiguousarray(x).reshape(tokens, features)
 
     def gradients(self, out):
         """Arrays for the gradients of all parameters: those of `out`, an earlier backward's, or new ones."""
         if out is None:
             return {name: self.group.xp.empty_like(w) for name, w in self.weights.items()}
-        require(out.keys() == self.weights.keys(), f"out with {sorted(out)}", f"{sorted(self.weights)}")
+        self.require_names(out, "out")
         for name, w in self.weights.items():
-            require(out[name].shape == w.shape and out[name].dtype == w.dtype,
-                    f"out[{name!r}] {out[name].dtype} {out[name].shape}", f"{w.dtype} {w.shape}")
+            g = out[name]
+            fits = module_of(g) is self.group.xp and g.shape == w.shape and g.dtype == w.dtype
+            if not (fits and g.flags.c_contiguous):
+                raise InputError(f"out[{name!r}]: found {getattr(g, 'dtype', type(g).__name__)} "
+                                 f"{getattr(g, 'shape', '')}, expected C-contiguous {w.dtype} {w.shape}")
         return out
+
+    def require_names(self, arrays, what):
+        """Raise InputError unless `arrays` is a dict with the parameters' names."""
+        if not isinstance(arrays, Mapping):
+            raise InputError(f"{what}: found {type(arrays).__name__}, expected a dict of {', '.join(self.specs)}")
+        if arrays.keys() != self.specs.keys():
+            raise InputError(f"{what}: found names {', '.join(map(str, arrays)) or '(none)'}, "
+                             f"expected {', '.join(self.specs)}")
 
 
 def join(prefix, name):

@@ -38,6 +38,7 @@ class ColumnParallelLinear(ParallelLayer):
     def __init__(self, group, in_features, out_features, bias=True, gather_output=False, *, dtype="float32", seed=0,
                  name=""):
         require_positive(in_features=in_features, out_features=out_features)
+        in_features, out_features = int(in_features), int(out_features)         # NumPy's would overflow
         specs = [ParameterSpec(join(name, "weight"), (out_features, in_features), 0, in_features ** -0.5)]
         if bias:
             specs.append(ParameterSpec(join(name, "bias"), (out_features,), 0, decay=False))
@@ -47,7 +48,10 @@ class ColumnParallelLinear(ParallelLayer):
         self.local_features = self.partition.lengths[group.rank]
 
     def forward(self, x, *, saved=True):
-        """x (..., in) -> y (..., out p), or (..., out) with gather_output; and what backward needs."""
+        """x (..., in) -> y (..., out p), or (..., out) with gather_output; and what backward needs.
+
+        What backward needs is x itself, not a copy: do not change x until then. None with saved=False.
+        """
         x_NI = copy_to_ranks_forward(self.rows(x, self.in_features))
         w_OpI, b_Op = self.parameter("weight"), self.parameter("bias")
         y_NOp = self.group.xp.empty((len(x_NI), self.local_features), self.dtype)
@@ -115,6 +119,7 @@ class RowParallelLinear(ParallelLayer):
     def __init__(self, group, in_features, out_features, bias=True, input_is_parallel=True, *, dtype="float32", seed=0,
                  name=""):
         require_positive(in_features=in_features, out_features=out_features)
+        in_features, out_features = int(in_features), int(out_features)         # NumPy's would overflow
         specs = [ParameterSpec(join(name, "weight"), (out_features, in_features), 1, in_features ** -0.5)]
         if bias:
             specs.append(ParameterSpec(join(name, "bias"), (out_features,), None, decay=False))
@@ -124,7 +129,10 @@ class RowParallelLinear(ParallelLayer):
         self.local_features = self.partition.lengths[group.rank]
 
     def forward(self, x, *, saved=True):
-        """x (..., in p), or (..., in) with input_is_parallel=False -> y (..., out), complete; and what backward needs."""
+        """x (..., in p), or (..., in) with input_is_parallel=False -> y (..., out), complete; and what backward needs.
+
+        As ColumnParallelLinear's: x itself, or None.
+        """
         if self.input_is_parallel:
             x_NIp = self.rows(x, self.local_features)
         else:
@@ -135,13 +143,17 @@ class RowParallelLinear(ParallelLayer):
             y_NO, _ = linear_forward(x_NIp[:, block.local], w_OIp[:, block.local])
             return y_NO
 
-        y_NO = reduce_from_ranks_forward(partial, self.partition, self.group, (len(x_NIp), self.out_features), self.dtype)
+        shape = len(x_NIp), self.out_features
+        y_NO = reduce_from_ranks_forward(partial, self.partition, self.group, shape, self.dtype)
         if b_O is not None:
             y_NO += b_O                                     # on every rank, but after the sum: once
         return y_NO.reshape(*x.shape[:-1], self.out_features), (x_NIp if saved else None)
 
     def backward(self, dy, saved, *, out=None):
-        """dy (..., out) -> dx (shaped as x) and {name: gradient} of this rank's slices; out as ColumnParallelLinear's."""
+        """dy (..., out) -> dx (shaped as x) and {name: gradient} of this rank's slices.
+
+        out : as ColumnParallelLinear's
+        """
         require_saved(saved)
         x_NIp, w_OIp, gradients = saved, self.parameter("weight"), self.gradients(out)
         dy_NO = reduce_from_ranks_backward(self.rows(dy, self.out_features, "dy", len(x_NIp)))

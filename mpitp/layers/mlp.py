@@ -45,10 +45,11 @@ class ParallelMLP(ParallelLayer):
     def __init__(self, group, hidden_size, ffn_hidden_size=None, activation="gelu_tanh", gated=False, bias=True, *,
                  dtype="float32", seed=0, name=""):
         require_positive(hidden_size=hidden_size)
-        ffn_hidden_size = 4 * hidden_size if ffn_hidden_size is None else ffn_hidden_size
+        ffn_hidden_size = 4 * int(hidden_size) if ffn_hidden_size is None else ffn_hidden_size
         require_positive(ffn_hidden_size=ffn_hidden_size)
-        require(activation in ACTIVATIONS, f"activation {activation!r}", f"one of {', '.join(ACTIVATIONS)}")
-        D, F = hidden_size, ffn_hidden_size
+        known = isinstance(activation, str) and activation in ACTIVATIONS
+        require(known, f"activation {activation!r}", f"one of {', '.join(ACTIVATIONS)}")
+        D, F = int(hidden_size), int(ffn_hidden_size)           # NumPy's integers would overflow
         specs = []
         for part in ("up", "gate") if gated else ("up",):
             specs.append(ParameterSpec(join(name, f"{part}.weight"), (F, D), 0, D ** -0.5))
@@ -62,7 +63,10 @@ class ParallelMLP(ParallelLayer):
         self.partition = group.partition(F)
 
     def forward(self, x, *, saved=True):
-        """x (..., D), the same on every rank -> y (..., D), complete; and what backward needs (None if not saved)."""
+        """x (..., D), the same on every rank -> y (..., D), complete; and what backward needs (None if not saved).
+
+        What backward needs includes x itself, not a copy: do not change x until then.
+        """
         x_ND = copy_to_ranks_forward(self.rows(x, self.hidden_size))
         down_DFp, down_bias_D = self.parameter("down.weight"), self.parameter("down.bias")
         kept = {}
