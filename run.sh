@@ -166,7 +166,7 @@ choose_mpi() {
     local key memory=$venv/mpitp-mpi found library is
     [ -n "$launcher" ] || launcher=$(command -v mpirun || command -v mpiexec || true)
     key="$launcher $(ls -lLd "$launcher" 2>/dev/null || true) ${MPI4PY_LIBMPI:-} ${LD_LIBRARY_PATH:-} $site"
-    if [ -r "$memory" ] && { read -r found; read -r library; read -r is; read -r remembered; } < "$memory" &&
+    if [ -r "$memory" ] && { IFS= read -r found; IFS= read -r library; IFS= read -r is; IFS= read -r remembered; } < "$memory" &&
        [ "$remembered" = "$key" ] && [ -x "$found" ]; then
         :
     else
