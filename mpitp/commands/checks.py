@@ -1,12 +1,13 @@
 """What `verify` computes: the notebook's example, and a block against the dense one. Prints nothing."""
 import hashlib
+import os
 import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from .. import dense, rng
-from ..errors import InputError
+from ..errors import InputError, require_positive
 from ..layers.mlp import ParallelMLP
 from ..ops.linear import linear_forward
 from ..parameters import initialise
@@ -94,9 +95,10 @@ def notebook_example(group, seed):
 
 def random_layer(group, arguments):
     """The block that the options describe, its weights (and biases, which would start at 0) from addressed numbers."""
-    layer = ParallelMLP(group, arguments.hidden_size or 512, arguments.ffn_hidden_size,
-                        arguments.activation or "gelu_tanh", arguments.gated, arguments.bias, dtype=arguments.dtype,
-                        seed=arguments.seed)
+    require_positive(hidden_size=arguments.hidden_size, ffn_hidden_size=arguments.ffn_hidden_size)
+    require_room(group, arguments.hidden_size, arguments.ffn_hidden_size, arguments)
+    layer = ParallelMLP(group, arguments.hidden_size, arguments.ffn_hidden_size, arguments.activation, arguments.gated,
+                        arguments.bias, dtype=arguments.dtype, seed=arguments.seed)
     for name, spec in layer.specs.items():
         if len(spec.shape) == 1:
             values = initialise(replace(spec, init_std=0.1), arguments.seed, layer.dtype, group.rank, group.size,
@@ -106,7 +108,7 @@ def random_layer(group, arguments):
 
 
 def checkpoint_layer(group, arguments):
-    """The feed-forward block of one layer of a checkpoint, each rank reading its slices. Returns it and a description."""
+    """The block of one layer of a checkpoint, what it is, and on rank 0 the bytes that each rank read: its slices."""
     from ..families.feed_forward import feed_forward
     from ..storage.safetensors import Checkpoint
 
@@ -115,6 +117,7 @@ def checkpoint_layer(group, arguments):
         return checkpoint, feed_forward(checkpoint, arguments.layer or 0)
 
     checkpoint, found = group.root_first(find)
+    require_room(group, found.hidden_size, found.ffn_hidden_size, arguments)
     layer = ParallelMLP(group, found.hidden_size, found.ffn_hidden_size, found.activation, found.gated, found.bias,
                         dtype=arguments.dtype, seed=None)
     layer.load_dense(found.weights)
@@ -185,18 +188,20 @@ def error_ratios(found, x, dy, weights, layer):
     return ratios
 
 
-def require_room(hidden_size, ffn_hidden_size, gated, tokens):
-    """Raise InputError when the dense side in float64, all on rank 0, would not fit this machine's memory."""
-    import os
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return
-    weights = hidden_size * ffn_hidden_size * (3 if gated else 2)
-    # float64 weights, gradients, their magnitudes and copies; a dozen activations of both kinds
-    needed = 8 * (6 * weights + 12 * tokens * (hidden_size + ffn_hidden_size))
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
-        raise InputError(f"found {there / 2**30:.0f} GiB of memory, expected {needed / 2**30:.0f} GiB for the dense "
-                         f"side of verify in float64 on rank 0: choose smaller sizes")
+def require_room(group, hidden_size, ffn_hidden_size, arguments):
+    """Raise InputError when the dense side in float64, all on rank 0, would not fit the memory of its machine."""
+    def check():
+        if group.rank != 0 or not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+            return
+        tokens = arguments.batch * arguments.seq_length
+        weights = hidden_size * ffn_hidden_size * (3 if arguments.gated else 2)
+        # float64 weights, gradients, their magnitudes and copies; a dozen activations of both kinds
+        needed = 8 * (6 * weights + 12 * tokens * (hidden_size + ffn_hidden_size))
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > there:
+            raise InputError(f"found {there / 2**30:.0f} GiB of memory, expected {needed / 2**30:.0f} GiB for the "
+                             f"dense side of verify in float64 on rank 0: choose smaller sizes")
+    group.root_first(check)
 
 
 def numbers(group, seed, name, shape, dtype):

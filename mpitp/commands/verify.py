@@ -15,13 +15,16 @@ from ..ops.activation import ACTIVATIONS
 from . import checks, report
 
 
+HIDDEN_SIZE, ACTIVATION = 512, "gelu_tanh"      # where neither an option nor a checkpoint says otherwise
+
+
 def add_arguments(parser):
-    parser.add_argument("--hidden-size", type=int, metavar="D", help="features of x and y (512)")
+    parser.add_argument("--hidden-size", type=int, metavar="D", help=f"features of x and y ({HIDDEN_SIZE})")
     parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="features of the middle (4 D)")
     parser.add_argument("--seq-length", type=int, default=128, metavar="S", help="tokens of a sequence (128)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (1)")
     parser.add_argument("--dtype", default="float32", help="float32 (the default) or float64")
-    parser.add_argument("--activation", help=f"{', '.join(ACTIVATIONS)} (gelu_tanh)")
+    parser.add_argument("--activation", help=f"{', '.join(ACTIVATIONS)} ({ACTIVATION})")
     parser.add_argument("--gated", action="store_true", help="act(x G^T) * (x U^T) in the middle, not act(x U^T)")
     parser.add_argument("--bias", action="store_true", help="biases in all projections")
     parser.add_argument("--seed", type=int, default=0, help="of weights, input and output gradient (0)")
@@ -58,10 +61,12 @@ def run(arguments):
         if arguments.model:
             layer, what, bytes_read = checks.checkpoint_layer(group, arguments)
         else:
+            if arguments.hidden_size is None:
+                arguments.hidden_size = HIDDEN_SIZE
+            if arguments.ffn_hidden_size is None:
+                arguments.ffn_hidden_size = 4 * arguments.hidden_size
+            arguments.activation = arguments.activation or ACTIVATION
             layer, what, bytes_read = checks.random_layer(group, arguments), "random weights", None
-        tokens = arguments.batch * arguments.seq_length
-        group.root_first(lambda: checks.require_room(layer.hidden_size, layer.ffn_hidden_size, layer.gated, tokens)
-                         if group.rank == 0 else None)
         cores = launch.share_of_cores(group.comm)
         notebook = checks.notebook_example(group, arguments.seed)
         block = checks.check_block(group, layer, what, bytes_read, arguments)
@@ -84,7 +89,7 @@ def check_arguments(arguments):
         return
     own = {"--hidden-size": arguments.hidden_size, "--ffn-hidden-size": arguments.ffn_hidden_size,
            "--activation": arguments.activation, "--gated": arguments.gated, "--bias": arguments.bias}
-    given = [flag for flag, value in own.items() if value]
+    given = [flag for flag, value in own.items() if value not in (None, False)]
     if given:
         raise InputError(f"found {', '.join(given)} beside --model, expected the checkpoint alone to say it")
 
@@ -136,8 +141,8 @@ def block_lines(result, block):
         f"  collectives   {said(block.collectives)}, expected {said(block.expected_collectives)}  FAILED"
     yield f"  on the wire   {report.size(block.wire_bytes_per_rank)} sent by a rank, forward and backward"
     mine = block.parameter_bytes_of_ranks
-    yield f"  parameters    {report.size(min(mine))}{f' to {report.size(max(mine))}' if min(mine) != max(mine) else ''}" \
-          f" a rank, {report.size(block.parameter_bytes_dense)} dense"
+    to_most = f" to {report.size(max(mine))}" if min(mine) != max(mine) else ""
+    yield f"  parameters    {report.size(min(mine))}{to_most} a rank, {report.size(block.parameter_bytes_dense)} dense"
     if block.bytes_read_of_ranks:
         yield f"  read          {', '.join(map(report.size, block.bytes_read_of_ranks))} of the checkpoint by the ranks"
     yield f"  time          forward {report.seconds(block.forward_seconds)}, backward " \

@@ -1,0 +1,1 @@
+"""How the families of models on the hub name and lay out what the layers compute."""

@@ -1,0 +1,163 @@
+"""Read slices out of safetensors files, BF16 included, which NumPy has no dtype for.
+
+A file is 8 bytes of header length (little endian), the header as JSON {name: {dtype, shape, data_offsets}}, then
+the tensors without gap or overlap. All of that is checked before a byte of data is read, as the format's own library
+does (huggingface/safetensors, tensor.rs).
+"""
+import json
+import os
+from math import prod
+
+import numpy as np
+
+from ..errors import InputError
+
+HEADER_LIMIT = 100_000_000      # bytes, as in the reference library
+PIECE = 1 << 20                 # elements widened at a time
+STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+          "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}
+WIDENED = {"F16": "float32", "BF16": "float32"}     # 16-bit types are storage: computed with in float32
+
+
+class StoredTensor:
+    """A tensor on disk that slices: only the bytes of the slice are read, 16-bit floats come as float32.
+
+    shape, dtype : as stored, dtype by its name in the file ("BF16")
+    """
+
+    def __init__(self, file, name, dtype, shape, offset):
+        self.file, self.name, self.dtype, self.shape = file, name, dtype, shape
+        mapped = prod(shape) > 0                # nothing cannot be mapped
+        self.map = np.memmap(file.path, STORED[dtype], "r", offset, shape) if mapped else np.empty(shape, STORED[dtype])
+
+    def __getitem__(self, window):
+        view = self.map[window]
+        self.file.bytes_read += view.nbytes
+        out = np.empty(view.shape, WIDENED.get(self.dtype, self.map.dtype.newbyteorder("=")))
+        # In pieces of whole rows, so that nothing as large as the slice lies beside it.
+        step = max(1, PIECE // max(1, prod(view.shape[1:])))
+        for part in [slice(at, at + step) for at in range(0, len(view), step)] if view.ndim else [...]:
+            widen(self.dtype, view[part], out[part])
+        return out
+
+
+def widen(dtype, stored, out):
+    """out = stored. A BF16 number is the upper half of the float32 that it stands for."""
+    if dtype == "BF16":
+        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
+    else:
+        out[...] = stored
+
+
+class SafetensorsFile:
+    """The tensors of one file by name. Raises InputError, a line with file, found and expected, for a damaged one."""
+
+    def __init__(self, path):
+        self.path, self.bytes_read = os.fspath(path), 0
+        try:
+            size = os.stat(self.path).st_size
+            with open(self.path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self.require(size >= 8 and length <= min(HEADER_LIMIT, size - 8), f"a header of {length} bytes",
+                             f"at most {min(HEADER_LIMIT, max(0, size - 8))} in a file of {size}")
+                header = json.loads(file.read(length), object_pairs_hook=self.unique)
+        except OSError as error:
+            raise InputError(f"{self.path}: found {error.strerror}, expected a safetensors file") from None
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+            raise InputError(f"{self.path}: found a header that is not JSON, expected a safetensors file") from None
+        self.require(isinstance(header, dict), f"a header that is a JSON {type(header).__name__}", "an object")
+        header.pop("__metadata__", None)
+        self.tensors, end = {}, 0
+        entries = [(name, *self.entry(name, entry)) for name, entry in header.items()]
+        for name, dtype, shape, begin, stop in sorted(entries, key=lambda entry: entry[3:]):
+            self.require(begin == end, f"{name!r} at offset {begin}", f"{end}, without gap or overlap")
+            bytes_of_shape = prod(shape) * np.dtype(STORED[dtype]).itemsize
+            self.require(stop - begin == bytes_of_shape, f"{stop - begin} bytes of {name!r}",
+                         f"{bytes_of_shape} for {dtype} {tuple(shape)}")
+            self.tensors[name], end = (dtype, tuple(shape), 8 + length + begin), stop
+        self.require(8 + length + end == size, f"a file of {size} bytes",
+                     f"{8 + length + end}, where its last tensor ends")
+
+    def entry(self, name, entry):
+        """(dtype, shape, begin, end) of a header entry."""
+        def sizes(value):
+            return isinstance(value, list) and all(type(n) is int and 0 <= n < 2 ** 63 for n in value)
+        self.require(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
+                     f"{name!r}: {entry!r}"[:200], "dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        self.require(isinstance(dtype, str) and dtype in STORED, f"dtype {dtype!r} of {name!r}"[:200],
+                     f"one of {', '.join(STORED)}")
+        self.require(sizes(shape), f"shape {shape!r} of {name!r}"[:200], "a list of sizes")
+        self.require(sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1],
+                     f"data_offsets {offsets!r} of {name!r}"[:200], "[begin, end]")
+        return dtype, shape, *offsets
+
+    def unique(self, pairs):
+        names = [name for name, _ in pairs]
+        self.require(len(set(names)) == len(names), "a key twice in the header", "every key once")
+        return dict(pairs)
+
+    def require(self, condition, found, expected):
+        if not condition:
+            raise InputError(f"{self.path}: found {found}, expected {expected}")
+
+    def __getitem__(self, name):
+        if name not in self.tensors:
+            raise InputError(f"{self.path}: found no tensor {name!r}, expected it there")
+        return StoredTensor(self, name, *self.tensors[name])
+
+
+class Checkpoint:
+    """A folder saved from the Hugging Face hub: config.json and model.safetensors, or shards with their index.
+
+    Opening reads headers only. Raises InputError for a folder, a file or a tensor that is missing or damaged, and
+    for an index that points outside of its folder.
+    """
+
+    def __init__(self, folder):
+        self.folder = os.fspath(folder)
+        if not os.path.isdir(self.folder):
+            raise InputError(f"{self.folder}: found no such folder, expected a checkpoint saved from the hub")
+        self.config = read_json(os.path.join(self.folder, "config.json"))
+        index = os.path.join(self.folder, "model.safetensors.index.json")
+        if os.path.exists(index) and not os.path.exists(os.path.join(self.folder, "model.safetensors")):
+            where = read_json(index).get("weight_map")
+            if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+                raise InputError(f"{index}: found no weight_map of file names, expected one")
+            for name in set(where.values()):
+                if os.path.basename(name) != name or name in ("", ".", ".."):
+                    raise InputError(f"{index}: found a shard named {name!r}, expected a file of the same folder")
+            self.files = {name: SafetensorsFile(os.path.join(self.folder, name)) for name in sorted(set(where.values()))}
+            self.where = where
+            for tensor, name in where.items():
+                if tensor not in self.files[name].tensors:
+                    raise InputError(f"{index}: found {tensor!r} said to be in {name}, expected it there")
+        else:
+            file = SafetensorsFile(os.path.join(self.folder, "model.safetensors"))
+            self.files, self.where = {"model.safetensors": file}, dict.fromkeys(file.tensors, "model.safetensors")
+
+    def names(self):
+        return list(self.where)
+
+    def __getitem__(self, name):
+        if name not in self.where:
+            raise InputError(f"{self.folder}: found no tensor {name!r}, expected it there")
+        return self.files[self.where[name]][name]
+
+    @property
+    def bytes_read(self):
+        return sum(file.bytes_read for file in self.files.values())
+
+
+def read_json(path):
+    """The object in a JSON file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: found {error.strerror}, expected a JSON file") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: found something that is not a JSON object, expected one")
+    return value

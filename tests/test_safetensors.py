@@ -1,0 +1,129 @@
+"""The reader against the format's own library, and against hostile files."""
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from mpitp.errors import InputError
+from mpitp.storage import safetensors
+from mpitp.storage.safetensors import Checkpoint, SafetensorsFile
+
+DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.int8, np.uint8, np.bool_]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+@settings(derandomize=True, deadline=None, database=None, max_examples=25,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_slices_equal_those_of_the_library(dtype, data, tmp_path):
+    shape = tuple(data.draw(st.lists(st.integers(0, 9), max_size=3)))
+    values = np.asarray(np.random.default_rng(0).standard_normal(shape) * 50).astype(dtype)
+    save_file({"a": np.ones((2, 3), "f"), "w": values, "z": np.zeros(0, "f")}, tmp_path / "t.safetensors")
+    file = SafetensorsFile(tmp_path / "t.safetensors")
+    tensor = file["w"]
+    window = []
+    for n in shape:
+        a = data.draw(st.integers(0, n))
+        window.append(slice(a, data.draw(st.integers(a, n))))
+    found = tensor[tuple(window)]
+    wide = np.float32 if dtype in (np.float16, ml_dtypes.bfloat16) else dtype
+    expected = values[tuple(window)].astype(wide)
+    assert tensor.shape == shape and found.dtype == np.dtype(wide) and found.tobytes() == expected.tobytes()
+    assert found.flags.c_contiguous and found.flags.writeable
+    assert file.bytes_read == expected.size * np.dtype(dtype).itemsize
+
+
+def test_wide_slices_come_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors, "PIECE", 10)
+    values = np.random.default_rng(0).standard_normal((37, 6)).astype(ml_dtypes.bfloat16)
+    save_file({"w": values}, tmp_path / "t.safetensors")
+    assert np.array_equal(SafetensorsFile(tmp_path / "t.safetensors")["w"][3:36, 1:5], values[3:36, 1:5].astype("f"))
+
+
+GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}
+
+
+def raw(header, data=b"\0" * 12, length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def changed(name, **values):
+    return {**GOOD, name: {**GOOD[name], **values}}
+
+
+HOSTILE = {
+    "empty": (b"", "in a file of 0"),
+    "short": (b"\1\2\3", "in a file of 3"),
+    "header longer than the file": (raw(GOOD, length=1 << 20), "a header of 1048576 bytes"),
+    "header beyond the limit": (raw(GOOD, length=1 << 62), "a header of"),
+    "not json": (raw(b"{nonsense"), "not JSON"),
+    "not unicode": (raw(b'{"\xff": 1}'), "not JSON"),
+    "a list": (raw([1]), "JSON list"),
+    "deep": (raw(b"[" * 100_000), "not JSON"),
+    "a key twice": (raw(b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "a": {}}'), "a key twice"),
+    "an entry that is none": (raw({"a": 3}), "'a': 3"),
+    "an unknown dtype": (raw(changed("a", dtype="F8_E4M3")), "dtype 'F8_E4M3' of 'a'"),
+    "a dtype that is a list": (raw(changed("a", dtype=["F32"])), "dtype"),
+    "a negative size": (raw(changed("a", shape=[-2])), "shape [-2] of 'a'"),
+    "a size that is a fraction": (raw(changed("a", shape=[2.0])), "shape [2.0]"),
+    "a size that is a truth": (raw(changed("a", shape=[True, 2])), "shape"),
+    "a product that would overflow": (raw(changed("a", shape=[1 << 40, 1 << 40])), "8 bytes of 'a'"),
+    "offsets that are swapped": (raw(changed("a", data_offsets=[8, 0])), "data_offsets [8, 0]"),
+    "three offsets": (raw(changed("a", data_offsets=[0, 8, 9])), "data_offsets"),
+    "a gap": (raw(changed("b", data_offsets=[9, 13]), b"\0" * 13), "'b' at offset 9, expected 8"),
+    "an overlap": (raw(changed("b", data_offsets=[4, 8])), "'b' at offset 4, expected 8"),
+    "a size that does not fit": (raw(changed("b", shape=[2])), "4 bytes of 'b', expected 8"),
+    "truncated": (raw(GOOD, b"\0" * 11), "where its last tensor ends"),
+    "too long": (raw(GOOD, b"\0" * 13), "where its last tensor ends"),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_hostile_files(fault, tmp_path):
+    content, said = HOSTILE[fault]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        SafetensorsFile(path)
+    text = str(caught.value)
+    assert text.startswith(str(path)) and said in text and "expected" in text and "\n" not in text and len(text) < 600
+
+
+def test_the_good_one(tmp_path):
+    (tmp_path / "m").write_bytes(raw({"__metadata__": {"format": "pt"}, **GOOD}, np.arange(3, dtype="<f4").tobytes()))
+    file = SafetensorsFile(tmp_path / "m")
+    assert list(file["a"][:]) == [0, 1] and list(file["b"][:]) == [2]
+    with pytest.raises(InputError, match="no tensor 'c'"):
+        file["c"]
+    with pytest.raises(InputError, match="No such file"):
+        SafetensorsFile(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("index, said", [
+    ("{", "not a JSON object"), ("[1]", "not a JSON object"), ("{}", "no weight_map"), ('{"weight_map": {}}', "no weight_map"),
+    ('{"weight_map": {"a": 3}}', "no weight_map"), ('{"weight_map": {"a": "../x.safetensors"}}', "'../x.safetensors'"),
+    ('{"weight_map": {"a": "/etc/passwd"}}', "/etc/passwd"), ('{"weight_map": {"a": ".."}}', "'..'"),
+    ('{"weight_map": {"a": "gone.safetensors"}}', "No such file"), ('{"weight_map": {"b": "s.safetensors"}}', "'b' said to be in"),
+])
+def test_hostile_indexes(index, said, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": np.ones(2, "f")}, tmp_path / "s.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError) as caught:
+        Checkpoint(tmp_path)
+    assert said in str(caught.value) and "expected" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        Checkpoint(tmp_path / "gone")
+    with pytest.raises(InputError, match="config.json: found No such file"):
+        Checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="model.safetensors: found No such file"):
+        Checkpoint(tmp_path)
