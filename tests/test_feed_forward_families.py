@@ -82,7 +82,8 @@ def test_verify_a_checkpoint(tmp_path):
     checkpoints.write(tmp_path, "gemma3_text", ml_dtypes.bfloat16)
     done = job(3, "-m", "mpitp", "verify", "--model", tmp_path, "--layer", 1, "--json", tmp_path / "report.json")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "layer 1 of a gemma3_text checkpoint (BF16 on disk): 20 -> 52 -> 20, gated gelu_tanh" in done.stdout
+    assert "A feed-forward block: 20 -> 52 -> 20, gated gelu_tanh, 128 tokens, float32\n" \
+           "   layer 1 of a gemma3_text checkpoint (BF16 on disk); error" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     slices = [2 * 3 * 20 * n for n in (17, 17, 18)]
     assert report["schema"] == "mpitp.verify/1" and report["good"] and report["block"]["bytes_read_of_ranks"] == slices

@@ -24,7 +24,12 @@ def mlp(group):
     (dict(hidden_size="8"), "hidden_size = '8'"), (dict(hidden_size=4, ffn_hidden_size=0), "ffn_hidden_size = 0"),
     (dict(hidden_size=4, activation="swish"), "activation 'swish'"), (dict(hidden_size=4, dtype="float16"), "float16"),
     (dict(hidden_size=4, dtype="floaty"), "'floaty'"), (dict(hidden_size=4, dtype="int32"), "int32"),
-    (dict(hidden_size=4, seed="x"), "seed 'x'"),
+    (dict(hidden_size=4, seed="x"), "seed 'x'"), (dict(hidden_size=4, seed=1.5), "seed 1.5"),
+    (dict(hidden_size=np.array([4, 4])), "hidden_size = array"), (dict(hidden_size=np.True_), "hidden_size = "),
+    (dict(hidden_size=None), "hidden_size = None"), (dict(hidden_size=4, dtype=None), "dtype None"),
+    (dict(hidden_size=4, dtype=">f4"), "dtype '>f4'"), (dict(hidden_size=4, dtype="f4,f4"), "dtype 'f4,f4'"),
+    (dict(hidden_size=4, dtype=complex), "complex"), (dict(hidden_size=4, activation=["relu"]), "activation ['relu']"),
+    (dict(hidden_size=4, activation=None), "activation None"),
 ])
 def test_constructor(group, arguments, said):
     with pytest.raises(InputError, match="expected") as caught:
@@ -39,9 +44,18 @@ def test_linear_sizes(group, kind, sizes):
         kind(group, *sizes)
 
 
+def test_sizes_of_numpy(group):
+    """They would overflow: 4 * np.int8(100) is -112."""
+    layer = mpitp.ParallelMLP(group, np.int8(100), seed=None)
+    assert (layer.hidden_size, layer.ffn_hidden_size) == (100, 400)
+    layer = mpitp.RowParallelLinear(group, np.int8(100), np.int8(100), seed=np.int64(3))
+    assert layer.specs["weight"].shape == (100, 100) and type(layer.in_features) is int
+
+
 @pytest.mark.parametrize("x, said", [
     ([[1.0] * 6], "list"), (np.ones((2, 6)), "float64"), (np.ones((2, 7), "f"), r"\(2, 7\)"),
     (np.float32(1), "float32"), (np.ones((), "f"), r"\(\)"), (np.ones((2, 6), "i4"), "int32"), (None, "NoneType"),
+    (np.ones((2, 6), ">f4"), ">f4"), (np.ones((2, 6), np.float16), "float16"), (np.ones((6, 0), "f"), r"\(6, 0\)"),
 ])
 def test_forward(mlp, x, said):
     with pytest.raises(InputError, match=f"found.*{said}.*expected|{said}.*expected"):
@@ -62,6 +76,14 @@ def test_backward(mlp):
     _, gradients = mlp.backward(x, saved)
     with pytest.raises(InputError, match="up.weight"):
         mlp.backward(x, saved, out={**gradients, "up.weight": np.ones((1, 1), "f")})
+    before = {name: g.tobytes() for name, g in gradients.items()}
+    for wrong in (gradients["down.weight"].astype(float), gradients["down.weight"].tolist(), None,
+                  np.repeat(gradients["down.weight"], 2, axis=1)[:, ::2]):              # with gaps
+        with pytest.raises(InputError, match=r"out\['down.weight'\]: found .*expected C-contiguous float32"):
+            mlp.backward(x, saved, out={**gradients, "down.weight": wrong})
+    with pytest.raises(InputError, match="out: found list, expected a dict"):
+        mlp.backward(x, saved, out=list(gradients.values()))
+    assert before == {name: g.tobytes() for name, g in gradients.items()}
     for layer in (mpitp.ColumnParallelLinear(mlp.group, 6, 6, gather_output=True),
                   mpitp.RowParallelLinear(mlp.group, 6, 6, input_is_parallel=False)):
         _, saved = layer.forward(x)
@@ -79,6 +101,8 @@ def test_load_dense_changes_nothing_when_it_refuses(mlp):
         ({**good, "down.weight": [[1.0]]}, "down.weight: found list"),
         ({**good, "down.bias": np.ones(6, int)}, "down.bias: found dtype int64"),
         ({**good, "down.bias": np.ones(6, complex)}, "down.bias: found dtype complex128"),
+        (list(good.values()), "weights: found list, expected a dict of up.weight"), (None, "weights: found NoneType"),
+        ({}, r"weights: found names \(none\), expected up.weight"), ({**good, 3: np.ones(3)}, "found names .*3, expected"),
     ]:
         with pytest.raises(InputError, match=said):
             mlp.load_dense(weights)
@@ -89,3 +113,16 @@ def test_a_name_used_twice():
     spec = ParameterSpec("w", (3,), None)
     with pytest.raises(InputError, match="two parameters named 'w'"):
         by_name([spec, spec])
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_any_memory_order_and_array_type(mlp):
+    """np.matrix and np.memmap are arrays, too: what comes back is a plain one, and the bits are the same."""
+    x = np.random.default_rng(0).standard_normal((4, 6)).astype("f")
+    plain, saved = mlp.forward(x)
+    dx, gradients = mlp.backward(x, saved)
+    for other in (np.asfortranarray(x), np.matrix(x), np.repeat(x, 2, axis=1)[:, ::2]):
+        y, saved = mlp.forward(other)
+        assert type(y) is np.ndarray and y.tobytes() == plain.tobytes()
+        dx2, gradients2 = mlp.backward(other, saved)
+        assert dx2.tobytes() == dx.tobytes() and all(gradients2[n].tobytes() == g.tobytes() for n, g in gradients.items())

@@ -128,10 +128,10 @@ def notebook_lines(found):
 
 def block_lines(result, block):
     kind = f"{'gated ' if block.gated else ''}{block.activation}{', biases' if block.bias else ''}"
-    yield f"2. A feed-forward block, {block.what}: {block.hidden_size} -> {block.ffn_hidden_size} -> " \
-          f"{block.hidden_size}, {kind},"
-    yield f"   {count(block.tokens, 'token')}, {result.dtype}" \
-          f"{', reproducible' if result.reproducible else ''}; error = |found - exact| / (eps * magnitude)"
+    yield f"2. A feed-forward block: {block.hidden_size} -> {block.ffn_hidden_size} -> {block.hidden_size}, {kind}, " \
+          f"{count(block.tokens, 'token')}, {result.dtype}"
+    yield f"   {block.what}{', reproducible mode' if result.reproducible else ''}; " \
+          f"error = |found - exact| / (eps * magnitude)"
     yield from report.table(
         ("result", "shape", "parallel", "dense", "limit", ""),
         [(r.name, r.shape, f"{r.parallel:.2f}", f"{r.dense:.2f}", f"{r.limit:.2f}", "ok" if r.good else "FAILED")
