@@ -1,10 +1,29 @@
 """python -m mpitp: the guard first, then the number of BLAS threads, then the command line."""
+import os
 import sys
+
+
+def foreign_launcher(library, environment):
+    """What is wrong when Open MPI's mpirun starts a library of the MPICH kind, else None."""
+    ranks = environment.get("OMPI_COMM_WORLD_SIZE", "1")
+    if ranks != "1" and library in ("MPICH", "Intel MPI", "MVAPICH", "Cray MPICH"):
+        return (f"found {ranks} processes started by Open MPI's mpirun, but mpi4py uses {library}, expected the mpirun "
+                f"of {library}, or MPI4PY_LIBMPI set to the library of Open MPI")
+    return None
 
 
 def main():
     """Run a command on this rank; returns its exit status: 0 good, 1 a check or the run failed, 2 bad input."""
     try:
+        import mpi4py
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True      # MPICH dies in MPI_Init under Open MPI's mpirun:
+        from mpi4py import MPI                                      # first see whether they belong together
+        problem = None if MPI.Is_initialized() else foreign_launcher(MPI.get_vendor()[0], os.environ)
+        if problem:
+            print(f"mpitp: {problem}", file=sys.stderr)
+            return 2
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
         from .comm.guard import guarded
     except (ImportError, RuntimeError) as error:            # no mpi4py, or no MPI library for it to load
         print(f"mpitp: found no MPI for mpi4py ({error}), expected one: pip install 'mpitp[mpi]' or name the "

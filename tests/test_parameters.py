@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mpitp
 from mpitp import InputError, ParameterSpec
 from mpitp.parameters import by_name, check_dense, initialise
 from spmd import same_bytes
@@ -91,3 +92,28 @@ def test_what_may_be_loaded():
 def test_what_may_not(bad, said):
     with pytest.raises(InputError, match=f"^w: {said}.*expected|^w: {said}"):
         check_dense(ParameterSpec("w", (2, 3), 0), bad)
+
+
+def test_what_the_layers_declare(group):
+    """Names, shapes, split axis, spread 1/sqrt(in) and weight decay, as the docstrings say."""
+    def declared(layer):
+        assert layer.specs.keys() == layer.weights.keys()
+        return {name: (spec.shape, spec.axis, spec.init_std, spec.decay) for name, spec in layer.specs.items()}
+    assert declared(mpitp.ParallelMLP(group, 4, 9, gated=True, name="mlp")) == {
+        "mlp.up.weight": ((9, 4), 0, 1 / 2, True), "mlp.up.bias": ((9,), 0, 0, False),
+        "mlp.gate.weight": ((9, 4), 0, 1 / 2, True), "mlp.gate.bias": ((9,), 0, 0, False),
+        "mlp.down.weight": ((4, 9), 1, 1 / 3, True), "mlp.down.bias": ((4,), None, 0, False)}
+    assert declared(mpitp.ParallelMLP(group, 4, bias=False)) == {
+        "up.weight": ((16, 4), 0, 1 / 2, True), "down.weight": ((4, 16), 1, 1 / 4, True)}
+    assert declared(mpitp.ColumnParallelLinear(group, 4, 9)) == {
+        "weight": ((9, 4), 0, 1 / 2, True), "bias": ((9,), 0, 0, False)}
+    assert declared(mpitp.RowParallelLinear(group, 9, 4)) == {
+        "weight": ((4, 9), 1, 1 / 3, True), "bias": ((4,), None, 0, False)}
+
+
+def test_gather_gives_copies(group):
+    layer = mpitp.ParallelMLP(group, 4, 9)
+    before = {name: w.tobytes() for name, w in layer.weights.items()}
+    for dense in (layer.gather() or {}).values():
+        dense.fill(np.nan)
+    assert before == {name: w.tobytes() for name, w in layer.weights.items()}

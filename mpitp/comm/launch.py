@@ -20,6 +20,7 @@ LAUNCHERS = (
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
                     "VECLIB_MAXIMUM_THREADS")
+USER_THREADS = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}     # before we set any
 
 
 def library_name():
@@ -76,8 +77,9 @@ def set_blas_threads(comm, reproducible=False):
     share = share_of_cores(comm)
     if reproducible:
         os.environ.update({name: "1" for name in THREAD_VARIABLES})
-    elif not any(name in os.environ for name in THREAD_VARIABLES):
-        os.environ.update({name: str(share) for name in THREAD_VARIABLES})
+    elif "OMP_NUM_THREADS" not in os.environ:
+        for name in THREAD_VARIABLES:               # one that the user set for a library of its own stays
+            os.environ.setdefault(name, str(share))
     return share
 
 

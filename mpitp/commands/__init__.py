@@ -9,6 +9,8 @@ from ..errors import InputError
 
 COMMANDS = {
     "verify": "check that the parallel feed-forward block equals the dense one (the default)",
+    "doctor": "is this machine set up right, and what to change",
+    "bench": "collectives, products and the block against their limits",
 }
 
 

@@ -1,0 +1,128 @@
+"""What a rank knows about its machine, its MPI and its share of both; gathered for `doctor`. Judges nothing."""
+import os
+import platform
+import shutil
+import socket
+from dataclasses import dataclass
+
+import mpi4py
+from mpi4py import MPI
+
+from . import launch
+from .device import cuda_aware
+
+VARIABLES = ("OPENBLAS_CORETYPE", "MKL_ENABLE_INSTRUCTIONS", "MPI4PY_LIBMPI", "MPITP_CUDA_AWARE")
+
+
+@dataclass
+class RankFacts:
+    """One rank. Sizes in bytes; None where it cannot be known."""
+    host: str
+    cores: list                     # that this rank may run on
+    machine_cores: int
+    python: str
+    numpy: str
+    mpi4py: str
+    mpi: str
+    transport: str
+    world: int
+    launcher: str | None
+    launcher_ranks: int
+    launcher_rank: int
+    blas: str
+    blas_threads: int | None        # in force
+    instructions: list              # avx2, avx512f where the processor has them
+    variables: dict
+    shared_memory: int | None       # free in /dev/shm
+    quota: float | None             # cores that the container may use
+    cuda_aware: bool = False
+    cuda_aware_how: str = ""
+    gpus: int | None = None         # None: no CuPy
+    share: int = 1                  # of the node's cores
+    node_ranks: int = 1
+
+
+def of_this_rank(comm):
+    """RankFacts of this process. Collective (two small all-gathers)."""
+    import numpy
+    launcher, ranks = launch.launcher()
+    aware, how = cuda_aware(comm)
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node_ranks = node.size
+    node.Free()
+    return RankFacts(
+        host=socket.gethostname(), cores=launch.cores(), machine_cores=os.cpu_count() or 1,
+        python=platform.python_version(), numpy=numpy.__version__, mpi4py=mpi4py.__version__,
+        mpi=launch.library_name(), transport=transport(), world=comm.size, launcher=launcher, launcher_ranks=ranks,
+        launcher_rank=launcher_rank(), blas=launch.blas_name(), blas_threads=blas_threads(),
+        instructions=instructions(), variables={**launch.USER_THREADS, **{name: os.environ[name] for name in VARIABLES if name in os.environ}},
+        shared_memory=shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None, quota=cpu_quota(),
+        cuda_aware=aware, cuda_aware_how=how, gpus=gpu_count(), share=launch.share_of_cores(comm),
+        node_ranks=node_ranks)
+
+
+def launcher_rank(environment=None):
+    """This process among those of its launcher, also where MPI does not know of the others."""
+    environment = os.environ if environment is None else environment
+    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "PALS_RANKID", "FLUX_TASK_RANK"):
+        if environment.get(name, "").isdigit():
+            return int(environment[name])
+    return 0
+
+
+def transport():
+    """How the library moves bytes, as far as it says."""
+    said = MPI.Get_library_version()
+    for line in said.splitlines():
+        if line.startswith("MPICH Device:"):
+            return line.split(":", 1)[1].strip()
+    if "Open MPI" in said:
+        chosen = [f"{name}={os.environ[f'OMPI_MCA_{name}']}" for name in ("pml", "btl") if f"OMPI_MCA_{name}" in os.environ]
+        return ", ".join(chosen) or "chosen by Open MPI (OMPI_MCA_pml_base_verbose=10 shows it)"
+    if "Intel" in said:
+        return f"I_MPI_FABRICS={os.environ.get('I_MPI_FABRICS', 'default')}"
+    return "unknown"
+
+
+def blas_threads():
+    """Threads that BLAS uses now; from its variables where threadpoolctl is missing, None where they say nothing."""
+    try:
+        from threadpoolctl import threadpool_info
+        found = [info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"]
+        if found:
+            return max(found)
+    except ImportError:
+        pass
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return None
+
+
+def instructions(path="/proc/cpuinfo"):
+    try:
+        with open(path) as lines:
+            flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    except OSError:
+        return []
+    return [name for name in ("avx2", "avx512f") if name in flags]
+
+
+def cpu_quota(path="/sys/fs/cgroup/cpu.max"):
+    """Cores that a container's limit amounts to, None without a limit."""
+    try:
+        with open(path) as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def gpu_count():
+    try:
+        import cupy
+        return cupy.cuda.runtime.getDeviceCount()
+    except ImportError:
+        return None
+    except Exception:               # CuPy without a driver raises errors of its own
+        return 0

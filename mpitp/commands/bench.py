@@ -1,0 +1,210 @@
+"""Collectives, matrix products and the feed-forward block on the ranks at hand, each beside its limit.
+
+    allreduce   latency and bandwidth of the collectives by size
+    matmul      matrix products of a rank's share, and reading of weights, with all ranks active
+    ffn         the block, forward and backward, as a share of those limits
+Medians of interleaved rounds, with the fastest and the slowest; a time is that of the slowest rank.
+"""
+import csv
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import __version__
+from ..comm import launch
+from ..comm.group import TensorParallelGroup
+from ..errors import InputError, require_positive
+from . import measure, report
+
+BENCHES = ("allreduce", "matmul", "ffn")
+
+
+def add_arguments(parser):
+    parser.add_argument("what", nargs="*", help=f"{', '.join(BENCHES)} (all)")
+    parser.add_argument("--hidden-size", type=int, default=2048, metavar="D", help="of matmul and ffn (2048)")
+    parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="(4 D)")
+    parser.add_argument("--seq-length", type=int, default=512, metavar="S", help="tokens (512; and one token)")
+    parser.add_argument("--dtype", default="float32", help="float32 or float64")
+    parser.add_argument("--max-bytes", type=int, default=1 << 24, help="largest message of allreduce (16 MiB)")
+    parser.add_argument("--rounds", type=int, default=9, help="(9)")
+    parser.add_argument("--reproducible", action="store_true", help="the block in reproducible mode, too")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--csv", metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw them (needs matplotlib: pip install 'mpitp[plot]')")
+    parser.add_argument("--from", dest="reports", nargs="+", metavar="FILE", help="draw these reports (--json of several "
+                        "numbers of ranks) with --plot, run nothing")
+
+
+@dataclass
+class Row:
+    """One thing timed. Seconds of one call; limit: the time that it cannot beat, share: limit over median."""
+    bench: str
+    case: str
+    bytes: int | None
+    flops: int | None
+    median_seconds: float
+    least_seconds: float
+    most_seconds: float
+    bytes_per_second: float | None = None
+    flops_per_second: float | None = None
+    share_of_limit: float | None = None
+
+
+@dataclass
+class Report:
+    mpitp: str
+    machine: str
+    mpi: str
+    ranks: int
+    cores_per_rank: int
+    dtype: str
+    hidden_size: int
+    ffn_hidden_size: int
+    tokens: int
+    rounds: int
+    rows: list
+
+
+def run(arguments):
+    """The command on this rank: 0."""
+    check_arguments(arguments)
+    if arguments.reports:
+        with TensorParallelGroup() as group:
+            group.root_first(lambda: draw(arguments.plot, [read_report(path) for path in arguments.reports])
+                             if group.rank == 0 else None)
+        return 0
+    with TensorParallelGroup() as group:
+        group.root_first(lambda: [report.require_writable(path) for path in (arguments.json, arguments.csv, arguments.plot)
+                                  if path and group.rank == 0])
+        rows = []
+        for bench in arguments.what or BENCHES:
+            rows += {"allreduce": collectives, "matmul": products, "ffn": feed_forward}[bench](group, arguments)
+        result = Report(__version__, launch.machine(), launch.library_name(), group.size,
+                        launch.share_of_cores(group.comm), arguments.dtype, arguments.hidden_size,
+                        arguments.ffn_hidden_size, arguments.seq_length, arguments.rounds, rows)
+        if group.rank == 0:
+            print("\n".join(lines(result)), flush=True)
+            if arguments.json:
+                report.write_json(arguments.json, "mpitp.bench/1", result)
+            if arguments.csv:
+                write_csv(arguments.csv, rows)
+            if arguments.plot:
+                draw(arguments.plot, [report.plain(result)])
+    return 0
+
+
+def check_arguments(arguments):
+    unknown = [name for name in arguments.what if name not in BENCHES]
+    if unknown:
+        raise InputError(f"found bench {unknown[0]!r}, expected {', '.join(BENCHES)}")
+    require_positive(hidden_size=arguments.hidden_size, seq_length=arguments.seq_length, rounds=arguments.rounds,
+                     max_bytes=arguments.max_bytes)
+    if arguments.ffn_hidden_size is None:
+        arguments.ffn_hidden_size = 4 * arguments.hidden_size
+    require_positive(ffn_hidden_size=arguments.ffn_hidden_size)
+    if arguments.dtype not in ("float32", "float64"):
+        raise InputError(f"found dtype {arguments.dtype!r}, expected float32 or float64")
+    if arguments.reports and not arguments.plot:
+        raise InputError("found --from without --plot, expected the file to draw")
+    if arguments.plot:
+        try:
+            import matplotlib       # noqa: F401
+        except ImportError:
+            raise InputError("found no matplotlib, expected it for --plot: pip install 'mpitp[plot]'") from None
+
+
+# --- what is measured ----------------------------------------------------------------------------------------
+
+def row(bench, case, seconds, size=None, work=None, limit=None):
+    time = measure.timing(seconds)
+    return Row(bench, case, size, work, time.median, time.least, time.most, size and size / time.median,
+               work and work / time.median, limit and 1 / measure.ratio(seconds, limit))
+
+
+def collectives(group, arguments):
+    cases, sizes = {}, {}
+    size = 8
+    while size <= arguments.max_bytes:
+        x = np.ones(size // 8)
+        partition = group.partition(x.size)
+        part = np.ones(partition.lengths[group.rank])
+        cases |= {f"all_reduce {size}": lambda x=x: group.all_reduce(x, out=x),
+                  f"all_gather {size}": lambda part=part, p=partition: group.all_gather(part, p),
+                  f"reduce_scatter {size}": lambda x=x, p=partition: group.reduce_scatter(x, p),
+                  f"broadcast {size}": lambda x=x: group.broadcast(x)}
+        sizes |= {name: size for name in list(cases)[-4:]}
+        size *= 8
+    times = measure.interleave(group, cases, arguments.rounds, 2e-4)
+    by_operation = sorted(cases, key=lambda name: (name.split()[0], sizes[name]))
+    return [row("allreduce", name.split()[0], times[name], sizes[name]) for name in by_operation]
+
+
+def products(group, arguments):
+    D, F, tokens = arguments.hidden_size, arguments.ffn_hidden_size, arguments.seq_length
+    cases = measure.product_cases(group, tokens, D, F, arguments.dtype) | measure.read_case(group, D, F, arguments.dtype)
+    times = measure.interleave(group, cases, arguments.rounds, 1e-3)
+    weight_bytes = 2 * D * F * np.dtype(arguments.dtype).itemsize
+    return [row("matmul", name, times[name], *((weight_bytes, None) if name == "read" else
+                                               (None, measure.flops(tokens, D, F, "backward" in name)))) for name in cases]
+
+
+def feed_forward(group, arguments):
+    D, F, tokens = arguments.hidden_size, arguments.ffn_hidden_size, arguments.seq_length
+    weight_bytes = 2 * D * F * np.dtype(arguments.dtype).itemsize
+    cases, layer = measure.mlp_cases(group, tokens, D, F, dtype=arguments.dtype)
+    one, _ = measure.mlp_cases(group, 1, D, F, dtype=arguments.dtype, prefix="one token ")
+    cases = measure.product_cases(group, tokens, D, F, arguments.dtype) | cases
+    cases |= measure.read_case(group, D, F, arguments.dtype) | {"one token forward": one["one token forward"]}
+    times = measure.interleave(group, cases, arguments.rounds, 1e-3)
+    rows = [row("ffn", name, times[name], None, measure.flops(tokens, D, F, "backward" in name), times[f"products {name}"])
+            for name in ("forward", "forward+backward")]
+    rows.append(row("ffn", "one token forward", times["one token forward"], weight_bytes, None, times["read"]))
+    if arguments.reproducible:
+        with TensorParallelGroup(group.comm, reproducible=True) as fixed:
+            again, _ = measure.mlp_cases(fixed, tokens, D, F, dtype=arguments.dtype, prefix="reproducible ")
+            cases = measure.product_cases(group, tokens, D, F, arguments.dtype) | again
+            times = measure.interleave(group, cases, arguments.rounds, 1e-3)
+        rows += [row("ffn", name, times[name], None, measure.flops(tokens, D, F, "backward" in name),
+                     times[name.replace("reproducible", "products")]) for name in again]
+    return rows
+
+
+# --- what is printed and written -----------------------------------------------------------------------------
+
+def lines(result):
+    yield f"mpitp {result.mpitp}: {result.ranks} ranks, {result.cores_per_rank} cores a rank, {result.mpi}"
+    yield result.machine
+    yield f"{result.hidden_size} -> {result.ffn_hidden_size} -> {result.hidden_size}, {result.tokens} tokens, " \
+          f"{result.dtype}; {result.rounds} interleaved rounds"
+    for bench in dict.fromkeys(r.bench for r in result.rows):
+        yield ""
+        yield from report.table(
+            (bench, "size", "median", "fastest", "slowest", "rate", "of limit"),
+            [(r.case, report.size(r.bytes) if r.bytes else "-", report.seconds(r.median_seconds),
+              report.seconds(r.least_seconds), report.seconds(r.most_seconds),
+              f"{r.bytes_per_second / 1e9:.2f} GB/s" if r.bytes_per_second else f"{r.flops_per_second / 1e9:.0f} GF/s",
+              f"{r.share_of_limit:.1%}" if r.share_of_limit else "-") for r in result.rows if r.bench == bench])
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, report.plain(rows[0]))
+        writer.writeheader()
+        writer.writerows(report.plain(r) for r in rows)
+
+
+def read_report(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+        if value["schema"] == "mpitp.bench/1":
+            return value
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{path}: found no mpitp.bench/1 report, expected a file that bench --json wrote")
+
+
+def draw(path, reports):
+    from .plots import draw_bench
+    draw_bench(path, reports)

@@ -1,0 +1,194 @@
+"""Is this machine set up right? Python, BLAS, MPI, launcher, cores, shared memory, GPUs on one page.
+
+Each finding that costs speed or correctness comes with the line to change. Runs without mpirun, and under every
+launcher. Exits with 1 when something is wrong.
+"""
+from dataclasses import dataclass
+
+from mpi4py import MPI
+
+from ..comm import facts as machine
+from . import report
+
+# OpenBLAS kernels that use less than AVX-512, or less than AVX2.
+BELOW_AVX512 = {"HASWELL", "ZEN", "EXCAVATOR", "STEAMROLLER", "PILEDRIVER", "BULLDOZER", "SANDYBRIDGE", "NEHALEM", "PRESCOTT",
+                "BARCELONA", "CORE2", "PENRYN", "DUNNINGTON", "ATOM", "GENERIC"}
+BELOW_AVX2 = BELOW_AVX512 - {"HASWELL", "ZEN", "EXCAVATOR"}
+SHARED_MEMORY_A_RANK = 16 << 20     # what MPICH and Open MPI want of /dev/shm for messages on one node
+
+
+@dataclass
+class Finding:
+    """Something wrong, what it costs, and the line to change."""
+    name: str
+    found: str
+    fix: str
+
+
+@dataclass
+class Report:
+    ranks: list
+    findings: list
+
+
+def add_arguments(parser):
+    parser.add_argument("--json", metavar="FILE", help="write the report there, too")
+
+
+def run(arguments):
+    """The command on this rank: 0 when nothing is wrong, else 1."""
+    comm = MPI.COMM_WORLD
+    ranks = comm.gather(machine.of_this_rank(comm))
+    status = 0
+    # Under the launcher of another MPI every process is rank 0 of its own world: the first one speaks.
+    if comm.rank == 0 and (comm.size > 1 or ranks[0].launcher_rank == 0):
+        found = Report(ranks, findings(ranks))
+        print("\n".join([*page(ranks), "", *said(found.findings)]), flush=True)
+        if arguments.json:
+            report.require_writable(arguments.json)
+            report.write_json(arguments.json, "mpitp.doctor/1", found)
+        status = 1 if found.findings else 0
+    return comm.bcast(status)
+
+
+# --- what is wrong: functions of the facts alone ------------------------------------------------------------
+
+def findings(ranks):
+    """Everything that is wrong with these RankFacts, the gravest first."""
+    checks = (wrong_launcher, different_ranks, oversubscribed, too_many_threads, idle_cores, crowded_cores,
+              idle_threads, slow_kernel, small_quota, small_shared_memory, gpu_without_cuda_aware_mpi)
+    return [finding for check in checks for finding in [check(ranks)] if finding]
+
+
+def nodes(ranks):
+    by_host = {}
+    for rank in ranks:
+        by_host.setdefault(rank.host, []).append(rank)
+    return by_host
+
+
+def wrong_launcher(ranks):
+    first = ranks[0]
+    if first.launcher_ranks > 1 and first.world == 1:
+        return Finding("wrong launcher", f"{first.launcher_ranks} processes started by {first.launcher}, each alone: "
+                       f"mpi4py uses {first.mpi}", f"use the mpirun of {first.mpi}, or set MPI4PY_LIBMPI to the library of "
+                       f"the launcher")
+
+
+def different_ranks(ranks):
+    for name in ("python", "numpy", "mpi4py", "mpi", "blas"):
+        values = sorted({getattr(rank, name) for rank in ranks})
+        if len(values) > 1:
+            return Finding("ranks differ", f"{name} is {' and '.join(values)}",
+                           "use one environment and one kind of node (reproducible mode refuses others)")
+
+
+def oversubscribed(ranks):
+    for host, here in nodes(ranks).items():
+        cores = set().union(*(rank.cores for rank in here))
+        if len(here) > len(cores):
+            return Finding("more ranks than cores", f"{len(here)} ranks on the {len(cores)} cores of {host}: a rank that "
+                           f"waits takes the time of one that works", f"mpirun -n {len(cores)}")
+
+
+def too_many_threads(ranks):
+    for host, here in nodes(ranks).items():
+        cores = set().union(*(rank.cores for rank in here))
+        threads = sum(rank.blas_threads or 0 for rank in here)
+        if threads > max(len(cores), len(here)):
+            return Finding("more threads than cores", f"{threads} BLAS threads of {len(here)} ranks on {len(cores)} cores of "
+                           f"{host}", f"export OMP_NUM_THREADS={max(1, len(cores) // len(here))} (or unset it: mpitp sets it)")
+
+
+def idle_cores(ranks):
+    """Ranks pinned to fewer cores than the node has and nobody else uses."""
+    for host, here in nodes(ranks).items():
+        cores = set().union(*(rank.cores for rank in here))
+        if all(rank.launcher for rank in here) and len(cores) < here[0].machine_cores and len(cores) <= len(here):
+            return Finding("pinned", f"{len(here)} rank{'s' * (len(here) > 1)} pinned to {len(cores)} of the "
+                           f"{here[0].machine_cores} cores of {host}",
+                           "mpirun --bind-to none (Open MPI), srun --cpus-per-task=N (Slurm), I_MPI_PIN=0 (Intel MPI)")
+
+
+def crowded_cores(ranks):
+    """Ranks that share cores while others of the node are free."""
+    for host, here in nodes(ranks).items():
+        cores = set().union(*(rank.cores for rank in here))
+        free = here[0].machine_cores - len(cores)
+        if len(here) > 1 and free and len(cores) < len(here) <= here[0].machine_cores:
+            return Finding("ranks share cores", f"{len(here)} ranks on {len(cores)} cores of {host}, {free} others free",
+                           "mpirun --bind-to none, or --map-by core")
+
+
+def idle_threads(ranks):
+    for number, rank in enumerate(ranks):
+        if rank.blas_threads and rank.blas_threads < rank.share and any(
+                name.endswith("NUM_THREADS") for name in rank.variables):
+            return Finding("idle cores", f"rank {number} has {rank.share} cores and {rank.blas_threads} BLAS "
+                           f"thread{'s' * (rank.blas_threads > 1)}", f"export OMP_NUM_THREADS={rank.share} (or unset it)")
+
+
+def slow_kernel(ranks):
+    for rank in ranks:
+        forced = rank.variables.get("OPENBLAS_CORETYPE", "")
+        if "avx512f" in rank.instructions and forced.upper() in BELOW_AVX512 or \
+                "avx2" in rank.instructions and forced.upper() in BELOW_AVX2:
+            return Finding("slow BLAS kernel", f"OPENBLAS_CORETYPE={forced} on a processor with "
+                           f"{rank.instructions[-1]}: products take up to twice as long", "unset OPENBLAS_CORETYPE")
+        if rank.variables.get("MKL_ENABLE_INSTRUCTIONS", "AVX512").upper() not in ("AVX512", "AVX512_E1", "AVX512_E4") and \
+                "avx512f" in rank.instructions:
+            return Finding("slow BLAS kernel", f"MKL_ENABLE_INSTRUCTIONS={rank.variables['MKL_ENABLE_INSTRUCTIONS']}",
+                           "unset MKL_ENABLE_INSTRUCTIONS")
+
+
+def small_quota(ranks):
+    for host, here in nodes(ranks).items():
+        cores = set().union(*(rank.cores for rank in here))
+        if here[0].quota is not None and here[0].quota < min(len(cores), sum(rank.blas_threads or 1 for rank in here)) - 0.01:
+            return Finding("container limit", f"{here[0].quota:.1f} cores allowed by cpu.max, {len(cores)} seen on {host}",
+                           f"mpirun -n {max(1, int(here[0].quota))}, or a larger limit (docker run --cpus)")
+
+
+def small_shared_memory(ranks):
+    for host, here in nodes(ranks).items():
+        free = here[0].shared_memory
+        if len(here) > 1 and free is not None and free < len(here) * SHARED_MEMORY_A_RANK:
+            return Finding("little shared memory", f"{report.size(free)} free in /dev/shm of {host} for {len(here)} ranks",
+                           "docker run --shm-size=1g, or remount /dev/shm larger")
+
+
+def gpu_without_cuda_aware_mpi(ranks):
+    first = ranks[0]
+    if first.gpus and not first.cuda_aware and first.world > 1:
+        return Finding("MPI without CUDA", f"{first.gpus} GPUs, and {first.mpi} takes no device buffers "
+                       f"({first.cuda_aware_how}): staged through host memory", "an MPI built with CUDA")
+
+
+# --- what is printed -----------------------------------------------------------------------------------------
+
+def page(ranks):
+    first = ranks[0]
+    yield f"Python       {first.python}, NumPy {first.numpy}, mpi4py {first.mpi4py}"
+    yield f"BLAS         {first.blas}"
+    yield f"MPI          {first.mpi}, transport: {first.transport}"
+    yield f"launcher     {first.launcher or 'none'}{f', {first.launcher_ranks} ranks' if first.launcher else ''}; " \
+          f"MPI sees {first.world}"
+    yield f"CUDA-aware   {'yes' if first.cuda_aware else 'no'}: {first.cuda_aware_how}"
+    yield f"GPUs         {'no CuPy' if first.gpus is None else first.gpus}"
+    shared = "unknown" if first.shared_memory is None else f"{report.size(first.shared_memory)} free"
+    yield f"/dev/shm     {shared}; container limit: {'none' if first.quota is None else f'{first.quota:.1f} cores'}"
+    settings = ", ".join(f"{name}={value}" for name, value in first.variables.items()) or "none that matter"
+    yield f"environment  {settings}"
+    yield ""
+    yield from report.table(
+        ("rank", "host", "may run on", "share", "BLAS threads"),
+        [(number, rank.host, f"{len(rank.cores)} of {rank.machine_cores} cores", f"{rank.share} of them",
+          rank.blas_threads or "unknown") for number, rank in enumerate(ranks)])
+
+
+def said(found):
+    if not found:
+        yield "nothing is wrong"
+    for finding in found:
+        yield f"WRONG  {finding.name}: {finding.found}"
+        yield f"  fix  {finding.fix}"

@@ -1,0 +1,64 @@
+"""bench: its figures add up, its files are what they say. Times themselves are not tested."""
+import csv
+import json
+
+import pytest
+
+from mpitp.commands import measure
+from spmd import job
+
+SMALL = ("--hidden-size", 32, "--seq-length", 8, "--rounds", 3, "--max-bytes", 600)
+
+
+@pytest.mark.launcher
+def test_all_benches(tmp_path):
+    done = job(2, "-m", "mpitp", "bench", *SMALL, "--reproducible", "--json", tmp_path / "b.json", "--csv", tmp_path / "b.csv")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report["schema"] == "mpitp.bench/1" and report["ranks"] == 2
+    rows = report["rows"]
+    assert {row["bench"] for row in rows} == {"allreduce", "matmul", "ffn"}
+    assert {(row["case"], row["bytes"]) for row in rows if row["bench"] == "allreduce"} == {
+        (case, size) for case in ("all_reduce", "all_gather", "reduce_scatter", "broadcast") for size in (8, 64, 512)}
+    for row in rows:
+        assert 0 < row["least_seconds"] <= row["median_seconds"] <= row["most_seconds"]
+        if row["flops"]:
+            assert row["flops_per_second"] == pytest.approx(row["flops"] / row["median_seconds"])
+    forward = [row for row in rows if row["case"] == "forward"][0]
+    assert forward["flops"] == 2 * 2 * 8 * 32 * 128 and 0 < forward["share_of_limit"]
+    assert len(list(csv.DictReader((tmp_path / "b.csv").open()))) == len(rows)
+
+
+@pytest.mark.launcher
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    for ranks in (1, 2):
+        done = job(ranks, "-m", "mpitp", "bench", *SMALL, "--json", tmp_path / f"{ranks}.json", "--plot", tmp_path / f"{ranks}.png")
+        assert done.returncode == 0, done.stderr
+    done = job(1, "-m", "mpitp", "bench", "--from", tmp_path / "1.json", tmp_path / "2.json", "--plot", tmp_path / "all.png")
+    assert done.returncode == 0, done.stderr
+    for name in ("1.png", "2.png", "all.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 20_000
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("arguments, said", [
+    (["fft"], "found bench 'fft', expected allreduce, matmul, ffn"), (["--rounds", "0"], "rounds = 0"),
+    (["--from", "x.json"], "--from without --plot"), (["--dtype", "int8"], "dtype 'int8'"),
+    (["--json", "/gone/x"], "'/gone/x'"),
+])
+def test_bad_input(arguments, said):
+    done = job(2, "-m", "mpitp", "bench", *arguments)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("mpitp: ") == 1, done.stderr
+
+
+def test_interleaved_rounds(group):
+    """The slowest rank's time, once a round for each case, in turn."""
+    calls = []
+    cases = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    seconds = measure.interleave(group, cases, rounds=4)
+    assert calls[6:] == list("abc" * 4)             # after two calls of each to warm up
+    assert all(len(times) == 4 and min(times) >= 0 for times in seconds.values())
+    assert len({str(times) for times in group.comm.allgather(seconds)}) == 1
+    assert measure.ratio([2.0, 6.0, 20.0], [1.0, 2.0, 5.0]) == 3.0
