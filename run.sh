@@ -157,6 +157,11 @@ open_mpi_environment() {    # what Open MPI needs as root, with more ranks than 
     export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
     export OMPI_MCA_hwloc_base_binding_policy=${OMPI_MCA_hwloc_base_binding_policy:-none}
     export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy:-none}
+    local cores
+    cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+    if [ -z "$site" ] && [ "$ranks" -gt "$cores" ]; then    # a rank that waits lets another work
+        export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
+    fi
     if [ -z "$site" ] && [ "$1" = openmpi5 ]; then          # one node: opening the network takes a second
         export OMPI_MCA_pml=${OMPI_MCA_pml:-ob1} OMPI_MCA_btl=${OMPI_MCA_btl:-self,sm}
     fi

@@ -37,7 +37,7 @@ def job(ranks, *arguments, timeout=60, environment=None, cwd=ROOT):
     clean.update(MPIEXEC_TIMEOUT=str(timeout), PYTHONPATH=str(ROOT), OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1",
                  OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
                  PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe", OMPI_MCA_rmaps_base_oversubscribe="1",
-                 OMPI_MCA_pml="ob1", OMPI_MCA_btl="self,sm")
+                 OMPI_MCA_mpi_yield_when_idle="1", OMPI_MCA_pml="ob1", OMPI_MCA_btl="self,sm")
     clean.update(environment or {})
     mpirun = Path(sys.prefix) / "bin" / "mpirun"
     launcher = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)]

@@ -119,12 +119,12 @@ def test_good_and_failed_status():
 
 
 def test_without_the_guard_it_would_hang():
-    """The tester, tested: the bare program does not end by itself."""
-    bare = PROGRAM.format(rank=1, failure="sys.exit(2)", enter="group = mpitp.TensorParallelGroup()\n    if True:",
-                          start="main()")
+    """The tester, tested: the bare program does not end by itself, only by the alarm that it sets."""
+    bare = "import faulthandler\nfaulthandler.dump_traceback_later(6, exit=True)\n" + PROGRAM.format(
+        rank=1, failure="sys.exit(2)", enter="group = mpitp.TensorParallelGroup()\n    if True:", start="main()")
     began = time.monotonic()
-    done = job(2, "-c", bare, timeout=4)
-    assert done.returncode != 0 and time.monotonic() - began > 3
+    done = job(2, "-c", bare, timeout=60)
+    assert done.returncode != 0 and time.monotonic() - began > 5 and "Timeout" in done.stderr
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
