@@ -19,14 +19,25 @@ case "$1" in --version) echo "{version}"; exit 0 ;; esac
 """
 
 
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    """The system's programs without its MPI, if it has one."""
+    folder = tmp_path_factory.mktemp("tools")
+    for place in ("/usr/bin", "/bin", "/usr/sbin", "/sbin"):
+        for program in os.listdir(place) if os.path.isdir(place) else ():
+            if not program.startswith(("mpi", "orte", "prte", "srun", "jsrun")) and not (folder / program).is_symlink():
+                (folder / program).symlink_to(f"{place}/{program}")
+    return folder
+
+
 @pytest.fixture
-def site(tmp_path):
+def site(tmp_path, tools):
     """A machine for run.sh: its own copy of the environment, stubs on PATH, a clean environment."""
-    return Site(tmp_path)
+    return Site(tmp_path, tools)
 
 
 class Site:
-    def __init__(self, folder):
+    def __init__(self, folder, tools):
         self.folder, self.bin, self.log = folder, folder / "bin", folder / "log"
         self.bin.mkdir()
         self.venv = folder / "venv"         # the environment that runs this test, with a memory of its own
@@ -35,7 +46,7 @@ class Site:
         (self.venv / "bin" / "python").chmod(0o755)
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(
             ("PMI", "PMIX", "OMPI_", "PRTE", "HYDRA", "HYDI", "MPI", "SLURM", "PBS", "LSB", "OMP_", "OPENBLAS", "MKL"))}
-        self.environment.update(PATH=f"{self.bin}:/usr/bin:/bin", MPITP_VENV=str(self.venv), PYTHONPATH=str(ROOT),
+        self.environment.update(PATH=f"{self.bin}:{tools}", MPITP_VENV=str(self.venv), PYTHONPATH=str(ROOT),
                                 MPIEXEC_TIMEOUT="60")
 
     def stub(self, name, action="exit 0", version="stub"):
