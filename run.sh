@@ -162,8 +162,10 @@ open_mpi_environment() {    # what Open MPI needs as root, with more ranks than 
     if [ -z "$site" ] && [ "$ranks" -gt "$cores" ]; then    # a rank that waits lets another work
         export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
     fi
-    if [ -z "$site" ] && [ "$1" = openmpi5 ]; then          # one node: opening the network takes a second
-        export OMPI_MCA_pml=${OMPI_MCA_pml:-ob1} OMPI_MCA_btl=${OMPI_MCA_btl:-self,sm}
+    if [ -z "$site" ]; then                                 # one node: opening the network takes a second
+        local shared=sm
+        [ "$1" != openmpi4 ] || shared=vader
+        export OMPI_MCA_pml=${OMPI_MCA_pml:-ob1} OMPI_MCA_btl=${OMPI_MCA_btl:-self,$shared}
     fi
 }
 

@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 
+PIECE = 1 << 18
+
 
 def logistic(z):
     return np.exp(-np.logaddexp(0, -z))
@@ -125,10 +127,14 @@ def error_ratio(computed, exact, magnitude):
         return math.inf
     if computed.size == 0:
         return 0.0
-    error = np.abs(computed.astype(np.float64) - exact)
-    allowed = np.finfo(computed.dtype).eps * magnitude
-    ratio = np.divide(error, allowed, out=np.where(error == 0, 0.0, np.inf), where=allowed > 0)
-    return float(ratio.max()) if np.isfinite(ratio).all() else math.inf
+    worst, flat = 0.0, (computed.reshape(-1), exact.reshape(-1), magnitude.reshape(-1))
+    for at in range(0, computed.size, PIECE):   # temporaries of a whole matrix cost more than the arithmetic
+        found, true, size = (array[at:at + PIECE] for array in flat)
+        error = np.abs(found.astype(np.float64) - true)
+        allowed = np.finfo(computed.dtype).eps * size
+        ratio = np.divide(error, allowed, out=np.where(error == 0, 0.0, np.inf), where=allowed > 0)
+        worst = max(worst, ratio.max() if np.isfinite(ratio).all() else math.inf)
+    return float(worst)
 
 
 def limit(dense_ratio):

@@ -63,6 +63,14 @@ def test_they_are_normal():
     assert np.isfinite(x).all()
 
 
+@pytest.mark.parametrize("word", [0, 2**64 - 1])
+def test_no_word_makes_an_infinite_number(word, monkeypatch):
+    """u1 is never 0, whose logarithm is not finite: one word in 2^53 would do."""
+    monkeypatch.setattr(rng, "words", lambda key, start, stop: np.full(stop - start, word, np.uint64))
+    x = rng.normals(None, 0, 4)
+    assert np.isfinite(x).all() and np.abs(x).max() < 8.6       # sqrt(-2 ln 2^-53) = 8.57
+
+
 def test_other_names_and_seeds_are_other_streams():
     streams = {rng.words(rng.key(seed, name), 0, 4).tobytes() for seed in (0, 1) for name in ("a", "b", "a.b")}
     assert len(streams) == 6

@@ -55,7 +55,8 @@ def of_this_rank(comm):
         python=platform.python_version(), numpy=numpy.__version__, mpi4py=mpi4py.__version__,
         mpi=launch.library_name(), transport=transport(), world=comm.size, launcher=launcher, launcher_ranks=ranks,
         launcher_rank=launcher_rank(), blas=launch.blas_name(), blas_threads=blas_threads(),
-        instructions=instructions(), variables={**launch.USER_THREADS, **{name: os.environ[name] for name in VARIABLES if name in os.environ}},
+        instructions=instructions(),
+        variables={**launch.USER_THREADS, **{name: os.environ[name] for name in VARIABLES if name in os.environ}},
         shared_memory=shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None, quota=cpu_quota(),
         cuda_aware=aware, cuda_aware_how=how, gpus=gpu_count(), share=launch.share_of_cores(comm),
         node_ranks=node_ranks)
@@ -77,7 +78,8 @@ def transport():
         if line.startswith("MPICH Device:"):
             return line.split(":", 1)[1].strip()
     if "Open MPI" in said:
-        chosen = [f"{name}={os.environ[f'OMPI_MCA_{name}']}" for name in ("pml", "btl") if f"OMPI_MCA_{name}" in os.environ]
+        chosen = [f"{name}={os.environ[f'OMPI_MCA_{name}']}" for name in ("pml", "btl")
+                  if f"OMPI_MCA_{name}" in os.environ]
         return ", ".join(chosen) or "chosen by Open MPI (OMPI_MCA_pml_base_verbose=10 shows it)"
     if "Intel" in said:
         return f"I_MPI_FABRICS={os.environ.get('I_MPI_FABRICS', 'default')}"

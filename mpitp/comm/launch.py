@@ -9,13 +9,13 @@ from mpi4py import MPI
 
 from ..errors import InputError
 
-# What each launcher tells its processes: (variable with the number of ranks, its name in a message).
+# What each launcher tells its processes: (variable with the number of ranks, its name in a message). The launcher
+# nearest to the process comes first: a Hydra or Open MPI mpirun may itself have been started by srun.
 LAUNCHERS = (
-    ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),
-    ("PMI_SIZE", "a Hydra mpirun (MPICH, Intel MPI) or another PMI launcher"),
-    ("SLURM_STEP_NUM_TASKS", "srun"),
     ("JSM_NAMESPACE_SIZE", "jsrun"),
-    ("PALS_SIZE", "PALS mpiexec"),
+    ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),
+    ("PMI_SIZE", "a Hydra mpirun (MPICH, Intel MPI) or another launcher with PMI (PALS, srun --mpi=pmi2)"),
+    ("SLURM_STEP_NUM_TASKS", "srun"),
     ("FLUX_JOB_SIZE", "flux run"),
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
@@ -34,7 +34,7 @@ def launcher(environment=None):
     environment = os.environ if environment is None else environment
     for variable, name in LAUNCHERS:
         if variable == "SLURM_STEP_NUM_TASKS" and not environment.get("SLURM_STEP_ID", "").isdigit():
-            continue                            # a batch script's own shell, not a process of srun
+            continue                            # -5 in a batch script's own shell, -6 in salloc's: not srun's process
         if environment.get(variable, "").isdigit():
             return name, int(environment[variable])
     return None, 1
@@ -69,6 +69,15 @@ def share_of_cores(comm):
     return max(1, int(sum(1 / sum(core in others for others in of_ranks) for core in mine) + 1e-9))
 
 
+def idle_cores(comm):
+    """Cores of this rank's node that a launcher keeps from all of its ranks while they could use more. Collective."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    used, ranks = set().union(*node.allgather(cores())), node.size
+    node.Free()
+    pinned = launcher()[0] is not None and len(used) <= ranks
+    return max(0, (os.cpu_count() or 1) - len(used)) if pinned else 0
+
+
 def set_blas_threads(comm, reproducible=False):
     """Give BLAS this rank's share of the cores, unless the user set a number. Before NumPy is imported. Collective.
 
@@ -86,7 +95,7 @@ def set_blas_threads(comm, reproducible=False):
 def machine():
     """What the bits of a product depend on: processor model, NumPy, and the BLAS kernel that runs."""
     import numpy
-    model = platform.processor() or platform.machine()
+    model = platform.machine()                  # platform.processor() starts a process: not under MPI
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
             model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)

@@ -32,8 +32,8 @@ def add_arguments(parser):
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--csv", metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them (needs matplotlib: pip install 'mpitp[plot]')")
-    parser.add_argument("--from", dest="reports", nargs="+", metavar="FILE", help="draw these reports (--json of several "
-                        "numbers of ranks) with --plot, run nothing")
+    parser.add_argument("--from", dest="reports", nargs="+", metavar="FILE",
+                        help="draw these reports (--json of several numbers of ranks) with --plot, run nothing")
 
 
 @dataclass
@@ -75,8 +75,8 @@ def run(arguments):
                              if group.rank == 0 else None)
         return 0
     with TensorParallelGroup() as group:
-        group.root_first(lambda: [report.require_writable(path) for path in (arguments.json, arguments.csv, arguments.plot)
-                                  if path and group.rank == 0])
+        files = [path for path in (arguments.json, arguments.csv, arguments.plot) if path and group.rank == 0]
+        group.root_first(lambda: [report.require_writable(path) for path in files])
         rows = []
         for bench in arguments.what or BENCHES:
             rows += {"allreduce": collectives, "matmul": products, "ffn": feed_forward}[bench](group, arguments)
@@ -142,11 +142,12 @@ def collectives(group, arguments):
 
 def products(group, arguments):
     D, F, tokens = arguments.hidden_size, arguments.ffn_hidden_size, arguments.seq_length
-    cases = measure.product_cases(group, tokens, D, F, arguments.dtype) | measure.read_case(group, D, F, arguments.dtype)
+    cases = measure.product_cases(group, tokens, D, F, arguments.dtype)
+    cases |= measure.read_case(group, D, F, arguments.dtype)
     times = measure.interleave(group, cases, arguments.rounds, 1e-3)
     weight_bytes = 2 * D * F * np.dtype(arguments.dtype).itemsize
-    return [row("matmul", name, times[name], *((weight_bytes, None) if name == "read" else
-                                               (None, measure.flops(tokens, D, F, "backward" in name)))) for name in cases]
+    return [row("matmul", name, times[name], weight_bytes) if name == "read" else
+            row("matmul", name, times[name], None, measure.flops(tokens, D, F, "backward" in name)) for name in cases]
 
 
 def feed_forward(group, arguments):
@@ -157,8 +158,8 @@ def feed_forward(group, arguments):
     cases = measure.product_cases(group, tokens, D, F, arguments.dtype) | cases
     cases |= measure.read_case(group, D, F, arguments.dtype) | {"one token forward": one["one token forward"]}
     times = measure.interleave(group, cases, arguments.rounds, 1e-3)
-    rows = [row("ffn", name, times[name], None, measure.flops(tokens, D, F, "backward" in name), times[f"products {name}"])
-            for name in ("forward", "forward+backward")]
+    rows = [row("ffn", name, times[name], None, measure.flops(tokens, D, F, "backward" in name),
+                times[f"products {name}"]) for name in ("forward", "forward+backward")]
     rows.append(row("ffn", "one token forward", times["one token forward"], weight_bytes, None, times["read"]))
     if arguments.reproducible:
         with TensorParallelGroup(group.comm, reproducible=True) as fixed:

@@ -3,6 +3,7 @@
 Each finding that costs speed or correctness comes with the line to change. Runs without mpirun, and under every
 launcher. Exits with 1 when something is wrong.
 """
+import textwrap
 from dataclasses import dataclass
 
 from mpi4py import MPI
@@ -11,8 +12,8 @@ from ..comm import facts as machine
 from . import report
 
 # OpenBLAS kernels that use less than AVX-512, or less than AVX2.
-BELOW_AVX512 = {"HASWELL", "ZEN", "EXCAVATOR", "STEAMROLLER", "PILEDRIVER", "BULLDOZER", "SANDYBRIDGE", "NEHALEM", "PRESCOTT",
-                "BARCELONA", "CORE2", "PENRYN", "DUNNINGTON", "ATOM", "GENERIC"}
+BELOW_AVX512 = {"HASWELL", "ZEN", "EXCAVATOR", "STEAMROLLER", "PILEDRIVER", "BULLDOZER", "SANDYBRIDGE", "NEHALEM",
+                "PRESCOTT", "BARCELONA", "CORE2", "PENRYN", "DUNNINGTON", "ATOM", "GENERIC"}
 BELOW_AVX2 = BELOW_AVX512 - {"HASWELL", "ZEN", "EXCAVATOR"}
 SHARED_MEMORY_A_RANK = 16 << 20     # what MPICH and Open MPI want of /dev/shm for messages on one node
 
@@ -70,9 +71,10 @@ def nodes(ranks):
 def wrong_launcher(ranks):
     first = ranks[0]
     if first.launcher_ranks > 1 and first.world == 1:
-        return Finding("wrong launcher", f"{first.launcher_ranks} processes started by {first.launcher}, each alone: "
-                       f"mpi4py uses {first.mpi}", f"use the mpirun of {first.mpi}, or set MPI4PY_LIBMPI to the library of "
-                       f"the launcher")
+        return Finding(
+            "wrong launcher",
+            f"{first.launcher_ranks} processes started by {first.launcher}, each alone: mpi4py uses {first.mpi}",
+            f"use the mpirun of {first.mpi}, or set MPI4PY_LIBMPI to the library of the launcher")
 
 
 def different_ranks(ranks):
@@ -87,8 +89,10 @@ def oversubscribed(ranks):
     for host, here in nodes(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         if len(here) > len(cores):
-            return Finding("more ranks than cores", f"{len(here)} ranks on the {len(cores)} cores of {host}: a rank that "
-                           f"waits takes the time of one that works", f"mpirun -n {len(cores)}")
+            return Finding(
+                "more ranks than cores",
+                f"{len(here)} ranks on the {len(cores)} cores of {host}: waiting takes the time of working",
+                f"mpirun -n {len(cores)}")
 
 
 def too_many_threads(ranks):
@@ -96,8 +100,9 @@ def too_many_threads(ranks):
         cores = set().union(*(rank.cores for rank in here))
         threads = sum(rank.blas_threads or 0 for rank in here)
         if threads > max(len(cores), len(here)):
-            return Finding("more threads than cores", f"{threads} BLAS threads of {len(here)} ranks on {len(cores)} cores of "
-                           f"{host}", f"export OMP_NUM_THREADS={max(1, len(cores) // len(here))} (or unset it: mpitp sets it)")
+            return Finding(
+                "more threads than cores", f"{threads} BLAS threads of {len(here)} ranks on {len(cores)} cores of {host}",
+                f"export OMP_NUM_THREADS={max(1, len(cores) // len(here))} (or unset it: mpitp sets it)")
 
 
 def idle_cores(ranks):
@@ -105,9 +110,10 @@ def idle_cores(ranks):
     for host, here in nodes(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         if all(rank.launcher for rank in here) and len(cores) < here[0].machine_cores and len(cores) <= len(here):
-            return Finding("pinned", f"{len(here)} rank{'s' * (len(here) > 1)} pinned to {len(cores)} of the "
-                           f"{here[0].machine_cores} cores of {host}",
-                           "mpirun --bind-to none (Open MPI), srun --cpus-per-task=N (Slurm), I_MPI_PIN=0 (Intel MPI)")
+            return Finding(
+                "pinned", f"{len(here)} rank{'s' * (len(here) > 1)} pinned to {len(cores)} of the "
+                f"{here[0].machine_cores} cores of {host}",
+                "mpirun --bind-to none (Open MPI), srun --cpus-per-task=N (Slurm), I_MPI_PIN=0 (Intel MPI)")
 
 
 def crowded_cores(ranks):
@@ -124,8 +130,9 @@ def idle_threads(ranks):
     for number, rank in enumerate(ranks):
         if rank.blas_threads and rank.blas_threads < rank.share and any(
                 name.endswith("NUM_THREADS") for name in rank.variables):
-            return Finding("idle cores", f"rank {number} has {rank.share} cores and {rank.blas_threads} BLAS "
-                           f"thread{'s' * (rank.blas_threads > 1)}", f"export OMP_NUM_THREADS={rank.share} (or unset it)")
+            return Finding(
+                "idle cores", f"rank {number} has {rank.share} cores and {rank.blas_threads} BLAS threads",
+                f"export OMP_NUM_THREADS={rank.share} (or unset it)")
 
 
 def slow_kernel(ranks):
@@ -133,35 +140,39 @@ def slow_kernel(ranks):
         forced = rank.variables.get("OPENBLAS_CORETYPE", "")
         if "avx512f" in rank.instructions and forced.upper() in BELOW_AVX512 or \
                 "avx2" in rank.instructions and forced.upper() in BELOW_AVX2:
-            return Finding("slow BLAS kernel", f"OPENBLAS_CORETYPE={forced} on a processor with "
-                           f"{rank.instructions[-1]}: products take up to twice as long", "unset OPENBLAS_CORETYPE")
-        if rank.variables.get("MKL_ENABLE_INSTRUCTIONS", "AVX512").upper() not in ("AVX512", "AVX512_E1", "AVX512_E4") and \
-                "avx512f" in rank.instructions:
-            return Finding("slow BLAS kernel", f"MKL_ENABLE_INSTRUCTIONS={rank.variables['MKL_ENABLE_INSTRUCTIONS']}",
-                           "unset MKL_ENABLE_INSTRUCTIONS")
+            return Finding(
+                "slow BLAS kernel", f"OPENBLAS_CORETYPE={forced} on a processor with {rank.instructions[-1]}: products "
+                f"take up to twice as long", "unset OPENBLAS_CORETYPE")
+        limit = rank.variables.get("MKL_ENABLE_INSTRUCTIONS", "AVX512")
+        if "avx512f" in rank.instructions and not limit.upper().startswith("AVX512"):
+            return Finding("slow BLAS kernel", f"MKL_ENABLE_INSTRUCTIONS={limit}", "unset MKL_ENABLE_INSTRUCTIONS")
 
 
 def small_quota(ranks):
     for host, here in nodes(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
-        if here[0].quota is not None and here[0].quota < min(len(cores), sum(rank.blas_threads or 1 for rank in here)) - 0.01:
-            return Finding("container limit", f"{here[0].quota:.1f} cores allowed by cpu.max, {len(cores)} seen on {host}",
-                           f"mpirun -n {max(1, int(here[0].quota))}, or a larger limit (docker run --cpus)")
+        wanted, quota = min(len(cores), sum(rank.blas_threads or 1 for rank in here)), here[0].quota
+        if quota is not None and quota < wanted - 0.01:
+            return Finding(
+                "container limit", f"{quota:.1f} cores allowed by cpu.max, {len(cores)} seen on {host}",
+                f"mpirun -n {max(1, int(quota))}, or a larger limit (docker run --cpus)")
 
 
 def small_shared_memory(ranks):
     for host, here in nodes(ranks).items():
         free = here[0].shared_memory
         if len(here) > 1 and free is not None and free < len(here) * SHARED_MEMORY_A_RANK:
-            return Finding("little shared memory", f"{report.size(free)} free in /dev/shm of {host} for {len(here)} ranks",
-                           "docker run --shm-size=1g, or remount /dev/shm larger")
+            return Finding(
+                "little shared memory", f"{report.size(free)} free in /dev/shm of {host} for {len(here)} ranks",
+                "docker run --shm-size=1g, or remount /dev/shm larger")
 
 
 def gpu_without_cuda_aware_mpi(ranks):
     first = ranks[0]
     if first.gpus and not first.cuda_aware and first.world > 1:
-        return Finding("MPI without CUDA", f"{first.gpus} GPUs, and {first.mpi} takes no device buffers "
-                       f"({first.cuda_aware_how}): staged through host memory", "an MPI built with CUDA")
+        return Finding(
+            "MPI without CUDA", f"{first.gpus} GPUs, and {first.mpi} takes no device buffers ({first.cuda_aware_how}): "
+            f"staged through host memory", "an MPI built with CUDA")
 
 
 # --- what is printed -----------------------------------------------------------------------------------------
@@ -173,12 +184,15 @@ def page(ranks):
     yield f"MPI          {first.mpi}, transport: {first.transport}"
     yield f"launcher     {first.launcher or 'none'}{f', {first.launcher_ranks} ranks' if first.launcher else ''}; " \
           f"MPI sees {first.world}"
-    yield f"CUDA-aware   {'yes' if first.cuda_aware else 'no'}: {first.cuda_aware_how}"
+    how = first.cuda_aware_how.split("; ")
+    yield f"CUDA-aware   {'yes' if first.cuda_aware else 'no'}: {how[0]}"
+    yield from (f"             {reason}" for reason in how[1:])
     yield f"GPUs         {'no CuPy' if first.gpus is None else first.gpus}"
     shared = "unknown" if first.shared_memory is None else f"{report.size(first.shared_memory)} free"
     yield f"/dev/shm     {shared}; container limit: {'none' if first.quota is None else f'{first.quota:.1f} cores'}"
-    settings = ", ".join(f"{name}={value}" for name, value in first.variables.items()) or "none that matter"
-    yield f"environment  {settings}"
+    settings = [f"{name}={value}" for name, value in first.variables.items()] or ["nothing that matters"]
+    yield f"environment  {settings[0]}"
+    yield from (f"             {setting}" for setting in settings[1:])
     yield ""
     yield from report.table(
         ("rank", "host", "may run on", "share", "BLAS threads"),
@@ -190,5 +204,5 @@ def said(found):
     if not found:
         yield "nothing is wrong"
     for finding in found:
-        yield f"WRONG  {finding.name}: {finding.found}"
-        yield f"  fix  {finding.fix}"
+        yield from textwrap.wrap(f"WRONG  {finding.name}: {finding.found}", 98, subsequent_indent="       ")
+        yield from textwrap.wrap(f"  fix  {finding.fix}", 98, subsequent_indent="       ", break_on_hyphens=False)

@@ -30,7 +30,8 @@ def time_against_size(axis, reports):
     cases = list(dict.fromkeys(row["case"] for row in rows_of(report, "allreduce")))
     for marker, case in zip(MARKERS, cases):
         rows = [row for row in rows_of(report, "allreduce") if row["case"] == case]
-        axis.loglog([row["bytes"] for row in rows], [row["median_seconds"] * 1e6 for row in rows], marker=marker, label=case)
+        axis.loglog([row["bytes"] for row in rows], [row["median_seconds"] * 1e6 for row in rows], marker=marker,
+                    label=case)
     axis.set(xlabel="size of the whole array (bytes)", ylabel="time (microseconds)",
              title=f"Collectives, {report['ranks']} ranks")
     axis.legend()

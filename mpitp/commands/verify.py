@@ -44,6 +44,7 @@ class Report:
     mpi: str
     ranks: int
     cores_per_rank: int
+    idle_cores: int             # of the first rank's node, that no rank may use
     dtype: str
     reproducible: bool
     notebook: checks.Notebook
@@ -67,14 +68,14 @@ def run(arguments):
                 arguments.ffn_hidden_size = 4 * arguments.hidden_size
             arguments.activation = arguments.activation or ACTIVATION
             layer, what, bytes_read = checks.random_layer(group, arguments), "random weights", None
-        cores = launch.share_of_cores(group.comm)
+        cores, idle = launch.share_of_cores(group.comm), launch.idle_cores(group.comm)
         notebook = checks.notebook_example(group, arguments.seed)
         block = checks.check_block(group, layer, what, bytes_read, arguments)
         good = True
         if group.rank == 0:
             good = notebook.allclose and block.good
-            result = Report(__version__, launch.machine(), launch.library_name(), group.size, cores, str(layer.dtype),
-                            group.reproducible, notebook, block, good)
+            result = Report(__version__, launch.machine(), launch.library_name(), group.size, cores, idle,
+                            str(layer.dtype), group.reproducible, notebook, block, good)
             print("\n".join(lines(result)), flush=True)
             if arguments.json:
                 report.write_json(arguments.json, "mpitp.verify/1", result)
@@ -100,6 +101,8 @@ def lines(result):
     ranks = count(result.ranks, "rank")
     yield f"mpitp {result.mpitp}: {ranks}, {count(result.cores_per_rank, 'core')} a rank, {result.mpi}"
     yield f"{result.machine}"
+    if result.idle_cores:
+        yield f"NOTE: pinned, {count(result.idle_cores, 'core')} of this node idle: python -m mpitp doctor says what to do"
     yield ""
     yield from notebook_lines(result.notebook)
     yield ""
