@@ -26,20 +26,26 @@ def draw(seed, *shape, dtype=np.float64):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def job(ranks, *arguments, timeout=60, environment=None, cwd=ROOT):
-    """Run `mpirun -n ranks python arguments...` with the launcher beside this Python, free of this job's variables.
-
-    Returns subprocess.CompletedProcess with text output.
-    """
+def job_environment(**more):
+    """This environment without the launcher's variables of this job, for jobs that start on a busy, small machine."""
     clean = {key: value for key, value in os.environ.items()
              if not key.startswith(("PMI", "PMIX", "OMPI_", "PRTE", "MPI_LOCAL", "HYDRA", "HYDI", "MPIR"))
              or key.startswith(("OMPI_ALLOW", "OMPI_MCA", "PRTE_MCA"))}
-    clean.update(MPIEXEC_TIMEOUT=str(timeout), PYTHONPATH=str(ROOT), OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1",
+    clean.update(PYTHONPATH=str(ROOT), OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1",
                  OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
                  PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe", OMPI_MCA_rmaps_base_oversubscribe="1",
                  OMPI_MCA_mpi_yield_when_idle="1", OMPI_MCA_pml="ob1", OMPI_MCA_btl="self,sm")
-    clean.update(environment or {})
-    mpirun = Path(sys.prefix) / "bin" / "mpirun"
-    launcher = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks)]
-    return subprocess.run([*launcher, sys.executable, *map(str, arguments)], env=clean, cwd=cwd, text=True,
+    return {**clean, **more}
+
+
+def mpirun(ranks):
+    """The command `mpirun -n ranks`, with the launcher beside this Python if there is one."""
+    beside = Path(sys.prefix) / "bin" / "mpirun"
+    return [str(beside) if beside.exists() else "mpirun", "-n", str(ranks)]
+
+
+def job(ranks, *arguments, timeout=60, environment=None, cwd=ROOT):
+    """Run `mpirun -n ranks python arguments...`. Returns subprocess.CompletedProcess with text output."""
+    clean = job_environment(MPIEXEC_TIMEOUT=str(timeout), **(environment or {}))
+    return subprocess.run([*mpirun(ranks), sys.executable, *map(str, arguments)], env=clean, cwd=cwd, text=True,
                           capture_output=True, timeout=timeout + 30)

@@ -4,12 +4,13 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import checkpoints
 import mpitp
 from check_layers import over_the_limit
 from mpitp import InputError
-from mpitp.families.feed_forward import feed_forward
+from mpitp.families.feed_forward import activation_of, feed_forward, text_config
 from mpitp.storage.safetensors import Checkpoint
 from spmd import draw, job
 
@@ -56,7 +57,6 @@ def test_refusals(tmp_path):
         feed_forward(spoil(tmp_path / "a", hidden_act="silu", hidden_size=21), 0)
     with pytest.raises(InputError, match="no activation for model_type 'novel'"):
         feed_forward(spoil(tmp_path / "a", hidden_act=None, hidden_size=20, model_type="novel"), 0)
-    from safetensors.numpy import load_file, save_file
     tensors = load_file(tmp_path / "a" / "model.safetensors")
 
     def with_tensors(changes):
@@ -69,12 +69,46 @@ def test_refusals(tmp_path):
         ({f"{prefix}down_proj.weight": None}, f"no tensor '{prefix}down_proj.weight'"),
         ({f"{prefix}down_proj.weight": np.ones((20, 51), "f")}, r"down_proj: found shape \(20, 51\), expected \(20, 52\)"),
         ({f"{prefix}up_proj.weight": np.ones(52, "f")}, r"up_proj.weight: found shape \(52,\), expected two axes"),
+        ({f"{prefix}up_proj.weight": np.ones((52, 20), np.int8)}, r"up_proj.weight: found I8, expected F32, F16, BF16, F64"),
         ({f"{prefix}up_proj.bias": np.ones(52, "f")}, "found only up.bias"),
         ({name: None for name in tensors if "mlp" in name}, "no feed-forward weights, expected mlp.up_proj/gate_proj"),
         ({f"other.layers.0.mlp.up_proj.weight": np.ones((52, 20), "f")}, "found layer 0 in .* and .*, expected one model"),
     ]:
         with pytest.raises(InputError, match=said):
             feed_forward(with_tensors(changes), 0)
+
+
+@pytest.mark.parametrize("family, config, expected", [
+    ("gemma", {"hidden_act": "gelu"}, "gelu_tanh"),             # its first release meant the other one
+    ("gemma", {"hidden_act": "gelu", "hidden_activation": None}, "gelu_tanh"),
+    ("gemma", {"hidden_act": "silu"}, "silu"),
+    ("gemma2", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, "gelu_tanh"),
+    ("llama", {"hidden_act": "gelu"}, "gelu"), ("llama", {"hidden_act": "swish"}, "silu"),
+    ("opt", {"activation_function": "relu"}, "relu"), ("bloom", {"hidden_act": "relu"}, "gelu_tanh"),
+    ("falcon", {}, "gelu"), ("gemma3", {"text_config": {"model_type": "gemma3_text"}}, "gelu_tanh"),
+])
+def test_activations(family, config, expected):
+    assert activation_of(text_config({"model_type": family, **config})) == expected
+
+
+@pytest.mark.parametrize("config, said", [
+    ({"hidden_act": ["silu"]}, "found hidden_act"), ({"hidden_act": "quick_gelu"}, "'quick_gelu'"),
+    ({"model_type": ["llama"]}, "found model_type"), ({"model_type": {}}, "found model_type"),
+])
+def test_configs_of_another_kind(config, said, tmp_path):
+    checkpoints.write(tmp_path, "llama")
+    with pytest.raises(InputError, match=said):
+        feed_forward(spoil(tmp_path, **config), 0)
+
+
+def test_the_vision_tower_is_not_the_model(tmp_path):
+    """Qwen2.5-VL's visual.blocks.N.mlp have the names of the text model's."""
+    checkpoints.write(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tower = {name.replace("model.layers", "visual.blocks"): w + 1 for name, w in tensors.items() if "mlp" in name}
+    save_file({**tensors, **tower}, tmp_path / "model.safetensors")
+    found = feed_forward(Checkpoint(tmp_path), 1).weights["up.weight"][:, :]
+    assert np.array_equal(found, tensors["model.layers.1.mlp.up_proj.weight"])
 
 
 @pytest.mark.launcher

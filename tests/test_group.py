@@ -1,126 +1,154 @@
-"""Every collective of the group against NumPy on data that each rank can compute for all."""
+"""Every collective of the group against NumPy; what the group refuses; the ledger; subgroups; how a group ends."""
 import ml_dtypes
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 import mpitp
+from check_collectives import broadcast_problems, of_rank, partition_problems, reduction_problems
 from mpitp import InputError
+from mpitp.comm import guard
 from mpitp.comm.ledger import Collective, wire_bytes
-from spmd import draw, same_bytes
+from mpitp.partition import Partition
+from spmd import same_bytes
 
-DTYPES = ["float32", "float64", "int32", "int64"]
+DTYPES = ["float32", "float64", "int32", "int64", "float16", ml_dtypes.bfloat16]
 
 
-@pytest.fixture(scope="module", params=[1 << 30, 64], ids=["whole", "pieces"])
-def group(request):
-    """Messages at once, and in pieces as they go for more than 2 GiB."""
+@pytest.fixture(scope="module")
+def group():
     with mpitp.TensorParallelGroup(check=True) as group:
-        group.transport.piece_bytes = request.param
         yield group
 
 
-def of_rank(rank, shape, dtype):
-    return np.asarray(draw(100 + rank, *shape) * 10).astype(dtype)
+@pytest.fixture
+def in_pieces(group):
+    """Messages cut as they are above 2 GiB, but every 56 bytes."""
+    group.transport.piece_bytes, before = 56, group.transport.piece_bytes
+    yield group
+    group.transport.piece_bytes = before
+
+
+# --- values ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, op", [(dtype, "sum") for dtype in DTYPES] + [
+    ("float32", "max"), ("float64", "min"), ("int32", "max"), ("int64", "min"), ("float16", "min"), (DTYPES[-1], "max")])
+@pytest.mark.parametrize("shape", [(), (7, 5), (3, 0)])
+def test_reductions(group, op, dtype, shape):
+    assert reduction_problems(group, shape, dtype, op) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shape, axis", [((size, 4, 2), 0) for size in (0, 1, 2, 5, 12)] +
+                         [((3, size, 2), 1) for size in (1, 3, 7)] + [((3, 4, size), -1) for size in (0, 2, 9)] +
+                         [((6,), 0), ((1, 9), 1), ((5, 0), 0), ((0, 5), -1), ((1, 1, 3), -1)])
+def test_along_an_axis(group, shape, axis, dtype):
+    assert partition_problems(group, shape, axis, dtype) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ["sum", "max", "min"])
-@pytest.mark.parametrize("shape", [(), (1,), (7, 5), (3, 0), (2, 3, 11)])
-def test_all_reduce(group, op, dtype, shape):
-    x = of_rank(group.rank, shape, dtype)
-    before = x.tobytes()
-    everyone = np.array([of_rank(r, shape, dtype) for r in range(group.size)])
-    expected = np.asarray(getattr(everyone, op)(axis=0))
-    y = group.all_reduce(x, op)
-    assert y is not x and x.tobytes() == before and y.dtype == x.dtype and y.shape == x.shape
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 if op == "sum" else 0)
-    other = np.empty_like(x)
-    assert group.all_reduce(x, op, out=other) is other and same_bytes(other, y) and x.tobytes() == before
-    assert group.all_reduce(x, op, out=x) is x and same_bytes(x, y)
-    assert len(set(group.comm.allgather(y.tobytes()))) == 1         # the same bits on every rank
+@pytest.mark.parametrize("shape", [(), (5, 3), (0, 2)])
+def test_broadcast(group, shape, dtype):
+    assert broadcast_problems(group, shape, dtype) == []
 
 
-def test_all_reduce_of_other_memory_orders(group):
-    whole = of_rank(group.rank, (6, 8), "float64")
-    expected = group.all_reduce(whole)
-    assert same_bytes(group.all_reduce(np.asfortranarray(whole)), expected)
-    assert same_bytes(group.all_reduce(whole[::2, 1::3]), np.ascontiguousarray(expected[::2, 1::3]))
+@pytest.mark.parametrize("dtype", ["float32", "int64", ml_dtypes.bfloat16])
+def test_in_pieces(in_pieces, dtype):
+    group = in_pieces
+    for shape in ((), (0,), (7, 5)):
+        assert reduction_problems(group, shape, dtype, "sum") == [] == broadcast_problems(group, shape, dtype)
+    for shape, axis in (((2, 13), 1), ((33, 2), 0), ((2, 1, 2), 1), ((4, 0), 0)):
+        assert partition_problems(group, shape, axis, dtype) == []
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_16_bit_sums_are_rounded_once(group, dtype):
-    """float32 travels: the exact sum of the ranks' numbers, rounded at the end."""
-    x = (of_rank(group.rank, (50,), "float32") / 8).astype(dtype)
-    total = sum((of_rank(r, (50,), "float32") / 8).astype(dtype).astype(np.float64) for r in range(group.size))
-    y = group.all_reduce(x)
-    assert y.dtype == x.dtype
-    exact = total.astype(np.float32).astype(dtype)
-    nearly = np.abs(y.astype(np.float64) - total) <= np.abs(exact.astype(np.float64) - total) * 1.001
-    assert nearly.all()
-    for result in (group.broadcast(x), group.all_gather(x[group.partition(50).range(group.rank)], group.partition(50)),
-                   group.reduce_scatter(x, group.partition(50))):
-        assert result.dtype == x.dtype
+    """float32 travels: numbers whose 16-bit partial sums would lose the small ones."""
+    x = np.array([256.0 if group.rank == 0 else 0.5] * 3, dtype)
+    expected = np.full(3, 256 + 0.5 * (group.size - 1)).astype(dtype)
+    assert same_bytes(group.all_reduce(x), expected)
+    assert same_bytes(group.all_reduce(x.copy(), out=x), expected)
+    x = np.array([256.0 if group.rank == 0 else 0.5] * 3, dtype)
+    mine = group.partition(3).range(group.rank)
+    assert same_bytes(group.reduce_scatter(x, group.partition(3)), expected[mine])
+    if group.size > 3:
+        naive = x.dtype.type(256)
+        for _ in range(group.size - 1):
+            naive = naive + x.dtype.type(0.5)
+        assert dtype != ml_dtypes.bfloat16 or naive != expected[0]     # the data would show it
 
 
-def test_begin_all_reduce(group):
-    x = of_rank(group.rank, (9, 4), "float32")
-    before = x.tobytes()
-    pending = group.begin_all_reduce(x)
-    first = pending.wait()
-    assert pending.wait() is first and same_bytes(first, group.all_reduce(x)) and x.tobytes() == before
-    in_place = group.begin_all_reduce(x, out=x)
-    assert in_place.wait() is x and same_bytes(x, first)
+def test_a_gather_in_reproducible_mode_follows_the_blocks(world):
+    with mpitp.TensorParallelGroup(reproducible=True, blocks=4, check=True) as group:
+        assert partition_problems(group, (3, 13), -1, "float32") == []
+        assert partition_problems(group, (2, 5), 0, "float64") == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
-@pytest.mark.parametrize("axis", [0, 1, 2, -1])
-@pytest.mark.parametrize("size", [1, 2, 5, 12])
-def test_gathers_put_the_parts_side_by_side(group, axis, size, dtype):
-    shape = [3, 4, 2]
-    shape[axis] = size
-    whole = of_rank(0, shape, dtype)
-    partition = group.partition(size)
-    window = [slice(None)] * 3
-    window[axis] = partition.range(group.rank)
-    part = whole[tuple(window)]                                     # not contiguous for most axes
-    assert same_bytes(group.all_gather(part, partition, axis), whole)
-    for root in {0, group.size - 1}:
-        gathered = group.gather(part, partition, axis, root)
-        assert (gathered is None) == (group.rank != root)
-        assert gathered is None or same_bytes(gathered, whole)
-    everyone = np.array([of_rank(r, shape, dtype) for r in range(group.size)])
-    mine = group.reduce_scatter(of_rank(group.rank, shape, dtype), partition, axis)
-    np.testing.assert_allclose(mine, everyone.sum(axis=0)[tuple(window)], rtol=1e-5, atol=1e-4)
-    assert mine.flags.c_contiguous and mine.dtype == np.dtype(dtype)
+def test_out_may_be_a_view_of_x(group):
+    x = of_rank(group.rank, (4, 3), "float64")
+    expected = group.all_reduce(x)
+    assert same_bytes(group.all_reduce(x, out=x[:]), expected)
 
 
-def test_broadcast(group):
-    for root in range(group.size):
-        x = of_rank(group.rank, (5, 3), "float64")
-        before = x.tobytes()
-        assert same_bytes(group.broadcast(x, root), of_rank(root, (5, 3), "float64")) and x.tobytes() == before
+# --- what it refuses ---------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("call", ["all_reduce", "broadcast"])
+@pytest.mark.parametrize("call", ["all_reduce", "begin_all_reduce", "broadcast"])
 @pytest.mark.parametrize("x, said", [([1.0], "list"), (1.0, "float"), (None, "NoneType"),
-                                     (np.ones(3, complex), "complex128"), (np.array(["a"]), "<U1")])
+                                     (np.ones(3, complex), "complex128"), (np.array(["a"]), "<U1"),
+                                     (np.ones(2, ">f4"), ">f4"), (np.ones(2, bool), "bool")])
 def test_not_an_array_of_numbers(group, call, x, said):
     with pytest.raises(InputError, match=f"{said}.*expected"):
         getattr(group, call)(x)
 
 
 def test_refusals(group):
-    x = np.ones((4, 6))
+    x, P = np.ones((4, 6)), group.size
     with pytest.raises(InputError, match="operation 'mean', expected one of sum, max, min"):
         group.all_reduce(x, "mean")
     for out in (np.ones((6, 4)), np.ones((4, 6), "f"), np.ones((6, 4)).T, [1]):
         with pytest.raises(InputError, match="found out.*expected a C-contiguous float64"):
             group.all_reduce(x, out=out)
-    with pytest.raises(InputError, match="expected .* along axis"):
+    strided = np.ones((4, 12))[:, ::2]
+    with pytest.raises(InputError, match="found out.*expected a C-contiguous float64"):
+        group.all_reduce(strided, out=strided)
+    with pytest.raises(InputError, match=r"shape \(4, 77\), expected \d along axis 1 on rank|disagree"):
         group.all_gather(np.ones((4, 77)), group.partition(7))
-    with pytest.raises(InputError, match="expected 7 along axis -1"):
+    with pytest.raises(InputError, match=r"shape \(4, 6\), expected 7 along axis 1"):
         group.reduce_scatter(x, group.partition(7))
+    for axis in (2, -3):
+        with pytest.raises(InputError, match=f"along axis {axis} of shape"):
+            group.all_gather(x, group.partition(6), axis)
+    with pytest.raises(InputError, match=r"along axis -1 of shape \(\)"):
+        group.reduce_scatter(np.float64([1])[0:1].reshape(()), group.partition(1))
+    with pytest.raises(InputError, match=f"root {P}, expected a rank from 0 to {P - 1}"):
+        group.broadcast(x, P)
+    with pytest.raises(InputError, match="root -1"):
+        group.gather(x, group.partition(6), root=-1)
+    with pytest.raises(InputError, match=f"expected one of this group's {P} ranks"):
+        group.all_gather(x, Partition(6, P + 1, P + 1))
 
+
+def test_sum_blocks_refuses_what_it_would_sum_wrongly(group):
+    """A leaf that is not C-contiguous would be reduced in a copy, one of another dtype as other numbers."""
+    partition = group.partition(group.size)             # every rank has a block: all raise
+    for leaf in (np.ones((3, 4), order="F"), np.ones((4, 3)), np.ones((3, 4), "f"), np.ones((3, 8))[:, ::2]):
+        with pytest.raises(InputError, match=r"found a partial result.*expected a C-contiguous float64 \(3, 4\)"):
+            group.sum_blocks(lambda block: leaf, partition, (3, 4), "float64")
+    with pytest.raises(InputError, match="sum_blocks of float16, expected one of float32, float64"):
+        group.sum_blocks(lambda block: np.ones(3, "e"), partition, (3,), "float16")
+    with pytest.raises(InputError, match="expected one block a rank"):
+        group.sum_blocks(lambda block: np.ones(3), Partition(8, group.size, group.size + 1), (3,), float)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (dict(device="tpu"), "found device 'tpu', expected 'cpu' or 'gpu'"), (dict(blocks=0), "found blocks = 0"),
+    (dict(blocks=2.5), "found blocks = 2.5"), (dict(reproducible=True, blocks=-1), "found blocks = -1")])
+def test_bad_arguments_of_a_group(world, arguments, said):
+    with pytest.raises(InputError, match=said):
+        mpitp.TensorParallelGroup(**arguments)
+
+
+# --- the ledger --------------------------------------------------------------------------------------------
 
 def test_ledger_counts_every_collective(group):
     group.ledger.clear()
@@ -143,11 +171,16 @@ def test_ledger_counts_every_collective(group):
     assert group.ledger.seconds() > 0
 
 
-def test_wire_bytes():
-    assert wire_bytes("all_reduce", 100, 4, 1) == 0
-    assert wire_bytes("all_reduce", 100, 4, 4) == 600
-    assert wire_bytes("all_gather", 100, 4, 4) == 300
+def test_16_bit_reductions_travel_as_4_bytes(group):
+    P = group.size
+    group.ledger.clear()
+    group.all_reduce(np.ones(12, np.float16))
+    group.broadcast(np.ones(12, np.float16))
+    assert group.ledger.data[Collective("all_reduce", 12, "float16")].wire_bytes == 2 * 48 * (P - 1) // P
+    assert group.ledger.data[Collective("broadcast", 12, "float16")].wire_bytes == 24 * (P - 1) // P
 
+
+# --- groups ------------------------------------------------------------------------------------------------
 
 def test_subgroups(world):
     with mpitp.TensorParallelGroup(check=True) as group:
@@ -155,6 +188,7 @@ def test_subgroups(world):
         members = [r for r in range(group.size) if r % 2 == group.rank % 2][::-1]
         assert (half.size, half.rank) == (len(members), members.index(group.rank))
         assert half.all_reduce(np.array([group.rank]))[0] == sum(members)
+        assert group.all_reduce(np.array([1]))[0] == group.size     # the two do not meet
         half.close()
         half.close()                                                # twice is once
         first = group.subgroup(0 if group.rank == 0 else None)
@@ -163,13 +197,22 @@ def test_subgroups(world):
             first.close()
 
 
+def test_a_subgroup_is_of_its_groups_kind(world):
+    with mpitp.TensorParallelGroup(reproducible=True, blocks=5) as group:
+        group._workers.count = 3
+        with group.subgroup(0) as part:
+            assert part.reproducible and part.blocks == 5 and part._workers.count == 3 and not part.check
+
+
 def test_a_group_of_its_own_communicator(world):
     """Messages of the group and of the program do not meet."""
     with mpitp.TensorParallelGroup(world) as group:
         assert group.comm != world and (group.rank, group.size) == (world.rank, world.size)
         assert group.xp is np and group.partition(10).blocks == group.size
-    with mpitp.TensorParallelGroup(world, reproducible=True, blocks=5) as group:
-        assert group.partition(10).blocks == 5
+    with mpitp.TensorParallelGroup(world, reproducible=True, blocks=np.int64(5)) as group:
+        assert group.partition(10).blocks == 5 and type(group.blocks) is int
+    with mpitp.TensorParallelGroup(MPI.COMM_SELF) as group:
+        assert group.size == 1 and group.all_reduce(np.ones(2)).tolist() == [1, 1]
 
 
 def test_report_and_root_first(world):
@@ -182,3 +225,89 @@ def test_report_and_root_first(world):
             raise OSError("found nothing, expected something")
         with pytest.raises(InputError, match="found nothing, expected something"):
             group.root_first(fails)
+
+
+def test_bad_input_of_every_rank_leaves_the_body_as_it_is(world):
+    """The caller may catch it; the group is closed then."""
+    with pytest.raises(InputError, match="found all_reduce of complex128"):
+        with mpitp.TensorParallelGroup(check=True) as group:
+            group.all_reduce(np.ones(2, complex))
+    assert group.comm == MPI.COMM_NULL
+
+
+def test_the_context_manager_watches_threads_while_it_lasts(world):
+    import threading
+    before = threading.excepthook
+    with mpitp.TensorParallelGroup() as group:
+        assert (threading.excepthook is before) == (world.size == 1)
+        with group.subgroup(0):
+            pass
+        assert (threading.excepthook is before) == (world.size == 1)
+    assert threading.excepthook is before
+
+
+def test_all_leave(world):
+    comm = world.Dup()
+    request = comm.Ibarrier()                                       # a collective under way does not matter
+    assert guard.all_leave(comm)
+    request.Wait()
+    comm.Free()
+
+
+# --- the tester, tested: faults planted into the transport, the same on every rank -----------------------------
+
+def found_everywhere(group, problems, *names):
+    assert set(names) <= set.intersection(*map(set, group.comm.allgather(problems))), problems
+
+
+@pytest.fixture
+def faulty(group, world):
+    if world.size == 1:
+        pytest.skip("on one rank these are not mistakes")
+    yield group
+    vars(group.transport).pop("all_reduce", None)
+    vars(group.transport).pop("all_gather", None)
+    vars(group.transport).pop("reduce_scatter", None)
+
+
+def test_an_all_reduce_done_twice_is_seen(faulty):
+    right = faulty.transport.all_reduce
+    faulty.transport.all_reduce = lambda x, op: (right(x, op), right(x, op))
+    found_everywhere(faulty, reduction_problems(faulty, (7, 5), "float64", "sum"), "all_reduce C", "in place")
+
+
+def test_an_all_reduce_that_is_missing_is_seen(faulty):
+    faulty.transport.all_reduce = lambda x, op: None
+    found_everywhere(faulty, reduction_problems(faulty, (7, 5), "float64", "max"), "all_reduce C", "same on all ranks")
+
+
+def test_an_argument_reduced_in_place_is_seen(faulty, monkeypatch):
+    right = faulty._prepare_reduction
+    monkeypatch.setattr(faulty, "_prepare_reduction",
+                        lambda operation, x, op, out: right(operation, x, op, x if x.flags.c_contiguous else out))
+    found_everywhere(faulty, reduction_problems(faulty, (7, 5), "float64", "sum"), "argument", "out")
+
+
+def test_parts_in_the_wrong_order_are_seen(faulty):
+    right = faulty.transport.all_gather
+
+    def mirrored(send, receive, counts):
+        right(send, receive, counts)
+        receive[...] = receive[::-1].copy()
+    faulty.transport.all_gather = mirrored
+    found_everywhere(faulty, partition_problems(faulty, (3, 12), 1, "float32"), "all_gather C")
+
+
+def test_a_part_of_another_rank_is_seen(faulty):
+    right = faulty.transport.reduce_scatter
+
+    def rolled(send, receive, counts, op):
+        right(send.reshape(-1)[::-1].copy(), receive, counts, op)
+    faulty.transport.reduce_scatter = rolled
+    found_everywhere(faulty, partition_problems(faulty, (12 * faulty.size,), 0, "float64"), "reduce_scatter sum C")
+
+
+def test_wire_bytes():
+    assert wire_bytes("all_reduce", 100, 4, 1) == 0
+    assert wire_bytes("all_reduce", 100, 4, 4) == 600
+    assert wire_bytes("all_gather", 100, 4, 4) == 300

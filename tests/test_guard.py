@@ -4,24 +4,26 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from spmd import ROOT, job
+from spmd import ROOT, job, job_environment, mpirun
 
 pytestmark = pytest.mark.launcher
-RANKS = 3
+RANKS = 2
 
-# What the failing rank does while the others wait for it in a collective.
+# What the failing rank does while the others wait for it in a collective, and what it must be heard to say.
 FAILURES = {
     "raises": ("raise RuntimeError('boom')", "RuntimeError: boom"),
-    "exits 2": ("sys.exit(2)", "sys.exit(2)"),
-    "exits with words": ("sys.exit('that was it')", "that was it"),
+    "exits 2": ("sys.exit(2)", "SystemExit: 2"),
+    "exits with words": ("sys.exit('that was it')", "SystemExit: that was it"),
     "runs out of memory": ("raise MemoryError('no room')", "MemoryError: no room"),
-    "is interrupted": ("raise KeyboardInterrupt", "interrupt"),
-    "fails in a thread": ("threading.Thread(target=lambda: 1 / 0).start(); time.sleep(60)",
-                          "ZeroDivisionError"),
-    "fails in a block": ("list(group._workers.each(lambda i: 1 / 0, [1, 2]))", "ZeroDivisionError"),
+    "is interrupted": ("raise KeyboardInterrupt", "interrupted"),
+    "fails in a thread": ("threading.Thread(target=lambda: 1 / 0).start()", "ZeroDivisionError"),
+    "exits 3 in a thread": ("threading.Thread(target=sys.exit, args=(3,)).start(); time.sleep(60)", "SystemExit: 3"),
+    "fails in a block": ("group.sum_blocks(lambda block: 1 / 0, group.partition(9), (3,), 'float64')",
+                         "ZeroDivisionError"),
     "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", None),
 }
 PROGRAM = """
@@ -31,8 +33,10 @@ import mpitp
 
 def main():
     {enter}
+        group._workers.count = 2
         if group.rank == {rank}:
             {failure}
+            if threading.active_count() > 1: group.all_reduce(np.ones(3)), group.comm.recv()
         group.all_reduce(np.ones(3))
         group.all_reduce(np.ones(3))
     print("came to the end")
@@ -40,46 +44,73 @@ def main():
 {start}
 """
 WAYS = {
-    "guarded": dict(enter="group = mpitp.TensorParallelGroup()\n    if True:",
+    "guarded": dict(enter="group = mpitp.TensorParallelGroup(reproducible=True)\n    if True:",
                     start="from mpitp.comm.guard import guarded\nsys.exit(guarded(main))"),
-    "context manager": dict(enter="with mpitp.TensorParallelGroup() as group:", start="main()"),
+    "context manager": dict(enter="with mpitp.TensorParallelGroup(reproducible=True) as group:", start="main()"),
 }
 
 
-def ends(done, began, words):
-    assert time.monotonic() - began < 10, "took too long"
+def timed_job(ranks, *arguments):
+    """The finished job, and how many seconds it took."""
+    began = time.monotonic()
+    return job(ranks, *arguments, timeout=20), time.monotonic() - began
+
+
+def ends(timed, words):
+    done, seconds = timed
+    assert seconds < 10, "took too long"
     assert done.returncode != 0, done.stdout
     assert "came to the end" not in done.stdout
     assert words is None or words in done.stderr, done.stderr
+    assert words is None or "Error" not in words or "Traceback (most recent call last)" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.fixture(scope="module")
+def failed_jobs():
+    """{(way, failure, rank): a job}, started side by side, since most of their time is waiting."""
+    with ThreadPoolExecutor(4) as pool:
+        yield {(way, failure, rank): pool.submit(timed_job, RANKS, "-c",
+                                                 PROGRAM.format(rank=rank, failure=FAILURES[failure][0], **WAYS[way]))
+               for way in WAYS for failure in FAILURES for rank in range(RANKS)}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("failure", FAILURES)
-def test_one_rank_fails_under_the_guard(failure, rank):
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_one_rank_fails(failed_jobs, way, failure, rank):
+    words = FAILURES[failure][1]
+    timed = failed_jobs[way, failure, rank].result()
+    ends(timed, words)
+    assert words is None or f"mpitp: rank {rank} of {RANKS} ends the job" in timed[0].stderr
+
+
+def test_the_middle_one_of_three_ranks_fails():
+    ends(timed_job(3, "-c", PROGRAM.format(rank=1, failure="raise RuntimeError('boom')", **WAYS["guarded"])),
+         "rank 1 of 3 ends the job: Traceback")
+
+
+@pytest.mark.parametrize("failure", ["raises", "exits 2", "is killed"])
+def test_one_rank_fails_under_mpi4py(tmp_path, failure):
+    """python -m mpi4py does for a program without the context manager what the guard does."""
     code, words = FAILURES[failure]
-    began = time.monotonic()
-    done = job(RANKS, "-c", PROGRAM.format(rank=rank, failure=code, **WAYS["guarded"]), timeout=20)
-    ends(done, began, words)
-    if words:
-        assert f"rank {rank} of {RANKS}" in done.stderr
-
-
-@pytest.mark.parametrize("failure", [f for f in FAILURES if "thread" not in f])
-def test_one_rank_fails_in_the_context_manager(failure):
-    code, words = FAILURES[failure]
-    began = time.monotonic()
-    ends(job(RANKS, "-c", PROGRAM.format(rank=1, failure=code, **WAYS["context manager"]), timeout=20), began, words)
-
-
-def test_one_rank_fails_under_mpi4py(tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(rank=1, failure="raise RuntimeError('boom')", **WAYS["context manager"]))
-    began = time.monotonic()
-    ends(job(RANKS, "-m", "mpi4py", program, timeout=20), began, "RuntimeError: boom")
+    program.write_text(PROGRAM.format(rank=1, failure=code, enter=WAYS["guarded"]["enter"], start="main()"))
+    ends(timed_job(RANKS, "-m", "mpi4py", program), words if failure == "raises" else None)
 
+
+def test_without_the_guard_it_would_hang():
+    """The tester, tested: the bare program does not end by itself, only by the alarm that it sets."""
+    bare = "import faulthandler\nfaulthandler.dump_traceback_later(6, exit=True)\n" + PROGRAM.format(
+        rank=1, failure="sys.exit(2)", enter="group = mpitp.TensorParallelGroup()\n    if True:", start="main()")
+    began = time.monotonic()
+    done = job(RANKS, "-c", bare, timeout=60)
+    assert done.returncode != 0 and time.monotonic() - began > 5 and "Timeout" in done.stderr
+
+
+# --- bad input -------------------------------------------------------------------------------------------------
 
 GUARDED = """
-import sys
+import sys, threading
 from mpitp.comm.guard import guarded
 from mpitp.errors import InputError
 from mpi4py import MPI
@@ -95,57 +126,144 @@ def guarded_job(body, ranks=RANKS):
     return job(ranks, "-c", GUARDED.format(body=body), timeout=20)
 
 
-def test_bad_input_on_every_rank_is_one_line():
-    for ranks in (1, RANKS):
-        done = guarded_job("raise InputError('found a, expected b')", ranks)
-        assert done.returncode == 2 and done.stderr.count("mpitp: found a, expected b\n") == 1, done.stderr
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("ranks", [1, RANKS])
+def test_bad_input_on_every_rank_is_one_line(ranks):
+    done = guarded_job("raise InputError('found a, expected b')", ranks)
+    assert done.returncode == 2 and done.stderr.count("mpitp: found a, expected b\n") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_different_bad_input_is_the_line_of_the_first_rank():
+    done = guarded_job("raise InputError(f'found {MPI.COMM_WORLD.rank}, expected b')")
+    assert done.returncode == 2 and done.stderr.count("expected b") == 1 and "found 0," in done.stderr
 
 
 @pytest.mark.parametrize("others", ["return 0", "MPI.COMM_WORLD.Barrier(); MPI.COMM_WORLD.Barrier()"])
 def test_bad_input_on_one_rank_ends_the_job(others):
-    began = time.monotonic()
-    done = guarded_job(f"if MPI.COMM_WORLD.rank == 1: raise InputError('found a, expected b')\n    {others}")
-    ends(done, began, "mpitp: found a, expected b")
-    assert done.stderr.count("found a, expected b") == 1
+    program = GUARDED.format(body=f"if MPI.COMM_WORLD.rank == 1: raise InputError('found a')\n    {others}")
+    timed = timed_job(RANKS, "-c", program)
+    ends(timed, "mpitp: found a\n")
+    assert timed[0].stderr.count("found a") == 1
 
 
-def test_good_and_failed_status():
-    assert guarded_job("return 0").returncode == 0
-    assert guarded_job("pass").returncode == 0
-    assert guarded_job("sys.exit(0)").returncode == 0
-    assert guarded_job("return 1").returncode == 1
+LIBRARY = """
+import numpy as np
+import mpitp.comm.guard
+mpitp.comm.guard.PATIENCE = 1
+with mpitp.TensorParallelGroup(check={check}) as group:
+    {body}
+print("after the group")
+"""
+
+
+def test_bad_input_in_the_context_manager_is_the_callers_on_every_rank():
+    program = ("import mpitp, numpy as np\n"
+               "try:\n    with mpitp.TensorParallelGroup() as group: group.all_reduce([1])\n"
+               "except ValueError as error: print(end=f'caught {error}\\n')\n"
+               "with mpitp.TensorParallelGroup() as group: print(end=f'goes on {group.size}\\n')\n")
+    done = job(RANKS, "-c", program, timeout=20)
+    assert done.returncode == 0 and done.stdout.count("caught all_reduce: found builtins.list") == RANKS, done.stderr
+    assert done.stdout.count("goes on") == RANKS
+
+
+@pytest.mark.parametrize("body", ["group.all_reduce([1] if group.rank == 0 else np.ones(1)); group.all_reduce(np.ones(1))",
+                                  "group.sum_blocks(lambda b: np.ones(3), group.partition(1), (4,), float)"])
+def test_bad_input_in_the_context_manager_of_one_rank_ends_the_job(body):
+    timed = timed_job(RANKS, "-c", LIBRARY.format(check=False, body=body))
+    ends(timed, "InputError")
+    assert "after the group" not in timed[0].stdout
+
+
+def test_leaving_the_context_manager_early():
+    timed = timed_job(RANKS, "-c", LIBRARY.format(check=True, body="if group.rank: group.all_reduce(np.ones(1))"))
+    ends(timed, "the ranks disagree on a collective: rank 0: close; rank 1: all_reduce")
+    assert "ends the job" not in timed[0].stderr, "all ranks saw it: no need to end the job for one"
+
+
+# --- ordinary ends ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("body, status", [
+    ("return 0", 0), ("pass", 0), ("sys.exit(0)", 0), ("sys.exit()", 0), ("return 1", 1),
+    ("thread = threading.Thread(target=sys.exit); thread.start(); thread.join()", 0)])
+def test_status(body, status):
+    done = guarded_job(body)
+    assert (done.returncode, done.stderr.replace("\0", "")) == (status, "") or status and done.returncode == status
+
+
+def test_status_of_one_rank():
     assert guarded_job("return MPI.COMM_WORLD.rank").returncode != 0
+    assert guarded_job("sys.exit(3)", 1).returncode == 3
 
 
-def test_without_the_guard_it_would_hang():
-    """The tester, tested: the bare program does not end by itself, only by the alarm that it sets."""
-    bare = "import faulthandler\nfaulthandler.dump_traceback_later(6, exit=True)\n" + PROGRAM.format(
-        rank=1, failure="sys.exit(2)", enter="group = mpitp.TensorParallelGroup()\n    if True:", start="main()")
-    began = time.monotonic()
-    done = job(2, "-c", bare, timeout=60)
-    assert done.returncode != 0 and time.monotonic() - began > 5 and "Timeout" in done.stderr
+# --- signals and streams ---------------------------------------------------------------------------------------
+
+WAITS = """
+import os, sys, time, mpitp
+from mpitp.comm.guard import guarded
+def main():
+    group = mpitp.TensorParallelGroup()
+    os.write(1, b"%d\\n" % os.getpid())
+    time.sleep(60) if group.rank else group.comm.recv()
+sys.exit(guarded(main))
+"""
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_launcher_ends_every_process(signum, tmp_path):
-    program = tmp_path / "waits.py"
-    program.write_text("import sys, os, time, mpitp\nfrom mpitp.comm.guard import guarded\n"
-                       "def main():\n    group = mpitp.TensorParallelGroup()\n    os.write(1, b'%d\\n' % os.getpid())\n"
-                       "    time.sleep(60) if group.rank else group.comm.recv()\nsys.exit(guarded(main))\n")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPIEXEC_TIMEOUT": "30", "OMPI_ALLOW_RUN_AS_ROOT": "1",
-                   "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm"}
-    for name in [n for n in environment if n.startswith(("PMI", "PMIX"))]:
-        del environment[name]
-    launcher = os.path.join(sys.prefix, "bin", "mpirun")
-    if not os.path.exists(launcher):
-        launcher = "mpirun"
-    process = subprocess.Popen([launcher, "-n", "2", sys.executable, str(program)], env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    pids = [int(process.stdout.readline()) for _ in range(2)]
-    process.send_signal(signum)
-    assert process.wait(timeout=10) != 0
+def gone(pids):
     deadline = time.monotonic() + 5
     while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_ends_every_process(signum):
+    process = subprocess.Popen([*mpirun(2), sys.executable, "-c", WAITS], env=job_environment(MPIEXEC_TIMEOUT="30"),
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(signum)
+    process.communicate(timeout=10)
+    assert process.returncode != 0 and gone(pids)
+
+
+def test_ctrl_c_without_a_launcher():
+    program = WAITS.replace("group.comm.recv()", "time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", program], env=job_environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 1 and said == "mpitp: interrupted\n"
+
+
+def shell(command):
+    began = time.monotonic()
+    done = subprocess.run(["bash", "-c", command], env=job_environment(MPIEXEC_TIMEOUT="20"), cwd=ROOT, text=True,
+                          capture_output=True, timeout=30)
+    assert time.monotonic() - began < 10
+    return done
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_reader_that_leaves_early(ranks, tmp_path):
+    """`| head -1`: ends, without an endless story. 0 ranks: without a launcher."""
+    program = tmp_path / "program.py"
+    program.write_text(GUARDED.format(body="print('x' * 100, *range(50000), sep='\\n'); return 0"))
+    launcher = " ".join(mpirun(ranks)) if ranks else ""
+    done = shell(f"{launcher} {sys.executable} {program} | head -1")
+    assert done.stdout.startswith("xxx")
+    assert "Exception ignored" not in done.stderr and done.stderr.count("Traceback") <= ranks
+    assert ranks or done.stderr == ""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(closed, tmp_path):
+    bodies = {"good": "print(1); return 0", "bad": "print(1); raise InputError('found a')",
+              "failing": "if MPI.COMM_WORLD.rank: 1 / 0\n    MPI.COMM_WORLD.Barrier()"}
+    for name, body in bodies.items():
+        (tmp_path / f"{name}.py").write_text(GUARDED.format(body=body))
+    assert shell(f"{sys.executable} {tmp_path}/good.py {closed}").returncode == 0
+    assert shell(f"{sys.executable} {tmp_path}/bad.py {closed}").returncode == 2
+    # On the ranks themselves: the launcher gives them pipes of its own.
+    inner = f"{' '.join(mpirun(2))} bash -c 'exec {sys.executable} {tmp_path}"
+    assert shell(f"{inner}/good.py {closed}'").returncode == 0
+    assert shell(f"{inner}/failing.py {closed}'").returncode != 0

@@ -19,9 +19,9 @@ def memory_order(x):
 def agree(comm, text):
     """Whether `text` is the same on every rank. Collective: MPI_Allreduce of 16 bytes."""
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-    extremes = np.array([digest, -digest])
+    extremes = np.array([digest, -digest], np.int64)
     comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
-    return extremes[0] == -extremes[1]
+    return bool(extremes[0] == -extremes[1])
 
 
 def by_ranks(texts):
@@ -33,6 +33,20 @@ def by_ranks(texts):
 
 
 def require_agreement(comm, subject, text):
-    """Raise InputError on every rank, listing what each says, unless `text` is the same everywhere."""
+    """Raise InputError on every rank, listing what each says, unless `text` is the same everywhere. Collective."""
     if not agree(comm, text):
         raise InputError(f"the ranks disagree on {subject}: {by_ranks(comm.allgather(text))}")
+
+
+def require_everywhere(comm, subject, look):
+    """Raise InputError on every rank where look() raises it on any, or gives different texts. Collective.
+
+    An error that only one rank meets would leave the others waiting for it; so it counts as what that rank says.
+    """
+    try:
+        text, error = look(), None
+    except InputError as found:
+        text, error = str(found), found
+    require_agreement(comm, subject, text)
+    if error is not None:
+        raise error

@@ -2,10 +2,11 @@
 
 n in the byte counts is the size in bytes of the whole (reduced, gathered) array, P the number of ranks.
 """
+from functools import lru_cache
 from math import prod
 
 from ..arrays import module_of
-from ..errors import InputError, require
+from ..errors import InputError
 from . import agreement
 from .ledger import Collective, wire_bytes
 from .mpi import OPERATIONS
@@ -13,14 +14,16 @@ from .mpi import OPERATIONS
 # float16 sums in MPI are 12 to 20 times slower than float32 ones, and there is no bfloat16: float32 travels.
 SENT_AS_FLOAT32 = ("float16", "bfloat16")
 DTYPES = ("float32", "float64", "int32", "int64") + SENT_AS_FLOAT32
+# "float32" for a dtype; kept, as NumPy takes 2 us to spell one out.
+dtype_name = lru_cache(str)
 
 
 class Collectives:
     """What a group can do together. Needs comm, rank, size, xp, transport, ledger and check from the group.
 
     Every method is collective, counts itself in the ledger, and raises InputError for something that is not an
-    array of the group's device, for a dtype or operation that it does not know, and, with check=True, on every
-    rank where the ranks disagree.
+    array of the group's device, for a dtype, operation, axis, root or partition that does not fit. With
+    check=True it raises on every rank where one rank has bad input or the ranks disagree.
     """
 
     def all_reduce(self, x, op="sum", out=None):
@@ -54,7 +57,8 @@ class Collectives:
 
         x : array that along `axis` is this rank's range of `partition`; the other axes are the same everywhere
         """
-        shape, counts = self._whole("all_gather", x, partition, axis)
+        self._enter(self._look_at_part, "all_gather", x, partition, axis)
+        shape, counts = _whole(x, partition, axis)
         received = self.xp.empty(prod(shape), x.dtype)
         with self._record("all_gather", received):
             self.transport.all_gather(_raw(_flat(x)), _raw(received), counts)
@@ -62,7 +66,8 @@ class Collectives:
 
     def gather(self, x, partition, axis=-1, root=0):
         """The parts of all ranks put together along `axis` on root, None elsewhere: MPI_Gatherv, (P-1)/P n bytes."""
-        shape, counts = self._whole(f"gather to {root}", x, partition, axis)
+        self._enter(self._look_at_part, "gather", x, partition, axis, root)
+        shape, counts = _whole(x, partition, axis)
         received = self.xp.empty(prod(shape), x.dtype) if self.rank == root else None
         with self._record("gather", x, elements=prod(shape)):
             self.transport.gather(_raw(_flat(x)), None if received is None else _raw(received), counts, root)
@@ -73,73 +78,108 @@ class Collectives:
 
         The bits of a sum depend on the number of ranks.
         """
-        self._require_array("reduce_scatter", x, op)
-        require(x.shape[axis] == partition.size, f"x of shape {x.shape}", f"{partition.size} along axis {axis}")
-        self._agree(f"reduce_scatter {op} {_said(x)} axis={axis} {partition}")
+        self._enter(self._look_at_whole, "reduce_scatter", x, partition, axis, op)
         rows = self.xp.moveaxis(x, axis, 0)
-        parts = [rows[partition.range(rank)] for rank in range(self.size)]
-        send = self.xp.concatenate([part.reshape(-1) for part in parts]).astype(_wire_dtype(x), copy=False)
-        mine = self.xp.empty(parts[self.rank].shape, send.dtype)
+        send = _flat(rows).astype(_wire_dtype(x), copy=False)
+        mine = self.xp.empty((partition.lengths[self.rank], *rows.shape[1:]), send.dtype)
+        counts = [length * prod(rows.shape[1:]) for length in partition.lengths]
         with self._record("reduce_scatter", x):
-            self.transport.reduce_scatter(send, mine.reshape(-1), [part.size for part in parts], op)
+            self.transport.reduce_scatter(send, mine.reshape(-1), counts, op)
         return self.xp.ascontiguousarray(self.xp.moveaxis(mine, 0, axis).astype(x.dtype, copy=False))
 
     def broadcast(self, x, root=0):
         """Root's x, as a new array on every rank: MPI_Bcast. Elsewhere x only says shape and dtype."""
-        self._require_array("broadcast", x)
-        self._agree(f"broadcast from {root} {_said(x)}")
+        self._enter(self._look_at_broadcast, x, root)
         out = self.xp.array(x, order="C")
         with self._record("broadcast", out):
             self.transport.broadcast(_raw(out.reshape(-1)), root)
         return out
 
-    # --- what they share -----------------------------------------------------------------------------------
+    # --- what each rank looks at first; each returns what this rank is about to do ------------------------
 
-    def _require_array(self, operation, x, op="sum"):
+    def _enter(self, look, *arguments):
+        """look(*arguments) on this rank alone or, with check=True, on all of them, comparing what they say."""
+        if not self.check:
+            look(*arguments)
+            return
+        with self.ledger.record("control", "agreement", wire_bytes("all_reduce", 2, 8, self.size)):
+            agreement.require_everywhere(self.comm, "a collective", lambda: " ".join(map(str, look(*arguments))))
+
+    def _look_at_array(self, operation, x, op="sum"):
         if module_of(x) is not self.xp:
             raise InputError(f"{operation}: found {type(x).__module__}.{type(x).__name__}, expected an array of "
                              f"{self.xp.__name__} (the group's device is {self.device!r})")
-        require(str(x.dtype) in DTYPES, f"{operation} of {x.dtype}", f"one of {', '.join(DTYPES)}")
-        require(op in OPERATIONS, f"{operation} operation {op!r}", f"one of {', '.join(OPERATIONS)}")
+        if dtype_name(x.dtype) not in DTYPES:
+            raise InputError(f"found {operation} of {x.dtype}, expected one of {', '.join(DTYPES)}")
+        if op not in OPERATIONS:
+            raise InputError(f"found {operation} operation {op!r}, expected one of {', '.join(OPERATIONS)}")
 
-    def _agree(self, text):
-        """With check=True: every rank is about to do the same."""
-        if self.check:
-            with self.ledger.record("control", "agreement", wire_bytes("all_reduce", 2, 8, self.size)):
-                agreement.require_agreement(self.comm, "a collective", text)
+    def _look_at_reduction(self, operation, x, op, out):
+        self._look_at_array(operation, x, op)
+        if out is not None:
+            alike = out is x or module_of(out) is self.xp and out.shape == x.shape and out.dtype == x.dtype
+            if not alike or not out.flags.c_contiguous:
+                raise InputError(f"found out {getattr(out, 'dtype', type(out).__name__)} {getattr(out, 'shape', '')}, "
+                                 f"expected a C-contiguous {x.dtype} {x.shape}")
+        return operation, op, x.dtype, x.shape, agreement.memory_order(x)
+
+    def _look_at_axis(self, operation, x, partition, axis):
+        """The axis counted from the front."""
+        if not -x.ndim <= axis < x.ndim:
+            raise InputError(f"found {operation} along axis {axis} of shape {x.shape}, expected an axis that it has")
+        self._look_at_partition(operation, partition)
+        return axis % x.ndim
+
+    def _look_at_partition(self, operation, partition):
+        if partition.ranks != self.size:
+            raise InputError(f"found {operation} over {partition}, expected one of this group's {self.size} ranks")
+
+    def _look_at_part(self, operation, x, partition, axis, root=None):
+        self._look_at_array(operation, x)
+        axis = self._look_at_axis(operation, x, partition, axis)
+        if root is not None:
+            self._look_at_root(operation, root)
+            operation = f"{operation} to {root}"
+        if x.shape[axis] != partition.lengths[self.rank]:
+            raise InputError(f"found {operation} of shape {x.shape}, expected {partition.lengths[self.rank]} along "
+                             f"axis {axis} on rank {self.rank}, its part of {partition.size}")
+        return operation, x.dtype, _whole(x, partition, axis)[0], "axis", axis, partition
+
+    def _look_at_whole(self, operation, x, partition, axis, op):
+        self._look_at_array(operation, x, op)
+        axis = self._look_at_axis(operation, x, partition, axis)
+        if x.shape[axis] != partition.size:
+            raise InputError(f"found {operation} of shape {x.shape}, expected {partition.size} along axis {axis}")
+        return operation, op, x.dtype, x.shape, agreement.memory_order(x), "axis", axis, partition
+
+    def _look_at_broadcast(self, x, root):
+        self._look_at_array("broadcast", x)
+        self._look_at_root("broadcast", root)
+        return "broadcast from", root, x.dtype, x.shape, agreement.memory_order(x)
+
+    def _look_at_root(self, operation, root):
+        if not 0 <= root < self.size:
+            raise InputError(f"found {operation} with root {root}, expected a rank from 0 to {self.size - 1}")
+
+    # --- what they share -----------------------------------------------------------------------------------
 
     def _record(self, operation, x, elements=None):
         elements = x.size if elements is None else elements
-        widened = operation in ("all_reduce", "reduce_scatter") and str(x.dtype) in SENT_AS_FLOAT32
-        itemsize = 4 if widened else x.itemsize
-        return self.ledger.record("data", Collective(operation, elements, str(x.dtype)),
-                                  wire_bytes(operation, elements, itemsize, self.size))
+        name = dtype_name(x.dtype)
+        widened = name in SENT_AS_FLOAT32 and operation in ("all_reduce", "reduce_scatter")
+        return self.ledger.record("data", Collective(operation, elements, name),
+                                  wire_bytes(operation, elements, 4 if widened else x.itemsize, self.size))
 
     def _prepare_reduction(self, operation, x, op, out):
         """Where the result goes, and the array that travels: `out` itself or a float32 copy of a 16-bit x."""
-        self._require_array(operation, x, op)
+        self._enter(self._look_at_reduction, operation, x, op, out)
         if out is None:
             out = self.xp.empty(x.shape, x.dtype)
-        require(module_of(out) is self.xp and out.shape == x.shape and out.dtype == x.dtype and out.flags.c_contiguous,
-                f"out {getattr(out, 'dtype', type(out).__name__)} {getattr(out, 'shape', '')}",
-                f"a C-contiguous {x.dtype} {x.shape}")
-        self._agree(f"{operation} {op} {_said(x)}")
-        if str(x.dtype) in SENT_AS_FLOAT32:
+        if dtype_name(x.dtype) in SENT_AS_FLOAT32:
             return out, x.astype(self.xp.float32, order="C")
         if out is not x:
             out[...] = x
         return out, out
-
-    def _whole(self, operation, x, partition, axis):
-        """Shape of the array whose parts are gathered, and the elements that each rank contributes."""
-        self._require_array(operation, x)
-        shape = list(x.shape)
-        require(shape[axis] == partition.lengths[self.rank], f"{operation}: x of shape {x.shape}",
-                f"{partition.lengths[self.rank]} along axis {axis} on rank {self.rank}")
-        shape[axis] = partition.size
-        self._agree(f"{operation} {x.dtype} {tuple(shape)} axis={axis} {partition}")
-        others = prod(shape) // partition.size
-        return tuple(shape), [length * others for length in partition.lengths]
 
     def _assemble(self, received, counts, shape, partition, axis):
         """The parts, which lie one after the other as the ranks sent them, side by side along `axis`."""
@@ -149,9 +189,8 @@ class Collectives:
         whole = self.xp.empty(shape, received.dtype)
         start = 0
         for rank, count in enumerate(counts):
-            window = [slice(None)] * len(shape)
-            window[axis] = partition.range(rank)
-            part = whole[tuple(window)]
+            window = (slice(None),) * axis + (partition.range(rank),)
+            part = whole[window]
             part[...] = received[start:start + count].reshape(part.shape)
             start += count
         return whole
@@ -178,18 +217,23 @@ def _deliver(wire, out):
     return out
 
 
+def _whole(x, partition, axis):
+    """Shape of the array whose parts are gathered, and the elements that each rank contributes."""
+    shape = list(x.shape)
+    shape[axis] = 1
+    others = prod(shape)
+    shape[axis] = partition.size
+    return tuple(shape), [length * others for length in partition.lengths]
+
+
 def _flat(x):
     return x.reshape(-1) if x.flags.c_contiguous else module_of(x).ascontiguousarray(x).reshape(-1)
 
 
 def _raw(flat):
     """The same bytes under a dtype that MPI knows, for operations that only move them."""
-    return flat.view("uint16") if str(flat.dtype) in SENT_AS_FLOAT32 else flat
-
-
-def _said(x):
-    return f"{x.dtype} {x.shape} {agreement.memory_order(x)}"
+    return flat.view("uint16") if dtype_name(flat.dtype) in SENT_AS_FLOAT32 else flat
 
 
 def _wire_dtype(x):
-    return "float32" if str(x.dtype) in SENT_AS_FLOAT32 else x.dtype
+    return "float32" if dtype_name(x.dtype) in SENT_AS_FLOAT32 else x.dtype

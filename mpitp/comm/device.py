@@ -4,14 +4,16 @@ Never a guess: a device pointer given to an MPI that is not CUDA-aware is a segm
 """
 import ctypes
 import os
+import sys
 
 from mpi4py import MPI
 
 from ..errors import InputError
+from . import agreement
 from .mpi import MpiTransport
 from .staged import StagedTransport
 
-MPIX_GPU_SUPPORT_CUDA = 0       # the constant of both MPICH and Open MPI
+MPIX_GPU_SUPPORT_CUDA = 0       # a constant of MPICH's mpi.h
 
 
 def cuda_aware(comm):
@@ -42,10 +44,19 @@ def cuda_aware(comm):
     info = comm.Get_info()
     kinds = info.get("mpi_memory_alloc_kinds")
     info.Free()
-    if kinds and "cuda" in kinds.split(","):
+    if kinds and takes_device(kinds):
         return True, f"mpi_memory_alloc_kinds = {kinds}"
     found.append(f"mpi_memory_alloc_kinds = {kinds}" if kinds else "no mpi_memory_alloc_kinds")
     return False, "; ".join(found)
+
+
+def takes_device(kinds):
+    """Whether "cuda", or "cuda:device" with or without other restrictors, is among comma-separated kinds (MPI 4.1)."""
+    for kind in kinds.split(","):
+        name, *restrictors = kind.strip().split(":")
+        if name == "cuda" and (not restrictors or "device" in restrictors):
+            return True
+    return False
 
 
 def array_module(device):
@@ -63,13 +74,33 @@ def array_module(device):
     return cupy
 
 
+_staging_is_said = False
+
+
 def choose_transport(comm, device, xp):
-    """The transport for a device. On a GPU without a CUDA-aware MPI, staging is said once, by rank 0."""
+    """The transport for a device. On a GPU without a CUDA-aware MPI, staging is said once, by rank 0. Collective."""
+    global _staging_is_said
     if device == "cpu":
         return MpiTransport(comm)
-    aware, how = comm.bcast(cuda_aware(comm))    # rank 0 decides for all
+    aware, how = cuda_aware_everywhere(comm)
+
+    def synchronise():
+        xp.cuda.get_current_stream().synchronize()
     if aware:
-        return MpiTransport(comm, synchronise=lambda: xp.cuda.get_current_stream().synchronize())
-    if comm.rank == 0:
-        print(f"mpitp: this MPI does not take device buffers ({how}): staging through host memory", flush=True)
-    return StagedTransport(comm)
+        return MpiTransport(comm, synchronise)
+    if comm.rank == 0 and not _staging_is_said:
+        print(f"mpitp: this MPI does not take device buffers ({how}): staging through host memory",
+              file=sys.stderr, flush=True)
+    _staging_is_said = True                      # on every rank: a subgroup says it no more
+    return StagedTransport(comm, synchronise)
+
+
+def cuda_aware_everywhere(comm):
+    """cuda_aware(), which every rank must answer alike. Collective."""
+    found = []
+
+    def look():
+        found.append(cuda_aware(comm))
+        return "{} ({})".format(*found[0])
+    agreement.require_everywhere(comm, "whether MPI takes device buffers", look)
+    return found[0]

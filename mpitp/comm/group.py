@@ -1,16 +1,18 @@
 """The ranks that share a layer: what every layer is handed."""
+import threading
 from math import prod
 
 import numpy as np
 from mpi4py import MPI
 
+from ..arrays import COMPUTE_DTYPES
 from ..errors import InputError, require_positive
 from ..partition import Partition
 from . import agreement, guard, launch, tree
-from .collectives import Collectives
+from .collectives import Collectives, dtype_name
 from .device import array_module, choose_transport
 from .ledger import Collective, Ledger, wire_bytes
-from .workers import Workers, one_blas_thread
+from .workers import Workers, do_nothing, one_blas_thread
 
 
 class TensorParallelGroup(Collectives):
@@ -34,35 +36,45 @@ class TensorParallelGroup(Collectives):
     Notes
     -----
     Collective: the constructor, close(), and every method that communicates. As a context manager the group ends
-    the whole job when the body raises on any rank, instead of leaving the others waiting.
+    the whole job when the body, or a thread meanwhile, raises on any rank, instead of leaving the others waiting.
+    Bad input that every rank finds leaves the body as the InputError that it is.
 
     Raises
     ------
-    InputError (a ValueError) for an unknown device, a missing CuPy, a launcher of another MPI than mpi4py's, ranks
-    that disagree on these arguments or, in reproducible mode, run on different kinds of machine.
+    InputError (a ValueError), on every rank, for an unknown device, a missing CuPy, a launcher of another MPI than
+    mpi4py's, ranks that disagree on these arguments or, in reproducible mode, run on different kinds of machine.
     """
 
     def __init__(self, comm=None, *, device="cpu", reproducible=False, blocks=8, check=False):
-        if comm is None:
+        if comm is None or comm == MPI.COMM_WORLD:
             launch.require_matching_launcher()
             comm = MPI.COMM_WORLD
-        require_positive(blocks=blocks)
-        self.xp = array_module(device)
         self.comm = comm.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
         self.device, self.reproducible, self.check = device, bool(reproducible), bool(check)
-        self.blocks = int(blocks) if reproducible else self.size
         self.ledger = Ledger()
-        agreement.require_agreement(
-            self.comm, "the group's arguments",
-            f"device={device!r} reproducible={self.reproducible} blocks={blocks} check={self.check}")
-        self.transport = choose_transport(self.comm, device, self.xp)
-        self._workers, self._give_back_threads = Workers(1), lambda: None
-        if self.reproducible and device == "cpu":
-            agreement.require_agreement(self.comm, "the machine type, and with it the bits of a product",
-                                        launch.machine())
-            self._give_back_threads = one_blas_thread()
-            self._workers = Workers(launch.share_of_cores(self.comm))
+        self._workers, self._give_back_threads = Workers(1), do_nothing
+        try:
+            agreement.require_everywhere(self.comm, "the group's arguments", lambda: self._look_at_arguments(blocks))
+            self.blocks = int(blocks) if self.reproducible else self.size
+            self.transport = choose_transport(self.comm, device, self.xp)
+            if self.reproducible and device == "cpu":
+                agreement.require_everywhere(self.comm, "the machine type, and with it the bits of a product",
+                                             self._look_at_machine)
+                self._workers = Workers(launch.share_of_cores(self.comm))
+        except InputError:                          # on every rank alike
+            self._give_back_threads()
+            self.comm.Free()
+            raise
+
+    def _look_at_arguments(self, blocks):
+        require_positive(blocks=blocks)
+        self.xp = array_module(self.device)
+        return f"device={self.device!r} reproducible={self.reproducible} blocks={int(blocks)} check={self.check}"
+
+    def _look_at_machine(self):
+        self._give_back_threads = one_blas_thread()
+        return launch.machine()
 
     def partition(self, size):
         """How a dimension of `size` is split over this group."""
@@ -85,12 +97,13 @@ class TensorParallelGroup(Collectives):
         compute : function of a Block; returns a new C-contiguous array of `shape` and `dtype`, which is overwritten.
             Not called for a block that holds nothing.
         """
-        key = Collective("all_reduce", prod(shape), str(np.dtype(dtype)))
-        self._agree(f"sum_blocks {key.dtype} {tuple(shape)} {partition}")
-        leaves = self.each_block(compute, partition)
+        self._enter(self._look_at_sum, partition, shape, dtype)
+        shape, dtype = tuple(shape), np.dtype(dtype)
+        key = Collective("all_reduce", prod(shape), dtype_name(dtype))
+        leaves = self._checked_leaves(self.each_block(compute, partition), shape, dtype)
         if not self.reproducible:
-            total = next((leaf for _, leaf in leaves), None)
-            total = self.xp.zeros(shape, dtype) if total is None else total
+            total = next(leaves, None)
+            total = self.xp.zeros(shape, dtype) if total is None else total[1]
             with self.ledger.record("data", key, wire_bytes("all_reduce", total.size, total.itemsize, self.size)):
                 self.transport.all_reduce(total, "sum")
             return total
@@ -102,16 +115,34 @@ class TensorParallelGroup(Collectives):
             tree.exchange(fold, self.rank, total.reshape(-1), self.transport)
         return total
 
+    def _look_at_sum(self, partition, shape, dtype):
+        dtype = np.dtype(dtype)
+        if dtype_name(dtype) not in COMPUTE_DTYPES:
+            raise InputError(f"found sum_blocks of {dtype}, expected one of {', '.join(COMPUTE_DTYPES)}")
+        self._look_at_partition("sum_blocks", partition)
+        if not self.reproducible and partition.blocks != self.size:
+            raise InputError(f"found sum_blocks over {partition}, expected one block a rank in ordinary mode")
+        return "sum_blocks", dtype, tuple(map(int, shape)), partition
+
+    def _checked_leaves(self, leaves, shape, dtype):
+        for block, leaf in leaves:
+            if leaf.shape != shape or leaf.dtype != dtype or not leaf.flags.c_contiguous:
+                raise InputError(f"found a partial result {leaf.dtype} {leaf.shape} in {agreement.memory_order(leaf)} "
+                                 f"order for block {block.index}, expected a C-contiguous {dtype} {shape}")
+            yield block, leaf
+
     def subgroup(self, color, key=0):
         """The group of the ranks that give the same color, ordered by key; None for color None. MPI_Comm_split."""
         part = self.comm.Split(MPI.UNDEFINED if color is None else color, key)
         if part == MPI.COMM_NULL:
             return None
         try:
-            return TensorParallelGroup(part, device=self.device, reproducible=self.reproducible,
-                                       blocks=self.blocks if self.reproducible else 8, check=self.check)
+            group = TensorParallelGroup(part, device=self.device, reproducible=self.reproducible,
+                                        blocks=self.blocks if self.reproducible else 8, check=self.check)
         finally:
             part.Free()
+        group._workers.count = self._workers.count          # the other subgroups share the cores too
+        return group
 
     def report(self, value):
         """The values of all ranks as a list on rank 0, None elsewhere: for tables and messages, any picklable value."""
@@ -139,16 +170,29 @@ class TensorParallelGroup(Collectives):
     def close(self):
         """Free the communicator. Collective. With check=True it proves that all ranks are through."""
         if self.comm != MPI.COMM_NULL:
-            self._agree("close")
+            self._enter(lambda: ("close",))
             self._workers.close()
             self._give_back_threads()
             self.comm.Free()
 
     def __enter__(self):
+        self._outer_hook = guard.watch_threads() if self.size > 1 else threading.excepthook
         return self
 
     def __exit__(self, kind, error, trace):
+        threading.excepthook = self._outer_hook
         if error is None:
-            self.close()
-        elif self.size > 1 and not guard.active and not (kind is SystemExit and error.code in (0, None)):
-            guard.abort(error)                  # the others wait for this rank in some collective
+            try:
+                return self.close()
+            except InputError as early:             # the others go on
+                self._leave(early)
+                raise
+        self._leave(error)
+
+    def _leave(self, error):
+        """Let an error out of the body where it meets no rank that waits for this one; else end the job."""
+        if guard.active or guard.succeeds(error):
+            return                                  # guarded() ends the job; sys.exit(0) is no failure
+        if self.size > 1 and not (isinstance(error, InputError) and guard.all_leave(self.comm)):
+            guard.abort(error)
+        self.close()

@@ -11,33 +11,56 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 
 from mpi4py import MPI
 
 from ..errors import InputError
 
 PATIENCE = 5.0      # seconds that a rank with bad input waits for the others to find the same
+FORWARDING = 0.2    # seconds for the launcher to forward what was written: it drops the rest when it kills (seen)
+LEAVING = 7         # tag of the messages of all_leave()
 active = False      # whether guarded() runs: it ends the job then, not the group's context manager
 
 
-def describe(error):
-    """What is said of the error that ends the job: a traceback, or a line for sys.exit and Ctrl-C."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted\n"
-    if isinstance(error, SystemExit):
-        return f"sys.exit({error.code!r})\n"
-    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+def say(text):
+    """Write to standard error, after what was printed. A stream that is closed is no reason to stay."""
+    with suppress(Exception):
+        sys.stdout.flush()
+    with suppress(Exception):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def end_job(text, status):
+    """Say why, and end every rank."""
+    say(text)
+    if MPI.COMM_WORLD.size > 1:
+        time.sleep(FORWARDING)
+    MPI.COMM_WORLD.Abort(status)
+    os._exit(status)                            # MPI_Abort may return
 
 
 def abort(error):
-    """Print why this rank failed, and end the job with a non-zero status."""
+    """Print why this rank failed, its traceback, and end the job with a non-zero status."""
+    why = "interrupted\n" if isinstance(error, KeyboardInterrupt) else \
+        "".join(traceback.format_exception(type(error), error, error.__traceback__))
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    sys.stdout.flush()
-    sys.stderr.write(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job: {describe(error)}")
-    sys.stderr.flush()
-    time.sleep(0.2)                             # the launcher drops what it has not forwarded when it kills (seen)
-    MPI.COMM_WORLD.Abort(code or 1)
-    os._exit(code or 1)                         # MPI_Abort may return
+    end_job(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job: {why}", code or 1)
+
+
+def succeeds(error):
+    """Whether an exception is sys.exit() or sys.exit(0)."""
+    return isinstance(error, SystemExit) and error.code in (0, None)
+
+
+def watch_threads():
+    """From now on an exception that ends any thread ends the job. Returns the hook that was there before."""
+    def hook(failed):
+        if not succeeds(failed.exc_value):
+            abort(failed.exc_value)
+    before, threading.excepthook = threading.excepthook, hook
+    return before
 
 
 def guarded(main):
@@ -47,22 +70,32 @@ def guarded(main):
     """
     global active
     active = True
-    faulthandler.enable()                       # a segmentation fault in a library shows its Python line
+    with suppress(Exception):                   # there may be no standard error
+        faulthandler.enable()                   # a segmentation fault in a library shows its Python line
     comm = MPI.COMM_WORLD.Dup()                 # the farewell meets nobody's other collectives
-    threading.excepthook = lambda failed: abort(failed.exc_value)
+    watch_threads()
     try:
         try:
-            return farewell(comm, main() or 0)
+            status = main() or 0
+            if sys.stdout:
+                sys.stdout.flush()              # whoever reads it may be gone: that is seen here, not at exit
+            return farewell(comm, status)
         except InputError as error:
-            return farewell(comm, 2, f"mpitp: {error}")
+            return farewell(comm, 2, f"mpitp: {error}\n")
         except SystemExit as error:
-            if error.code not in (0, None):
+            if not succeeds(error):
                 raise
             return farewell(comm, 0)            # --help
     except BaseException as error:
-        if comm.size == 1 and not isinstance(error, KeyboardInterrupt):
-            raise
-        abort(error)
+        if comm.size > 1:
+            abort(error)
+        if isinstance(error, KeyboardInterrupt):
+            say("mpitp: interrupted\n")
+            return 1
+        if isinstance(error, BrokenPipeError):  # `| head`: nothing more is wanted
+            sys.stdout = open(os.devnull, "w")
+            return 1
+        raise
 
 
 def farewell(comm, status, message=None):
@@ -72,10 +105,24 @@ def farewell(comm, status, message=None):
     deadline = time.monotonic() + PATIENCE
     while not request.Test():
         if message and time.monotonic() > deadline:     # this rank alone met bad input
-            print(message, file=sys.stderr, flush=True)
-            time.sleep(0.2)
-            comm.Abort(2)
-        time.sleep(0.0002 if message is None else 0.001)
-    if message and 2 not in list(statuses[:comm.rank]):
-        print(message, file=sys.stderr, flush=True)
+            end_job(message, status)
+        time.sleep(0.0005)
+    if message and status not in statuses.tolist()[:comm.rank]:
+        say(message)
     return status
+
+
+def all_leave(comm):
+    """Whether every rank of comm calls this within PATIENCE seconds of each other.
+
+    By messages from each to each, which the collectives that other ranks may still wait in do not meet.
+    """
+    others = [rank for rank in range(comm.size) if rank != comm.rank]
+    requests = [comm.Irecv(bytearray(0), rank, LEAVING) for rank in others]
+    requests += [comm.Isend(bytearray(0), rank, LEAVING) for rank in others]
+    deadline = time.monotonic() + PATIENCE
+    while not MPI.Request.Testall(requests):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.0005)
+    return True

@@ -14,7 +14,7 @@ from ..errors import InputError
 LAUNCHERS = (
     ("JSM_NAMESPACE_SIZE", "jsrun"),
     ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),
-    ("PMI_SIZE", "a Hydra mpirun (MPICH, Intel MPI) or another launcher with PMI (PALS, srun --mpi=pmi2)"),
+    ("PMI_SIZE", "a Hydra mpirun (MPICH, Intel MPI) or another PMI launcher (PALS, srun)"),
     ("SLURM_STEP_NUM_TASKS", "srun"),
     ("FLUX_JOB_SIZE", "flux run"),
 )

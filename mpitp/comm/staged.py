@@ -6,19 +6,18 @@ pinned memory, lets MPI work there, and copies back.
 from .mpi import MpiTransport
 
 
-def to_host(x):
-    """A pinned host copy of a device array. The copy waits for the kernels that still write x."""
+def pinned_like(x):
+    """Pinned host memory of the shape and dtype of a device array."""
     import cupyx
-    host = cupyx.empty_pinned(x.shape, x.dtype)
-    x.get(out=host)
-    return host
+    return cupyx.empty_pinned(x.shape, x.dtype)
 
 
 class StagedTransport:
     name = "staged"
 
-    def __init__(self, comm, to_host=to_host):
-        self.host, self.to_host = MpiTransport(comm), to_host
+    def __init__(self, comm, synchronise, pinned_like=pinned_like):
+        """synchronise: waits for what the device was told to do."""
+        self.host, self.synchronise, self.pinned_like = MpiTransport(comm), synchronise, pinned_like
 
     @property
     def piece_bytes(self):
@@ -28,10 +27,20 @@ class StagedTransport:
     def piece_bytes(self, limit):
         self.host.piece_bytes = limit
 
+    def to_host(self, x):
+        """A host copy of x; get() waits for the kernels that still write x."""
+        host = self.pinned_like(x)
+        x.get(out=host)
+        return host
+
+    def to_device(self, host, x):
+        x.set(host)
+        self.synchronise()      # set() only starts the copy, and the pinned memory is given away when host is gone
+
     def all_reduce(self, x, op):
         host = self.to_host(x)
         self.host.all_reduce(host, op)
-        x.set(host)
+        self.to_device(host, x)
 
     def begin_all_reduce(self, x, op):
         host = self.to_host(x)
@@ -39,31 +48,31 @@ class StagedTransport:
 
         def finish():
             wait()
-            x.set(host)
+            self.to_device(host, x)
         return finish
 
     def all_gather(self, send, receive, counts):
-        host = self.to_host(receive)
+        host = self.pinned_like(receive)
         self.host.all_gather(self.to_host(send), host, counts)
-        receive.set(host)
+        self.to_device(host, receive)
 
     def gather(self, send, receive, counts, root):
-        host = None if receive is None else self.to_host(receive)
+        host = None if receive is None else self.pinned_like(receive)
         self.host.gather(self.to_host(send), host, counts, root)
         if receive is not None:
-            receive.set(host)
+            self.to_device(host, receive)
 
     def reduce_scatter(self, send, receive, counts, op):
-        host = self.to_host(receive)
+        host = self.pinned_like(receive)
         self.host.reduce_scatter(self.to_host(send), host, counts, op)
-        receive.set(host)
+        self.to_device(host, receive)
 
     def all_to_all(self, send, send_counts, receive, receive_counts):
-        host = self.to_host(receive)
+        host = self.pinned_like(receive)
         self.host.all_to_all(self.to_host(send), send_counts, host, receive_counts)
-        receive.set(host)
+        self.to_device(host, receive)
 
     def broadcast(self, x, root):
         host = self.to_host(x)
         self.host.broadcast(host, root)
-        x.set(host)
+        self.to_device(host, x)

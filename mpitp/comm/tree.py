@@ -108,6 +108,9 @@ def exchange(fold, rank, total, transport):
     nodes = nodes_of_ranks(fold.partition)
     mine = [fold.known[node].reshape(-1) for node in nodes[rank]]
     every_node = sum(map(len, nodes))                       # as much as one rank sends or receives at the most
+    if every_node == 0:
+        total[...] = 0                                      # nothing at all was there to be summed
+        return
     for part in pieces(total.size, every_node * total.itemsize, transport.piece_bytes):
         exchange_piece(nodes, fold.partition.blocks, rank, [node[part] for node in mine], total[part], transport)
 

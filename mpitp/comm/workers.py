@@ -8,22 +8,53 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 from ..errors import InputError
+from .launch import THREAD_VARIABLES
+
+
+_holders = 0        # groups that hold BLAS to one thread now
+_before = None      # what gives the threads back that the first of them found
 
 
 def one_blas_thread():
-    """Hold BLAS to one thread. Returns a function that gives the threads back.
+    """Hold BLAS to one thread. Returns a function that gives the threads back, once nobody else holds them.
 
     Raises InputError where neither threadpoolctl nor the environment can do it.
     """
+    global _holders, _before
     try:
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import ThreadpoolController
+        blas = ThreadpoolController().select(user_api="blas")
+        problem = None if blas.lib_controllers else "a BLAS that threadpoolctl does not know, expected one that it does"
     except ImportError:
-        if any(os.environ.get(name) == "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")):
-            return lambda: None
-        raise InputError("found no threadpoolctl, expected it for reproducible=True (it holds BLAS to one thread): "
-                         "pip install threadpoolctl, or start with OMP_NUM_THREADS=1") from None
-    limits = threadpool_limits(1, user_api="blas")
-    return limits.restore_original_limits
+        problem = "no threadpoolctl, expected it"
+    if problem is None:
+        give_back = blas.limit(limits=1).restore_original_limits
+    elif environment_says_one_thread():
+        give_back = do_nothing
+    else:
+        raise InputError(f"found {problem} for reproducible=True (it holds BLAS to one thread): "
+                         f"pip install threadpoolctl, or start with OMP_NUM_THREADS=1")
+    if _holders == 0:
+        _before = give_back
+    _holders += 1
+    return release
+
+
+def release():
+    global _holders
+    _holders -= 1
+    if _holders == 0:
+        _before()
+
+
+def environment_says_one_thread():
+    """Whether BLAS, which reads the environment once when NumPy is imported, found 1 wherever it looks."""
+    said = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
+    return not said.keys().isdisjoint(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")) and set(said.values()) == {"1"}
+
+
+def do_nothing():
+    pass
 
 
 class Workers:

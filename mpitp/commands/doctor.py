@@ -204,5 +204,5 @@ def said(found):
     if not found:
         yield "nothing is wrong"
     for finding in found:
-        yield from textwrap.wrap(f"WRONG  {finding.name}: {finding.found}", 98, subsequent_indent="       ")
+        yield from textwrap.wrap(f"WRONG  {finding.name}: {finding.found}", 96, subsequent_indent="       ")
         yield from textwrap.wrap(f"  fix  {finding.fix}", 98, subsequent_indent="       ", break_on_hyphens=False)

@@ -10,16 +10,18 @@ NAMES = (
     ("dense_h_to_4h", None, "dense_4h_to_h"),       # gpt_neox, falcon, bloom
     ("c_fc", None, "c_proj"),                       # gpt2 (transposed), gpt_bigcode, starcoder2
 )
+FLOATS = ("F32", "F16", "BF16", "F64")
 CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}     # store [in, out]
 ACTIVATIONS = {
     "relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "linear": "identity",
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
 }
-# Where the config does not say it, or says it otherwise than the model does it. Gemma's "gelu" always meant tanh.
-FIXED_ACTIVATIONS = {"bloom": "gelu_tanh", "gemma": "gelu_tanh"}
+FIXED_ACTIVATIONS = {"bloom": "gelu_tanh"}             # whatever the config says
+# Where the config does not say it.
 DEFAULT_ACTIVATIONS = {"falcon": "gelu", "gpt2": "gelu_tanh", "gpt_neox": "gelu", "llama": "silu", "mistral": "silu",
-                       "qwen2": "silu", "qwen3": "silu", "gemma2": "gelu_tanh", "gemma3_text": "gelu_tanh",
+                       "qwen2": "silu", "qwen3": "silu", "gemma": "gelu_tanh",
+                       "gemma2": "gelu_tanh", "gemma3_text": "gelu_tanh",
                        "gpt_bigcode": "gelu_tanh", "starcoder2": "gelu_tanh"}
 
 
@@ -58,8 +60,10 @@ def activation_of(config):
     for key in ("hidden_activation", "hidden_act", "activation_function", "activation"):
         name = config.get(key)
         if name is not None:
-            if name not in ACTIVATIONS:
+            if not isinstance(name, str) or name not in ACTIVATIONS:
                 raise InputError(f"config.json: found {key} = {name!r}, expected one of {', '.join(ACTIVATIONS)}")
+            if family == "gemma" and name == "gelu":        # the first release said so and meant the other one
+                return "gelu_tanh"
             return ACTIVATIONS[name]
     if family in DEFAULT_ACTIVATIONS:
         return DEFAULT_ACTIVATIONS[family]
@@ -70,7 +74,7 @@ def find_prefix(checkpoint, layer):
     """The prefix of the layer's feed-forward tensors, and their (up, gate, down)."""
     layers = set()
     for up, gate, down in NAMES:
-        pattern = re.compile(rf"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.mlp\.(?={up}\.weight$)")
+        pattern = re.compile(rf"(?:.*\.)?(?:layers|h)\.(\d{{1,9}})\.mlp\.(?={up}\.weight$)")
         found = []
         for name in checkpoint.names():
             match = pattern.match(name)
@@ -95,6 +99,9 @@ def feed_forward(checkpoint, layer):
     or a bias that is missing, and an activation that is not known.
     """
     config = text_config(checkpoint.config)
+    family = config.get("model_type")
+    if not isinstance(family, (str, type(None))):
+        raise InputError(f"config.json: found model_type = {family!r}, expected a name")
     prefix, (up, gate, down) = find_prefix(checkpoint, layer)
     stored = {"up": up, "gate": gate, "down": down}
     weights = {}
@@ -102,9 +109,12 @@ def feed_forward(checkpoint, layer):
         if theirs is None:
             continue
         weight = checkpoint[f"{prefix}{theirs}.weight"]
+        if weight.dtype not in FLOATS:
+            raise InputError(f"{prefix}{theirs}.weight: found {weight.dtype}, expected {', '.join(FLOATS)} (quantised "
+                             f"weights are out of scope)")
         if len(weight.shape) != 2:
             raise InputError(f"{prefix}{theirs}.weight: found shape {weight.shape}, expected two axes")
-        weights[f"{mine}.weight"] = Transposed(weight) if config.get("model_type") in CONV1D else weight
+        weights[f"{mine}.weight"] = Transposed(weight) if family in CONV1D else weight
         if f"{prefix}{theirs}.bias" in checkpoint.where:
             weights[f"{mine}.bias"] = checkpoint[f"{prefix}{theirs}.bias"]
     ffn, hidden = weights["up.weight"].shape

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import InputError
 
 HEADER_LIMIT = 100_000_000      # bytes, as in the reference library
-PIECE = 1 << 20                 # elements widened at a time
+MOST_AXES = 32                  # of NumPy 1; NumPy 2 has 64
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
           "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}
 WIDENED = {"F16": "float32", "BF16": "float32"}     # 16-bit types are storage: computed with in float32
@@ -25,28 +25,20 @@ class StoredTensor:
     shape, dtype : as stored, dtype by its name in the file ("BF16")
     """
 
-    def __init__(self, file, name, dtype, shape, offset):
+    def __init__(self, file, name, dtype, shape, begin, end):
         self.file, self.name, self.dtype, self.shape = file, name, dtype, shape
-        mapped = prod(shape) > 0                # nothing cannot be mapped
-        self.map = np.memmap(file.path, STORED[dtype], "r", offset, shape) if mapped else np.empty(shape, STORED[dtype])
+        self.map = file.map[begin:end].view(STORED[dtype]).reshape(shape)
 
     def __getitem__(self, window):
         view = self.map[window]
         self.file.bytes_read += view.nbytes
         out = np.empty(view.shape, WIDENED.get(self.dtype, self.map.dtype.newbyteorder("=")))
-        # In pieces of whole rows, so that nothing as large as the slice lies beside it.
-        step = max(1, PIECE // max(1, prod(view.shape[1:])))
-        for part in [slice(at, at + step) for at in range(0, len(view), step)] if view.ndim else [...]:
-            widen(self.dtype, view[part], out[part])
+        # Straight from the map into `out`: NumPy casts through a buffer of some KiB, so no 16-bit copy is made.
+        if self.dtype == "BF16":                # the upper half of the float32 that it stands for
+            np.left_shift(view, 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
+        else:
+            out[...] = view
         return out
-
-
-def widen(dtype, stored, out):
-    """out = stored. A BF16 number is the upper half of the float32 that it stands for."""
-    if dtype == "BF16":
-        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
-    else:
-        out[...] = stored
 
 
 class SafetensorsFile:
@@ -56,17 +48,24 @@ class SafetensorsFile:
         self.path, self.bytes_read = os.fspath(path), 0
         try:
             size = os.stat(self.path).st_size
+            self.require(size >= 8, f"a file of {size} bytes", "at least the 8 of the header's length")
             with open(self.path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                self.require(size >= 8 and length <= min(HEADER_LIMIT, size - 8), f"a header of {length} bytes",
-                             f"at most {min(HEADER_LIMIT, max(0, size - 8))} in a file of {size}")
-                header = json.loads(file.read(length), object_pairs_hook=self.unique)
+                self.require(length <= min(HEADER_LIMIT, size - 8), f"a header of {length} bytes",
+                             f"at most {min(HEADER_LIMIT, size - 8)} in a file of {size}")
+                header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=self.unique)
+            # One map for all tensors, since each map holds a file descriptor. Mapping reads nothing.
+            self.map = np.asarray(np.memmap(self.path, np.uint8, "r"))
         except OSError as error:
             raise InputError(f"{self.path}: found {error.strerror}, expected a safetensors file") from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        except InputError:
+            raise
+        except (ValueError, RecursionError):    # not UTF-8, not JSON, a number of more digits than Python takes
             raise InputError(f"{self.path}: found a header that is not JSON, expected a safetensors file") from None
         self.require(isinstance(header, dict), f"a header that is a JSON {type(header).__name__}", "an object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        self.require(isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values()),
+                     "a __metadata__ of something else", "an object of strings")
         self.tensors, end = {}, 0
         entries = [(name, *self.entry(name, entry)) for name, entry in header.items()]
         for name, dtype, shape, begin, stop in sorted(entries, key=lambda entry: entry[3:]):
@@ -74,7 +73,7 @@ class SafetensorsFile:
             bytes_of_shape = prod(shape) * np.dtype(STORED[dtype]).itemsize
             self.require(stop - begin == bytes_of_shape, f"{stop - begin} bytes of {name!r}",
                          f"{bytes_of_shape} for {dtype} {tuple(shape)}")
-            self.tensors[name], end = (dtype, tuple(shape), 8 + length + begin), stop
+            self.tensors[name], end = (dtype, tuple(shape), 8 + length + begin, 8 + length + stop), stop
         self.require(8 + length + end == size, f"a file of {size} bytes",
                      f"{8 + length + end}, where its last tensor ends")
 
@@ -82,29 +81,43 @@ class SafetensorsFile:
         """(dtype, shape, begin, end) of a header entry."""
         def sizes(value):
             return isinstance(value, list) and all(type(n) is int and 0 <= n < 2 ** 63 for n in value)
-        self.require(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
-                     f"{name!r}: {entry!r}"[:200], "dtype, shape and data_offsets")
+        self.require(isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"},
+                     f"{name!r}: {entry!r}", "dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        self.require(isinstance(dtype, str) and dtype in STORED, f"dtype {dtype!r} of {name!r}"[:200],
+        self.require(isinstance(dtype, str) and dtype in STORED, f"dtype {dtype!r} of {name!r}",
                      f"one of {', '.join(STORED)}")
-        self.require(sizes(shape), f"shape {shape!r} of {name!r}"[:200], "a list of sizes")
+        self.require(sizes(shape) and len(shape) <= MOST_AXES and addressable(shape), f"shape {shape!r} of {name!r}",
+                     f"a list of at most {MOST_AXES} sizes, their product below 2**60")
         self.require(sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1],
-                     f"data_offsets {offsets!r} of {name!r}"[:200], "[begin, end]")
+                     f"data_offsets {offsets!r} of {name!r}", "[begin, end]")
         return dtype, shape, *offsets
 
     def unique(self, pairs):
-        names = [name for name, _ in pairs]
-        self.require(len(set(names)) == len(names), "a key twice in the header", "every key once")
-        return dict(pairs)
+        """A JSON object as a dict; the last of two equal keys would win unseen."""
+        values = {}
+        for name, value in pairs:
+            self.require(name not in values, f"{name!r} twice in the header", "every key once")
+            values[name] = value
+        return values
 
     def require(self, condition, found, expected):
         if not condition:
-            raise InputError(f"{self.path}: found {found}, expected {expected}")
+            raise InputError(f"{self.path}: found {found[:200]}, expected {expected}")
 
     def __getitem__(self, name):
         if name not in self.tensors:
             raise InputError(f"{self.path}: found no tensor {name!r}, expected it there")
         return StoredTensor(self, name, *self.tensors[name])
+
+
+def addressable(shape):
+    """Whether NumPy can describe the shape; it counts axes of size 0 as 1."""
+    elements = 1
+    for n in shape:
+        elements *= n or 1
+        if elements >= 2 ** 60:
+            return False
+    return True
 
 
 class Checkpoint:
@@ -125,7 +138,8 @@ class Checkpoint:
             if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
                 raise InputError(f"{index}: found no weight_map of file names, expected one")
             for name in set(where.values()):
-                if os.path.basename(name) != name or name in ("", ".", ".."):
+                if os.path.basename(name) != name or name in ("", ".", "..") or \
+                        not name.isprintable():
                     raise InputError(f"{index}: found a shard named {name!r}, expected a file of the same folder")
             self.files = {name: SafetensorsFile(os.path.join(self.folder, name)) for name in sorted(set(where.values()))}
             self.where = where
