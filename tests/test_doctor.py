@@ -95,7 +95,7 @@ def run(ranks, *arguments, **environment):
 @pytest.mark.launcher
 def test_the_page(tmp_path):
     done = run(2, "--json", tmp_path / "report.json")
-    assert max(map(len, done.stdout.splitlines())) <= 100 and "MPI sees 2" in done.stdout, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100 and "2 started, MPI sees 2" in done.stdout, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["schema"] == "mpitp.doctor/1" and len(report["ranks"]) == 2
     assert (done.returncode != 0) == bool(report["findings"])

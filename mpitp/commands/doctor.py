@@ -182,8 +182,8 @@ def page(ranks):
     yield f"Python       {first.python}, NumPy {first.numpy}, mpi4py {first.mpi4py}"
     yield f"BLAS         {first.blas}"
     yield f"MPI          {first.mpi}, transport: {first.transport}"
-    yield f"launcher     {first.launcher or 'none'}{f', {first.launcher_ranks} ranks' if first.launcher else ''}; " \
-          f"MPI sees {first.world}"
+    yield f"launcher     {first.launcher or 'none'}"
+    yield f"ranks        {first.launcher_ranks} started, MPI sees {first.world}"
     how = first.cuda_aware_how.split("; ")
     yield f"CUDA-aware   {'yes' if first.cuda_aware else 'no'}: {how[0]}"
     yield from (f"             {reason}" for reason in how[1:])
