@@ -42,6 +42,16 @@ class RankFacts:
     node_ranks: int = 1
 
 
+def of_all_ranks():
+    """RankFacts of every rank on rank 0, None on the others. Collective."""
+    return MPI.COMM_WORLD.gather(of_this_rank(MPI.COMM_WORLD))
+
+
+def from_first_rank(value):
+    """Rank 0's value on every rank. Collective."""
+    return MPI.COMM_WORLD.bcast(value)
+
+
 def of_this_rank(comm):
     """RankFacts of this process. Collective (two small all-gathers)."""
     import numpy

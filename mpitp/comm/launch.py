@@ -29,6 +29,11 @@ def library_name():
     return f"{name} {'.'.join(map(str, version))}"
 
 
+def is_first_rank():
+    """Whether this process is the one that prints."""
+    return MPI.COMM_WORLD.rank == 0
+
+
 def launcher(environment=None):
     """(name, ranks) of the launcher that started this process, or (None, 1)."""
     environment = os.environ if environment is None else environment

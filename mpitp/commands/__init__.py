@@ -2,9 +2,8 @@
 import argparse
 from importlib import import_module
 
-from mpi4py import MPI
-
 from .. import __version__
+from ..comm.launch import is_first_rank
 from ..errors import InputError
 
 COMMANDS = {
@@ -21,7 +20,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help lists what there is)")
 
     def _print_message(self, message, file=None):
-        if MPI.COMM_WORLD.rank == 0:
+        if is_first_rank():
             super()._print_message(message, file)
 
 

@@ -6,9 +6,8 @@ launcher. Exits with 1 when something is wrong.
 import textwrap
 from dataclasses import dataclass
 
-from mpi4py import MPI
-
 from ..comm import facts as machine
+from ..comm.launch import is_first_rank
 from . import report
 
 # OpenBLAS kernels that use less than AVX-512, or less than AVX2.
@@ -38,18 +37,16 @@ def add_arguments(parser):
 
 def run(arguments):
     """The command on this rank: 0 when nothing is wrong, else 1."""
-    comm = MPI.COMM_WORLD
-    ranks = comm.gather(machine.of_this_rank(comm))
-    status = 0
+    ranks, status = machine.of_all_ranks(), 0
     # Under the launcher of another MPI every process is rank 0 of its own world: the first one speaks.
-    if comm.rank == 0 and (comm.size > 1 or ranks[0].launcher_rank == 0):
+    if is_first_rank() and (ranks[0].world > 1 or ranks[0].launcher_rank == 0):
         found = Report(ranks, findings(ranks))
         print("\n".join([*page(ranks), "", *said(found.findings)]), flush=True)
         if arguments.json:
             report.require_writable(arguments.json)
             report.write_json(arguments.json, "mpitp.doctor/1", found)
         status = 1 if found.findings else 0
-    return comm.bcast(status)
+    return machine.from_first_rank(status)
 
 
 # --- what is wrong: functions of the facts alone ------------------------------------------------------------
