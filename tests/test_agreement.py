@@ -1,4 +1,6 @@
 """Ranks that do not mean the same collective: caught on every rank, with what each one said."""
+import sys
+
 import numpy as np
 import pytest
 
@@ -35,17 +37,70 @@ MISMATCHES = {
 }
 
 
-@pytest.mark.parametrize("mismatch", MISMATCHES)
-def test_a_mismatch_is_caught_on_every_rank(group, mismatch):
-    caught = None
+# One rank alone meets bad input: the others must not wait for it.
+ONE_RANKS_ERRORS = {
+    "no array": (lambda g: g.all_reduce([1.0] if last(g) else np.ones(1)), "found builtins.list"),
+    "no dtype for it": (lambda g: g.all_reduce(np.ones(3, complex if last(g) else float)), "all_reduce of complex128"),
+    "no such operation": (lambda g: g.all_reduce(np.ones(3), "mean" if last(g) else "sum"), "operation 'mean'"),
+    "no place for it": (lambda g: g.all_reduce(np.ones(3), out=np.ones(4) if last(g) else None), "found out float64 (4,)"),
+    "its part": (lambda g: g.all_gather(np.ones(99 if last(g) else g.partition(7).lengths[g.rank]), g.partition(7)),
+                 "all_gather of shape (99,)"),
+    "the axis": (lambda g: g.reduce_scatter(np.ones((6, 6)), g.partition(6), 5 if last(g) else 0), "along axis 5"),
+    "the root": (lambda g: g.broadcast(np.ones(3), g.size if last(g) else 0), "broadcast with root"),
+    "the dtype of a sum": (lambda g: g.sum_blocks(lambda b: np.ones(3), g.partition(9), (3,),
+                                                  "int32" if last(g) else "float64"), "sum_blocks of int32"),
+}
+
+
+def caught_everywhere(group, call):
+    """What each rank says was wrong, None for a rank that noticed nothing."""
     try:
-        MISMATCHES[mismatch](group)
+        call(group)
+        caught = None
     except InputError as error:
         caught = str(error)
-    said = group.comm.allgather(caught)
+    return group.comm.allgather(caught)
+
+
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_a_mismatch_is_caught_on_every_rank(group, mismatch):
+    said = caught_everywhere(group, MISMATCHES[mismatch])
     assert all(text and "the ranks disagree on a collective: rank" in text and "\n" not in text for text in said), said
     assert all(f"rank {group.size - 1}: " in text for text in said)
     assert group.all_reduce(np.ones(2))[0] == group.size            # the group can be used as before
+
+
+@pytest.mark.parametrize("error", ONE_RANKS_ERRORS)
+def test_bad_input_of_one_rank_is_caught_on_every_rank(group, error):
+    call, words = ONE_RANKS_ERRORS[error]
+    said = caught_everywhere(group, call)
+    assert all(text and words in text and f"rank {group.size - 1}: " in text and "\n" not in text for text in said), said
+    assert group.all_reduce(np.ones(2))[0] == group.size
+
+
+def test_both_say_what_they_meant(group):
+    text = caught_everywhere(group, MISMATCHES["dtype and length"])[0]
+    assert "all_reduce sum float32 (8,) C" in text and "all_reduce sum float64 (4,) C" in text
+
+
+def test_the_same_axis_counted_from_either_end_is_no_mismatch(group):
+    whole = np.ones((2, 8))
+    assert group.reduce_scatter(whole, group.partition(8), 1 if last(group) else -1).max() == group.size
+
+
+def test_a_reproducible_sum_is_checked_too(world):
+    if world.size == 1:
+        pytest.skip("one rank agrees with itself")
+    with mpitp.TensorParallelGroup(reproducible=True, check=True) as group:
+        said = caught_everywhere(group, lambda g: g.sum_blocks(
+            lambda block: np.ones(3 + last(g), "f"), g.partition(8), (3 + last(g),), "float32"))
+        assert all("sum_blocks float32 (3,)" in text and "sum_blocks float32 (4,)" in text for text in said)
+
+
+def test_a_check_that_ignores_something_is_seen(group, monkeypatch):
+    """The tester, tested."""
+    monkeypatch.setattr(agreement, "memory_order", lambda x: "C")
+    assert caught_everywhere(group, MISMATCHES["memory order"]) == [None] * group.size
 
 
 def test_leaving_early_is_caught(world):
@@ -57,18 +112,55 @@ def test_leaving_early_is_caught(world):
     group.close()
 
 
-@pytest.mark.parametrize("arguments", [dict(reproducible=True), dict(check=True), dict(blocks=4)])
-def test_group_arguments(world, arguments):
+@pytest.mark.parametrize("arguments, words", [
+    (dict(reproducible=True), "rank 0: device='cpu' reproducible=True"), (dict(check=True), "check=True"),
+    (dict(blocks=4), "blocks=4 check=False; rank"), (dict(blocks=0), "rank 0: found blocks = 0, expected"),
+    (dict(device="tpu"), "rank 0: found device 'tpu', expected"), (dict(device="gpu"), "rank 0: found no CuPy")])
+def test_group_arguments(world, monkeypatch, arguments, words):
+    """A rank whose own arguments are bad does not leave the others waiting for it, either."""
     if world.size == 1:
         pytest.skip("one rank agrees with itself")
-    with pytest.raises(InputError, match="disagree on the group's arguments"):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(InputError, match="disagree on the group's arguments") as caught:
         mpitp.TensorParallelGroup(**(arguments if world.rank == 0 else {}))
+    assert words in str(caught.value)
+
+
+class Spy:
+    """A communicator that writes down which of its functions are called."""
+    def __init__(self, comm):
+        self.comm, self.calls = comm, []
+
+    def __getattr__(self, name):
+        found = getattr(self.comm, name)
+        if not callable(found):
+            return found
+        self.calls.append(name)
+        return found
 
 
 def test_without_check_nothing_more_is_sent(world):
     with mpitp.TensorParallelGroup() as group:
-        group.all_reduce(np.ones(3))
-        assert not group.ledger.control
+        control = group.comm = Spy(group.comm)
+        data = group.transport.comm = Spy(group.transport.comm)
+        x, partition = np.ones((2, 6)), group.partition(6)
+        group.all_reduce(x)
+        group.begin_all_reduce(x).wait()
+        group.all_gather(x[:, partition.range(group.rank)], partition)
+        group.gather(x[:, partition.range(group.rank)], partition)
+        group.reduce_scatter(x, partition)
+        group.broadcast(x)
+        group.sum_blocks(lambda block: np.ones(2), partition, (2,), float)
+        assert data.calls == ["Allreduce", "Iallreduce", "Allgatherv", "Gatherv", "Reduce_scatter", "Bcast", "Allreduce"]
+        assert control.calls == [] and not group.ledger.control
+        group.comm = control.comm
+
+
+def test_what_a_reproducible_sum_sends(world):
+    with mpitp.TensorParallelGroup(reproducible=True) as group:
+        data = group.transport.comm = Spy(group.transport.comm)
+        group.sum_blocks(lambda block: np.ones(2), group.partition(6), (2,), float)
+        assert data.calls == ["Alltoallv", "Allgatherv"]
 
 
 def test_by_ranks():

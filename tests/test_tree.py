@@ -96,9 +96,11 @@ def test_sum_blocks_has_the_same_bits_for_every_number_of_ranks(world, size, blo
         part.Free()
 
 
-def test_bytes_sent(world):
+@pytest.mark.parametrize("size, blocks, shape", [(64, 8, (5, 7)), (3, 8, (11,)), (9, 5, (2, 2)), (1, 8, (6,)), (20, 32, (3,)),
+                                                 (8, 8, (0, 3))])
+def test_bytes_sent(world, size, blocks, shape):
     """The ledger's bytes against what is really handed to the transport for other ranks."""
-    with mpitp.TensorParallelGroup(reproducible=True) as group:
+    with mpitp.TensorParallelGroup(reproducible=True, blocks=blocks) as group:
         sent = []
         to_all, gather = group.transport.all_to_all, group.transport.all_gather
 
@@ -111,8 +113,33 @@ def test_bytes_sent(world):
             gather(send, receive, counts)
 
         group.transport.all_to_all, group.transport.all_gather = all_to_all, all_gather
-        group.sum_blocks(lambda block: np.ones((5, 7)), group.partition(64), (5, 7), "float64")
+        group.sum_blocks(lambda block: np.ones(shape), group.partition(size), shape, "float64")
         assert group.ledger.wire_bytes() == sum(sent)
+        best = 2 * (group.size - 1) * 8 * int(np.prod(shape)) // group.size
+        if blocks % group.size == 0 and size % blocks == 0 and np.prod(shape) % group.size == 0:
+            assert sum(sent) == best                                # as little as the best all-reduce
+
+
+def test_a_sum_of_nothing_is_zero(world):
+    for reproducible in (False, True):
+        with mpitp.TensorParallelGroup(reproducible=reproducible, check=True) as group:
+            total = group.sum_blocks(lambda block: 1 / 0, group.partition(0), (2, 3), "float32")
+            assert same_bytes(total, np.zeros((2, 3), "f"))
+
+
+def sum_of_few_blocks(leaf):
+    with mpitp.TensorParallelGroup(reproducible=True) as group:
+        return group.sum_blocks(lambda block: np.full(5, leaf), group.partition(3), (5,), "float64")
+
+
+def test_a_sum_of_few_blocks_keeps_the_sign_of_zero(world):
+    assert np.signbit(sum_of_few_blocks(-0.0)).all() and not np.signbit(sum_of_few_blocks(0.0)).any()
+
+
+def test_every_rank_has_the_same_bits(world):
+    with mpitp.TensorParallelGroup(reproducible=True, blocks=6) as group:
+        total = group.sum_blocks(lambda block: draw(block.index, 1000), group.partition(90), (1000,), "float64")
+        assert len(set(world.allgather(total.tobytes()))) == 1
 
 
 # --- the tester, tested ------------------------------------------------------------------------------------
@@ -124,3 +151,38 @@ def test_a_sum_in_rank_order_would_be_seen(world):
     expected = reference(leaves, 0, 8)
     by_rank = [sum(leaves[block.index] for block in partition.blocks_of(rank)) for rank in range(3)]
     assert not same_bytes(by_rank[0] + by_rank[1] + by_rank[2], expected)
+
+
+@pytest.fixture
+def sum_of_ranks(world):
+    """The bytes of one reproducible sum on all the ranks of this job."""
+    def compute():
+        with mpitp.TensorParallelGroup(reproducible=True) as group:
+            partition = group.partition(64)
+            leaves = values(partition, 5, (200,), "float32")
+            return group.sum_blocks(lambda block: leaves[block.index].copy(), partition, (200,), "float32").tobytes()
+    return compute
+
+
+def test_nodes_added_one_after_the_other_would_be_seen(world, monkeypatch, sum_of_ranks):
+    if world.size == 1:
+        pytest.skip("one rank has one node")
+    right = sum_of_ranks()
+
+    def wrong(known, first, width):
+        total = 0
+        for node in sorted(known, reverse=True):
+            total = total + known[node]
+        return total
+    monkeypatch.setattr(tree, "finish", wrong)
+    assert (sum_of_ranks() != right) == (world.size != 2)           # two nodes have one order
+
+
+def test_a_zero_for_an_absent_block_would_be_seen(world, monkeypatch):
+    right = tree.finish
+
+    def wrong(known, first, width):
+        node = right(known, first, width)
+        return None if node is None else node + 0.0
+    monkeypatch.setattr(tree, "finish", wrong)
+    assert not np.signbit(sum_of_few_blocks(-0.0)).any()

@@ -193,6 +193,7 @@ class TensorParallelGroup(Collectives):
         """Let an error out of the body where it meets no rank that waits for this one; else end the job."""
         if guard.active or guard.succeeds(error):
             return                                  # guarded() ends the job; sys.exit(0) is no failure
-        if self.size > 1 and not (isinstance(error, InputError) and guard.all_leave(self.comm)):
+        if self.size == 1 or isinstance(error, InputError) and guard.all_leave(self.comm):
+            self.close()
+        else:
             guard.abort(error)
-        self.close()

@@ -54,13 +54,13 @@ class MpiTransport:
 
     def reduce_scatter(self, send, receive, counts, op):
         """receive = this rank's run of the sum (max, min) of the send arrays, cut by counts."""
-        self.synchronise()
         for part, part_counts, offsets in self.vector_pieces(counts, send.itemsize):
-            if part_counts != list(counts):
-                runs = [send[at:at + n] for at, n in zip(offsets, part_counts)]
-                self.comm.Reduce_scatter(module_of(send).concatenate(runs), receive[part], part_counts, OPERATIONS[op])
-            else:
-                self.comm.Reduce_scatter(send, receive, part_counts, OPERATIONS[op])
+            if part_counts == list(counts):
+                piece = send
+            else:                                           # what each rank gets of this piece lies apart
+                piece = module_of(send).concatenate([send[at:at + n] for at, n in zip(offsets, part_counts)])
+            self.synchronise()
+            self.comm.Reduce_scatter(piece, receive[part], part_counts, OPERATIONS[op])
 
     def all_to_all(self, send, send_counts, receive, receive_counts):
         """Run p of send goes to rank p; receive = what every rank sent here, one after the other."""
