@@ -3,8 +3,11 @@
 Rank 0 reports, unless another rank fails: a failure on any rank prints its traceback and ends the job at once, since
 the other ranks may be waiting for the failed one in a collective.
 """
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 import time
 
 # One BLAS thread a rank, before NumPy is imported: the ranks of a test share the machine's cores.
@@ -20,6 +23,11 @@ WORLD = MPI.COMM_WORLD
 # A test that fails inside `with TensorParallelGroup()` is reported as any other, and end_job() does the rest: abort()
 # would end the job while pytest still captures what it says.
 guard.abort = lambda error: None
+
+
+if WORLD.size > 1:                              # ranks that share pytest's folder race to clean it up
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.mkdtemp(prefix=f"mpitp-rank{WORLD.rank}-")
+    atexit.register(shutil.rmtree, os.environ["PYTEST_DEBUG_TEMPROOT"], ignore_errors=True)
 
 
 @pytest.hookimpl(trylast=True)                  # after the terminal reporter is there

@@ -8,7 +8,7 @@ import mpitp
 from check_collectives import broadcast_problems, of_rank, partition_problems, reduction_problems
 from mpitp import InputError
 from mpitp.comm import guard
-from mpitp.comm.ledger import Collective, wire_bytes
+from mpitp.comm.ledger import Collective
 from mpitp.partition import Partition
 from spmd import same_bytes
 
@@ -305,9 +305,3 @@ def test_a_part_of_another_rank_is_seen(faulty):
         right(send.reshape(-1)[::-1].copy(), receive, counts, op)
     faulty.transport.reduce_scatter = rolled
     found_everywhere(faulty, partition_problems(faulty, (12 * faulty.size,), 0, "float64"), "reduce_scatter sum C")
-
-
-def test_wire_bytes():
-    assert wire_bytes("all_reduce", 100, 4, 1) == 0
-    assert wire_bytes("all_reduce", 100, 4, 4) == 600
-    assert wire_bytes("all_gather", 100, 4, 4) == 300
