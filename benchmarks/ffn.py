@@ -25,6 +25,7 @@ from mpitp.comm import launch
 
 CORES = launch.cores()
 SHARE = launch.set_blas_threads(MPI.COMM_WORLD)     # before NumPy
+launch.keep_freed_memory()                          # as python -m mpitp does; for torch's arrays as well
 
 import numpy as np                                  # noqa: E402
 import torch                                        # noqa: E402

@@ -37,6 +37,7 @@ def run():
     from .comm import launch
     # Before anything imports NumPy, whose BLAS reads the number of threads once.
     launch.set_blas_threads(MPI.COMM_WORLD, reproducible="--reproducible" in sys.argv)
+    launch.keep_freed_memory()
     from .commands import run_command
     return run_command(sys.argv[1:])
 

@@ -13,7 +13,8 @@ CASES = [       # tokens, hidden, ffn, activation, gated, blocks
     (64, 96, 384, "gelu_tanh", False, 8), (1, 96, 384, "gelu_tanh", False, 8), (17, 33, 131, "gelu", True, 8),
     (1, 64, 257, "silu", True, 8), (3, 5, 3, "relu", False, 8), (2, 7, 13, "silu", True, 5), (0, 4, 9, "relu", True, 8),
     (7, 1, 8, "gelu_tanh", False, 8), (2, 3, 1, "identity", True, 8), (5, 40, 64, "gelu_tanh", False, 3),
-    (64, 130, 520, "relu", True, 32), (1, 15, 26, "gelu", True, 8), (1, 24, 48, "silu", False, 8), (33, 9, 56, "relu", False, 8),
+    (64, 130, 520, "relu", True, 32), (1, 15, 26, "gelu", True, 8), (1, 24, 48, "silu", False, 8),
+    (33, 9, 56, "relu", False, 8),
 ]
 
 

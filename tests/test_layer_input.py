@@ -102,7 +102,8 @@ def test_load_dense_changes_nothing_when_it_refuses(mlp):
         ({**good, "down.bias": np.ones(6, int)}, "down.bias: found dtype int64"),
         ({**good, "down.bias": np.ones(6, complex)}, "down.bias: found dtype complex128"),
         (list(good.values()), "weights: found list, expected a dict of up.weight"), (None, "weights: found NoneType"),
-        ({}, r"weights: found names \(none\), expected up.weight"), ({**good, 3: np.ones(3)}, "found names .*3, expected"),
+        ({}, r"weights: found names \(none\), expected up.weight"),
+        ({**good, 3: np.ones(3)}, "found names .*3, expected"),
     ]:
         with pytest.raises(InputError, match=said):
             mlp.load_dense(weights)
@@ -125,4 +126,5 @@ def test_any_memory_order_and_array_type(mlp):
         y, saved = mlp.forward(other)
         assert type(y) is np.ndarray and y.tobytes() == plain.tobytes()
         dx2, gradients2 = mlp.backward(other, saved)
-        assert dx2.tobytes() == dx.tobytes() and all(gradients2[n].tobytes() == g.tobytes() for n, g in gradients.items())
+        assert dx2.tobytes() == dx.tobytes()
+        assert all(gradients2[name].tobytes() == g.tobytes() for name, g in gradients.items())

@@ -15,7 +15,8 @@ def test_the_example_learns_the_same_on_any_number_of_ranks():
         done = job(ranks, EXAMPLE)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
-        assert len(lines) == 6 and all(re.fullmatch(r"step +\d+  loss +\d+\.\d{4}", line) for line in lines), done.stdout
+        assert len(lines) == 6, done.stdout
+        assert all(re.fullmatch(r"step +\d+  loss +\d+\.\d{4}", line) for line in lines), done.stdout
         losses[ranks] = [float(line.split()[-1]) for line in lines]
         assert losses[ranks] == sorted(losses[ranks], reverse=True) and losses[ranks][-1] < losses[ranks][0] / 100
     assert losses[1] == pytest.approx(losses[3], rel=0.01)
