@@ -20,10 +20,12 @@ class ParameterSpec:
     name : dotted name, unique in the model, e.g. "layers.3.mlp.up.weight"
     shape : global shape; weights are [out, in]
     axis : the axis that is split over the ranks, None for a replicated parameter
-    init_std : standard deviation of the normal that it starts from; 0 for zeros
+    init_std : standard deviation of the normal that it starts from; 0: it starts from init_value everywhere
     decay : whether weight decay applies (weights yes, biases and norms no)
     gradient : "complete" where backward leaves the same (or the rank's own) gradient,
         "partial" where it must still be summed over the ranks
+    unit, share : of the split axis, as Partition's: a head's features stay together, and the rows of a key/value head
+        are held by every rank with one of its `share` query heads, equal gradients included; one of them owns it
     """
     name: str
     shape: tuple
@@ -31,16 +33,29 @@ class ParameterSpec:
     init_std: float = 0.0
     decay: bool = True
     gradient: str = "complete"
+    init_value: float = 0.0
+    unit: int = 1
+    share: int = 1
 
     def partition(self, ranks, blocks):
         """The partition of the split axis."""
-        return Partition(self.shape[self.axis], ranks, blocks)
+        return Partition(self.shape[self.axis], ranks, blocks, self.unit, self.share)
 
     def window(self, rank, ranks, blocks):
         """The part of the global array that the rank holds, as a tuple of slices."""
         whole = [slice(0, n) for n in self.shape]
         if self.axis is not None:
-            whole[self.axis] = self.partition(ranks, blocks).range(rank)
+            whole[self.axis] = self.partition(ranks, blocks).held(rank)
+        return tuple(whole)
+
+    def owned(self, rank, ranks, blocks):
+        """The part of what the rank holds that it alone counts, writes and sends, as a tuple of slices.
+
+        All of it, but for a key/value head that an earlier rank owns. Replicated parameters: all of it, see owner().
+        """
+        whole = [slice(None)] * len(self.shape)
+        if self.axis is not None:
+            whole[self.axis] = self.partition(ranks, blocks).owned_of_held(rank)
         return tuple(whole)
 
     def local_shape(self, rank, ranks, blocks):
@@ -57,7 +72,7 @@ class ParameterSpec:
 def initialise(spec, seed, dtype, rank, ranks, blocks):
     """This rank's part of the parameter, the same numbers on any number of ranks. C-contiguous."""
     window = spec.window(rank, ranks, blocks)
-    out = np.zeros([part.stop - part.start for part in window], dtype)
+    out = np.full([part.stop - part.start for part in window], spec.init_value, dtype)
     if spec.init_std:
         rng.fill_normal(out, seed, spec.name, spec.shape, window, spec.init_std)
     return out

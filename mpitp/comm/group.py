@@ -76,14 +76,18 @@ class TensorParallelGroup(Collectives):
         self._give_back_threads = one_blas_thread()
         return launch.machine()
 
-    def partition(self, size):
-        """How a dimension of `size` is split over this group."""
-        return Partition(size, self.size, self.blocks)
+    def partition(self, size, unit=1, share=1):
+        """How a dimension of `size` is split over this group; unit, share: as Partition's."""
+        return Partition(size, self.size, self.blocks, unit, share)
 
     def each_block(self, compute, partition):
         """Yield (block, compute(block)) for each block of this rank; spare cores work ahead in reproducible mode."""
         blocks = partition.blocks_of(self.rank)
-        yield from zip(blocks, self._workers.each(compute, blocks))
+        yield from zip(blocks, self.each(compute, blocks))
+
+    def each(self, compute, items):
+        """Yield compute(item) for each item, in order; spare cores work ahead in reproducible mode."""
+        return self._workers.each(compute, items)
 
     def sum_blocks(self, compute, partition, shape, dtype):
         """The sum of compute(block) over all blocks of all ranks, on every rank.
@@ -114,6 +118,13 @@ class TensorParallelGroup(Collectives):
         with self.ledger.record("data", key, tree.bytes_sent(partition, self.rank, total.size, total.itemsize)):
             tree.exchange(fold, self.rank, total.reshape(-1), self.transport)
         return total
+
+    def sum_own_blocks(self, compute, partition):
+        """sum_blocks where this rank owns every block that holds anything: the same additions, no collective."""
+        fold = tree.Fold(partition, self.rank)
+        for block, leaf in self.each_block(compute, partition):
+            fold.add(block.index, leaf)
+        return tree.finish(fold.known, 0, tree.root_width(partition.blocks))
 
     def _look_at_sum(self, partition, shape, dtype):
         dtype = np.dtype(dtype)

@@ -91,6 +91,11 @@ def finish(known, first, width):
     return left
 
 
+def root_width(blocks):
+    """How many leaves the whole tree over so many blocks has: the next power of two."""
+    return 1 << (blocks - 1).bit_length()
+
+
 def bytes_sent(partition, rank, elements, itemsize):
     """What exchange() sends from this rank to others."""
     chunk = ranges(elements, partition.ranks)
@@ -128,5 +133,4 @@ def exchange_piece(nodes, blocks, rank, mine, total, transport):
     received = xp.empty((len(every_node), width[rank]), total.dtype)
     transport.all_to_all(send, [len(mine) * w for w in width],
                          received.reshape(-1), [len(of_rank) * width[rank] for of_rank in nodes])
-    root = 1 << (blocks - 1).bit_length()
-    transport.all_gather(finish(dict(zip(every_node, received)), 0, root), total, width)
+    transport.all_gather(finish(dict(zip(every_node, received)), 0, root_width(blocks)), total, width)

@@ -9,6 +9,9 @@ from ..errors import InputError, is_integer, require
 from ..parameters import by_name, check_dense, initialise
 
 
+MANY = 12       # parameters; a message does not list as many
+
+
 class ParallelLayer:
     """Holds this rank's slices of the parameters that `specs` declares.
 
@@ -58,11 +61,13 @@ class ParallelLayer:
         """
         dense = {}
         for name, local in (self.weights if arrays is None else arrays).items():
-            axis = self.specs[name].axis
+            spec, axis = self.specs[name], self.specs[name].axis
             if axis is None:
                 dense[name] = local.copy()
             else:
-                dense[name] = self.group.gather(local, self.group.partition(self.specs[name].shape[axis]), axis)
+                where = (self.group.rank, self.group.size, self.group.blocks)
+                mine = local[spec.owned(*where)]
+                dense[name] = self.group.gather(mine, spec.partition(*where[1:]), axis)
         return dense if self.group.rank == 0 else None
 
     def local_bytes(self):
@@ -102,8 +107,35 @@ class ParallelLayer:
         if not isinstance(arrays, Mapping):
             raise InputError(f"{what}: found {type(arrays).__name__}, expected a dict of {', '.join(self.specs)}")
         if arrays.keys() != self.specs.keys():
+            if len(self.specs) > MANY:              # then only where they differ
+                missing, unexpected = self.specs.keys() - arrays.keys(), arrays.keys() - self.specs.keys()
+                raise InputError(f"{what}: found no {some(missing)}; unexpected: {some(unexpected)}; expected the "
+                                 f"{len(self.specs)} names of the model's parameters")
             raise InputError(f"{what}: found names {', '.join(map(str, arrays)) or '(none)'}, "
                              f"expected {', '.join(self.specs)}")
+
+
+class Composite(ParallelLayer):
+    """A layer made of layers: its parameters are theirs, under the same names and in the same arrays.
+
+    A parameter that two of them share (tied embeddings) is one.
+    """
+
+    def __init__(self, group, layers, dtype, name):
+        self.group, self.dtype, self.name = group, compute_dtype(dtype), name
+        named = {id(spec): spec for layer in layers for spec in layer.specs.values()}
+        self.specs = by_name(named.values())
+        self.weights = {name: layer.weights[name] for layer in layers for name in layer.specs}
+
+    def of(self, layer, gradients):
+        """The gradients of one of its layers."""
+        return {name: gradients[name] for name in layer.specs}
+
+
+def some(names):
+    """A few of the names, for a message."""
+    names = sorted(map(str, names))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
 
 
 def join(prefix, name):
