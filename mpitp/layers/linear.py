@@ -26,6 +26,8 @@ class ColumnParallelLinear(ParallelLayer):
     gather_output : give y whole on every rank (one all-gather) instead of this rank's columns
     dtype : "float32" or "float64"
     seed : of the initial weights N(0, 1/in), the same for any number of ranks; None for zeros
+    init_std : of the initial weights, in place of in^-0.5
+    tied_to : a layer whose "weight" [out, in], split by rows, is used in place of an own one (a head tied to an embedding)
     name : prefix of the parameters' names, "weight" and "bias"
 
     Notes
@@ -36,13 +38,18 @@ class ColumnParallelLinear(ParallelLayer):
     """
 
     def __init__(self, group, in_features, out_features, bias=True, gather_output=False, *, dtype="float32", seed=0,
-                 name=""):
+                 init_std=None, tied_to=None, name=""):
         require_positive(in_features=in_features, out_features=out_features)
         in_features, out_features = int(in_features), int(out_features)         # NumPy's would overflow
-        specs = [ParameterSpec(join(name, "weight"), (out_features, in_features), 0, in_features ** -0.5)]
+        std = in_features ** -0.5 if init_std is None else init_std
+        specs = [] if tied_to else [ParameterSpec(join(name, "weight"), (out_features, in_features), 0, std)]
         if bias:
             specs.append(ParameterSpec(join(name, "bias"), (out_features,), 0, decay=False))
         super().__init__(group, specs, dtype, seed, name)
+        self.weight_name = join(tied_to.name if tied_to else name, "weight")
+        if tied_to:
+            self.specs[self.weight_name] = tied_to.specs[self.weight_name]
+            self.weights[self.weight_name] = tied_to.weights[self.weight_name]
         self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
         self.partition = group.partition(out_features)
         self.local_features = self.partition.lengths[group.rank]
@@ -53,7 +60,7 @@ class ColumnParallelLinear(ParallelLayer):
         What backward needs is x itself, not a copy: do not change x until then. None with saved=False.
         """
         x_NI = copy_to_ranks_forward(self.rows(x, self.in_features))
-        w_OpI, b_Op = self.parameter("weight"), self.parameter("bias")
+        w_OpI, b_Op = self.weights[self.weight_name], self.parameter("bias")
         y_NOp = self.group.xp.empty((len(x_NI), self.local_features), self.dtype)
 
         def columns(block):
@@ -74,13 +81,13 @@ class ColumnParallelLinear(ParallelLayer):
         out : an earlier backward's gradients, whose arrays are used again
         """
         require_saved(saved)
-        x_NI, w_OpI, gradients = saved, self.parameter("weight"), self.gradients(out)
+        x_NI, w_OpI, gradients = saved, self.weights[self.weight_name], self.gradients(out)
         if self.gather_output:
             dy_NO = self.rows(dy, self.out_features, "dy", len(x_NI))
             dy_NOp = gather_from_ranks_backward(dy_NO, self.partition, self.group)
         else:
             dy_NOp = self.rows(dy, self.local_features, "dy", len(x_NI))
-        dw_OpI, db_Op = gradients[join(self.name, "weight")], gradients.get(join(self.name, "bias"))
+        dw_OpI, db_Op = gradients[self.weight_name], gradients.get(join(self.name, "bias"))
 
         def partial(block):
             dy_NOb = dy_NOp[:, block.local]

@@ -31,6 +31,7 @@ class ParallelMLP(ParallelLayer):
     gated, bias : see the equations
     dtype : "float32" or "float64"
     seed : of the initial weights N(0, 1/in), the same for any number of ranks; None for zeros
+    init_std, output_init_std : of the initial weights of up and gate, and of down, in place of in^-0.5
     name : prefix of the parameters' names: "up.weight" [F, D], "gate.weight" [F, D], "down.weight" [D, F],
         "up.bias" [F], "gate.bias" [F], "down.bias" [D]
 
@@ -43,7 +44,7 @@ class ParallelMLP(ParallelLayer):
     """
 
     def __init__(self, group, hidden_size, ffn_hidden_size=None, activation="gelu_tanh", gated=False, bias=True, *,
-                 dtype="float32", seed=0, name=""):
+                 dtype="float32", seed=0, init_std=None, output_init_std=None, name=""):
         require_positive(hidden_size=hidden_size)
         ffn_hidden_size = 4 * int(hidden_size) if ffn_hidden_size is None else ffn_hidden_size
         require_positive(ffn_hidden_size=ffn_hidden_size)
@@ -52,10 +53,11 @@ class ParallelMLP(ParallelLayer):
         D, F = int(hidden_size), int(ffn_hidden_size)           # NumPy's integers would overflow
         specs = []
         for part in ("up", "gate") if gated else ("up",):
-            specs.append(ParameterSpec(join(name, f"{part}.weight"), (F, D), 0, D ** -0.5))
+            specs.append(ParameterSpec(join(name, f"{part}.weight"), (F, D), 0, D ** -0.5 if init_std is None else init_std))
             if bias:
                 specs.append(ParameterSpec(join(name, f"{part}.bias"), (F,), 0, decay=False))
-        specs.append(ParameterSpec(join(name, "down.weight"), (D, F), 1, F ** -0.5))
+        specs.append(ParameterSpec(join(name, "down.weight"), (D, F), 1,
+                                   F ** -0.5 if output_init_std is None else output_init_std))
         if bias:
             specs.append(ParameterSpec(join(name, "down.bias"), (D,), None, decay=False))
         super().__init__(group, specs, dtype, seed, name)
@@ -68,8 +70,15 @@ class ParallelMLP(ParallelLayer):
         What backward needs includes x itself, not a copy: do not change x until then.
         """
         x_ND = copy_to_ranks_forward(self.rows(x, self.hidden_size))
-        down_DFp, down_bias_D = self.parameter("down.weight"), self.parameter("down.bias")
-        kept = {}
+        kept = {} if saved else None
+        y_ND = reduce_from_ranks_forward(self.partial_forward(x_ND, kept), self.partition, self.group, x_ND.shape,
+                                         self.dtype)
+        self.add_bias(y_ND)
+        return y_ND.reshape(x.shape), ((x_ND, kept) if saved else None)
+
+    def partial_forward(self, x_ND, kept):
+        """The function of a block that gives its summand of y (N, D). What backward needs goes to `kept`, or None."""
+        down_DFp = self.parameter("down.weight")
 
         def project(part, block):
             w_FpD, b_Fp = self.parameter(f"{part}.weight"), self.parameter(f"{part}.bias")
@@ -81,21 +90,23 @@ class ParallelMLP(ParallelLayer):
         def partial(block):
             h_NFb = project("gate" if self.gated else "up", block)
             # The derivative takes the place of h; without a backward pass the activation does.
-            if saved:
+            if kept is not None:
                 act_NFb, slope_NFb = activation_forward(self.activation, h_NFb, derivative=h_NFb)
             else:
                 act_NFb, slope_NFb = activation_forward(self.activation, h_NFb, out=h_NFb)
             up_NFb = project("up", block) if self.gated else None
             a_NFb = act_NFb * up_NFb if self.gated else act_NFb
-            if saved:
+            if kept is not None:
                 kept[block.index] = a_NFb, act_NFb, slope_NFb, up_NFb
             y_ND, _ = linear_forward(a_NFb, down_DFp[:, block.local])
             return y_ND
 
-        y_ND = reduce_from_ranks_forward(partial, self.partition, self.group, x_ND.shape, self.dtype)
-        if down_bias_D is not None:
-            y_ND += down_bias_D                             # on every rank, but after the sum: once
-        return y_ND.reshape(x.shape), ((x_ND, kept) if saved else None)
+        return partial
+
+    def add_bias(self, y_ND):
+        """y += b_v, on every rank, but after the sum: once."""
+        if self.parameter("down.bias") is not None:
+            y_ND += self.parameter("down.bias")
 
     def backward(self, dy, saved, *, out=None):
         """dy (..., D), complete -> dx (..., D), complete, and {name: gradient} of this rank's slices.
@@ -106,6 +117,12 @@ class ParallelMLP(ParallelLayer):
         x_ND, kept = saved
         dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy", len(x_ND)))
         gradients = self.gradients(out)
+        dx_ND = copy_to_ranks_backward(self.partial_backward(dy_ND, x_ND, kept, gradients), self.partition, self.group,
+                                       x_ND.shape, self.dtype)
+        return dx_ND.reshape(dy.shape), gradients
+
+    def partial_backward(self, dy_ND, x_ND, kept, gradients):
+        """The function of a block that gives its summand of dx (N, D) and leaves the block's gradients."""
         if self.parameter("down.bias") is not None:
             bias_backward(dy_ND, out=gradients[join(self.name, "down.bias")])   # dy is complete: so is this
 
@@ -130,8 +147,7 @@ class ParallelMLP(ParallelLayer):
             dx_ND += project_backward("gate", activation_backward(da_NFb, slope_NFb, out=da_NFb), block)
             return dx_ND
 
-        dx_ND = copy_to_ranks_backward(partial, self.partition, self.group, x_ND.shape, self.dtype)
-        return dx_ND.reshape(dy.shape), gradients
+        return partial
 
     def collectives(self, tokens):
         """The closed form: (forward, backward), each a Counter of logical data collectives."""

@@ -18,6 +18,11 @@ def linear_backward(dy_NO, saved, dw_out=None):
     return product(dy_NO, w_OI), product(dy_NO.T, x_NI, dw_out)
 
 
+def linear_weight_backward(dy_NO, x_NI, out=None):
+    """dw = dy^T x (O, I) alone, where dx is another's to compute."""
+    return product(dy_NO.T, x_NI, out)
+
+
 def bias_backward(dy_NO, out=None):
     """The gradient of b in y = x w^T + b: the sum of dy over the rows (O,)."""
     return dy_NO.sum(axis=0, out=out)

@@ -1,0 +1,208 @@
+"""What a decoder is: every choice of its architecture, in the field's names. No arrays, no MPI."""
+from dataclasses import dataclass
+from math import isfinite
+
+from .errors import InputError, is_integer, require, require_positive
+from .ops.activation import ACTIVATIONS
+
+POSITIONS = ("rotary", "learned", "alibi", "none")
+NORMALIZATIONS = ("layernorm", "rmsnorm")
+NORM_PLACEMENTS = ("before", "after", "after_residual", "both")
+SCALINGS = (None, "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al., arXiv 2104.09864): which features of a head turn, and how fast.
+
+    Pair i of `dim` / 2 turns by position * base^(-2 i / dim).
+
+    dim : how many features of a head turn, even; the others stay. None: all
+    base : of the frequencies
+    interleaved : pair i is features (2 i, 2 i + 1), as in GPT-J; False: (i, i + dim / 2), as in GPT-NeoX and Llama
+    scaling : None; "linear" (positions over `factor`); "llama3" (long wavelengths over `factor`, a ramp between, by
+        `low_freq_factor`, `high_freq_factor`); "yarn" (arXiv 2309.00071: a ramp between `beta_slow` and `beta_fast` turns
+        within `original_max_positions`; cos and sin times `attention_factor`, 0.1 ln(factor) + 1 where it is None)
+    truncate : whether yarn rounds the ends of its ramp to whole pairs
+    """
+    dim: int | None = None
+    base: float = 10000.0
+    interleaved: bool = False
+    scaling: str | None = None
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self):
+        require(self.dim is None or is_integer(self.dim) and self.dim > 0 and self.dim % 2 == 0,
+                f"rotary dim {self.dim!r}", "a positive even number, or None for the whole head")
+        require_number("rotary base", self.base, above=0)
+        require_number("rotary factor", self.factor, above=0)
+        require(self.scaling in SCALINGS, f"rotary scaling {self.scaling!r}", f"one of {', '.join(map(str, SCALINGS))}")
+        if self.scaling in ("llama3", "yarn"):
+            require_positive(original_max_positions=self.original_max_positions)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer.
+
+    Parameters
+    ----------
+    vocab_size, hidden_size, num_layers, num_attention_heads : sizes, any on any number of ranks
+    num_query_groups : key/value heads, which divide num_attention_heads (None: as many; 1: multi-query attention)
+    kv_channels : features of a head (None: hidden_size / num_attention_heads)
+    ffn_hidden_size : features of the feed-forward middle (None: 4 hidden_size)
+    activation, gated : of the feed-forward block, as ParallelMLP's
+    position_embedding : "rotary", "learned" (added to the embedding), "alibi", or "none"
+    max_position_embeddings : positions of a learned embedding
+    rotary : Rotary, or a tuple of one for each layer (None: Rotary())
+    sliding_window : a query sees itself and the window - 1 positions before it; None: all; or a tuple, one a layer
+    attention_scale : of the scores (None: kv_channels^-0.5)
+    qk_norm : whether each query and key head is normalised (before rotary), without bias
+    normalization : "layernorm" or "rmsnorm"
+    norm_epsilon, norm_bias : norm_bias None: layer norms have one, RMS norms none
+    zero_centered_gamma : norms multiply by 1 + w, not by w
+    norm_placement : "before": x + f(norm(x)); "after": x + norm(f(x)); "both": x + norm(f(norm(x)));
+        "after_residual": norm(x + f(x))
+    parallel_residual : x + attention(norm(x)) + mlp(norm(x)), one all-reduce a block; needs placement "before"
+    shared_norm : attention and feed-forward share the one norm (parallel_residual only)
+    final_norm, embedding_norm : a norm before the head, after the embedding
+    qkv_bias, attention_bias, mlp_bias, head_bias : biases of the query/key/value and the attention's output projections,
+        of the feed-forward block, of the head
+    tie_word_embeddings : the head multiplies by the embedding's weight
+    embedding_multiplier : of the embedded tokens
+    hidden_dropout, attention_dropout : probabilities, of the embedding and each branch, of the attention weights
+    init_method_std : of the initial weights; output projections have init_method_std / sqrt(2 num_layers)
+
+    Raises InputError for a choice that is not one of these, or that does not fit another.
+    """
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    ffn_hidden_size: int | None = None
+    activation: str = "gelu_tanh"
+    gated: bool = False
+    position_embedding: str = "rotary"
+    max_position_embeddings: int | None = None
+    rotary: Rotary | tuple | None = None
+    sliding_window: int | tuple | None = None
+    attention_scale: float | None = None
+    qk_norm: bool = False
+    normalization: str = "layernorm"
+    norm_epsilon: float = 1e-5
+    norm_bias: bool | None = None
+    zero_centered_gamma: bool = False
+    norm_placement: str = "before"
+    parallel_residual: bool = False
+    shared_norm: bool = False
+    final_norm: bool = True
+    embedding_norm: bool = False
+    qkv_bias: bool = True
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    head_bias: bool = False
+    tie_word_embeddings: bool = False
+    embedding_multiplier: float = 1.0
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_method_std: float = 0.02
+
+    def __post_init__(self):
+        require_positive(vocab_size=self.vocab_size, hidden_size=self.hidden_size, num_layers=self.num_layers,
+                         num_attention_heads=self.num_attention_heads)
+        require_heads(self.num_attention_heads, self.query_groups)
+        if self.kv_channels is None:
+            require(self.hidden_size % self.num_attention_heads == 0,
+                    f"num_attention_heads = {self.num_attention_heads} with hidden_size = {self.hidden_size}",
+                    "a divisor of it, or kv_channels, the features of a head")
+        require_positive(kv_channels=self.head_dim, ffn_hidden_size=self.ffn_size)
+        one_of("activation", self.activation, ACTIVATIONS)
+        one_of("position_embedding", self.position_embedding, POSITIONS)
+        one_of("normalization", self.normalization, NORMALIZATIONS)
+        one_of("norm_placement", self.norm_placement, NORM_PLACEMENTS)
+        if self.position_embedding == "learned":
+            require_positive(max_position_embeddings=self.max_position_embeddings)
+        if self.parallel_residual:
+            require(self.norm_placement == "before", f"norm_placement {self.norm_placement!r} with parallel_residual",
+                    "before")
+        require(self.parallel_residual or not self.shared_norm, "shared_norm without parallel_residual", "both")
+        for name in ("rotary", "sliding_window"):
+            of_layers = getattr(self, name)
+            if isinstance(of_layers, (tuple, list)):
+                require(len(of_layers) == self.num_layers, f"{name} of {len(of_layers)} layers", f"{self.num_layers}")
+        for layer in range(self.num_layers):
+            window, rotary = self.window(layer), self.rotary_of(layer)
+            require(window is None or is_integer(window) and window > 0, f"sliding_window {window!r}",
+                    "a positive integer, or None")
+            if rotary is not None:
+                require(isinstance(rotary, Rotary), f"rotary {rotary!r}", "a Rotary")
+                dim = self.head_dim if rotary.dim is None else rotary.dim
+                require(dim % 2 == 0 and dim <= self.head_dim, f"rotary dim {dim}",
+                        f"an even number up to {self.head_dim}, the features of a head")
+        for name in ("hidden_dropout", "attention_dropout"):
+            probability = getattr(self, name)
+            require_number(name, probability)
+            require(0 <= probability < 1, f"{name} = {probability}", "a probability below 1")
+        require_number("norm_epsilon", self.norm_epsilon, above=0)
+        require_number("embedding_multiplier", self.embedding_multiplier)
+        require_number("attention_scale", self.scale)
+        require_number("init_method_std", self.init_method_std)
+
+    @property
+    def query_groups(self):
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
+
+    @property
+    def ffn_size(self):
+        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+
+    @property
+    def scale(self):
+        return self.head_dim ** -0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def has_norm_bias(self):
+        return self.normalization == "layernorm" if self.norm_bias is None else self.norm_bias
+
+    def window(self, layer):
+        """The sliding window of a layer, None for all positions."""
+        return self.sliding_window[layer] if isinstance(self.sliding_window, (tuple, list)) else self.sliding_window
+
+    def rotary_of(self, layer):
+        """The Rotary of a layer, None where positions are not rotary."""
+        if self.position_embedding != "rotary":
+            return None
+        found = self.rotary[layer] if isinstance(self.rotary, (tuple, list)) else self.rotary
+        return Rotary() if found is None else found
+
+
+def require_heads(num_attention_heads, num_query_groups):
+    """Raise InputError unless every key/value head serves the same number of query heads."""
+    require_positive(num_attention_heads=num_attention_heads, num_query_groups=num_query_groups)
+    require(num_attention_heads % num_query_groups == 0,
+            f"num_query_groups = {num_query_groups} key/value heads for {num_attention_heads} query heads",
+            "a divisor of num_attention_heads")
+
+
+def require_number(name, value, above=None):
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    require(good and (above is None or value > above), f"{name} = {value!r}",
+            "a number" if above is None else f"a number above {above}")
+
+
+def one_of(name, value, choices):
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"found {name} {value!r}, expected one of {', '.join(choices)}")
