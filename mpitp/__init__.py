@@ -15,6 +15,16 @@ _HOMES = {
     "ColumnParallelLinear": "layers.linear",
     "RowParallelLinear": "layers.linear",
     "ParallelMLP": "layers.mlp",
+    "ParallelAttention": "layers.attention",
+    "ParallelBlock": "layers.block",
+    "Norm": "layers.norm",
+    "VocabParallelEmbedding": "layers.embedding",
+    "PositionEmbedding": "layers.embedding",
+    "vocab_parallel_cross_entropy_forward": "layers.loss",
+    "vocab_parallel_cross_entropy_backward": "layers.loss",
+    "Decoder": "decoder",
+    "DecoderConfig": "config",
+    "Rotary": "config",
 }
 __all__ = sorted(_HOMES)
 

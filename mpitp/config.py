@@ -21,8 +21,8 @@ class Rotary:
     base : of the frequencies
     interleaved : pair i is features (2 i, 2 i + 1), as in GPT-J; False: (i, i + dim / 2), as in GPT-NeoX and Llama
     scaling : None; "linear" (positions over `factor`); "llama3" (long wavelengths over `factor`, a ramp between, by
-        `low_freq_factor`, `high_freq_factor`); "yarn" (arXiv 2309.00071: a ramp between `beta_slow` and `beta_fast` turns
-        within `original_max_positions`; cos and sin times `attention_factor`, 0.1 ln(factor) + 1 where it is None)
+        `low_freq_factor`, `high_freq_factor`); "yarn" (arXiv 2309.00071: a ramp between `beta_slow` and `beta_fast`
+        turns within `original_max_positions`; cos and sin times `attention_factor`, None: 0.1 ln(factor) + 1)
     truncate : whether yarn rounds the ends of its ramp to whole pairs
     """
     dim: int | None = None
@@ -73,7 +73,7 @@ class DecoderConfig:
     parallel_residual : x + attention(norm(x)) + mlp(norm(x)), one all-reduce a block; needs placement "before"
     shared_norm : attention and feed-forward share the one norm (parallel_residual only)
     final_norm, embedding_norm : a norm before the head, after the embedding
-    qkv_bias, attention_bias, mlp_bias, head_bias : biases of the query/key/value and the attention's output projections,
+    qkv_bias, attention_bias, mlp_bias, head_bias : biases of query, key and value, of the attention's output projection,
         of the feed-forward block, of the head
     tie_word_embeddings : the head multiplies by the embedding's weight
     embedding_multiplier : of the embedded tokens
@@ -140,18 +140,10 @@ class DecoderConfig:
             if isinstance(of_layers, (tuple, list)):
                 require(len(of_layers) == self.num_layers, f"{name} of {len(of_layers)} layers", f"{self.num_layers}")
         for layer in range(self.num_layers):
-            window, rotary = self.window(layer), self.rotary_of(layer)
-            require(window is None or is_integer(window) and window > 0, f"sliding_window {window!r}",
-                    "a positive integer, or None")
-            if rotary is not None:
-                require(isinstance(rotary, Rotary), f"rotary {rotary!r}", "a Rotary")
-                dim = self.head_dim if rotary.dim is None else rotary.dim
-                require(dim % 2 == 0 and dim <= self.head_dim, f"rotary dim {dim}",
-                        f"an even number up to {self.head_dim}, the features of a head")
-        for name in ("hidden_dropout", "attention_dropout"):
-            probability = getattr(self, name)
-            require_number(name, probability)
-            require(0 <= probability < 1, f"{name} = {probability}", "a probability below 1")
+            require_window(self.window(layer))
+            require_rotary(self.rotary_of(layer), self.head_dim)
+        require_probability("hidden_dropout", self.hidden_dropout)
+        require_probability("attention_dropout", self.attention_dropout)
         require_number("norm_epsilon", self.norm_epsilon, above=0)
         require_number("embedding_multiplier", self.embedding_multiplier)
         require_number("attention_scale", self.scale)
@@ -195,6 +187,26 @@ def require_heads(num_attention_heads, num_query_groups):
     require(num_attention_heads % num_query_groups == 0,
             f"num_query_groups = {num_query_groups} key/value heads for {num_attention_heads} query heads",
             "a divisor of num_attention_heads")
+
+
+def require_window(window):
+    require(window is None or is_integer(window) and window > 0, f"sliding_window {window!r}",
+            "a positive integer, or None")
+
+
+def require_rotary(rotary, head_dim):
+    """Raise InputError unless rotary is None, or a Rotary that fits heads of head_dim features."""
+    if rotary is None:
+        return
+    require(isinstance(rotary, Rotary), f"rotary {rotary!r}", "a Rotary, or None")
+    dim = head_dim if rotary.dim is None else rotary.dim
+    require(dim % 2 == 0 and dim <= head_dim, f"rotary dim {dim}",
+            f"an even number up to {head_dim}, the features of a head")
+
+
+def require_probability(name, value):
+    require_number(name, value)
+    require(0 <= value < 1, f"{name} = {value}", "a probability below 1")
 
 
 def require_number(name, value, above=None):

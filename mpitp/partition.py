@@ -157,5 +157,6 @@ def key_value_units(heads, groups, ranks, blocks):
             runs[-1][1] = head + 1
         else:
             runs.append([head, head + 1, needed_by])
-    return tuple(KeyValueUnit(start, stop, needed_by, Segment(heads, ranks, blocks, first=start * share, last=stop * share))
+    return tuple(KeyValueUnit(start, stop, needed_by,
+                              Segment(heads, ranks, blocks, first=start * share, last=stop * share))
                  for start, stop, needed_by in runs)

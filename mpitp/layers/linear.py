@@ -27,7 +27,7 @@ class ColumnParallelLinear(ParallelLayer):
     dtype : "float32" or "float64"
     seed : of the initial weights N(0, 1/in), the same for any number of ranks; None for zeros
     init_std : of the initial weights, in place of in^-0.5
-    tied_to : a layer whose "weight" [out, in], split by rows, is used in place of an own one (a head tied to an embedding)
+    tied_to : a layer whose "weight" [out, in], split by rows, stands in for an own one: a head tied to an embedding
     name : prefix of the parameters' names, "weight" and "bias"
 
     Notes

@@ -51,9 +51,9 @@ class ParallelMLP(ParallelLayer):
         known = isinstance(activation, str) and activation in ACTIVATIONS
         require(known, f"activation {activation!r}", f"one of {', '.join(ACTIVATIONS)}")
         D, F = int(hidden_size), int(ffn_hidden_size)           # NumPy's integers would overflow
-        specs = []
+        specs, in_std = [], D ** -0.5 if init_std is None else init_std
         for part in ("up", "gate") if gated else ("up",):
-            specs.append(ParameterSpec(join(name, f"{part}.weight"), (F, D), 0, D ** -0.5 if init_std is None else init_std))
+            specs.append(ParameterSpec(join(name, f"{part}.weight"), (F, D), 0, in_std))
             if bias:
                 specs.append(ParameterSpec(join(name, f"{part}.bias"), (F,), 0, decay=False))
         specs.append(ParameterSpec(join(name, "down.weight"), (D, F), 1,

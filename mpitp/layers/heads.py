@@ -1,0 +1,106 @@
+"""Which attention heads a rank has, where they lie in its arrays, and what their scores are made with.
+
+Dimension key: B sequences, S positions, N = B S rows, H query heads, G key/value heads, n query heads of one of those,
+K features of a head.
+"""
+import functools
+from typing import NamedTuple
+
+from ..errors import require
+from ..ops.dropout import dropout_scale
+from ..partition import key_value_units
+from .base import join
+
+
+class Heads:
+    """The query heads of this rank, block by block, and the key/value heads that they need, unit by unit.
+
+    num_attention_heads, num_query_groups, kv_channels : H, G and K of the whole layer
+    """
+
+    def __init__(self, group, num_attention_heads, num_query_groups, kv_channels):
+        self.kv_channels, share = kv_channels, num_attention_heads // num_query_groups
+        self.partition = group.partition(num_attention_heads)
+        self.units = key_value_units(num_attention_heads, num_query_groups, group.size, group.blocks)
+        self.held_units = [unit for unit in self.units if unit.held_by(group.rank)]
+        self.first_held = group.partition(num_query_groups, share=share).held(group.rank).start
+
+    def block_rows(self, block):
+        """Where the features of a block's query heads lie in this rank's arrays."""
+        return slice(block.local.start * self.kv_channels, block.local.stop * self.kv_channels)
+
+    def unit_rows(self, unit):
+        """Where the features of a unit's key/value heads lie in this rank's arrays."""
+        return slice(*((head - self.first_held) * self.kv_channels for head in (unit.start, unit.stop)))
+
+    def pieces(self, block):
+        """Yield (unit, heads): the block's query heads (a slice of the global ones) that need each unit."""
+        for unit in self.units:
+            if block.index in unit.blocks:
+                yield unit, slice(max(unit.partition.first, block.start), min(unit.partition.last, block.stop))
+
+    def owned_units(self, block):
+        """The units that belong to a block: those whose first query head it has."""
+        return [unit for unit in self.held_units if unit.blocks[0] == block.index]
+
+
+class Call(NamedTuple):
+    """What one forward of ParallelAttention and its backward share: sizes, mask, dropout step, cos and sin."""
+    layer: object
+    B: int
+    S: int
+    mask: object
+    step: int | None
+    tables: tuple
+    kv: object
+
+    def seen(self, b):
+        """How many positions sequence b has, new ones included."""
+        return self.S if self.kv is None else int(self.kv.lengths[b]) + self.S
+
+    def options(self, heads, unit, b):
+        """What the scores of these query heads in sequence b are made with, as attention_forward takes it."""
+        layer = self.layer
+        options = dict(causal=layer.causal, window=layer.sliding_window)
+        if layer.slopes is not None:
+            options["slopes"] = layer.slopes[heads].reshape(unit.stop - unit.start, -1)
+        if self.mask is not None:
+            options["mask"] = self.mask[b]
+        if layer.dropout and self.step is not None:
+            options["keep"] = functools.partial(self.keep, heads, unit, b)
+        return options
+
+    def keep(self, heads, unit, b, first, stop):
+        """Dropout scales of queries first..stop-1 of some heads (G, n, queries, S), addressed in (B, H, S, S)."""
+        shape = self.B, self.layer.num_attention_heads, self.S, self.S
+        window = b, heads, slice(first, stop), slice(0, self.S)
+        scales = dropout_scale(self.layer.seed, join(self.layer.name, "weights.dropout"), self.step, self.layer.dropout,
+                               shape, window, self.layer.dtype)
+        return self.layer.group.xp.asarray(scales.reshape(unit.stop - unit.start, -1, stop - first, self.S))
+
+
+def require_mask(mask, B, S):
+    """Raise InputError unless mask is None or bool, for each key (B, S) or each query and key (B, S, S)."""
+    if mask is not None:
+        dtype, shape = getattr(mask, "dtype", None), getattr(mask, "shape", None)
+        require(dtype == bool and shape in ((B, S), (B, S, S)), f"a mask {dtype} {shape}",
+                f"bool {(B, S)} or {(B, S, S)}")
+
+
+def by_group(x_BSHK, b, unit, heads, block):
+    """Those heads of sequence b of a block's array, (G, n, S, K), a view: under the key/value heads that they share."""
+    x_SHK = x_BSHK[b, :, heads.start - block.start:heads.stop - block.start]
+    S, H, K = x_SHK.shape
+    G = unit.stop - unit.start
+    return x_SHK.reshape(S, G, H // G, K).transpose(1, 2, 0, 3)
+
+
+def as_heads(x_NHK, B, S, K):
+    """(N, heads K) -> (B, S, heads, K)."""
+    return x_NHK.reshape(B, S, x_NHK.shape[1] // K, K)
+
+
+def as_rows(x_BSHK):
+    """(B, S, heads, K) -> (N, heads K)."""
+    B, S, H, K = x_BSHK.shape
+    return x_BSHK.reshape(B * S, H * K)

@@ -1,0 +1,124 @@
+"""Cross entropy of logits that are split by vocabulary: the gathered logits never exist.
+
+Dimension key: N tokens, V vocabulary; p marks an axis split over the ranks, b the part of it in one block.
+"""
+import math
+from collections import Counter
+
+import numpy as np
+
+from ..arrays import compute_dtype, module_of
+from ..comm.ledger import Collective
+from ..errors import InputError, is_integer, require
+from ..ops.cross_entropy import row_gradient, row_sums
+from .embedding import token_ids
+
+
+def vocab_parallel_cross_entropy_forward(logits, targets, group, partition, *, label_smoothing=0.0, ignore_index=-100):
+    """The mean over the counted tokens of (1 - s) (lse - z_t) + s (lse - mean of z), lse = log of the sum of e^z.
+
+    Target, sum and mean are those of the whole vocabulary, s is `label_smoothing`.
+
+    Parameters
+    ----------
+    logits : (..., V p) array, this rank's columns of `partition`. Backward needs it, not a copy: let it be until then
+    targets : (...) integers, token ids of the whole vocabulary, the same on every rank
+    group : TensorParallelGroup
+    partition : group.partition(V)
+    label_smoothing : s, from 0 to 1 (Szegedy et al., arXiv 1512.00567, section 7)
+    ignore_index : tokens with this target do not count
+
+    Returns
+    -------
+    loss : Python float, the same on every rank; 0.0 where no token counts; NaN where the logits of a token that counts
+        hold NaN or infinity. A logit of minus infinity is a probability of 0, though.
+    saved : what backward needs
+
+    Notes
+    -----
+    As in Megatron-LM's (arXiv 1909.08053, section 3), but smoothing over V, where that has V / P. Collectives, N =
+    tokens: one all-reduce (max) of N, one all-reduce of 2 x N, with label smoothing 3 x N.
+    Raises InputError, before any collective, for a target outside the vocabulary (naming its position), shapes or
+    dtypes that do not fit, another group's partition, or s outside 0 to 1.
+    """
+    z_NVp, targets_N = look_at(logits, targets, group, partition, label_smoothing, ignore_index)
+    xp, smooth = group.xp, label_smoothing > 0
+    with np.errstate(invalid="ignore", over="ignore"):      # the loss says it
+        max_N = group.all_reduce(row_maximum(z_NVp), "max")
+
+        def partial(block):
+            return row_sums(z_NVp[:, block.local], max_N, targets_N - block.start, smooth)
+
+        sums = group.sum_blocks(partial, partition, (3 if smooth else 2, len(z_NVp)), z_NVp.dtype)
+        counted_N = targets_N != ignore_index
+        lse_N = xp.log(sums[0].astype(np.float64))
+        loss_N = lse_N - sums[1]
+        if smooth:
+            loss_N = (1 - label_smoothing) * loss_N + label_smoothing * (lse_N - sums[2] / float(partition.size))
+    count = int(counted_N.sum())
+    loss = float(xp.where(counted_N, loss_N, 0).sum()) / max(1, count)
+    saved = logits.shape, z_NVp, max_N, targets_N, sums[0], counted_N, group, partition, label_smoothing
+    return loss, saved
+
+
+def vocab_parallel_cross_entropy_backward(saved, d_loss=1.0):
+    """d_logits = d_loss / count (softmax(z) - (1 - s) [target] - s / V) for tokens that count, 0 for the others.
+
+    Shaped as logits, this rank's columns. No collectives.
+    """
+    shape, z_NVp, max_N, targets_N, total_N, counted_N, group, partition, label_smoothing = saved
+    xp, dtype = group.xp, z_NVp.dtype
+    weight_N = counted_N * (float(d_loss) / max(1, int(counted_N.sum())))
+    factor_N = (weight_N / total_N).astype(dtype)
+    at_target_N = ((1 - label_smoothing) * weight_N).astype(dtype)
+    everywhere_N = (label_smoothing / partition.size * weight_N).astype(dtype) if label_smoothing > 0 else None
+    dz_NVp = xp.empty(z_NVp.shape, dtype)
+
+    def columns(block):
+        row_gradient(z_NVp[:, block.local], max_N, targets_N - block.start, factor_N, at_target_N, everywhere_N,
+                     out=dz_NVp[:, block.local])
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        for _ in group.each_block(columns, partition):
+            pass
+    dz_NVp[~counted_N] = 0                      # 0 times NaN would not be
+    return dz_NVp.reshape(shape)
+
+
+def cross_entropy_collectives(tokens, label_smoothing=0.0, dtype="float32"):
+    """The closed form: a Counter of the logical data collectives of forward; backward has none."""
+    dtype = compute_dtype(dtype).name
+    return Counter([Collective("all_reduce", tokens, dtype),
+                    Collective("all_reduce", (3 if label_smoothing > 0 else 2) * tokens, dtype)])
+
+
+def row_maximum(z_NV):
+    """The maximum of each row; minus infinity without columns, and for a row with NaN, which the sum will show."""
+    xp = module_of(z_NV)
+    if not z_NV.shape[1]:
+        return xp.full(len(z_NV), -math.inf, z_NV.dtype)
+    max_N = z_NV.max(axis=1)
+    return xp.where(xp.isnan(max_N), -math.inf, max_N).astype(z_NV.dtype)   # MPI's max of NaN may differ by rank
+
+
+def look_at(logits, targets, group, partition, label_smoothing, ignore_index):
+    """logits as rows (N, V p) and targets (N,), after checking all that vocab_parallel_cross_entropy_forward says."""
+    is_number = isinstance(label_smoothing, (int, float)) and not isinstance(label_smoothing, bool)
+    require(is_number and 0 <= label_smoothing <= 1, f"label_smoothing = {label_smoothing!r}", "a number from 0 to 1")
+    require(is_integer(ignore_index), f"ignore_index = {ignore_index!r}", "an integer")
+    require(partition == group.partition(partition.size), f"logits over {partition}",
+            f"{group.partition(partition.size)}, the group's")
+    if module_of(logits) is not group.xp:
+        raise InputError(f"logits: found {type(logits).__module__}.{type(logits).__name__}, expected an array of "
+                         f"{group.xp.__name__} (the group's device is {group.device!r})")
+    compute_dtype(logits.dtype)
+    columns = partition.lengths[group.rank]
+    if logits.ndim == 0 or logits.shape[-1] != columns:
+        raise InputError(f"logits: found shape {logits.shape}, expected (..., {columns}), the columns of rank "
+                         f"{group.rank} of {partition.size}")
+    targets = token_ids(targets, partition.size, group.xp, "targets", ignore_index)
+    if targets.shape != logits.shape[:-1]:
+        raise InputError(f"targets: found shape {targets.shape}, expected {logits.shape[:-1]}, as the logits'")
+    # The memory order would be part of the bits.
+    z_NVp = group.xp.ascontiguousarray(logits).reshape(math.prod(logits.shape[:-1]), columns)
+    return z_NVp, targets.reshape(-1)

@@ -1,0 +1,179 @@
+"""Softmax attention of one sequence, in tiles of queries: memory grows with the sequence, not with its square.
+
+A tile sees all keys that its queries may attend to at once, so that its softmax is the plain one; backward
+computes the probabilities again from the logarithm of each row's sum (Dao et al., arXiv 2205.14135).
+
+Dimension key: G key/value heads, H query heads of each, Q queries, S keys, K features of a head, L = K + 1; T queries
+of one tile, V the keys that it sees; g and h mark the heads that are computed at once.
+"""
+from math import inf
+
+import numpy as np
+
+from ..arrays import module_of
+
+TILE = 64               # queries; fixed, since it is part of the bits
+SCORES = 1 << 17        # scores of as many heads as are computed at once: these stay in cache. Not part of the bits
+
+
+def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=None, slopes=None, mask=None, keep=None):
+    """out = (softmax(scale q k^T + slope (key - query)) keep) v, over the keys that each query may attend to.
+
+    Query i stands at position S - Q + i and key j at j, so Q < S continues a sequence. A query that may attend to
+    nothing gets 0.
+
+    Parameters
+    ----------
+    q_GHQK, k_GSK, v_GSK : with any strides, Q <= S
+    scale : of the scores, a number
+    out : (G, H, Q, K) with any strides, written
+    causal : whether key <= query
+    window : query - key < window; None: any
+    slopes : (G, H) of ALiBi (Press et al., arXiv 2108.12409), or None
+    mask : bool, True: may be attended; (S,) or (Q, S), or None
+    keep : function(first, stop) -> (G, H, stop - first, S), what dropout multiplies the weights of these queries by,
+        0 or 1/(1-p); or None
+
+    Returns
+    -------
+    lse_GHQ : the logarithm of the sum of e^score of each row, 0 for a query that may attend to nothing
+
+    Bits depend on the content of a query head and of its key/value head alone, not on G, H or strides.
+    """
+    xp, (G, H, Q, K) = module_of(q_GHQK), q_GHQK.shape
+    k_GSK, v_GSK = xp.ascontiguousarray(k_GSK), xp.ascontiguousarray(v_GSK)
+    tiles = Tiles(q_GHQK, k_GSK, causal, window, slopes, mask)
+    lse_GHQ, ones_S1 = xp.empty((G, H, Q), q_GHQK.dtype), xp.ones((tiles.S, 1), q_GHQK.dtype)
+    for first, stop, seen in tiles:
+        keep_GHTS = None if keep is None else keep(first, stop)
+        for g, h in tiles.heads(stop - first, seen):
+            q_ghTK = xp.multiply(q_GHQK[g, h, first:stop], float(scale), order="C")
+            s_ghTV = xp.matmul(q_ghTK, transposed(k_GSK[g, None, seen]), out=tiles.buffer(0, g, h, stop - first, seen))
+            tiles.bias_and_hide(s_ghTV, g, h, first, stop, seen)
+            peak_ghT1 = s_ghTV.max(axis=-1, keepdims=True)
+            if mask is not None:
+                peak_ghT1[peak_ghT1 == -inf] = 0                # nothing to attend to: a row of e^-inf = 0
+            s_ghTV -= peak_ghT1
+            xp.exp(s_ghTV, out=s_ghTV)
+            sum_ghT1 = xp.matmul(s_ghTV, ones_S1[seen])         # four times as fast as sum()
+            if mask is not None:
+                sum_ghT1[sum_ghT1 == 0] = 1
+            if keep is not None:
+                s_ghTV *= keep_GHTS[g, h, :, seen]
+            xp.divide(xp.matmul(s_ghTV, v_GSK[g, None, seen]), sum_ghT1, out=out[g, h, first:stop])
+            lse_GHQ[g, h, first:stop] = (xp.log(sum_ghT1) + peak_ghT1)[..., 0]
+    return lse_GHQ
+
+
+def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, causal=True, window=None, slopes=None,
+                       mask=None, keep=None):
+    """The gradients of attention_forward. dq is written to `dq` (G, H, Q, K).
+
+    p = e^(score - lse), dv = (p keep)^T dout, ds = p (keep dout v^T - delta) where delta = sum(dout out) of each row,
+    dq = scale ds k, dk = scale ds^T q. lse and delta are subtracted inside the products, where that is free:
+    q k^T - lse = [q, -lse] [k, 1]^T.
+
+    Returns
+    -------
+    dk_GSK, dv_GSK : new arrays, summed tile by tile, and in each over the H query heads in their order
+    """
+    xp, K = module_of(q_GHQK), q_GHQK.shape[-1]
+    k_GSL, v_GSL = with_column(k_GSK, 1), with_column(v_GSK, 1)
+    dk_GSK, dv_GSK = xp.zeros(k_GSK.shape, k_GSK.dtype), xp.zeros(v_GSK.shape, v_GSK.dtype)
+    tiles, ones_K1 = Tiles(q_GHQK, k_GSK, causal, window, slopes, mask), xp.ones((K, 1), q_GHQK.dtype)
+    for first, stop, seen in tiles:
+        keep_GHTS = None if keep is None else keep(first, stop)
+        for g, h in tiles.heads(stop - first, seen):
+            q_ghTL = with_column(q_GHQK[g, h, first:stop], -lse_GHQ[g, h, first:stop], float(scale))
+            p_ghTV = xp.matmul(q_ghTL, transposed(k_GSL[g, None, seen]), out=tiles.buffer(0, g, h, stop - first, seen))
+            tiles.bias_and_hide(p_ghTV, g, h, first, stop, seen)
+            xp.exp(p_ghTV, out=p_ghTV)
+
+            dout_ghTK = dout_GHQK[g, h, first:stop].copy(order="C")
+            delta_ghT1 = xp.matmul(xp.multiply(dout_ghTK, out[g, h, first:stop], order="C"), ones_K1)
+            dout_ghTL = with_column(dout_ghTK, -delta_ghT1[..., 0] if keep is None else 0)
+            ds_ghTV = xp.matmul(dout_ghTL, transposed(v_GSL[g, None, seen]), out=tiles.buffer(1, g, h, stop - first, seen))
+            kept_ghTV = p_ghTV
+            if keep is not None:
+                kept_ghTV = p_ghTV * keep_GHTS[g, h, :, seen]
+                ds_ghTV *= keep_GHTS[g, h, :, seen]
+                ds_ghTV -= delta_ghT1
+            ds_ghTV *= p_ghTV
+
+            add_heads(dv_GSK[g, seen], xp.matmul(transposed(kept_ghTV), dout_ghTK))
+            add_heads(dk_GSK[g, seen], xp.matmul(transposed(ds_ghTV), q_ghTL[..., :K]))
+            xp.multiply(xp.matmul(ds_ghTV, k_GSL[g, None, seen, :K]), float(scale), out=dq[g, h, first:stop])
+    return dk_GSK, dv_GSK
+
+
+class Tiles:
+    """The tiles of queries, what each may attend to, and the buffers that all use again."""
+
+    def __init__(self, q_GHQK, k_GSK, causal, window, slopes, mask):
+        self.xp, self.dtype = xp, dtype = module_of(q_GHQK), q_GHQK.dtype
+        self.G, self.H, self.Q = q_GHQK.shape[:3]
+        self.S, self.causal, self.window = k_GSK.shape[1], causal, window
+        self.slopes_GH = None if slopes is None else xp.asarray(slopes, dtype)
+        self.hidden = None if mask is None else ~mask
+        self.above_TT = xp.arange(TILE) > xp.arange(TILE)[:, None]
+        self.buffers = {}
+
+    def __iter__(self):
+        """(first query, the one after the last, slice of the keys that the tile sees) of each."""
+        for first in range(0, self.Q, TILE):
+            stop = min(first + TILE, self.Q)
+            yield first, stop, slice(max(0, self.start(first)), self.S - self.Q + stop if self.causal else self.S)
+
+    def start(self, query):
+        """The first position in the query's window: negative, if before the first key."""
+        return 0 if self.window is None else self.S - self.Q + query - self.window + 1
+
+    def heads(self, queries, seen):
+        """Slices of G and of H: the heads that are computed at once."""
+        most = max(1, SCORES // (queries * (seen.stop - seen.start))) if self.xp is np else max(1, self.G * self.H)
+        groups, heads = max(1, most // max(1, self.H)), min(most, max(1, self.H))
+        for g in range(0, self.G, groups):
+            for h in range(0, self.H, heads):
+                yield slice(g, min(g + groups, self.G)), slice(h, min(h + heads, self.H))
+
+    def buffer(self, number, g, h, queries, seen):
+        """An array for scores, without gaps: fresh ones of this size would cost page faults."""
+        shape = g.stop - g.start, h.stop - h.start, queries, seen.stop - seen.start
+        size = shape[0] * shape[1] * shape[2] * shape[3]
+        if number not in self.buffers or self.buffers[number].size < size:
+            self.buffers[number] = self.xp.empty(size, self.dtype)
+        return self.buffers[number][:size].reshape(shape)
+
+    def bias_and_hide(self, s_ghTV, g, h, first, stop, seen):
+        """scores += slope (key - query), and -inf where the query may not attend to the key."""
+        xp, T = self.xp, stop - first
+        if self.slopes_GH is not None:
+            queries_T1 = xp.arange(self.S - self.Q + first, self.S - self.Q + stop, dtype=self.dtype)[:, None]
+            distance_TV = xp.arange(seen.start, seen.stop, dtype=self.dtype) - queries_T1
+            s_ghTV += self.slopes_GH[g, h, None, None] * distance_TV
+        if self.causal:                                     # the tile ends at its last query: hide above the diagonal
+            xp.copyto(s_ghTV[..., -T:], -inf, where=self.above_TT[:T, :T])
+        if self.start(stop - 1) > 0:                        # where the windows begin: hide below the diagonal
+            before = seen.start - self.start(first)         # of the diagonal's columns lie before the first key
+            xp.copyto(s_ghTV[..., :T - before], -inf, where=self.above_TT.T[:T, before:T])
+        if self.hidden is not None:
+            xp.copyto(s_ghTV, -inf, where=(self.hidden if self.hidden.ndim == 1 else self.hidden[first:stop])[..., seen])
+
+
+def transposed(x):
+    return x.swapaxes(-1, -2)
+
+
+def with_column(x, last, scale=1.0):
+    """[scale x, last], a new array without gaps."""
+    xp, features = module_of(x), x.shape[-1]
+    wider = xp.empty((*x.shape[:-1], features + 1), x.dtype)
+    xp.multiply(x, scale, out=wider[..., :features])
+    wider[..., features] = last
+    return wider
+
+
+def add_heads(total_gVK, parts_ghVK):
+    """total += each head's part, head by head."""
+    for h in range(parts_ghVK.shape[1]):
+        total_gVK += parts_ghVK[:, h]

@@ -1,0 +1,65 @@
+"""Cross entropy over some columns of the vocabulary: what they add to the sums of each row, and their gradient.
+
+Large arrays are not made: rows go in pieces that stay in cache, and backward makes the exponentials again.
+
+Dimension key: N rows (tokens), n rows of a piece, V these columns.
+"""
+import numpy as np
+
+from ..arrays import module_of
+
+PIECE = 1 << 15     # numbers at a time
+
+
+def row_sums(z_NV, max_N, targets_N, with_sum):
+    """What these columns add to the sum of e^(z - max), to z - max of the target, and to the sum of z - max of a row.
+
+    Parameters
+    ----------
+    z_NV : logits
+    max_N : of each row, over the whole vocabulary: no exponential overflows, and their sum is at least 1
+    targets_N : column of each row's target, integers; one outside 0..V-1 is another's
+    with_sum : whether the third is asked for (label smoothing)
+
+    Returns (2 or 3, N), a new array.
+    """
+    xp = module_of(z_NV)
+    sums = xp.zeros((3 if with_sum else 2, len(z_NV)), z_NV.dtype)
+    for piece in pieces(xp, z_NV.shape):
+        shifted_nV = z_NV[piece] - max_N[piece, None]
+        if with_sum:
+            shifted_nV.sum(axis=1, out=sums[2, piece])
+        xp.exp(shifted_nV, out=shifted_nV)
+        shifted_nV.sum(axis=1, out=sums[0, piece])
+    rows = targets_here(z_NV, targets_N)
+    sums[1, rows] = z_NV[rows, targets_N[rows]] - max_N[rows]
+    return sums
+
+
+def row_gradient(z_NV, max_N, targets_N, factor_N, at_target_N, everywhere_N, out):
+    """out = factor e^(z - max) - everywhere, - at_target in the column of the target.
+
+    factor_N, at_target_N, everywhere_N : of each row; everywhere_N None for 0
+    """
+    xp = module_of(z_NV)
+    for piece in pieces(xp, z_NV.shape):
+        shifted_nV = z_NV[piece] - max_N[piece, None]
+        xp.exp(shifted_nV, out=shifted_nV)
+        xp.multiply(shifted_nV, factor_N[piece, None], out=out[piece])
+        if everywhere_N is not None:
+            out[piece] -= everywhere_N[piece, None]
+    rows = targets_here(z_NV, targets_N)
+    out[rows, targets_N[rows]] -= at_target_N[rows]
+    return out
+
+
+def targets_here(z_NV, targets_N):
+    """The rows whose target is one of these columns."""
+    return module_of(z_NV).flatnonzero((targets_N >= 0) & (targets_N < z_NV.shape[1]))
+
+
+def pieces(xp, shape):
+    """Slices of rows, about PIECE numbers each; all rows at once on a GPU. They depend on the columns alone."""
+    rows, columns = shape
+    step = max(1, PIECE // max(1, columns)) if xp is np else max(1, rows)
+    return [slice(start, start + step) for start in range(0, rows, step)]

@@ -1,0 +1,32 @@
+"""Decoders of every kind, small and odd: 5 query heads, 1 key/value head, hidden 20 with heads of 6, sequences of 7."""
+from mpitp import DecoderConfig, Rotary
+
+COMMON = dict(vocab_size=27, hidden_size=20, num_layers=2, num_attention_heads=5, num_query_groups=1, kv_channels=6,
+              ffn_hidden_size=23)
+LLAMA = dict(normalization="rmsnorm", activation="silu", gated=True, qkv_bias=False, attention_bias=False,
+             mlp_bias=False)
+KINDS = {
+    "llama, one kv head": dict(LLAMA),
+    "gpt2": dict(num_query_groups=5, kv_channels=None, position_embedding="learned", max_position_embeddings=9,
+                 tie_word_embeddings=True),
+    "gpt_neox": dict(num_query_groups=5, parallel_residual=True, activation="gelu", rotary=Rotary(dim=2)),
+    "falcon": dict(parallel_residual=True, shared_norm=True, mlp_bias=False, rotary=Rotary(interleaved=True)),
+    "bloom": dict(num_query_groups=5, position_embedding="alibi", embedding_norm=True, tie_word_embeddings=True,
+                  head_bias=True),
+    "gemma3": dict(LLAMA, activation="gelu_tanh", num_attention_heads=6, num_query_groups=2, norm_placement="both",
+                   qk_norm=True, zero_centered_gamma=True, embedding_multiplier=20 ** 0.5, tie_word_embeddings=True,
+                   sliding_window=(3, None), attention_scale=0.3,
+                   rotary=(Rotary(), Rotary(base=1e6, scaling="linear", factor=8.0))),
+    "olmo2": dict(LLAMA, num_attention_heads=6, num_query_groups=3, norm_placement="after", qk_norm=True),
+    "after the residual": dict(norm_placement="after_residual", final_norm=False, position_embedding="none",
+                               norm_bias=False, activation="relu", qk_norm=True, parallel_residual=False),
+    "neox with query norm": dict(parallel_residual=True, qk_norm=True, num_attention_heads=3, num_query_groups=1,
+                                 ffn_hidden_size=2, rotary=Rotary(scaling="llama3", factor=8.0,
+                                                                  original_max_positions=4)),
+    "three heads, yarn": dict(LLAMA, num_attention_heads=3, num_query_groups=3,
+                              rotary=Rotary(dim=4, scaling="yarn", factor=4.0, original_max_positions=4)),
+}
+
+
+def config(kind, **more):
+    return DecoderConfig(**{**COMMON, **KINDS[kind], **more})
