@@ -8,6 +8,7 @@ import sys
 import numpy as np
 
 import mpitp
+from decoder_cases import KINDS, config
 
 CASES = [       # tokens, hidden, ffn, activation, gated, blocks
     (64, 96, 384, "gelu_tanh", False, 8), (1, 96, 384, "gelu_tanh", False, 8), (17, 33, 131, "gelu", True, 8),
@@ -42,10 +43,41 @@ def main(workers=None):
                 found = {"y": y, "dx": dx, "z": z, "dh": dh, "dx2": dx2}
                 for of_layer, split in ((layer, gradients), (row, row_gradients), (column, column_gradients)):
                     found.update(of_layer.gather(split) or {})
-                if group.rank == 0:
-                    for name, value in found.items():
-                        digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-                        print(tokens, hidden, ffn, activation, gated, blocks, dtype, name, digest)
+                show(group, (tokens, hidden, ffn, activation, gated, blocks, dtype), found)
+    for kind in KINDS:
+        for blocks, dtype in ((8, "float32"), (3, "float64")):
+            with mpitp.TensorParallelGroup(reproducible=True, blocks=blocks, check=True) as group:
+                if workers:
+                    group._workers.count = workers
+                decoder(group, kind, dtype)
+
+
+def decoder(group, kind, dtype):
+    """Two steps of plain gradient descent with dropout and label smoothing, so that every gradient comes back in."""
+    model = mpitp.Decoder(group, config(kind, hidden_dropout=0.1, attention_dropout=0.2), dtype=dtype, seed=3)
+    draw = np.random.default_rng(2)
+    gradients = None
+    for step in range(2):
+        ids = draw.integers(0, 27, (2, 71))             # more than one tile of queries
+        mask = draw.random((2, 71)) < 0.9
+        ids = ids[:, :9] if kind == "gpt2" else ids
+        mask = mask[:, :ids.shape[1]]
+        logits, saved = model.forward(ids, mask=mask, step=step)
+        loss, saved_loss = model.loss(logits, ids, label_smoothing=0.1, ignore_index=5)
+        gradients = model.backward(model.loss_backward(saved_loss), saved, out=gradients)
+        for name, weight in model.weights.items():
+            weight -= gradients[name]
+    found = {"logits": model.gather_logits(logits), "loss": np.float64(loss)}
+    found.update(model.gather() or {})
+    assert all(np.isfinite(value).all() for value in found.values())
+    show(group, (kind, group.blocks, dtype), found)
+
+
+def show(group, case, found):
+    if group.rank == 0:
+        for name, value in found.items():
+            digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+            print(*case, name, digest)
 
 
 if __name__ == "__main__":
