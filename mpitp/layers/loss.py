@@ -43,14 +43,14 @@ def vocab_parallel_cross_entropy_forward(logits, targets, group, partition, *, l
     """
     z_NVp, targets_N = look_at(logits, targets, group, partition, label_smoothing, ignore_index)
     xp, smooth = group.xp, label_smoothing > 0
-    with np.errstate(invalid="ignore", over="ignore"):      # the loss says it
-        max_N = group.all_reduce(row_maximum(z_NVp), "max")
+    max_N = group.all_reduce(row_maximum(z_NVp), "max")
 
-        def partial(block):
-            return row_sums(z_NVp[:, block.local], max_N, targets_N - block.start, smooth)
+    def partial(block):
+        return row_sums(z_NVp[:, block.local], max_N, targets_N - block.start, smooth)
 
-        sums = group.sum_blocks(partial, partition, (3 if smooth else 2, len(z_NVp)), z_NVp.dtype)
-        counted_N = targets_N != ignore_index
+    sums = group.sum_blocks(partial, partition, (3 if smooth else 2, len(z_NVp)), z_NVp.dtype)
+    counted_N = targets_N != ignore_index
+    with np.errstate(invalid="ignore"):         # the loss says it
         lse_N = xp.log(sums[0].astype(np.float64))
         loss_N = lse_N - sums[1]
         if smooth:
@@ -78,9 +78,8 @@ def vocab_parallel_cross_entropy_backward(saved, d_loss=1.0):
         row_gradient(z_NVp[:, block.local], max_N, targets_N - block.start, factor_N, at_target_N, everywhere_N,
                      out=dz_NVp[:, block.local])
 
-    with np.errstate(invalid="ignore", over="ignore"):
-        for _ in group.each_block(columns, partition):
-            pass
+    for _ in group.each_block(columns, partition):
+        pass
     dz_NVp[~counted_N] = 0                      # 0 times NaN would not be
     return dz_NVp.reshape(shape)
 

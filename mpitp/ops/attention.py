@@ -11,6 +11,7 @@ from math import inf
 import numpy as np
 
 from ..arrays import module_of
+from .linear import NARROW
 
 TILE = 64               # queries; fixed, since it is part of the bits
 SCORES = 1 << 17        # scores of as many heads as are computed at once: these stay in cache. Not part of the bits
@@ -41,14 +42,15 @@ def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=N
     Bits depend on the content of a query head and of its key/value head alone, not on G, H or strides.
     """
     xp, (G, H, Q, K) = module_of(q_GHQK), q_GHQK.shape
-    k_GSK, v_GSK = xp.ascontiguousarray(k_GSK), xp.ascontiguousarray(v_GSK)
+    k_GSK, v_GSK = without_gaps(k_GSK), without_gaps(v_GSK)
     tiles = Tiles(q_GHQK, k_GSK, causal, window, slopes, mask)
     lse_GHQ, ones_S1 = xp.empty((G, H, Q), q_GHQK.dtype), xp.ones((tiles.S, 1), q_GHQK.dtype)
     for first, stop, seen in tiles:
         keep_GHTS = None if keep is None else keep(first, stop)
         for g, h in tiles.heads(stop - first, seen):
-            q_ghTK = xp.multiply(q_GHQK[g, h, first:stop], float(scale), order="C")
-            s_ghTV = xp.matmul(q_ghTK, transposed(k_GSK[g, None, seen]), out=tiles.buffer(0, g, h, stop - first, seen))
+            q_ghTK = q_GHQK[g, h, first:stop].copy(order="C")
+            q_ghTK *= float(scale)
+            s_ghTV = tiles.product(0, q_ghTK, k_GSK[g, seen])
             tiles.bias_and_hide(s_ghTV, g, h, first, stop, seen)
             peak_ghT1 = s_ghTV.max(axis=-1, keepdims=True)
             if mask is not None:
@@ -65,8 +67,8 @@ def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=N
     return lse_GHQ
 
 
-def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, causal=True, window=None, slopes=None,
-                       mask=None, keep=None):
+def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, causal=True, window=None,
+                       slopes=None, mask=None, keep=None):
     """The gradients of attention_forward. dq is written to `dq` (G, H, Q, K).
 
     p = e^(score - lse), dv = (p keep)^T dout, ds = p (keep dout v^T - delta) where delta = sum(dout out) of each row,
@@ -85,14 +87,16 @@ def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, 
         keep_GHTS = None if keep is None else keep(first, stop)
         for g, h in tiles.heads(stop - first, seen):
             q_ghTL = with_column(q_GHQK[g, h, first:stop], -lse_GHQ[g, h, first:stop], float(scale))
-            p_ghTV = xp.matmul(q_ghTL, transposed(k_GSL[g, None, seen]), out=tiles.buffer(0, g, h, stop - first, seen))
+            p_ghTV = tiles.product(0, q_ghTL, k_GSL[g, seen])
             tiles.bias_and_hide(p_ghTV, g, h, first, stop, seen)
             xp.exp(p_ghTV, out=p_ghTV)
 
             dout_ghTK = dout_GHQK[g, h, first:stop].copy(order="C")
-            delta_ghT1 = xp.matmul(xp.multiply(dout_ghTK, out[g, h, first:stop], order="C"), ones_K1)
+            out_ghTK = out[g, h, first:stop].copy(order="C")
+            out_ghTK *= dout_ghTK
+            delta_ghT1 = xp.matmul(out_ghTK, ones_K1)
             dout_ghTL = with_column(dout_ghTK, -delta_ghT1[..., 0] if keep is None else 0)
-            ds_ghTV = xp.matmul(dout_ghTL, transposed(v_GSL[g, None, seen]), out=tiles.buffer(1, g, h, stop - first, seen))
+            ds_ghTV = tiles.product(1, dout_ghTL, v_GSL[g, seen])
             kept_ghTV = p_ghTV
             if keep is not None:
                 kept_ghTV = p_ghTV * keep_GHTS[g, h, :, seen]
@@ -110,12 +114,13 @@ class Tiles:
     """The tiles of queries, what each may attend to, and the buffers that all use again."""
 
     def __init__(self, q_GHQK, k_GSK, causal, window, slopes, mask):
-        self.xp, self.dtype = xp, dtype = module_of(q_GHQK), q_GHQK.dtype
+        xp, dtype = module_of(q_GHQK), q_GHQK.dtype
+        self.xp, self.dtype = xp, dtype
         self.G, self.H, self.Q = q_GHQK.shape[:3]
         self.S, self.causal, self.window = k_GSK.shape[1], causal, window
         self.slopes_GH = None if slopes is None else xp.asarray(slopes, dtype)
         self.hidden = None if mask is None else ~mask
-        self.above_TT = xp.arange(TILE) > xp.arange(TILE)[:, None]
+        self.above_TT = xp.arange(min(TILE, self.Q)) > xp.arange(min(TILE, self.Q))[:, None]
         self.buffers = {}
 
     def __iter__(self):
@@ -136,13 +141,13 @@ class Tiles:
             for h in range(0, self.H, heads):
                 yield slice(g, min(g + groups, self.G)), slice(h, min(h + heads, self.H))
 
-    def buffer(self, number, g, h, queries, seen):
-        """An array for scores, without gaps: fresh ones of this size would cost page faults."""
-        shape = g.stop - g.start, h.stop - h.start, queries, seen.stop - seen.start
-        size = shape[0] * shape[1] * shape[2] * shape[3]
-        if number not in self.buffers or self.buffers[number].size < size:
-            self.buffers[number] = self.xp.empty(size, self.dtype)
-        return self.buffers[number][:size].reshape(shape)
+    def product(self, number, x_ghTK, y_gVK):
+        """x y^T in buffer `number`, without gaps: fresh arrays of this size would cost page faults."""
+        (g, h, T, _), V = x_ghTK.shape, y_gVK.shape[1]
+        if self.buffers.get(number) is None or self.buffers[number].size < g * h * T * V:
+            self.buffers[number] = self.xp.empty(g * h * T * V, self.dtype)
+        product_ghTV = self.buffers[number][:g * h * T * V].reshape(g, h, T, V)
+        return self.xp.matmul(x_ghTK, transposed(y_gVK)[:, None], out=product_ghTV)
 
     def bias_and_hide(self, s_ghTV, g, h, first, stop, seen):
         """scores += slope (key - query), and -inf where the query may not attend to the key."""
@@ -157,11 +162,22 @@ class Tiles:
             before = seen.start - self.start(first)         # of the diagonal's columns lie before the first key
             xp.copyto(s_ghTV[..., :T - before], -inf, where=self.above_TT.T[:T, before:T])
         if self.hidden is not None:
-            xp.copyto(s_ghTV, -inf, where=(self.hidden if self.hidden.ndim == 1 else self.hidden[first:stop])[..., seen])
+            hidden_TS = self.hidden[first:stop] if self.hidden.ndim == 2 else self.hidden
+            xp.copyto(s_ghTV, -inf, where=hidden_TS[..., seen])
 
 
 def transposed(x):
     return x.swapaxes(-1, -2)
+
+
+def without_gaps(x_GSK):
+    """x itself where BLAS adds up its rows as it does those of an array without gaps, else a copy that is one.
+
+    The copy of all keys is what one token of generation would spend its time on.
+    """
+    (_, row, feature), K, size = x_GSK.strides, x_GSK.shape[-1], x_GSK.itemsize
+    as_good = K > NARROW and feature == size and row >= K * size and row % size == 0
+    return x_GSK if as_good else module_of(x_GSK).ascontiguousarray(x_GSK)
 
 
 def with_column(x, last, scale=1.0):

@@ -26,13 +26,14 @@ def row_sums(z_NV, max_N, targets_N, with_sum):
     xp = module_of(z_NV)
     sums = xp.zeros((3 if with_sum else 2, len(z_NV)), z_NV.dtype)
     for piece in pieces(xp, z_NV.shape):
-        shifted_nV = z_NV[piece] - max_N[piece, None]
+        shifted_nV = shifted(z_NV, max_N, piece)
         if with_sum:
             shifted_nV.sum(axis=1, out=sums[2, piece])
         xp.exp(shifted_nV, out=shifted_nV)
         shifted_nV.sum(axis=1, out=sums[0, piece])
     rows = targets_here(z_NV, targets_N)
-    sums[1, rows] = z_NV[rows, targets_N[rows]] - max_N[rows]
+    with np.errstate(invalid="ignore"):
+        sums[1, rows] = z_NV[rows, targets_N[rows]] - max_N[rows]
     return sums
 
 
@@ -43,7 +44,7 @@ def row_gradient(z_NV, max_N, targets_N, factor_N, at_target_N, everywhere_N, ou
     """
     xp = module_of(z_NV)
     for piece in pieces(xp, z_NV.shape):
-        shifted_nV = z_NV[piece] - max_N[piece, None]
+        shifted_nV = shifted(z_NV, max_N, piece)
         xp.exp(shifted_nV, out=shifted_nV)
         xp.multiply(shifted_nV, factor_N[piece, None], out=out[piece])
         if everywhere_N is not None:
@@ -51,6 +52,12 @@ def row_gradient(z_NV, max_N, targets_N, factor_N, at_target_N, everywhere_N, ou
     rows = targets_here(z_NV, targets_N)
     out[rows, targets_N[rows]] -= at_target_N[rows]
     return out
+
+
+def shifted(z_NV, max_N, piece):
+    """z - max of some rows, a new array. inf - inf is NaN, and the loss will say so: no warning."""
+    with np.errstate(invalid="ignore"):
+        return z_NV[piece] - max_N[piece, None]
 
 
 def targets_here(z_NV, targets_N):
