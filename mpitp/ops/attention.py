@@ -3,8 +3,8 @@
 A tile sees all keys that its queries may attend to at once, so that its softmax is the plain one; backward
 computes the probabilities again from the logarithm of each row's sum (Dao et al., arXiv 2205.14135).
 
-Dimension key: G key/value heads, H query heads of each, Q queries, S keys, K features of a head, L = K + 1; T queries
-of one tile, V the keys that it sees; g and h mark the heads that are computed at once.
+Dimension key: G key/value heads, H query heads of each, Q queries, S keys, K features of a head; T queries of one
+tile, V the keys that it sees; g and h mark the heads that are computed at once.
 """
 from math import inf
 
@@ -32,8 +32,8 @@ def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=N
     window : query - key < window; None: any
     slopes : (G, H) of ALiBi (Press et al., arXiv 2108.12409), or None
     mask : bool, True: may be attended; (S,) or (Q, S), or None
-    keep : function(first, stop) -> (G, H, stop - first, S), what dropout multiplies the weights of these queries by,
-        0 or 1/(1-p); or None
+    keep : function(first, stop) -> (G, H, stop - first, S) of q's dtype, what dropout multiplies the weights of these
+        queries by, 0 or 1/(1-p); or None
 
     Returns
     -------
@@ -72,41 +72,38 @@ def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, 
     """The gradients of attention_forward. dq is written to `dq` (G, H, Q, K).
 
     p = e^(score - lse), dv = (p keep)^T dout, ds = p (keep dout v^T - delta) where delta = sum(dout out) of each row,
-    dq = scale ds k, dk = scale ds^T q. lse and delta are subtracted inside the products, where that is free:
-    q k^T - lse = [q, -lse] [k, 1]^T.
+    dq = scale ds k, dk = scale ds^T q.
 
     Returns
     -------
     dk_GSK, dv_GSK : new arrays, summed tile by tile, and in each over the H query heads in their order
     """
     xp, K = module_of(q_GHQK), q_GHQK.shape[-1]
-    k_GSL, v_GSL = with_column(k_GSK, 1), with_column(v_GSK, 1)
+    k_GSK, v_GSK = without_gaps(k_GSK), without_gaps(v_GSK)
     dk_GSK, dv_GSK = xp.zeros(k_GSK.shape, k_GSK.dtype), xp.zeros(v_GSK.shape, v_GSK.dtype)
     tiles, ones_K1 = Tiles(q_GHQK, k_GSK, causal, window, slopes, mask), xp.ones((K, 1), q_GHQK.dtype)
     for first, stop, seen in tiles:
         keep_GHTS = None if keep is None else keep(first, stop)
         for g, h in tiles.heads(stop - first, seen):
-            q_ghTL = with_column(q_GHQK[g, h, first:stop], -lse_GHQ[g, h, first:stop], float(scale))
-            p_ghTV = tiles.product(0, q_ghTL, k_GSL[g, seen])
+            q_ghTK = q_GHQK[g, h, first:stop].copy(order="C")
+            q_ghTK *= float(scale)
+            p_ghTV = tiles.product(0, q_ghTK, k_GSK[g, seen])
             tiles.bias_and_hide(p_ghTV, g, h, first, stop, seen)
+            p_ghTV -= lse_GHQ[g, h, first:stop, None]
             xp.exp(p_ghTV, out=p_ghTV)
 
-            dout_ghTK = dout_GHQK[g, h, first:stop].copy(order="C")
-            out_ghTK = out[g, h, first:stop].copy(order="C")
-            out_ghTK *= dout_ghTK
-            delta_ghT1 = xp.matmul(out_ghTK, ones_K1)
-            dout_ghTL = with_column(dout_ghTK, -delta_ghT1[..., 0] if keep is None else 0)
-            ds_ghTV = tiles.product(1, dout_ghTL, v_GSL[g, seen])
-            kept_ghTV = p_ghTV
+            dout_ghTK, out_ghTK = (x[g, h, first:stop].copy(order="C") for x in (dout_GHQK, out))
+            delta_ghT1 = xp.matmul(xp.multiply(out_ghTK, dout_ghTK, out=out_ghTK), ones_K1)
+            ds_ghTV, kept_ghTV = tiles.product(1, dout_ghTK, v_GSK[g, seen]), p_ghTV
             if keep is not None:
-                kept_ghTV = p_ghTV * keep_GHTS[g, h, :, seen]
                 ds_ghTV *= keep_GHTS[g, h, :, seen]
-                ds_ghTV -= delta_ghT1
+                kept_ghTV = p_ghTV * keep_GHTS[g, h, :, seen]
+            ds_ghTV -= delta_ghT1
             ds_ghTV *= p_ghTV
 
             add_heads(dv_GSK[g, seen], xp.matmul(transposed(kept_ghTV), dout_ghTK))
-            add_heads(dk_GSK[g, seen], xp.matmul(transposed(ds_ghTV), q_ghTL[..., :K]))
-            xp.multiply(xp.matmul(ds_ghTV, k_GSL[g, None, seen, :K]), float(scale), out=dq[g, h, first:stop])
+            add_heads(dk_GSK[g, seen], xp.matmul(transposed(ds_ghTV), q_ghTK))
+            xp.multiply(xp.matmul(ds_ghTV, k_GSK[g, None, seen]), float(scale), out=dq[g, h, first:stop])
     return dk_GSK, dv_GSK
 
 
@@ -119,7 +116,7 @@ class Tiles:
         self.G, self.H, self.Q = q_GHQK.shape[:3]
         self.S, self.causal, self.window = k_GSK.shape[1], causal, window
         self.slopes_GH = None if slopes is None else xp.asarray(slopes, dtype)
-        self.hidden = None if mask is None else ~mask
+        self.mask = mask
         self.above_TT = xp.arange(min(TILE, self.Q)) > xp.arange(min(TILE, self.Q))[:, None]
         self.buffers = {}
 
@@ -161,9 +158,9 @@ class Tiles:
         if self.start(stop - 1) > 0:                        # where the windows begin: hide below the diagonal
             before = seen.start - self.start(first)         # of the diagonal's columns lie before the first key
             xp.copyto(s_ghTV[..., :T - before], -inf, where=self.above_TT.T[:T, before:T])
-        if self.hidden is not None:
-            hidden_TS = self.hidden[first:stop] if self.hidden.ndim == 2 else self.hidden
-            xp.copyto(s_ghTV, -inf, where=hidden_TS[..., seen])
+        if self.mask is not None:
+            mask_TS = self.mask[first:stop] if self.mask.ndim == 2 else self.mask
+            xp.copyto(s_ghTV, -inf, where=~mask_TS[..., seen])
 
 
 def transposed(x):
@@ -178,15 +175,6 @@ def without_gaps(x_GSK):
     (_, row, feature), K, size = x_GSK.strides, x_GSK.shape[-1], x_GSK.itemsize
     as_good = K > NARROW and feature == size and row >= K * size and row % size == 0
     return x_GSK if as_good else module_of(x_GSK).ascontiguousarray(x_GSK)
-
-
-def with_column(x, last, scale=1.0):
-    """[scale x, last], a new array without gaps."""
-    xp, features = module_of(x), x.shape[-1]
-    wider = xp.empty((*x.shape[:-1], features + 1), x.dtype)
-    xp.multiply(x, scale, out=wider[..., :features])
-    wider[..., features] = last
-    return wider
 
 
 def add_heads(total_gVK, parts_ghVK):
