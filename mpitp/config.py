@@ -46,6 +46,11 @@ class Rotary:
         require(self.scaling in SCALINGS, f"rotary scaling {self.scaling!r}", f"one of {', '.join(map(str, SCALINGS))}")
         if self.scaling in ("llama3", "yarn"):
             require_positive(original_max_positions=self.original_max_positions)
+        if self.scaling == "llama3":
+            require(self.low_freq_factor < self.high_freq_factor, f"low_freq_factor = {self.low_freq_factor!r}",
+                    f"less than high_freq_factor = {self.high_freq_factor!r}")
+        if self.scaling == "yarn":
+            require(self.base != 1, "rotary base = 1", "another one for yarn, whose ramp is over its powers")
 
 
 @dataclass(frozen=True)

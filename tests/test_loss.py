@@ -1,6 +1,8 @@
 """Cross entropy of split logits against that of the whole ones: loss, gradient, collectives, for every option."""
 import hashlib
 import math
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpitp
-from mpitp import dense
+from check_loss import draw_targets, plain_loss, problems, require_none, seen_everywhere, whole_and_part
 from mpitp.layers import loss as loss_module
-from mpitp.layers.loss import (cross_entropy_collectives, vocab_parallel_cross_entropy_backward,
-                               vocab_parallel_cross_entropy_forward)
+from mpitp.layers.loss import vocab_parallel_cross_entropy_backward, vocab_parallel_cross_entropy_forward
 from mpitp.ops import cross_entropy
 from spmd import draw, job, same_bytes
 
@@ -29,79 +30,6 @@ def group(request):
 def several_ranks(world):
     if world.size == 1:
         pytest.skip("on one rank these are not mistakes")
-
-
-def draw_targets(vocab, lead, ignore_index=-100, ignored=True):
-    """The first and the last token among them, where there is room, and some that do not count."""
-    targets = np.random.default_rng(7).integers(0, vocab, lead)
-    flat = targets.reshape(-1)
-    flat[:2] = (vocab - 1, 0)[:flat.size]
-    if ignored:
-        flat[2::3] = ignore_index
-    return targets
-
-
-def plain_loss(z, targets, label_smoothing, ignore_index):
-    """The mean loss and its gradient, token by token, from the whole logits in float64."""
-    z = z.astype(float)
-    rows, loss, dz = z.reshape(-1, z.shape[-1]), 0.0, np.zeros((targets.size, z.shape[-1]))
-    count = (targets != ignore_index).sum()
-    for n, target in enumerate(targets.reshape(-1)):
-        if target != ignore_index:
-            shifted = rows[n] - rows[n].max()
-            log_p = shifted - np.log(np.exp(shifted).sum())
-            q = np.full(len(log_p), label_smoothing / len(log_p))   # the smoothed labels
-            q[target] += 1 - label_smoothing
-            loss -= (q * log_p).sum() / count
-            dz[n] = (np.exp(log_p) - q) / count
-    return loss, dz.reshape(z.shape)
-
-
-def whole_and_part(group, vocab, lead, dtype="float64", scale=1.0, seed=1):
-    partition = group.partition(vocab)
-    z = (draw(seed, *lead, vocab) * scale).astype(dtype)
-    return partition, z, np.ascontiguousarray(z[..., partition.range(group.rank)])
-
-
-def problems(group, vocab, label_smoothing=0.0, lead=(3, 4), dtype="float64", ignore_index=-100, ignored=True,
-             scale=1.0, d_loss=1.0):
-    """Names of what the split cross entropy does otherwise than the plain one."""
-    partition, z, mine = whole_and_part(group, vocab, lead, dtype, scale)
-    targets = draw_targets(vocab, lead, ignore_index, ignored)
-    before = mine.tobytes(), targets.tobytes()
-    group.ledger.clear()
-    loss, saved = loss_module.vocab_parallel_cross_entropy_forward(
-        mine, targets, group, partition, label_smoothing=label_smoothing, ignore_index=ignore_index)
-    dz = loss_module.vocab_parallel_cross_entropy_backward(saved, d_loss)
-    found = []
-    if group.ledger.counts() != cross_entropy_collectives(targets.size, label_smoothing, dtype):
-        found.append(f"ledger {dict(group.ledger.counts())}")
-    if before != (mine.tobytes(), targets.tobytes()):
-        found.append("an input was changed")
-    if dz.dtype != mine.dtype or dz.shape != mine.shape or type(loss) is not float:
-        found.append("shape or dtype")
-    exact, dz_exact = plain_loss(z, targets, label_smoothing, ignore_index)
-    eps, size = np.finfo(dtype).eps, 1 + 2 * np.abs(z).max(initial=0)
-    if not abs(loss - exact) <= 4 * eps * (size + math.log(vocab)):
-        found.append("loss")
-    count, counted = max(1, (targets != ignore_index).sum()), (targets != ignore_index)[..., None]
-    terms = np.exp(z.astype(float) - z.max(-1, keepdims=True)) + (np.arange(vocab) == targets[..., None])
-    underflow = np.finfo(dtype).tiny / eps
-    dz_size = abs(d_loss) * (np.abs(dz_exact) * size + counted * (terms + label_smoothing / vocab) / count) + underflow
-    part = partition.range(group.rank)
-    if not dense.error_ratio(dz, d_loss * dz_exact[..., part], dz_size[..., part]) <= 4:
-        found.append("gradient")
-    return found
-
-
-def require_none(found, group):
-    found = group.comm.allgather(found)
-    assert not any(found), f"problems by rank: {found}"
-
-
-def seen_everywhere(group, found, *names):
-    everywhere = set.intersection(*map(set, group.comm.allgather(found)))
-    assert set(names) <= everywhere, f"expected {names} to fail, found {everywhere}"
 
 
 @smoothings
@@ -152,9 +80,9 @@ def test_numeric_gradient(group, label_smoothing):
 
 
 def test_the_memory_order_of_logits_is_not_part_of_the_bits(group):
-    partition, _, mine = whole_and_part(group, 37, (4, 3), "float32")
-    targets = draw_targets(37, (4, 3))
-    gaps = np.zeros((4, 3, 2 * mine.shape[-1] + 1), "float32")[..., 1::2]
+    partition, _, mine = whole_and_part(group, 370, (12,), "float32")
+    targets = draw_targets(370, (12,))
+    gaps = np.zeros((12, 2 * mine.shape[-1] + 1), "float32")[..., 1::2]
     gaps[...] = mine
     results = []
     for z in (mine, np.asfortranarray(mine), gaps):
@@ -168,6 +96,20 @@ def test_saved_serves_twice(group):
     _, saved = vocab_parallel_cross_entropy_forward(mine, draw_targets(37, (4, 3)), group, partition)
     once, again, double = (vocab_parallel_cross_entropy_backward(saved, d_loss) for d_loss in (1.0, 1.0, 2.0))
     assert same_bytes(once, again) and same_bytes(2 * once, double)
+
+
+def test_memory(group):
+    """Nothing as large as the logits is made, but their gradient."""
+    partition = group.partition(20_000 * group.size)
+    logits = draw(1, 64, partition.lengths[group.rank], dtype="float32")
+    targets = draw_targets(20_000, (64,))
+    tracemalloc.start()
+    _, saved = vocab_parallel_cross_entropy_forward(logits, targets, group, partition, label_smoothing=0.1)
+    _, forward_peak = tracemalloc.get_traced_memory()
+    dz = vocab_parallel_cross_entropy_backward(saved)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert forward_peak < logits.nbytes / 8 and peak - dz.nbytes < logits.nbytes / 8
 
 
 @smoothings
@@ -323,11 +265,13 @@ def test_loss_off_by_log_p(group, monkeypatch):
 
 # The same bytes for any number of ranks: this file is the job.
 
-def main():
+def main(workers=None):
     for vocab in (1, 2, 7, 13 * 3 + 1, 64, 4001):
         for dtype in ("float32", "float64"):
             for label_smoothing in (0.0, 0.1):
                 with mpitp.TensorParallelGroup(reproducible=True, check=True) as group:
+                    if workers:
+                        group._workers.count = workers
                     partition, _, mine = whole_and_part(group, vocab, (3, 7), dtype, scale=4.0)
                     loss, saved = vocab_parallel_cross_entropy_forward(
                         mine, draw_targets(vocab, (3, 7)), group, partition, label_smoothing=label_smoothing)
@@ -343,7 +287,8 @@ def test_same_bytes_on_any_number_of_ranks():
     assert all(run.returncode == 0 for run in done.values()), [run.stderr for run in done.values()]
     assert len(done[1].stdout.splitlines()) == 24
     assert {run.stdout for run in done.values()} == {done[1].stdout}
+    assert job(1, __file__, 3).stdout == done[1].stdout         # blocks side by side
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -23,6 +23,8 @@ KNOWN = [
      [1.0, 0.225418, 0.05081327, 0.006794959, 0.0004564839, 1.818834e-05, 4.099978e-06, 9.24209e-07]),
     (Rotary(base=100.0, scaling="yarn", factor=40.0, original_max_positions=16, attention_factor=0.75, beta_fast=2.0),
      16, 0.75, [1.0, 0.2881999, 0.007905695, 0.004445699, 0.0025, 0.001405853, 0.0007905695, 0.0004445699]),
+    (Rotary(base=10.0, scaling="yarn", factor=4.0, original_max_positions=20000, beta_fast=1000.0), 8,
+     1.138629436111989, [1.0, 0.5623413, 0.3162278, 0.1511537]),
     (Rotary(scaling="yarn", factor=0.5, original_max_positions=6), 8, 1.0, [1.0, 0.2, 0.02, 0.002]),
 ]
 interleavings = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])

@@ -36,8 +36,8 @@ def vocab_parallel_cross_entropy_forward(logits, targets, group, partition, *, l
 
     Notes
     -----
-    As in Megatron-LM's (arXiv 1909.08053, section 3), but smoothing over V, where that has V / P. Collectives, N =
-    tokens: one all-reduce (max) of N, one all-reduce of 2 x N, with label smoothing 3 x N.
+    As Megatron-LM's (arXiv 1909.08053, section 3), but with the mean of label smoothing over V, not a rank's V / P.
+    Collectives, N = tokens: one all-reduce (max) of N, one all-reduce of 2 x N, with label smoothing 3 x N.
     Raises InputError, before any collective, for a target outside the vocabulary (naming its position), shapes or
     dtypes that do not fit, another group's partition, or s outside 0 to 1.
     """
@@ -92,12 +92,8 @@ def cross_entropy_collectives(tokens, label_smoothing=0.0, dtype="float32"):
 
 
 def row_maximum(z_NV):
-    """The maximum of each row; minus infinity without columns, and for a row with NaN, which the sum will show."""
-    xp = module_of(z_NV)
-    if not z_NV.shape[1]:
-        return xp.full(len(z_NV), -math.inf, z_NV.dtype)
-    max_N = z_NV.max(axis=1)
-    return xp.where(xp.isnan(max_N), -math.inf, max_N).astype(z_NV.dtype)   # MPI's max of NaN may differ by rank
+    """The maximum of each row, minus infinity without columns. MPI's max may lose NaN: the sum of e^z shows it."""
+    return z_NV.max(axis=1) if z_NV.shape[1] else module_of(z_NV).full(len(z_NV), -math.inf, z_NV.dtype)
 
 
 def look_at(logits, targets, group, partition, label_smoothing, ignore_index):
