@@ -64,6 +64,12 @@ class Decoder(Composite):
         step : of training, which the dropout masks belong to. None: no dropout
         saved : False: None in place of what backward needs
         """
+        x, of_hidden = self.hidden(ids, mask=mask, step=step, saved=saved)
+        logits, of_head = self.head.forward(x, saved=saved)
+        return logits, ((of_hidden, of_head) if saved else None)
+
+    def hidden(self, ids, *, mask=None, step=None, saved=True):
+        """All of forward but the head: ids (..., S) -> x (..., S, D), complete; and what backward needs."""
         ids = self.group.xp.asarray(ids)
         require(ids.ndim > 0, "ids without an axis", "(..., positions)")
         require_mask(mask, prod(ids.shape[:-1]), ids.shape[-1])
@@ -82,9 +88,7 @@ class Decoder(Composite):
             x, of_block = block.forward(x, mask=mask, step=step, saved=saved)
             of_blocks.append(of_block)
         x, of_final_norm = self.final_norm.forward(x, saved=saved) if self.final_norm else (x, None)
-        logits, of_head = self.head.forward(x, saved=saved)
-        kept = of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm, of_head
-        return logits, (kept if saved else None)
+        return x, (of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm)
 
     def extend(self, ids, kv, counts=None):
         """Continue the sequences of kv by ids (B, S) -> logits (B, V p) after the last new token of each.
@@ -117,7 +121,7 @@ class Decoder(Composite):
         out : an earlier backward's gradients, whose arrays are used again
         """
         require_saved(saved)
-        of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm, of_head = saved
+        (of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm), of_head = saved
         gradients = self.gradients(out)
 
         def through(layer, dy, kept):

@@ -2,8 +2,10 @@
 import numpy as np
 
 import mpitp
-from mpitp import dense, dense_decoder
-from mpitp.magnitude import Magnitude, value
+from mpitp import dense_decoder
+from mpitp.commands.layers import compare
+from mpitp.layers.loss import cross_entropy_collectives
+from mpitp.magnitude import value
 from mpitp.ops.dropout import dropout_scale
 from spmd import draw
 
@@ -38,28 +40,8 @@ def dense_decoder_results(configuration, weights, ids, targets, mask=None, dropo
 
 
 def over_the_limit(found, results, weights, *inputs):
-    """Names of what lies further from exact than the accuracy formula allows. results(weights, *inputs) -> {name: array}
-
-    exact: in float64; magnitude: the same on Magnitude arrays; dense: the same in the dtype of what was found.
-    """
-    dtype = next(iter(found.values())).dtype
-
-    def convert(array, kind):
-        is_float = isinstance(array, np.ndarray) and array.dtype.kind == "f"
-        return kind(array) if is_float else array
-
-    def run(kind):
-        return results({name: kind(w) for name, w in weights.items()}, *(convert(array, kind) for array in inputs))
-
-    true, bound, alike = run(np.float64), run(lambda a: Magnitude(np.asarray(a, float))), run(lambda a: a.astype(dtype))
-    assert true.keys() == found.keys(), (true.keys(), found.keys())
-    wrong = []
-    for name, array in found.items():
-        exact, size = np.asarray(value(true[name])), np.asarray(bound[name].size)
-        as_dense = dense.error_ratio(np.asarray(alike[name], dtype), exact, size)
-        if not dense.error_ratio(np.asarray(array, dtype), exact, size) <= dense.limit(as_dense):
-            wrong.append(name)
-    return wrong
+    """Names of what lies further from exact than the accuracy formula allows; see commands.layers.compare."""
+    return [ratio.name for ratio in compare(found, results, weights, *inputs) if not ratio.good]
 
 
 def decoder_problems(group, configuration, shape=(2, 7), dtype="float64", dropout=False, mask=False,
@@ -79,7 +61,6 @@ def decoder_problems(group, configuration, shape=(2, 7), dtype="float64", dropou
     d_logits = model.loss_backward(saved_loss)
     gradients = model.backward(d_logits, saved)
     counts = group.ledger.counts()
-    from mpitp.layers.loss import cross_entropy_collectives
     expected = sum(model.collectives(ids.size), cross_entropy_collectives(ids.size, label_smoothing, model.dtype))
     problems = [] if counts == expected else [f"ledger {dict(counts)}, expected {dict(expected)}"]
     whole = {"logits": model.gather_logits(logits), "d_logits": model.gather_logits(d_logits)}

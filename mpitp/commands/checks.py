@@ -11,6 +11,7 @@ from ..errors import InputError, require_positive
 from ..layers.mlp import ParallelMLP
 from ..ops.linear import linear_forward
 from ..parameters import initialise
+from .layers import Ratio, on_host
 
 REPEATS = 3         # of the timed passes; the median is reported
 
@@ -33,17 +34,6 @@ class Notebook:
     dense_first_value: float
     allclose: bool
     largest_difference: float
-
-
-@dataclass
-class Ratio:
-    """An error over eps times the propagated magnitude: of the parallel run, of the dense run in the same dtype."""
-    name: str
-    shape: tuple
-    parallel: float
-    dense: float
-    limit: float
-    good: bool
 
 
 @dataclass
@@ -212,10 +202,6 @@ def numbers(group, seed, name, shape, dtype):
 
 def rows(x):
     return on_host(x).reshape(-1, x.shape[-1])
-
-
-def on_host(x):
-    return x if isinstance(x, np.ndarray) else x.get()
 
 
 def readable(counts):

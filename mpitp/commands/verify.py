@@ -12,13 +12,14 @@ from ..comm import launch
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
 from ..ops.activation import ACTIVATIONS
-from . import checks, report
+from . import checks, report, verify_all
 
 
 HIDDEN_SIZE, ACTIVATION = 512, "gelu_tanh"      # where neither an option nor a checkpoint says otherwise
 
 
 def add_arguments(parser):
+    parser.add_argument("--all", action="store_true", help="every layer and whole decoders in small, odd sizes, instead")
     parser.add_argument("--hidden-size", type=int, metavar="D", help=f"features of x and y ({HIDDEN_SIZE})")
     parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="features of the middle (4 D)")
     parser.add_argument("--seq-length", type=int, default=128, metavar="S", help="tokens of a sequence (128)")
@@ -54,6 +55,8 @@ class Report:
 
 def run(arguments):
     """The command on this rank: 0 when every check holds, else 1."""
+    if arguments.all:
+        return verify_all.run(arguments)
     check_arguments(arguments)
     with TensorParallelGroup(device=arguments.device, reproducible=arguments.reproducible, blocks=arguments.blocks,
                              check=True) as group:
