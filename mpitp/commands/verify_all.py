@@ -53,7 +53,7 @@ def lines(result):
     yield ""
     yield f"Every layer, forward and backward, {BATCH} x {SEQUENCE} tokens, hidden {HIDDEN}, vocabulary {VOCABULARY}, " \
           f"{result.dtype}"
-    yield "error: |found - exact| / (eps * magnitude), the largest of all results; limit: 4, or twice the dense one"
+    yield "error: largest |found - exact| / (eps * magnitude); limit: 4, or twice the dense one"
     yield "of largest: largest |found - exact| / (eps * largest |exact|); limit: 100, or 4 times the dense one"
     yield from report.table(
         ("layer", "results", "error", "dense", "of largest", "dense", "collectives", ""),
