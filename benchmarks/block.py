@@ -1,10 +1,10 @@
 """One decoder block against its limit, torch + gloo, and dense torch: interleaved in one run.
 
     pip install '.[mpi,plot,threads]' torch
-    env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE mpirun -n 2 python benchmarks/block.py [--rounds 9] [--out benchmarks/results]
+    env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE mpirun -n 2 python benchmarks/block.py [--rounds 9] [--out FOLDER]
 
-Every row does the same mathematics: layer norm, causal attention of 8 heads, layer norm, tanh-GELU feed-forward of 4 h, biases
-everywhere, residuals, float32; backward makes dx and all gradients. A time is the slowest rank's. Rows:
+Every row does the same mathematics: layer norm, causal attention of 8 heads, layer norm, tanh-GELU feed-forward of
+4 h, biases everywhere, residuals, float32; backward makes dx and all gradients. A time is the slowest rank's. Rows:
   products      the bare matrix products of one rank's share with all ranks active, attention's as tiled: the limit
   mpitp         ParallelBlock; reproducible: the same with the same bits for any number of ranks
   torch gloo    the same on the same ranks: Megatron's f and g by autograd functions, all_reduce over gloo
@@ -24,74 +24,8 @@ from threadpoolctl import threadpool_limits
 import mpitp
 from mpitp.commands import measure
 from mpitp.comm.guard import guarded
-from mpitp.ops.attention import TILE
-from mpitp.ops.linear import linear_backward, linear_forward
 
-HEADS = 8
-
-
-def config(hidden):
-    return mpitp.DecoderConfig(vocab_size=1, hidden_size=hidden, num_layers=1, num_attention_heads=HEADS,
-                               position_embedding="none")
-
-
-def data(tokens, hidden):
-    """x and dy (1, S, D), the same on every rank."""
-    return (np.random.default_rng(seed).standard_normal((1, tokens, hidden), dtype="f") for seed in (1, 2))
-
-
-# --- mpitp -------------------------------------------------------------------------------------------------
-
-def block_cases(group, tokens, hidden, prefix):
-    block = mpitp.ParallelBlock(group, config(hidden))
-    x, dy = data(tokens, hidden)
-    gradients = block.backward(dy, block.forward(x)[1])[1]
-
-    def both():
-        _, saved = block.forward(x)
-        block.backward(dy, saved, out=gradients)
-    return {f"{prefix} forward": lambda: block.forward(x, saved=False), f"{prefix} forward+backward": both}
-
-
-# --- the limit ---------------------------------------------------------------------------------------------
-
-def product_cases(group, tokens, hidden):
-    """The bare products of one rank: six linears, and attention's in tiles of queries against the keys that they see.
-
-    Backward of attention: scores again, and the gradients of weights, value, query and key. Each product on buffers
-    of its own: one buffer as both operands would take the slower syrk kernel.
-    """
-    draw = np.random.default_rng(3).standard_normal
-    heads = group.partition(HEADS).lengths[group.rank]
-    K, F = hidden // HEADS, group.partition(4 * hidden).lengths[group.rank]
-    linears = [(draw((tokens, i), dtype="f"), draw((o, i), dtype="f"), draw((tokens, o), dtype="f"),
-                np.empty((o, i), "f")) for i, o in 3 * [(hidden, heads * K)] + [(heads * K, hidden), (hidden, F), (F, hidden)]]
-    q, k, v, da, dk, dv = (draw((heads, tokens, K), dtype="f") for _ in range(6))
-    p, ds = (np.empty(heads * TILE * tokens, "f") for _ in range(2))
-    tiles = [(slice(first, min(first + TILE, tokens)), slice(0, min(first + TILE, tokens)))
-             for first in range(0, tokens, TILE)]
-
-    def scores_of(a, b, buffer, queries, keys):
-        shape = heads, queries.stop - queries.start, keys.stop
-        out = buffer[:heads * shape[1] * shape[2]].reshape(shape)
-        return np.matmul(a[:, queries], b[:, keys].swapaxes(1, 2), out=out)
-
-    def forward():
-        for x, w, _, _ in linears:
-            linear_forward(x, w)
-        for queries, keys in tiles:
-            scores_of(q, k, p, queries, keys) @ v[:, keys]
-
-    def both():
-        forward()
-        for x, w, dy, dw in linears:
-            linear_backward(dy, (x, w), dw)
-        for queries, keys in tiles:
-            weights, d_scores = scores_of(q, k, p, queries, keys), scores_of(da, v, ds, queries, keys)
-            np.matmul(weights.swapaxes(1, 2), da[:, queries])
-            np.matmul(d_scores, k[:, keys])
-            np.matmul(d_scores.swapaxes(1, 2), q[:, queries])
-    return {"products forward": forward, "products forward+backward": both}
+HEADS = measure.BLOCK_HEADS
 
 
 # --- torch ---------------------------------------------------------------------------------------------------
@@ -152,7 +86,7 @@ class TorchBlock:
 
 def torch_cases(block, ranks, tokens, hidden, prefix):
     model = TorchBlock(block, ranks)
-    x, dy = map(torch.from_numpy, data(tokens, hidden))
+    x, dy = map(torch.from_numpy, measure.block_data(tokens, hidden))
     x.requires_grad_()
 
     def forward():
@@ -169,8 +103,8 @@ def torch_cases(block, ranks, tokens, hidden, prefix):
 
 def require_same_numbers(group):
     """torch's rows compute what mpitp's do, outputs and gradients."""
-    block = mpitp.ParallelBlock(group, config(64))
-    x, dy = data(48, 64)
+    block = mpitp.ParallelBlock(group, measure.block_config(64))
+    x, dy = measure.block_data(48, 64)
     y, saved = block.forward(x)
     dx, gradients = block.backward(dy, saved)
     cases = torch_cases(block, group.size, 48, 64, "torch")
@@ -185,8 +119,8 @@ def require_same_numbers(group):
 
 def part_cases(group, tokens, hidden):
     """What the parts of the block cost, forward and forward+backward: to see where time goes."""
-    block = mpitp.ParallelBlock(group, config(hidden))
-    x, dy = data(tokens, hidden)
+    block = mpitp.ParallelBlock(group, measure.block_config(hidden))
+    x, dy = measure.block_data(tokens, hidden)
     cases = {"all-reduce": lambda: group.all_reduce(dy, out=x)}
     for name, layer in (("attention", block.attention), ("mlp", block.mlp), ("norm", block.norms["attention_norm"])):
         gradients = layer.backward(dy, layer.forward(x)[1])[1]
@@ -216,13 +150,15 @@ def run(group, fixed, single, hidden, arguments):
     if arguments.parts:
         seconds = measure.interleave(group, part_cases(group, tokens, hidden), arguments.rounds, 2e-2)
         if group.rank == 0:
-            print(f"hidden {hidden}", *(f"  {name:<20}{np.median(t) * 1e3:8.3f} ms" for name, t in seconds.items()), sep="\n")
+            print(f"hidden {hidden}")
+            for name, times in seconds.items():
+                print(f"  {name:<20}{np.median(times) * 1e3:8.3f} ms")
         return
-    cases = product_cases(group, tokens, hidden)
-    cases |= block_cases(group, tokens, hidden, "mpitp")
-    cases |= block_cases(fixed, tokens, hidden, "reproducible")
-    cases |= torch_cases(mpitp.ParallelBlock(group, config(hidden)), group.size, tokens, hidden, "torch gloo")
-    dense = torch_cases(mpitp.ParallelBlock(single, config(hidden)), 1, tokens, hidden, "dense torch")
+    cases = measure.block_product_cases(group, tokens, hidden)
+    cases |= measure.block_cases(group, tokens, hidden, prefix="mpitp ")
+    cases |= measure.block_cases(fixed, tokens, hidden, prefix="reproducible ")
+    cases |= torch_cases(mpitp.ParallelBlock(group, measure.block_config(hidden)), group.size, tokens, hidden, "torch gloo")
+    dense = torch_cases(mpitp.ParallelBlock(single, measure.block_config(hidden)), 1, tokens, hidden, "dense torch")
     cases |= common.alone(group.comm, dense)
     seconds = measure.interleave(group, cases, arguments.rounds, 2e-2)
     if group.rank == 0:

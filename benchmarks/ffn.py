@@ -1,7 +1,7 @@
 """The feed-forward block against its limit, torch + gloo, and dense: interleaved in one run.
 
     pip install '.[mpi,plot,threads]' torch
-    env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE mpirun -n 2 python benchmarks/ffn.py [--rounds 9] [--out benchmarks/results]
+    env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE mpirun -n 2 python benchmarks/ffn.py [--rounds 9] [--out FOLDER]
 
 Every row does the same mathematics: y = gelu_tanh(x U^T) V^T without bias, float32; backward makes dx and both weight
 gradients. A time is the slowest rank's. Rows:
@@ -103,7 +103,7 @@ def main():
             cases["torch gloo one token"] = torch_cases(group.rank, group.size, 1, D, F, "one")["one forward"]
             seconds = measure.interleave(group, cases, arguments.rounds, 2e-2)
         if group.rank == 0:
-            kinds = {"forward": "products forward", "forward+backward": "products forward+backward", "one token": "read"}
+            kinds = {kind: f"products {kind}" for kind in ("forward", "forward+backward")} | {"one token": "read"}
             found = common.summary("mpitp.benchmark.ffn/1", seconds, kinds, group, arguments.rounds, hidden_size=D,
                                    tokens=tokens)
             title = f"h = {D}, {tokens} tokens and one"

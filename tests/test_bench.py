@@ -18,7 +18,7 @@ def test_all_benches(tmp_path):
     report = json.loads((tmp_path / "b.json").read_text())
     assert report["schema"] == "mpitp.bench/1" and report["ranks"] == 2
     rows = report["rows"]
-    assert {row["bench"] for row in rows} == {"allreduce", "matmul", "ffn"}
+    assert {row["bench"] for row in rows} == {"allreduce", "matmul", "ffn", "block"}
     assert {(row["case"], row["bytes"]) for row in rows if row["bench"] == "allreduce"} == {
         (case, size) for case in ("all_reduce", "all_gather", "reduce_scatter", "broadcast") for size in (8, 64, 512)}
     for row in rows:
@@ -27,6 +27,8 @@ def test_all_benches(tmp_path):
             assert row["flops_per_second"] == pytest.approx(row["flops"] / row["median_seconds"])
     forward = [row for row in rows if row["case"] == "forward"][0]
     assert forward["flops"] == 2 * 2 * 8 * 32 * 128 and 0 < forward["share_of_limit"]
+    blocks = [row for row in rows if row["bench"] == "block"]       # 12 D^2 weights; q k^T and p v over one tile
+    assert [row["flops"] for row in blocks] == [2 * (12 * 8 * 32 ** 2 + 2 * 64 * 32), 2 * (36 * 8 * 32 ** 2 + 7 * 64 * 32)]
     assert len(list(csv.DictReader((tmp_path / "b.csv").open()))) == len(rows)
 
 
@@ -44,9 +46,10 @@ def test_plots(tmp_path):
 
 @pytest.mark.launcher
 @pytest.mark.parametrize("arguments, said", [
-    (["fft"], "found bench 'fft', expected allreduce, matmul, ffn"), (["--rounds", "0"], "rounds = 0"),
+    (["fft"], "found bench 'fft', expected allreduce, matmul, ffn, block"), (["--rounds", "0"], "rounds = 0"),
     (["--from", "x.json"], "--from without --plot"), (["--dtype", "int8"], "dtype 'int8'"),
     (["--json", "/gone/x"], "'/gone/x'"),
+    (["matmul", "--plot", "x.png"], "--plot of matmul alone"), (["block", "--num-attention-heads", "3"], "= 3, expected a div"),
 ])
 def test_bad_input(arguments, said):
     done = job(2, "-m", "mpitp", "bench", *arguments)

@@ -2,7 +2,8 @@
 
     allreduce   latency and bandwidth of the collectives by size
     matmul      matrix products of a rank's share, and reading of weights, with all ranks active
-    ffn         the block, forward and backward, as a share of those limits
+    ffn         the feed-forward block, forward and backward, as a share of those limits
+    block       a decoder block (layer norms, causal attention, tanh-GELU) as a share of its products
 Medians of interleaved rounds, with the fastest and the slowest; a time is that of the slowest rank.
 """
 import csv
@@ -17,12 +18,13 @@ from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
 from . import measure, report
 
-BENCHES = ("allreduce", "matmul", "ffn")
+BENCHES = ("allreduce", "matmul", "ffn", "block")
 
 
 def add_arguments(parser):
     parser.add_argument("what", nargs="*", help=f"{', '.join(BENCHES)} (all)")
-    parser.add_argument("--hidden-size", type=int, default=2048, metavar="D", help="of matmul and ffn (2048)")
+    parser.add_argument("--hidden-size", type=int, default=2048, metavar="D", help="of matmul, ffn and block (2048)")
+    parser.add_argument("--num-attention-heads", type=int, default=8, metavar="H", help="of block (8)")
     parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="(4 D)")
     parser.add_argument("--seq-length", type=int, default=512, metavar="S", help="tokens (512; and one token)")
     parser.add_argument("--dtype", default="float32", help="float32 or float64")
@@ -79,7 +81,7 @@ def run(arguments):
         group.root_first(lambda: [report.require_writable(path) for path in files])
         rows = []
         for bench in arguments.what or BENCHES:
-            rows += {"allreduce": collectives, "matmul": products, "ffn": feed_forward}[bench](group, arguments)
+            rows += {"allreduce": collectives, "matmul": products, "ffn": feed_forward, "block": decoder_block}[bench](group, arguments)
         result = Report(__version__, launch.machine(), launch.library_name(), group.size,
                         launch.share_of_cores(group.comm), arguments.dtype, arguments.hidden_size,
                         arguments.ffn_hidden_size, arguments.seq_length, arguments.rounds, rows)
@@ -99,14 +101,19 @@ def check_arguments(arguments):
     if unknown:
         raise InputError(f"found bench {unknown[0]!r}, expected {', '.join(BENCHES)}")
     require_positive(hidden_size=arguments.hidden_size, seq_length=arguments.seq_length, rounds=arguments.rounds,
-                     max_bytes=arguments.max_bytes)
+                     max_bytes=arguments.max_bytes, num_attention_heads=arguments.num_attention_heads)
     if arguments.ffn_hidden_size is None:
         arguments.ffn_hidden_size = 4 * arguments.hidden_size
     require_positive(ffn_hidden_size=arguments.ffn_hidden_size)
+    if arguments.hidden_size % arguments.num_attention_heads and "block" in (arguments.what or BENCHES):
+        raise InputError(f"found num_attention_heads = {arguments.num_attention_heads}, expected a divisor of "
+                         f"hidden_size = {arguments.hidden_size}")
     if arguments.dtype not in ("float32", "float64"):
         raise InputError(f"found dtype {arguments.dtype!r}, expected float32 or float64")
     if arguments.reports and not arguments.plot:
         raise InputError("found --from without --plot, expected the file to draw")
+    if arguments.plot and arguments.what == ["matmul"]:
+        raise InputError("found --plot of matmul alone, expected another bench beside it: it is drawn as their limit")
     if arguments.plot:
         try:
             import matplotlib       # noqa: F401
@@ -169,6 +176,15 @@ def feed_forward(group, arguments):
         rows += [row("ffn", name, times[name], None, measure.flops(tokens, D, F, "backward" in name),
                      times[name.replace("reproducible", "products")]) for name in again]
     return rows
+
+
+def decoder_block(group, arguments):
+    sizes = arguments.seq_length, arguments.hidden_size, arguments.num_attention_heads
+    cases = measure.block_product_cases(group, *sizes, arguments.dtype)
+    cases |= measure.block_cases(group, *sizes, arguments.dtype)
+    times = measure.interleave(group, cases, arguments.rounds, 1e-3)
+    return [row("block", name, times[name], None, measure.block_flops(*sizes, "backward" in name),
+                times[f"products {name}"]) for name in ("forward", "forward+backward")]
 
 
 # --- what is printed and written -----------------------------------------------------------------------------

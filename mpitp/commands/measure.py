@@ -6,8 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..config import DecoderConfig
+from ..layers.block import ParallelBlock
 from ..layers.mlp import ParallelMLP
+from ..ops.attention import TILE
 from ..ops.linear import linear_backward, linear_forward
+
+BLOCK_HEADS = 8
 
 
 @dataclass
@@ -103,3 +108,78 @@ def read_case(group, hidden, ffn, dtype="float32"):
 def flops(tokens, hidden, ffn, backward):
     """Of the products of all ranks: 2 a multiply-add, two products forward, four more backward."""
     return 2 * tokens * hidden * ffn * (6 if backward else 2)
+
+
+# --- a decoder block: layer norm, causal attention, layer norm, tanh-GELU feed-forward, biases, residuals ---------
+
+def block_config(hidden, heads=BLOCK_HEADS):
+    return DecoderConfig(vocab_size=1, hidden_size=hidden, num_layers=1, num_attention_heads=heads,
+                         position_embedding="none")
+
+
+def block_data(tokens, hidden, dtype="float32"):
+    """x and dy (1, S, D), the same on every rank."""
+    return (np.random.default_rng(seed).standard_normal((1, tokens, hidden)).astype(dtype) for seed in (1, 2))
+
+
+def block_cases(group, tokens, hidden, heads=BLOCK_HEADS, dtype="float32", prefix=""):
+    """{"forward", "forward+backward"} of a ParallelBlock; gradients go into the same buffers again."""
+    block = ParallelBlock(group, block_config(hidden, heads), dtype=dtype)
+    x, dy = block_data(tokens, hidden, dtype)
+    gradients = block.backward(dy, block.forward(x)[1])[1]
+
+    def both():
+        _, saved = block.forward(x)
+        block.backward(dy, saved, out=gradients)
+
+    return {f"{prefix}forward": lambda: block.forward(x, saved=False), f"{prefix}forward+backward": both}
+
+
+def block_product_cases(group, tokens, hidden, heads=BLOCK_HEADS, dtype="float32"):
+    """The bare products of one rank: six linears, and attention's in tiles of queries against the keys that they see.
+
+    Backward of attention: the scores again, and the gradients of weights, value, query and key.
+    """
+    draw = np.random.default_rng(3).standard_normal
+    K, mine = hidden // heads, group.partition(heads).lengths[group.rank]
+    F = group.partition(4 * hidden).lengths[group.rank]
+    shapes = 3 * [(hidden, mine * K)] + [(mine * K, hidden), (hidden, F), (F, hidden)]
+    linears = [(draw((tokens, i)).astype(dtype), draw((o, i)).astype(dtype), draw((tokens, o)).astype(dtype),
+                np.empty((o, i), dtype)) for i, o in shapes]
+    q, k, v, da = (draw((mine, tokens, K)).astype(dtype) for _ in range(4))
+    p, ds = (np.empty(mine * TILE * tokens, dtype) for _ in range(2))
+
+    def scores(a, b, buffer, queries, keys):
+        shape = mine, queries.stop - queries.start, keys.stop
+        out = buffer[:mine * shape[1] * shape[2]].reshape(shape)
+        return np.matmul(a[:, queries], b[:, keys].swapaxes(1, 2), out=out)
+
+    def forward():
+        for x, w, _, _ in linears:
+            linear_forward(x, w)
+        for queries, keys in causal_tiles(tokens):
+            scores(q, k, p, queries, keys) @ v[:, keys]
+
+    def both():
+        forward()
+        for x, w, dy, dw in linears:
+            linear_backward(dy, (x, w), dw)
+        for queries, keys in causal_tiles(tokens):
+            weights, d_scores = scores(q, k, p, queries, keys), scores(da, v, ds, queries, keys)
+            np.matmul(weights.swapaxes(1, 2), da[:, queries])
+            np.matmul(d_scores, k[:, keys])
+            np.matmul(d_scores.swapaxes(1, 2), q[:, queries])
+
+    return {"products forward": forward, "products forward+backward": both}
+
+
+def causal_tiles(tokens):
+    """The queries of each tile, and the keys that it sees."""
+    return [(slice(first, min(first + TILE, tokens)), slice(0, min(first + TILE, tokens)))
+            for first in range(0, tokens, TILE)]
+
+
+def block_flops(tokens, hidden, heads, backward):
+    """Of the products of all ranks: 12 D^2 weights; attention's two products forward, seven with backward."""
+    scores = sum((queries.stop - queries.start) * keys.stop for queries, keys in causal_tiles(tokens))
+    return 2 * (12 * tokens * hidden ** 2 * (3 if backward else 1) + scores * hidden * (7 if backward else 2))

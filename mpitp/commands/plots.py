@@ -9,7 +9,8 @@ MARKERS = "os^Dv"
 
 def draw_bench(path, reports):
     """Time against size, strong scaling over the reports' rank counts, and a roofline: what the reports have of it."""
-    panels = [panel for panel, bench in ((time_against_size, "allreduce"), (strong_scaling, "ffn"), (roofline, "ffn"))
+    panels = [panel for panel, bench in ((time_against_size, "allreduce"), (strong_scaling, "ffn"), (roofline, "ffn"),
+                                              (block_scaling, "block"))
               if any(row["bench"] == bench for report in reports for row in report["rows"])]
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.6), squeeze=False, layout="constrained")
     for panel, axis in zip(panels, axes[0]):
@@ -37,12 +38,16 @@ def time_against_size(axis, reports):
     axis.legend()
 
 
-def strong_scaling(axis, reports):
+def block_scaling(axis, reports):
+    strong_scaling(axis, reports, "block", "Decoder block")
+
+
+def strong_scaling(axis, reports, bench="ffn", title="Feed-forward"):
     reports = sorted(reports, key=lambda report: report["ranks"])
-    cases = [row["case"] for row in rows_of(reports[-1], "ffn")]
+    cases = [row["case"] for row in rows_of(reports[-1], bench)]
     for marker, case in zip(MARKERS, cases):
         points = [(report["ranks"], row["median_seconds"] * 1e3) for report in reports
-                  for row in rows_of(report, "ffn") if row["case"] == case]
+                  for row in rows_of(report, bench) if row["case"] == case]
         line, = axis.loglog(*zip(*points), marker=marker, label=case)
         if len(points) > 1:
             ranks, first = [rank for rank, _ in points], points[0]
@@ -51,7 +56,7 @@ def strong_scaling(axis, reports):
     axis.set_xticks(ranks, [str(rank) for rank in ranks])
     axis.minorticks_off()
     axis.set(xlabel="ranks", ylabel="time (milliseconds)",
-             title=f"Feed-forward, h = {reports[0]['hidden_size']}, {reports[0]['tokens']} tokens (dotted: ideal)")
+             title=f"{title}, h = {reports[0]['hidden_size']}, {reports[0]['tokens']} tokens (dotted: ideal)")
     axis.legend()
 
 
