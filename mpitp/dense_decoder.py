@@ -220,7 +220,7 @@ def mlp_backward(dy, saved, w, config):
 def cross_entropy(logits, targets, label_smoothing=0.0, ignore_index=-100):
     """The mean over counted tokens of (1 - s) (lse - z_target) + s (lse - mean z), and its gradient."""
     V, counted = logits.shape[-1], targets != ignore_index
-    count = max(1, counted.sum())
+    count = max(1, int(counted.sum()))
     highest = value(logits).max(axis=-1, keepdims=True)
     e = np.exp(logits - highest)
     total = e.sum(axis=-1, keepdims=True)

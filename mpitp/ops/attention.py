@@ -43,6 +43,8 @@ def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=N
     """
     xp, (G, H, Q, K) = module_of(q_GHQK), q_GHQK.shape
     k_GSK, v_GSK = without_gaps(k_GSK), without_gaps(v_GSK)
+    if Q == 1 and mask is None and keep is None and G * H:
+        return of_last_query(q_GHQK, k_GSK, v_GSK, scale, out, window, slopes)
     tiles = Tiles(q_GHQK, k_GSK, causal, window, slopes, mask)
     lse_GHQ, ones_S1 = xp.empty((G, H, Q), q_GHQK.dtype), xp.ones((tiles.S, 1), q_GHQK.dtype)
     for first, stop, seen in tiles:
@@ -65,6 +67,22 @@ def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=N
             xp.divide(xp.matmul(s_ghTV, v_GSK[g, None, seen]), sum_ghT1, out=out[g, h, first:stop])
             lse_GHQ[g, h, first:stop] = (xp.log(sum_ghT1) + peak_ghT1)[..., 0]
     return lse_GHQ
+
+
+def of_last_query(q_GH1K, k_GSK, v_GSK, scale, out, window, slopes):
+    """attention_forward for Q = 1, which sees the last keys: the same steps, with nothing to hide; generation's."""
+    xp, first = module_of(q_GH1K), 0 if window is None else max(0, k_GSK.shape[1] - window)
+    k_GVK, v_GVK = k_GSK[:, first:], v_GSK[:, first:]
+    V = k_GVK.shape[1]
+    s_GH1V = xp.matmul(q_GH1K * float(scale), transposed(k_GVK)[:, None])
+    if slopes is not None:
+        s_GH1V += xp.asarray(slopes, s_GH1V.dtype)[..., None, None] * xp.arange(1 - V, 1, dtype=s_GH1V.dtype)
+    peak_GH11 = s_GH1V.max(axis=-1, keepdims=True)
+    s_GH1V -= peak_GH11
+    xp.exp(s_GH1V, out=s_GH1V)
+    sum_GH11 = xp.matmul(s_GH1V, xp.ones((V, 1), s_GH1V.dtype))
+    xp.divide(xp.matmul(s_GH1V, v_GVK[:, None]), sum_GH11, out=out)
+    return (xp.log(sum_GH11) + peak_GH11)[..., 0]
 
 
 def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, causal=True, window=None,
