@@ -26,7 +26,7 @@ def one_hot(ids, size, dtype):
     return (ids[..., None] == np.arange(size)).astype(dtype)
 
 
-# --- linear, norm -----------------------------------------------------------------------------------------------
+# --- linear, norm ------------------------------------------------------------------------------------------------
 
 def linear_forward(x, w, name):
     """y = x W^T + b."""
@@ -66,7 +66,7 @@ def norm_backward(dy, saved, w, config):
     return dx * rstd, gradients
 
 
-# --- attention -----------------------------------------------------------------------------------------------------
+# --- attention ---------------------------------------------------------------------------------------------------
 
 def rotation(rotary, K, S, dtype):
     """cos (S, K), signed sin (S, K) and the partner of each feature: rotated x = x cos + x[partner] sin."""
@@ -192,7 +192,7 @@ def attention_backward(dy, saved, w, config, layer=0):
     return dx, gradients
 
 
-# --- feed-forward ----------------------------------------------------------------------------------------------------
+# --- feed-forward ------------------------------------------------------------------------------------------------
 
 def mlp_forward(x, w, config):
     """y = act(x U^T) V^T, or (act(x G^T) * x U^T) V^T."""
@@ -215,7 +215,7 @@ def mlp_backward(dy, saved, w, config):
     return dx, gradients
 
 
-# --- loss ----------------------------------------------------------------------------------------------------------------
+# --- loss --------------------------------------------------------------------------------------------------------
 
 def cross_entropy(logits, targets, label_smoothing=0.0, ignore_index=-100):
     """The mean over counted tokens of (1 - s) (lse - z_target) + s (lse - mean z), and its gradient."""
@@ -231,7 +231,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, ignore_index=-100):
     return loss, (e / total - wanted) * (counted / count).astype(logits.dtype)[..., None]
 
 
-# --- block -------------------------------------------------------------------------------------------------------------
+# --- block -------------------------------------------------------------------------------------------------------
 
 def no_dropout(name, shape, probability):
     return 1
@@ -298,7 +298,7 @@ def block_backward(dy, saved, w, config, layer=0):
     return dy, gradients
 
 
-# --- decoder --------------------------------------------------------------------------------------------------------------
+# --- decoder -----------------------------------------------------------------------------------------------------
 
 def decoder_forward(config, w, ids, mask=None, dropout=no_dropout):
     """ids (B, S) -> logits (B, S, V), and what decoder_backward needs."""

@@ -1,6 +1,6 @@
 """How large rounding errors may grow: arrays that carry a bound beside their value (running error analysis).
 
-`dense_decoder` runs on these as it does on NumPy's arrays, so that every output and gradient comes with its magnitude, and
+`dense_decoder` runs on these as it does on NumPy's arrays: every output and gradient comes with its magnitude, and
 |computed - exact| / (eps * magnitude) judges any of them. First order, worst case: no error is taken to cancel another.
 In one layer that is close to what a real computation does; through many layers it is generous.
 
@@ -135,5 +135,5 @@ def activation(name, h):
 
 
 def value(x):
-    """The numbers themselves: for decisions that are not part of the arithmetic, such as a maximum that is taken off."""
+    """The numbers themselves: for what is not part of the arithmetic, such as a maximum that is taken off."""
     return x.value if isinstance(x, Magnitude) else x

@@ -111,7 +111,8 @@ def summary(logits, loss, gradients):
     said = {"loss": [float(loss)], "logits": [float(flat[i]) for i in places(flat.size, 12)]}
     for name, gradient in sorted(gradients.items()):
         flat = np.asarray(gradient).reshape(-1)
-        said[name] = [float(flat.sum()), float((flat * flat).sum() ** 0.5), *(float(flat[i]) for i in places(flat.size))]
+        entries = [float(flat[i]) for i in places(flat.size)]
+        said[name] = [float(flat.sum()), float((flat * flat).sum() ** 0.5), *entries]
     return said
 
 

@@ -76,7 +76,8 @@ def test_attention_of_x_and_mask(group):
     x = draw(0, 2, 7, 20, dtype="f")
     group.ledger.clear()
     for shape in ((7, 7), (2, 6), (2, 7, 6), (3, 7), (2, 1, 7, 7)):
-        refuses(f"found a mask bool {shape}, expected bool (2, 7) or (2, 7, 7)", layer.forward, x, mask=np.ones(shape, bool))
+        refuses(f"found a mask bool {shape}, expected bool (2, 7) or (2, 7, 7)", layer.forward, x,
+                mask=np.ones(shape, bool))
     refuses("found a mask float64 (2, 7)", layer.forward, x, mask=np.ones((2, 7)))
     refuses("found a mask None None", layer.forward, x, mask=[[True] * 7] * 2)
     refuses("found x of shape (20,)", layer.forward, x[0, 0])

@@ -19,7 +19,7 @@ HIDDEN_SIZE, ACTIVATION = 512, "gelu_tanh"      # where neither an option nor a 
 
 
 def add_arguments(parser):
-    parser.add_argument("--all", action="store_true", help="every layer and whole decoders in small, odd sizes, instead")
+    parser.add_argument("--all", action="store_true", help="instead: every layer and whole decoders, small")
     parser.add_argument("--hidden-size", type=int, metavar="D", help=f"features of x and y ({HIDDEN_SIZE})")
     parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="features of the middle (4 D)")
     parser.add_argument("--seq-length", type=int, default=128, metavar="S", help="tokens of a sequence (128)")
@@ -105,7 +105,8 @@ def lines(result):
     yield f"mpitp {result.mpitp}: {ranks}, {count(result.cores_per_rank, 'core')} a rank, {result.mpi}"
     yield f"{result.machine}"
     if result.idle_cores:
-        yield f"NOTE: pinned, {count(result.idle_cores, 'core')} of this node idle: python -m mpitp doctor says what to do"
+        yield f"NOTE: pinned, {count(result.idle_cores, 'core')} of this node idle: python -m mpitp doctor says what to " \
+              f"do"
     yield ""
     yield from notebook_lines(result.notebook)
     yield ""
