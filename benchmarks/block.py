@@ -11,6 +11,8 @@ Every row does the same mathematics: layer norm, causal attention of 8 heads, la
   dense torch   one process with all the cores, while the other ranks sleep
 """
 import argparse
+import functools
+import statistics
 import sys
 
 import common                                       # before NumPy
@@ -19,13 +21,17 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as functional
-from threadpoolctl import threadpool_limits
 
 import mpitp
-from mpitp.commands import measure
+from mpitp.commands import measure, report
 from mpitp.comm.guard import guarded
+from mpitp.ops.activation import activation_backward, activation_forward
+from mpitp.ops.attention import attention_backward, attention_forward
+from mpitp.ops.linear import bias_backward
+from mpitp.ops.norm import norm_backward, norm_forward
 
 HEADS = measure.BLOCK_HEADS
+KINDS = ("forward", "forward+backward")
 
 
 # --- torch ---------------------------------------------------------------------------------------------------
@@ -101,32 +107,87 @@ def torch_cases(block, ranks, tokens, hidden, prefix):
     return {f"{prefix} forward": forward, f"{prefix} forward+backward": both}
 
 
-def require_same_numbers(group):
-    """torch's rows compute what mpitp's do, outputs and gradients."""
-    block = mpitp.ParallelBlock(group, measure.block_config(64))
+def require_same_numbers(group, single):
+    """torch's rows, split and dense, compute what mpitp's do: output and all gradients, with biases that are not 0."""
+    normal = np.random.default_rng(3).standard_normal
     x, dy = measure.block_data(48, 64)
-    y, saved = block.forward(x)
-    dx, gradients = block.backward(dy, saved)
-    cases = torch_cases(block, group.size, 48, 64, "torch")
-    found, (model, given) = cases["torch forward"](), cases["torch forward+backward"]()
-    pairs = [(y, found), (dx, given.grad), *((gradients[name], model.w[name].grad) for name in gradients)]
-    worst = max(float(np.abs(a - b.numpy()).max(initial=0) / (1 + np.abs(a).max(initial=0))) for a, b in pairs)
-    if not worst < 1e-5:
-        raise RuntimeError(f"torch's block differs from mpitp's by {worst:.1e}")
+    dense = {name: 0.1 * normal(spec.shape, dtype="f") + name.endswith("norm.weight")
+             for name, spec in mpitp.ParallelBlock(single, measure.block_config(64)).specs.items()}
+    for of_block in (single, group):
+        block = mpitp.ParallelBlock(of_block, measure.block_config(64))
+        block.load_dense(dense)
+        y, saved = block.forward(x)
+        dx, gradients = block.backward(dy, saved)
+        cases = torch_cases(block, of_block.size, 48, 64, "torch")
+        found, (model, given) = cases["torch forward"](), cases["torch forward+backward"]()
+        pairs = [(y, found), (dx, given.grad), *((gradients[name], model.w[name].grad) for name in gradients)]
+        worst = max(float(np.abs(a - b.numpy()).max(initial=0) / (1 + np.abs(a).max(initial=0))) for a, b in pairs)
+        if not worst < 1e-5:
+            raise RuntimeError(f"torch's block differs from mpitp's by {worst:.1e}")
 
 
 # --- parts ---------------------------------------------------------------------------------------------------
 
 def part_cases(group, tokens, hidden):
-    """What the parts of the block cost, forward and forward+backward: to see where time goes."""
+    """What a rank does in a block, part by part: {"part forward", "part forward+backward"}, without checks."""
     block = mpitp.ParallelBlock(group, measure.block_config(hidden))
-    x, dy = measure.block_data(tokens, hidden)
-    cases = {"all-reduce": lambda: group.all_reduce(dy, out=x)}
-    for name, layer in (("attention", block.attention), ("mlp", block.mlp), ("norm", block.norms["attention_norm"])):
-        gradients = layer.backward(dy, layer.forward(x)[1])[1]
-        cases[f"{name} forward"] = lambda layer=layer: layer.forward(x, saved=False)
-        cases[f"{name} both"] = lambda layer=layer, out=gradients: layer.backward(dy, layer.forward(x)[1], out=out)
-    return cases
+    heads, K = block.attention.partition.lengths[group.rank], hidden // HEADS
+    D, H, F = hidden, heads * K, block.mlp.partition.lengths[group.rank]
+    normal = np.random.default_rng(3).standard_normal
+    x, dy, h, dh, projected = (normal((tokens, features), dtype="f") for features in (D, D, F, F, H))
+    q, k, v, a, da, dq = (normal((tokens, heads, 1, K), dtype="f").transpose(1, 2, 0, 3) for _ in range(6))
+    k, v = k[:, 0], v[:, 0]                                 # with the strides that they have in the layer
+    gain, bias, zeros = np.ones(D, "f"), np.zeros(D, "f"), np.zeros((tokens, D), "f")
+    gradient_D = np.empty(D, "f")
+
+    def norms(backward):
+        for _ in range(2):
+            _, saved = norm_forward(x, gain, bias, "layernorm", 1e-5)
+            if backward:
+                norm_backward(dy, saved, gradient_D, gradient_D)
+
+    def gelu(backward):
+        new = np.empty_like(h)
+        activation_forward("gelu_tanh", h, **({"derivative": new} if backward else {"out": new}))
+        if backward:
+            activation_backward(dh, new, out=new)
+
+    def attention(backward):
+        lse = attention_forward(q, k, v, K ** -0.5, out=a)
+        if backward:
+            attention_backward(da, lse, q, k, v, a, K ** -0.5, dq=dq)
+
+    def biases(backward):
+        for y_NO in (projected, projected, projected, h, zeros, zeros):
+            y_NO += np.zeros(y_NO.shape[1], "f")
+            if backward:
+                bias_backward(y_NO)
+
+    def all_reduces(backward):
+        for _ in range(4 if backward else 2):
+            group.transport.all_reduce(zeros, "sum")        # they stay zeros
+
+    def residuals(backward):
+        for _ in range(4 if backward else 2):
+            np.add(x, zeros, out=dy)
+
+    parts = {"attention": attention, "norms": norms, "gelu": gelu, "biases": biases, "all-reduces": all_reduces,
+             "residuals": residuals}
+    return {f"{name} {kind}": functools.partial(part, kind != "forward")
+            for name, part in parts.items() for kind in KINDS}
+
+
+def show_parts(group, tokens, hidden, rounds):
+    """A table: bare products, parts, whole block. Attention's own products are in the first and in "attention"."""
+    cases = measure.block_product_cases(group, tokens, hidden) | part_cases(group, tokens, hidden)
+    cases |= measure.block_cases(group, tokens, hidden, prefix="block ")
+    seconds = measure.interleave(group, cases, rounds, 1e-2)
+    if group.rank == 0:
+        names = dict.fromkeys(name.rsplit(" ", 1)[0] for name in cases)
+        print(f"h = {hidden}, {tokens} tokens, {group.size} ranks, medians of {rounds} interleaved rounds")
+        print("\n".join(report.table(("part", *KINDS), [
+            (name, *(report.seconds(measure.timing(seconds[f"{name} {kind}"]).median) for kind in KINDS))
+            for name in names])), flush=True)
 
 
 def main():
@@ -139,36 +200,36 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(common.SHARE)
     with mpitp.TensorParallelGroup() as group, mpitp.TensorParallelGroup(reproducible=True) as fixed:
-        with threadpool_limits(common.SHARE, user_api="blas"), common.gloo(group), group.subgroup(group.rank) as single:
-            require_same_numbers(group)
+        with common.blas_threads(common.SHARE), common.gloo(group), group.subgroup(group.rank) as single:
+            require_same_numbers(group, single)
             for hidden in arguments.hidden_size:
                 run(group, fixed, single, hidden, arguments)
 
 
 def run(group, fixed, single, hidden, arguments):
-    tokens = arguments.seq_length
+    tokens, config = arguments.seq_length, measure.block_config(hidden)
     if arguments.parts:
-        seconds = measure.interleave(group, part_cases(group, tokens, hidden), arguments.rounds, 2e-2)
-        if group.rank == 0:
-            print(f"hidden {hidden}")
-            for name, times in seconds.items():
-                print(f"  {name:<20}{np.median(times) * 1e3:8.3f} ms")
-        return
+        return show_parts(group, tokens, hidden, arguments.rounds)
     cases = measure.block_product_cases(group, tokens, hidden)
     cases |= measure.block_cases(group, tokens, hidden, prefix="mpitp ")
     cases |= measure.block_cases(fixed, tokens, hidden, prefix="reproducible ")
-    cases |= torch_cases(mpitp.ParallelBlock(group, measure.block_config(hidden)), group.size, tokens, hidden, "torch gloo")
-    dense = torch_cases(mpitp.ParallelBlock(single, measure.block_config(hidden)), 1, tokens, hidden, "dense torch")
+    cases |= torch_cases(mpitp.ParallelBlock(group, config), group.size, tokens, hidden, "torch gloo")
+    dense = torch_cases(mpitp.ParallelBlock(single, config), 1, tokens, hidden, "dense torch")
     cases |= common.alone(group.comm, dense)
-    seconds = measure.interleave(group, cases, arguments.rounds, 2e-2)
+    cases["pause"] = common.pause
+    seconds = measure.interleave(group, cases, arguments.rounds, 5e-2)
     if group.rank == 0:
-        kinds = {kind: f"products {kind}" for kind in ("forward", "forward+backward")}
-        found = common.summary("mpitp.benchmark.block/1", seconds, kinds, group, arguments.rounds, hidden_size=hidden,
-                               tokens=tokens, heads=HEADS)
+        found = common.summary("mpitp.benchmark.block/1", seconds, {kind: f"products {kind}" for kind in KINDS}, group,
+                               arguments.rounds, hidden_size=hidden, tokens=tokens, heads=HEADS)
         title = f"decoder block, h = {hidden}, {tokens} tokens, {HEADS} heads"
         common.show(found, title)
+        for kind in KINDS:
+            better = min((seconds[f"{name} {kind}"] for name in ("torch gloo", "dense torch")), key=statistics.median)
+            ratio = found["rows"][f"mpitp {kind}"]["better_torch_over_this"] = \
+                measure.ratio(better, seconds[f"mpitp {kind}"])
+            print(f"  the better torch {kind} over mpitp: {ratio:.2f}")
         if arguments.out:
-            common.save(found, arguments.out, f"block-h{hidden}-n{group.size}", title, kinds)
+            common.save(found, arguments.out, f"block-h{hidden}-n{group.size}", title, KINDS)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ launch.keep_freed_memory()                          # as python -m mpitp does; f
 
 import torch                                        # noqa: E402
 import torch.distributed as distributed             # noqa: E402
-from threadpoolctl import threadpool_limits         # noqa: E402
+from threadpoolctl import ThreadpoolController      # noqa: E402
 
 from mpitp.commands import measure, report          # noqa: E402
+
+LIBRARIES = ThreadpoolController()                  # looked for once: each search takes half a millisecond
 
 
 class gloo:
@@ -38,12 +40,17 @@ class gloo:
         distributed.destroy_process_group()
 
 
+def blas_threads(count):
+    """So many threads for BLAS, as a context manager."""
+    return LIBRARIES.limit(limits=count, user_api="blas")
+
+
 def alone(comm, cases):
     """The cases on rank 0 with all cores of its node; the other ranks sleep, where MPI would spin."""
     def on_rank_0(function):
         def call():
             if comm.rank == 0:
-                with threadpool_limits(len(CORES), user_api="blas"):
+                with blas_threads(len(CORES)):
                     torch.set_num_threads(len(CORES))
                     function()
                     torch.set_num_threads(SHARE)
@@ -52,6 +59,11 @@ def alone(comm, cases):
                 time.sleep(2e-4)
         return call
     return {name: on_rank_0(function) for name, function in cases.items()}
+
+
+def pause():
+    """A case to put behind dense ones: waiting threads of torch and BLAS spin on for 8 to 17 ms (measured)."""
+    time.sleep(0.03)
 
 
 def summary(schema, seconds, kinds, group, rounds, **sizes):

@@ -19,7 +19,6 @@ import common                                       # before NumPy
 import numpy as np
 import torch
 import torch.distributed as distributed
-from threadpoolctl import threadpool_limits
 
 import mpitp
 from mpitp.commands import measure
@@ -90,13 +89,15 @@ def main():
     torch.set_num_threads(common.SHARE)
     with mpitp.TensorParallelGroup() as group, mpitp.TensorParallelGroup(reproducible=True) as fixed:
         # Reproducible mode holds BLAS to one thread; here all have theirs.
-        with threadpool_limits(common.SHARE, user_api="blas"), common.gloo(group):
+        with common.blas_threads(common.SHARE), common.gloo(group):
             cases = measure.product_cases(group, tokens, D, F)
             cases |= measure.mlp_cases(group, tokens, D, F, prefix="mpitp ")[0]
             cases |= measure.mlp_cases(fixed, tokens, D, F, prefix="reproducible ")[0]
             cases |= torch_cases(group.rank, group.size, tokens, D, F, "torch gloo")
             cases |= common.alone(group.comm, numpy_dense_cases(tokens, D, F))
+            cases["pause"] = common.pause
             cases |= common.alone(group.comm, torch_cases(0, 1, tokens, D, F, "dense torch"))
+            cases["second pause"] = common.pause
             cases |= measure.read_case(group, D, F)
             one = measure.mlp_cases(group, 1, D, F, prefix="mpitp one token ")[0]
             cases["mpitp one token"] = one["mpitp one token forward"]
