@@ -23,8 +23,11 @@ _HOMES = {
     "vocab_parallel_cross_entropy_forward": "layers.loss",
     "vocab_parallel_cross_entropy_backward": "layers.loss",
     "Decoder": "decoder",
+    "generate": "generation",
     "DecoderConfig": "config",
     "Rotary": "config",
+    "load_model": "loading",
+    "save_model": "saving",
 }
 __all__ = sorted(_HOMES)
 

@@ -78,8 +78,8 @@ class DecoderConfig:
     parallel_residual : x + attention(norm(x)) + mlp(norm(x)), one all-reduce a block; needs placement "before"
     shared_norm : attention and feed-forward share the one norm (parallel_residual only)
     final_norm, embedding_norm : a norm before the head, after the embedding
-    qkv_bias, attention_bias, mlp_bias, head_bias : biases of query, key and value, of the attention's output projection,
-        of the feed-forward block, of the head
+    qkv_bias, attention_bias, mlp_bias, head_bias : biases of query, key and value, of attention's output projection, of
+        the feed-forward block, of the head
     tie_word_embeddings : the head multiplies by the embedding's weight
     embedding_multiplier : of the embedded tokens
     hidden_dropout, attention_dropout : probabilities, of the embedding and each branch, of the attention weights

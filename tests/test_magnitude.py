@@ -1,13 +1,13 @@
 """Running error analysis on trial: operations by hand, float32 runs of each layer below it, planted errors above it.
 
 How small an error of a product it sees was found by planting, and is in SEEN. Through a block the bound grows: in
-float32, with norms before and after, it hides a product ten times too large. Hence every test in float64, too.
+float32, with norms before and after, it hides a product ten times too large; the norms that `compare` takes do not.
 """
 import numpy as np
 import pytest
 
 from decoder_cases import KINDS, config
-from golden_decoder import shapes
+from golden_decoder import ids_and_targets, shapes, weights_of
 from mpitp import dense, dense_decoder
 from mpitp.commands.layers import compare
 from mpitp.magnitude import Magnitude, activation, value
@@ -106,6 +106,33 @@ def test_an_error_in_any_product_is_seen(layer, dtype):
             found, _ = planted(layer, results, *arrays, at=at, error=SEEN[layer, dtype])
             Planted.at = None                               # not in what `largest` computes
             assert largest(found, results, *arrays) > LIMIT, (kind, at)
+
+
+@pytest.mark.parametrize("dtype, error", [("f", 1e-3), ("d", 1e-11)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_in_any_product_of_a_decoder_is_seen_by_norms(kind, dtype, error):
+    configuration, (ids, targets) = config(kind), ids_and_targets(config(kind))
+    weights, known = {name: w.astype(dtype) for name, w in weights_of(configuration).items()}, {}
+
+    def results(w):
+        logits, saved = dense_decoder.decoder_forward(configuration, w, ids)
+        loss, d_logits = dense_decoder.cross_entropy(logits, targets, 0.1)
+        return {"logits": logits, "loss": loss, **dense_decoder.decoder_backward(configuration, w, d_logits, saved)}
+
+    def once(w):                                            # what `compare` asks for does not change
+        first = w["embedding.weight"]
+        key = type(first), first.dtype
+        if key not in known:
+            known[key] = results(w)
+        return known[key]
+
+    def far(at):
+        Planted.at, Planted.error, Planted.count = at, error, 0
+        found = results({name: w.view(Planted) for name, w in weights.items()})
+        found = {name: np.asarray(array, dtype) for name, array in found.items()}
+        return [ratio.name for ratio in compare(found, once, weights) if not ratio.near]
+    assert far(None) == [] and Planted.count > 50
+    assert [at for at in range(Planted.count) if not far(at)] == []
 
 
 # --- operations by hand ----------------------------------------------------------------------------------------------

@@ -158,6 +158,11 @@ class TensorParallelGroup(Collectives):
         with self.ledger.record("control", "report", 0):
             return self.comm.gather(value)
 
+    def any(self, flag):
+        """Whether the flag is set on any rank. Collective, control."""
+        with self.ledger.record("control", "any", 0):
+            return bool(self.comm.allreduce(bool(flag), MPI.LOR))
+
     def root_first(self, function):
         """function() on rank 0, and on the others only when it succeeded there. Returns each rank's own result.
 

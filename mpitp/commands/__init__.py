@@ -9,7 +9,11 @@ from ..errors import InputError
 COMMANDS = {
     "verify": "check that the parallel feed-forward block equals the dense one (the default)",
     "doctor": "is this machine set up right, and what to change",
-    "bench": "collectives, products and the block against their limits",
+    "bench": "collectives, products and the blocks against their limits",
+    "train": "train a decoder on the bytes of a file",
+    "generate": "continue prompts with the model of a checkpoint folder",
+    "score": "loss and perplexity of a text",
+    "inspect": "what each rank would hold and read of a checkpoint",
 }
 
 

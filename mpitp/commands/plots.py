@@ -83,3 +83,19 @@ def roofline(axis, reports):
     axis.set(xlabel="flops per byte of weights and their gradients", ylabel="rate of all ranks (GF/s)",
              title=f"Roofline, {report['ranks']} ranks")
     axis.legend(loc="lower right")
+
+
+def draw_training(path, curve, validation, baseline, title):
+    """Bits a token against steps: training, validation, and the baseline as a line."""
+    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    axis.plot(*zip(*curve), linewidth=0.8, color="0.6", label="training, each step")
+    if validation:
+        axis.plot(*zip(*validation), marker="o", label="validation")
+    if baseline is not None:
+        axis.axhline(baseline, color="C1", linestyle=":", label="order-2 model of the same tokens")
+    axis.set(xlabel="optimizer steps", ylabel="bits a token")
+    axis.set_title(title, fontsize=8)
+    axis.grid(True, alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -17,6 +17,8 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
 }
+THEIR_ACTIVATIONS = {"relu": "relu", "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh",
+                     "identity": "linear"}
 FIXED_ACTIVATIONS = {"bloom": "gelu_tanh"}             # whatever the config says
 # Where the config does not say it.
 DEFAULT_ACTIVATIONS = {"falcon": "gelu", "gpt2": "gelu_tanh", "gpt_neox": "gelu", "llama": "silu", "mistral": "silu",

@@ -2,12 +2,9 @@
 from collections.abc import Mapping
 from math import prod
 
-import numpy as np
-
 from ..arrays import compute_dtype, module_of
 from ..errors import InputError, is_integer, require
 from ..parameters import by_name, check_dense, initialise
-
 
 MANY = 12       # parameters; a message does not list as many
 
@@ -28,9 +25,8 @@ class ParallelLayer:
         where = (group.rank, group.size, group.blocks)
         self.weights = {}
         for full_name, spec in self.specs.items():
-            local = np.zeros(spec.local_shape(*where), self.dtype) if seed is None else \
-                initialise(spec, seed, self.dtype, *where)
-            self.weights[full_name] = group.xp.asarray(local)
+            self.weights[full_name] = group.xp.zeros(spec.local_shape(*where), self.dtype) if seed is None else \
+                group.xp.asarray(initialise(spec, seed, self.dtype, *where))
 
     def parameter(self, name):
         """This rank's slice of a parameter by its name inside the layer, None where the layer has no such one."""

@@ -1,6 +1,7 @@
 """Keys and values of the tokens so far, so that generation computes those of new tokens only. Each rank has its heads'.
 
-Dimension key: B sequences, C capacity (positions), S new positions, u key/value heads of one unit, K features of a head.
+Dimension key: B sequences, C capacity (positions), S new positions, u key/value heads of one unit, K features of
+a head.
 """
 import numpy as np
 

@@ -1,0 +1,240 @@
+"""Continue prompts with the model of a Hugging Face checkpoint folder, each rank holding and reading its slices only.
+
+Text needs `tokenizers` (pip install 'mpitp[text]'); --ids works without. One prompt streams; several (--prompt or --ids
+more than once, --batch-file) are continued together and printed at the end. Greedy unless --temperature says otherwise.
+Then the figures: a share of communication is the mean of the ranks, waiting for each other included.
+"""
+import os
+import time
+from dataclasses import dataclass
+
+from .. import __version__
+from ..comm import launch
+from ..comm.group import TensorParallelGroup
+from ..errors import require, require_positive
+from ..generation import ENDED, generate
+from ..loading import load_model
+from . import report, text
+
+
+def add_arguments(parser):
+    parser.add_argument("--model", metavar="DIR", required=True, help="a folder with config.json and safetensors")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="a text to continue")
+    parser.add_argument("--ids", metavar="1,2,3", action="append", help="token ids to continue; prints ids")
+    parser.add_argument("--batch-file", metavar="FILE", help="texts to continue, one a line")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (64)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="draw from softmax(logits / T); 0: "
+                        "take the most probable token (the default)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that make up P")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on behind an end token")
+    parser.add_argument("--dtype", default="float32", help="to compute in: float32 (the default) or float64")
+    parser.add_argument("--reproducible", action="store_true", help="the same bits for any number of ranks")
+    parser.add_argument("--json", metavar="FILE", help="write text, ids and figures there")
+
+
+@dataclass
+class Sequence:
+    prompt_ids: list
+    new_ids: list
+    prompt: str | None          # None where ids were given
+    text: str | None
+
+
+@dataclass
+class Report:
+    mpitp: str
+    machine: str
+    mpi: str
+    ranks: int
+    cores_per_rank: int
+    model: str
+    dtype: str
+    reproducible: bool
+    sequences: list
+    first_token_seconds: float | None       # since the process started
+    load_seconds: float
+    bytes_read_of_ranks: list
+    prefill_tokens: int
+    prefill_seconds: float
+    decode_tokens: int
+    decode_seconds: float
+    communication_share_of_prefill: float
+    communication_share_of_decode: float | None
+
+
+def run(arguments):
+    """The command on this rank: 0."""
+    check_arguments(arguments)
+    with TensorParallelGroup(reproducible=arguments.reproducible) as group:
+        first = group.rank == 0
+        given = group.root_first(lambda: look_first(arguments) if first else None)
+        stop = group.root_first(lambda: text.end_tokens(arguments.model))
+        started = time.perf_counter()
+        model = load_model(arguments.model, group, arguments.dtype)
+        load_seconds = time.perf_counter() - started
+        source = group.root_first(lambda: Source(arguments, *given) if first else None)
+        ids, lengths = text.give_to_all(group, source.prompts if first else None)
+        steps = generate(model, ids, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
+                         top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
+                         stop=() if arguments.ignore_eos else stop, lengths=lengths)
+        run = Run(group)
+        for tokens in steps:
+            run.add(tokens)
+            if first:
+                source.push(tokens)
+        run.end()
+        cores, of_ranks = launch.share_of_cores(group.comm), group.report((model.bytes_read, run.shares))
+        if first:
+            source.finish()
+            result = summary(arguments, group, cores, source, run, load_seconds, of_ranks)
+            print("\n".join(["", *lines(result)]), flush=True)
+            if arguments.json:
+                report.write_json(arguments.json, "mpitp.generate/1", result)
+    return 0
+
+
+def check_arguments(arguments):
+    kinds = {"--prompt": arguments.prompt, "--ids": arguments.ids, "--batch-file": arguments.batch_file}
+    given = [flag for flag, value in kinds.items() if value is not None]
+    require(len(given) == 1, " and ".join(given) or "no prompt", f"one of {', '.join(kinds)}")
+    require_positive(max_new_tokens=arguments.max_new_tokens)
+
+
+def look_first(arguments):
+    """What can be looked at before anything is loaded: texts and ids as they were given, one of them None."""
+    if arguments.json:
+        report.require_writable(arguments.json)
+    if arguments.ids:
+        found = [text.parse_ids(ids) for ids in arguments.ids]
+        require(all(found), f"--ids {arguments.ids}", "at least one token id in each")
+        return None, found
+    texts = arguments.prompt
+    if arguments.batch_file is not None:
+        texts = [line for line in text.read_text(arguments.batch_file).splitlines() if line.strip()]
+        require(texts, f"no text in {arguments.batch_file}", "a text a line")
+    return texts, None
+
+
+class Source:
+    """Prompts, and what becomes of them, on rank 0: printed as it comes where there is one, else at the end."""
+
+    def __init__(self, arguments, texts, ids):
+        self.texts, self.prompts, self.decode = texts, ids, None
+        if texts is not None:
+            tokenizer = text.load_tokenizer(arguments.model)
+            self.prompts = [tokenizer.encode(prompt).ids for prompt in texts]
+            empty = [prompt for prompt, ids in zip(texts, self.prompts) if not ids]
+            require(not empty, f"prompt {empty[:1]}, which is no token", "text")
+            self.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+            self.streams = [text.TextStream(self.decode, prompt) for prompt in self.prompts]
+        self.new_ids, self.pieces = [[] for _ in self.prompts], [[] for _ in self.prompts]
+        self.alone, self.begun = len(self.prompts) == 1, False
+
+    def push(self, tokens):
+        for b, token in enumerate(tokens.tolist()):
+            if token != ENDED:
+                self.new_ids[b].append(token)
+                self.add(b, str(token) if self.texts is None else self.streams[b].push(token))
+
+    def add(self, b, piece):
+        self.pieces[b].append(piece)
+        if self.alone:
+            between = "," if self.texts is None and self.begun else "" if self.begun or self.texts is None else \
+                self.texts[0]
+            print(between + piece, end="", flush=True)
+            self.begun = True
+
+    def text(self, b):
+        """What is new, None where ids were given."""
+        return None if self.texts is None else "".join(self.pieces[b])
+
+    def finish(self):
+        """Print the rest."""
+        if self.texts is not None:
+            for b, stream in enumerate(self.streams):
+                self.add(b, stream.rest())
+        if self.alone:
+            print()
+        else:
+            for b, pieces in enumerate(self.pieces):
+                print(f"[{b}] " + (",".join(pieces) if self.texts is None else self.texts[b] + "".join(pieces)))
+
+
+class Run:
+    """The times of the steps on this rank, and the share of them that was communication: [prefill, decode]."""
+
+    def __init__(self, group):
+        self.group, self.times, self.tokens, self.shares = group, [time.perf_counter()], 0, []
+        group.ledger.clear()
+
+    def add(self, tokens):
+        self.times.append(time.perf_counter())
+        if len(self.times) == 2:
+            self.first_token_seconds = age_of_process()
+            self.part(self.prefill_seconds)
+        else:
+            self.tokens += int((tokens != ENDED).sum())
+
+    def end(self):
+        self.part(self.decode_seconds)
+
+    def part(self, seconds):
+        self.shares.append(self.group.ledger.seconds() / seconds if seconds else None)
+        self.group.ledger.clear()
+
+    @property
+    def prefill_seconds(self):
+        return self.times[1] - self.times[0]
+
+    @property
+    def decode_seconds(self):
+        return self.times[-1] - self.times[1]
+
+
+def age_of_process():
+    """Seconds since this process started, its interpreter's start included; None where the system does not say."""
+    try:
+        with open("/proc/self/stat") as file:           # field 22, after the name, which may hold spaces
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError, IndexError):
+        return None
+
+
+def summary(arguments, group, cores, source, run, load_seconds, of_ranks):
+    def mean(part):
+        shares = [shares[part] for _, shares in of_ranks]
+        return None if None in shares else sum(shares) / len(shares)
+    sequences = [Sequence(prompt, new, source.texts and source.texts[b], source.text(b))
+                 for b, (prompt, new) in enumerate(zip(source.prompts, source.new_ids))]
+    return Report(__version__, launch.machine(), launch.library_name(), group.size, cores, arguments.model,
+                  arguments.dtype, group.reproducible, sequences, run.first_token_seconds, load_seconds,
+                  [count for count, _ in of_ranks], sum(map(len, source.prompts)), run.prefill_seconds, run.tokens,
+                  run.decode_seconds, mean(0), mean(1))
+
+
+def lines(result):
+    rows = [(name, count, report.seconds(seconds), f"{count / seconds:.1f}", f"{share:.1%}")
+            for name, count, seconds, share in (
+                ("prefill", result.prefill_tokens, result.prefill_seconds, result.communication_share_of_prefill),
+                ("decode", result.decode_tokens, result.decode_seconds, result.communication_share_of_decode))
+            if count]
+    yield from report.table(("", "tokens", "time", "tokens/s", "communication"), rows)
+    if result.first_token_seconds is not None:
+        yield f"  first token  {report.seconds(result.first_token_seconds)} after the process started"
+    read = ", ".join(map(report.size, result.bytes_read_of_ranks))
+    yield f"  loading      {report.seconds(result.load_seconds)}; {read} read by the ranks"
+    yield last_line(result)
+
+
+def last_line(result):
+    """What computed, and how."""
+    ranks, cores = count(result.ranks, "rank"), count(result.cores_per_rank, "core")
+    mode = ", reproducible mode" if result.reproducible else ""
+    return f"  {ranks}, {cores} a rank, {result.dtype}{mode}, {result.mpi}"
+
+
+def count(number, noun):
+    return f"{number} {noun}{'' if number == 1 else 's'}"

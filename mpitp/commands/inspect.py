@@ -1,0 +1,161 @@
+"""What each of P ranks would hold and read of a Hugging Face checkpoint folder. Needs no mpirun and reads no weights.
+
+Everything that loading looks at is looked at: headers, names, shapes, config.json. Exits with 2 where that finds a
+fault.
+"""
+import re
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from ..comm.launch import is_first_rank
+from ..errors import require, require_positive
+from ..loading import open_source
+from ..storage.safetensors import STORED
+from . import report
+
+MOST = 1 << 14
+
+
+def add_arguments(parser):
+    parser.add_argument("model", metavar="DIR", help="checkpoint folder: config.json, model.safetensors or its shards")
+    parser.add_argument("-n", "--ranks", type=int, default=1, metavar="P", help="how many ranks (1)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="computed in (float32)")
+    parser.add_argument("--reproducible", action="store_true", help="as it would be split in reproducible mode")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks of a dimension in reproducible mode (8)")
+    parser.add_argument("--json", metavar="FILE", help="write the report there, too")
+
+
+@dataclass
+class Rank:
+    rank: int
+    query_heads: int
+    key_value_heads: int        # held: several ranks may have a copy of one
+    ffn_features: int
+    vocabulary: int
+    hold_bytes: int
+    read_bytes: int
+
+
+@dataclass
+class Parameter:
+    """A parameter, or those of this name of all layers."""
+    name: str
+    stored_as: str
+    shape: tuple
+    count: int
+    split: str
+    stored_dtype: str
+    stored_bytes: int
+    hold_bytes_of_ranks: list
+
+
+@dataclass
+class Report:
+    model: str
+    family: str
+    config: object
+    dtype: str
+    reproducible: bool
+    files: int
+    parameters: int             # numbers, in all
+    stored_bytes: int
+    ranks: list
+    tensors: list
+    other_keys: list
+
+
+def run(arguments):
+    require_positive(ranks=arguments.ranks, blocks=arguments.blocks)
+    require(max(arguments.ranks, arguments.blocks) <= MOST, f"{arguments.ranks} ranks, {arguments.blocks} blocks",
+            f"at most {MOST}")
+    if arguments.json:
+        report.require_writable(arguments.json)
+    if is_first_rank():
+        found = inspect(arguments)
+        print("\n".join(lines(found)), flush=True)
+        if arguments.json:
+            report.write_json(arguments.json, "mpitp.inspect/1", found)
+    return 0
+
+
+def inspect(arguments):
+    """The Report."""
+    source, ranks = open_source(arguments.model), arguments.ranks
+    where = (ranks, arguments.blocks if arguments.reproducible else ranks)
+    size = np.dtype(arguments.dtype).itemsize
+    kinds, held, read = {}, [0] * ranks, [0] * ranks
+    for name, spec in source.specs.items():
+        stored = source.views[name].dtype
+        elements = [prod(spec.local_shape(rank, *where)) for rank in range(ranks)]
+        for rank, n in enumerate(elements):
+            held[rank] += n * size
+            read[rank] += n * np.dtype(STORED[stored]).itemsize
+        kind = re.sub(r"\d+", "*", name, count=1)
+        of_kind = kinds.get(kind)
+        if of_kind is None:
+            of_kind = kinds[kind] = Parameter(kind, re.sub(r"\.\d+\.", ".*.", source.places[name].name, count=1),
+                                              spec.shape, 0, {None: "no", 0: "rows", 1: "columns"}[spec.axis],
+                                              stored, 0, [0] * ranks)
+        of_kind.count += 1
+        of_kind.stored_bytes += prod(spec.shape) * np.dtype(STORED[stored]).itemsize
+        of_kind.hold_bytes_of_ranks = [a + n * size for a, n in zip(of_kind.hold_bytes_of_ranks, elements)]
+    config, specs = source.config, source.specs
+    of_ranks = []
+    for rank in range(ranks):
+        rows = {part: specs[name].local_shape(rank, *where)[0] for part, name in (
+            ("query", "layers.0.attention.query.weight"), ("key", "layers.0.attention.key.weight"),
+            ("up", "layers.0.mlp.up.weight"), ("vocabulary", "embedding.weight"))}
+        of_ranks.append(Rank(rank, rows["query"] // config.head_dim, rows["key"] // config.head_dim, rows["up"],
+                             rows["vocabulary"], held[rank], read[rank]))
+    return Report(source.checkpoint.folder, source.family.model_type, config, arguments.dtype, arguments.reproducible,
+                  len(source.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
+                  sum(kind.stored_bytes for kind in kinds.values()), of_ranks, list(kinds.values()),
+                  source.other_keys)
+
+
+def lines(found):
+    config = found.config
+    yield found.model
+    yield f"  {found.family}: {count(found.parameters)} parameters, {report.size(found.stored_bytes)} in " \
+          f"{found.files} file{'' if found.files == 1 else 's'}"
+    yield f"  {config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} query heads and " \
+          f"{config.query_groups} key/value heads of {config.head_dim}"
+    yield f"  {'gated ' if config.gated else ''}{config.activation} of {config.ffn_size} features, vocabulary " \
+          f"{count(config.vocab_size)}{', tied head' if config.tie_word_embeddings else ''}"
+    yield ""
+    yield f"Of {len(found.ranks)} rank{'' if len(found.ranks) == 1 else 's'}, in {found.dtype}" \
+          f"{', reproducible mode' if found.reproducible else ''}, each would have"
+    yield from report.table(
+        ("rank", "query heads", "kv heads", "ffn features", "vocabulary", "holds", "reads"),
+        [(r.rank, r.query_heads, r.key_value_heads, r.ffn_features, count(r.vocabulary), report.size(r.hold_bytes),
+          report.size(r.read_bytes)) for r in found.ranks])
+    yield ""
+    yield from report.table(
+        ("parameter", "of shape", "as many", "split", "stored", "a rank holds"),
+        [(kind.name, "x".join(map(str, kind.shape)), kind.count, kind.split, kind.stored_dtype,
+          span(kind.hold_bytes_of_ranks)) for kind in found.tensors])
+    if found.other_keys:
+        yield ""
+        yield from wrapped("NOTE: keys of config.json that nothing here looks at: ", found.other_keys)
+
+
+def count(number):
+    return f"{number:,}"
+
+
+def span(sizes):
+    least, most = report.size(min(sizes)), report.size(max(sizes))
+    return most if least == most else f"{least} to {most}"
+
+
+def wrapped(head, words, width=98):
+    line = head
+    for i, word in enumerate(words):
+        word += "" if i == len(words) - 1 else ","
+        if len(line) + len(word) > width:
+            yield line.rstrip()
+            line = "  "
+        line += word + " "
+    yield line.rstrip()

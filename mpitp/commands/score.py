@@ -1,0 +1,151 @@
+"""Loss and perplexity of a text under the model of a Hugging Face checkpoint folder.
+
+A window of --window tokens moves by --stride. Each token but the first counts once, in the first window that sees the
+one before it: so all but those of the first window are predicted from at least window - stride others. The loss is the
+mean of -log p over the tokens that count, the perplexity e^loss. Text needs `tokenizers` (pip install 'mpitp[text]').
+"""
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import __version__
+from ..comm import launch
+from ..comm.group import TensorParallelGroup
+from ..errors import require, require_positive
+from ..loading import load_model
+from . import report, text
+from .generate import count, last_line
+
+WINDOW = 1024
+LOGITS = 1 << 24        # that are made at a time: a long window's would take gigabytes
+
+
+def add_arguments(parser):
+    parser.add_argument("--model", metavar="DIR", required=True, help="a folder with config.json and safetensors")
+    parser.add_argument("--text", metavar="FILE", help="a UTF-8 text")
+    parser.add_argument("--ids-file", metavar="FILE", help="token ids, with commas, spaces or lines between")
+    parser.add_argument("--window", type=int, metavar="W", help=f"tokens seen at once ({WINDOW}, or fewer where the "
+                        "model has fewer positions)")
+    parser.add_argument("--stride", type=int, metavar="S", help="by which the window moves, up to W (W / 2)")
+    parser.add_argument("--dtype", default="float32", help="to compute in: float32 (the default) or float64")
+    parser.add_argument("--reproducible", action="store_true", help="the same bits for any number of ranks")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+
+
+@dataclass
+class Report:
+    mpitp: str
+    machine: str
+    mpi: str
+    ranks: int
+    cores_per_rank: int
+    model: str
+    dtype: str
+    reproducible: bool
+    tokens: int                     # of the text
+    counted: int                    # all but the first
+    utf8_bytes: int | None          # of the text
+    window: int
+    stride: int
+    windows: int
+    loss: float                     # nats a token
+    perplexity: float | None        # null beyond what a float holds
+    bits_per_byte: float | None
+    seconds: float
+    bytes_read_of_ranks: list
+
+
+def run(arguments):
+    """The command on this rank: 0."""
+    check_arguments(arguments)
+    with TensorParallelGroup(reproducible=arguments.reproducible) as group:
+        first = group.rank == 0
+        given = group.root_first(lambda: look_first(arguments) if first else None)
+        model = load_model(arguments.model, group, arguments.dtype)
+        ids = group.root_first(lambda: tokens_of(arguments, given) if first else None)
+        ids = text.give_to_all(group, [ids] if first else None)[0][0]
+        window, stride = sizes(arguments, model)
+        started = time.perf_counter()
+        loss, counted, windows = score(model, ids, window, stride)
+        seconds = time.perf_counter() - started
+        cores, bytes_read = launch.share_of_cores(group.comm), group.report(model.bytes_read)
+        if first:
+            utf8 = len(given.encode()) if arguments.text else None
+            result = Report(__version__, launch.machine(), launch.library_name(), group.size, cores, arguments.model,
+                            arguments.dtype, group.reproducible, len(ids), counted, utf8, window, stride, windows, loss,
+                            math.exp(loss) if loss < 700 else None,
+                            loss * counted / math.log(2) / utf8 if utf8 else None, seconds, bytes_read)
+            print("\n".join(lines(result)), flush=True)
+            if arguments.json:
+                report.write_json(arguments.json, "mpitp.score/1", result)
+    return 0
+
+
+def check_arguments(arguments):
+    require((arguments.text is None) != (arguments.ids_file is None),
+            "neither --text nor --ids-file" if arguments.text is None else "--text and --ids-file", "one of them")
+    if arguments.window is not None:
+        require_positive(window=arguments.window)
+    if arguments.stride is not None:
+        require_positive(stride=arguments.stride)
+
+
+def look_first(arguments):
+    """The text, or the ids, before anything is loaded."""
+    if arguments.json:
+        report.require_writable(arguments.json)
+    if arguments.text is not None:
+        return text.read_text(arguments.text)
+    return text.parse_ids(text.read_text(arguments.ids_file))
+
+
+def tokens_of(arguments, given):
+    ids = given if arguments.text is None else text.load_tokenizer(arguments.model).encode(given).ids
+    require(len(ids) > 1, f"{len(ids)} tokens in {arguments.text or arguments.ids_file}", "at least 2: the first has "
+            "nothing before it")
+    return ids
+
+
+def sizes(arguments, model):
+    """Window and stride. Raises InputError for a window of more positions than the model has."""
+    most = model.position.max_positions if model.position else None
+    window = arguments.window or min(WINDOW, most or WINDOW)
+    require(most is None or window <= most, f"window = {window}", f"at most {most}, the model's learned positions")
+    stride = arguments.stride or max(1, window // 2)
+    require(stride <= window, f"stride = {stride}", f"at most {window}, the window: every token counts")
+    return window, stride
+
+
+def score(model, ids, window, stride):
+    """(mean of -log p over all tokens but the first, how many those are, how many windows). Collective.
+
+    Window w sees ids[w stride : w stride + window] and predicts the one behind each.
+    """
+    rows = max(1, LOGITS // model.config.vocab_size)        # whatever the number of ranks: part of the bits
+    total, done, start, windows = 0.0, 1, 0, 0              # ids[:done] have counted, or have nothing before them
+    while done < len(ids):
+        seen = ids[start:min(start + window, len(ids) - 1)]
+        targets = ids[start + 1:start + 1 + len(seen)]
+        x, _ = model.hidden(seen[None], saved=False)
+        for first in range(max(0, done - start - 1), len(seen), rows):
+            piece = slice(first, first + rows)
+            logits, _ = model.head.forward(x[:, piece], saved=False)
+            total += model.loss(logits, targets[None, piece])[0] * len(targets[piece])
+        done, start, windows = start + 1 + len(seen), start + stride, windows + 1
+    return total / (len(ids) - 1), len(ids) - 1, windows
+
+
+def lines(result):
+    found = [f"loss {result.loss:.6f} nats a token",
+             f"perplexity {result.perplexity:.6g}" if result.perplexity else "a perplexity beyond any number"]
+    if result.bits_per_byte is not None:
+        found.append(f"{result.bits_per_byte:.4f} bits a byte")
+    yield ", ".join(found)
+    yield f"  {result.counted} tokens count, in {count(result.windows, 'window')} of up to {result.window}, every " \
+          f"{result.stride}"
+    read = ", ".join(map(report.size, result.bytes_read_of_ranks))
+    rate = f"{result.counted / result.seconds:.0f} tokens/s"
+    yield f"  {report.seconds(result.seconds)}, {rate}; {read} read by the ranks"
+    yield last_line(result)

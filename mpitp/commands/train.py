@@ -1,0 +1,173 @@
+"""Train a decoder on the bytes of a file over the ranks at hand.
+
+Checkpoints are step folders of safetensors in --out, which any number of ranks resumes from. With --reproducible they
+are the same files, byte for byte, for every number of ranks.
+"""
+import math
+import os
+import sys
+
+from ..comm.agreement import require_agreement
+from ..comm.group import TensorParallelGroup
+from ..config import DecoderConfig
+from ..errors import InputError, require_positive
+from ..storage import checkpoint
+from ..training.data import Tokens, order_2_bits
+from ..training.loop import Settings, Trainer, TrainingStopped
+from . import report
+
+SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
+            "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
+            "save_interval", "keep")
+
+
+def add_arguments(parser):
+    defaults = Settings()
+    parser.add_argument("--data", metavar="FILE", help="bytes, or token ids in .npy (the standard library's sources)")
+    parser.add_argument("--out", metavar="DIR", help="step folders and log.jsonl go there (nowhere)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest step folder of --out")
+    for flag, default, text in (
+            ("vocab-size", 256, "tokens of the vocabulary"), ("hidden-size", 256, "features"),
+            ("ffn-hidden-size", None, "features of the feed-forward middle (8/3 of the hidden size, gated)"),
+            ("num-layers", 4, "blocks"), ("num-attention-heads", 8, "query heads"),
+            ("num-query-groups", None, "key/value heads (as many)"), ("seq-length", 128, "tokens of a window"),
+            ("micro-batch-size", defaults.micro_batch_size, "windows of a forward"),
+            ("gradient-accumulation", 1, "forwards of a step"), ("train-iters", defaults.train_iters, "steps"),
+            ("lr-warmup-iters", None, "steps until --lr (a tenth of all)"), ("seed", 0, "of weights, windows, dropout"),
+            ("eval-interval", 50, "validate every so many steps"), ("eval-batches", 8, "batches of a validation"),
+            ("save-interval", 0, "a checkpoint every so many steps, beside the last"),
+            ("keep", defaults.keep, "step folders that stay, 0 for all"), ("blocks", 8, "of reproducible mode")):
+        shown = f" ({default})" if default is not None else ""
+        parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=text + shown)
+    for flag, default, text in (
+            ("lr", defaults.lr, "learning rate"), ("min-lr", None, "at the last step (a tenth)"),
+            ("weight-decay", 0.1, "decoupled"), ("clip-grad", 1.0, "largest norm of all gradients, 0 for any"),
+            ("adam-beta1", 0.9, ""), ("adam-beta2", 0.95, ""), ("adam-eps", 1e-8, ""), ("label-smoothing", 0.0, ""),
+            ("hidden-dropout", 0.0, "probability"), ("attention-dropout", 0.0, "probability")):
+        shown = f" ({default})" if default is not None else ""
+        parser.add_argument(f"--{flag}", type=float, default=default, metavar="X", help=(text + shown).strip())
+    parser.add_argument("--dtype", default="float32", help="float32 (the default) or float64")
+    parser.add_argument("--device", default="cpu", help="cpu (NumPy, the default) or gpu (CuPy)")
+    parser.add_argument("--reproducible", action="store_true", help="the same bytes for any number of ranks")
+    parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
+    parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
+
+
+def run(arguments):
+    """The command on this rank: 0, or 1 when the run had to stop."""
+    settings, config = settings_of(arguments), config_of(arguments)
+    with TensorParallelGroup(device=arguments.device, reproducible=arguments.reproducible,
+                             blocks=arguments.blocks) as group:
+        group.root_first(lambda: prepare(arguments) if group.rank == 0 else None)
+        tokens = group.root_first(lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
+                                                 arguments.seed))
+        require_agreement(group.comm, "the data", tokens.fingerprint())
+        trainer = Trainer(group, config, tokens, settings, dtype=arguments.dtype, folder=arguments.out, say=print_line)
+        if arguments.resume:
+            trainer.resume()
+        show = Progress(trainer)
+        if group.rank == 0:
+            print_line(opening(trainer, arguments))
+        try:
+            trainer.run(show)
+        except TrainingStopped as stopped:
+            if group.rank == 0:
+                print(f"mpitp: {stopped}", file=sys.stderr, flush=True)
+            return 1
+        group.root_first(lambda: show.finish(arguments) if group.rank == 0 else None)
+    return 0
+
+
+def settings_of(arguments):
+    if arguments.min_lr is None:
+        arguments.min_lr = arguments.lr / 10
+    warmup = arguments.train_iters // 10 if arguments.lr_warmup_iters is None else arguments.lr_warmup_iters
+    return Settings(warmup=warmup, **{name: getattr(arguments, name) for name in SETTINGS})
+
+
+def config_of(arguments):
+    """Llama's kind: rotary positions, RMS norms, gated SiLU, no biases."""
+    require_positive(hidden_size=arguments.hidden_size)
+    ffn = arguments.ffn_hidden_size or -(-arguments.hidden_size * 8 // 3)
+    return DecoderConfig(
+        arguments.vocab_size, arguments.hidden_size, arguments.num_layers, arguments.num_attention_heads,
+        arguments.num_query_groups, ffn_hidden_size=ffn, activation="silu", gated=True, normalization="rmsnorm",
+        qkv_bias=False, attention_bias=False, mlp_bias=False, hidden_dropout=arguments.hidden_dropout,
+        attention_dropout=arguments.attention_dropout)
+
+
+def prepare(arguments):
+    """Rank 0, before anything else: can the results be written, and is nothing in their way?"""
+    if arguments.baseline and arguments.vocab_size > 256:
+        raise InputError(f"found --baseline with --vocab-size {arguments.vocab_size}, expected at most 256: it counts "
+                         f"what follows each pair of bytes")
+    if arguments.plot:
+        report.require_writable(arguments.plot)
+        try:
+            import matplotlib       # noqa: F401
+        except ImportError:
+            raise InputError("found no matplotlib, expected it for --plot: pip install 'mpitp[plot]'") from None
+    if not arguments.out:
+        if arguments.resume:
+            raise InputError("found --resume without --out, expected the folder to resume from")
+        return
+    try:
+        os.makedirs(arguments.out, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{arguments.out}: found {error.strerror}, expected a folder to write to") from None
+    if not os.access(arguments.out, os.W_OK):
+        raise InputError(f"{arguments.out}: found a folder that cannot be written to, expected one that can")
+    steps = checkpoint.steps(arguments.out)
+    if steps and not arguments.resume:
+        raise InputError(f"{arguments.out}: found step folders up to {steps[-1]}, expected --resume or another folder")
+
+
+def print_line(text):
+    print(text, flush=True)
+
+
+def opening(trainer, arguments):
+    count = sum(math.prod(spec.shape) for spec in trainer.model.specs.values())
+    tokens, group = trainer.tokens, trainer.group
+    return f"{count:,} parameters on {group.size} rank{'s' if group.size > 1 else ''}, {trainer.model.dtype}" \
+           f"{', reproducible' if group.reproducible else ''}; {len(tokens.training):,} tokens of {tokens.name}, " \
+           f"{len(tokens.validation):,} held out"
+
+
+class Progress:
+    """What people see: a line that moves in a terminal, some plain lines elsewhere; and the curve."""
+
+    def __init__(self, trainer):
+        self.trainer, self.curve, self.validation = trainer, [], []
+        self.is_terminal = trainer.group.rank == 0 and sys.stdout.isatty()
+        self.every = max(1, trainer.settings.train_iters // 20)
+
+    def __call__(self, step, figures):
+        if self.trainer.group.rank != 0:
+            return
+        self.curve.append((step, figures["loss"] / math.log(2)))
+        settings = self.trainer.settings
+        tokens = settings.micro_batch_size * settings.gradient_accumulation * self.trainer.tokens.seq_length
+        text = f"step {step:6d}/{settings.train_iters}  {self.curve[-1][1]:7.4f} bits a token  " \
+               f"lr {figures['lr']:.2e}  gradient {figures['gradient_norm']:8.3f}  {tokens / figures['seconds']:8.0f} tokens/s"
+        if "validation_loss" in figures:
+            self.validation.append((step, figures["validation_loss"] / math.log(2)))
+            text += f"  validation {self.validation[-1][1]:.4f}"
+        if self.is_terminal:
+            print(f"\r{text}", end="\n" if "validation" in text else "", flush=True)
+        elif step % self.every == 0 or "validation" in text:
+            print_line(text)
+
+    def finish(self, arguments):
+        if self.is_terminal:
+            print()
+        if self.validation:
+            print_line(f"validation: {self.validation[-1][1]:.4f} bits a token after {self.validation[-1][0]} steps")
+        baseline = None
+        if arguments.baseline:
+            tokens = self.trainer.tokens
+            baseline = order_2_bits(tokens.training, tokens.validation)
+            print_line(f"baseline:   {baseline:.4f} bits a token, an order-2 model of the same tokens")
+        if arguments.plot:
+            from .plots import draw_training
+            draw_training(arguments.plot, self.curve, self.validation, baseline, opening(self.trainer, arguments))

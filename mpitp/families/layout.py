@@ -1,0 +1,77 @@
+"""Where a parameter lies in a stored tensor: transposed, or some of the rows of a fused one.
+
+Ours are [out, in]. GPT-2 stores [in, out]. Query, key and value may lie in one tensor, each `inner` rows at a time:
+
+    GPT-2      outer 1, parts 3                 all of q, all of k, all of v
+    GPT-NeoX   outer heads, parts 3             q, k, v of head 0, then those of head 1, ...
+    Falcon     outer key/value heads            the q of all heads that share one, its k, its v, then the next
+"""
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A parameter's rows are parts first..last - 1 of each of `outer` groups of `parts`, `inner` rows a part."""
+    outer: int
+    parts: int
+    inner: int
+    first: int
+    last: int
+
+    @property
+    def stored_rows(self):
+        return self.outer * self.parts * self.inner
+
+    def runs(self, start, stop):
+        """Yield (first, first in the tensor, count) for the unbroken runs of rows start..stop - 1."""
+        length = (self.last - self.first) * self.inner
+        while start < stop:
+            group, within = divmod(start, length)
+            count = min(length - within, stop - start)
+            yield start, (group * self.parts + self.first) * self.inner + within, count
+            start += count
+
+
+@dataclass(frozen=True)
+class Place:
+    """The stored tensor that a parameter of this shape lies in, and how."""
+    name: str
+    shape: tuple
+    transposed: bool = False
+    fused: Fused | None = None
+
+    @property
+    def stored_shape(self):
+        shape = self.shape if self.fused is None else (self.fused.stored_rows, *self.shape[1:])
+        return shape[::-1] if self.transposed else shape
+
+    def pieces(self, window):
+        """Yield (where in the window, where in the tensor, as tuples of slices) for a window of the parameter."""
+        rows, rest = window[0], tuple(window[1:])
+        runs = [(rows.start, rows.start, rows.stop - rows.start)] if self.fused is None else \
+            self.fused.runs(rows.start, rows.stop)
+        for start, stored, count in runs:
+            theirs = (slice(stored, stored + count), *rest)
+            yield slice(start - rows.start, start - rows.start + count), theirs[::-1] if self.transposed else theirs
+
+
+class View:
+    """A parameter in a checkpoint, with a shape and slices: only what is sliced is read. Rank-local."""
+
+    def __init__(self, tensor, place):
+        self.tensor, self.place = tensor, place
+        self.shape, self.dtype = place.shape, tensor.dtype
+
+    def read(self, window, out):
+        """Read a window (a tuple of slices with both ends) into an array of its shape."""
+        for mine, theirs in self.place.pieces(window):
+            part = out[mine]
+            self.tensor.read(theirs, part.T if self.place.transposed else part)
+
+    def __getitem__(self, window):
+        window = tuple(slice(*part.indices(n)) for part, n in zip(window, self.shape))
+        out = np.empty([part.stop - part.start for part in window], "float64" if self.dtype == "F64" else "float32")
+        self.read(window, out)
+        return out

@@ -1,0 +1,87 @@
+"""Write safetensors files in place: one rank makes the file, all ranks write their windows of its tensors."""
+import json
+import os
+import weakref
+from math import prod
+
+import numpy as np
+
+from .safetensors import PIECE, STORED, bounds_of
+
+
+def create(path, tensors, metadata=None):
+    """Make the file with its header and room for the data. Returns the bytes it has.
+
+    tensors : {name: (dtype by its name in the file, shape)}
+    metadata : {text: text}
+
+    The header ends at a multiple of 8 bytes, as the format asks for.
+    """
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + prod(shape) * np.dtype(STORED[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return 8 + len(text) + end
+
+
+class TensorWriter:
+    """Writes windows of the tensors of a file that is there. Several ranks may, each its own windows.
+
+    tensors : {name: (dtype, shape, begin, end)}, as SafetensorsFile.tensors
+    """
+
+    def __init__(self, path, tensors):
+        self.tensors, self.bytes_written = tensors, 0
+        self.descriptor = os.open(path, os.O_WRONLY)
+        self.close_once = weakref.finalize(self, os.close, self.descriptor)
+
+    def write(self, name, window, array):
+        """Write an array into a window (a tuple of slices) of a tensor, rounded to its dtype."""
+        dtype, shape, begin, _ = self.tensors[name]
+        bounds, item = bounds_of(window, shape)[0], np.dtype(STORED[dtype]).itemsize
+        while len(shape) < 2:
+            shape, bounds, array = (1, *shape), [(0, 1), *bounds], array[None]
+        (top, bottom), (left, right) = bounds
+        if left == right:
+            return
+        for row in range(top, bottom, max(1, PIECE // ((right - left) * item))):
+            piece = narrowed(array[row - top:row - top + max(1, PIECE // ((right - left) * item))], dtype)
+            start = begin + (row * shape[1] + left) * item
+            if right - left == shape[1]:
+                self.write_all(piece, start)
+            else:
+                for i, values in enumerate(piece):
+                    self.write_all(values, start + i * shape[1] * item)
+
+    def write_all(self, array, offset):
+        left = memoryview(array.reshape(-1).view(np.uint8))
+        self.bytes_written += len(left)
+        while left:
+            count = os.pwrite(self.descriptor, left, offset)
+            left, offset = left[count:], offset + count
+
+    def close(self):
+        """Wait until what was written is on the disk."""
+        os.fsync(self.descriptor)
+        self.close_once()
+
+
+def narrowed(array, dtype):
+    """A C-contiguous array of the stored dtype, to the nearest, ties to even."""
+    if dtype != "BF16":
+        return np.ascontiguousarray(array, STORED[dtype])
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    nan = np.isnan(array)
+    if nan.any():                               # it stays one
+        rounded[nan] = bits[nan] >> 16 | 0x40
+    return rounded.astype(STORED[dtype])

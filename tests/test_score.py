@@ -1,0 +1,104 @@
+"""Scoring: the mean of -log p, each token but the first counted once, whatever window, stride and ranks."""
+import json
+import math
+
+import numpy as np
+import pytest
+
+import make_tiny_checkpoints as tiny
+from decoder_cases import KINDS
+from mpitp.commands.score import score
+from spmd import job
+from test_kv import decoder
+
+IDS = np.random.default_rng(3).integers(0, 27, 23)
+GOLDEN = tiny.load("llama")
+
+
+def by_definition(model, ids, window, stride):
+    """Token i is predicted in the first window that sees token i - 1."""
+    losses = []
+    for i in range(1, len(ids)):
+        first = max(0, math.ceil((i - window) / stride)) * stride
+        logits = model.gather_logits(model.forward(ids[None, first:i], saved=False)[0])[0, -1]
+        losses.append(np.log(np.exp(logits - logits[ids[i]]).sum()))
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("window, stride, logits", [
+    (22, 22, 1 << 24), (100, 1, 100), (9, 9, 1), (9, 4, 100), (7, 1, 1 << 24), (1, 1, 100), (2, 1, 1), (22, 5, 1)])
+def test_each_token_counts_once(group, window, stride, logits, monkeypatch):
+    """Of several rows, or one, at a time."""
+    monkeypatch.setattr("mpitp.commands.score.LOGITS", logits)
+    model = decoder(group, "gemma3")
+    loss, counted, windows = score(model, IDS, window, stride)
+    assert counted == 22 and windows == 1 + max(0, math.ceil((22 - window) / stride))
+    assert loss == pytest.approx(by_definition(model, IDS, window, stride), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(group, kind):
+    model = decoder(group, kind)
+    assert score(model, IDS, 8, 3)[0] == pytest.approx(by_definition(model, IDS, 8, 3), rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    tiny.write(folder, GOLDEN)
+    (folder / "ids").write_text("\n".join(map(str, GOLDEN["ids"])))
+    return folder
+
+
+def command(ranks, folder, *arguments):
+    return job(ranks, "-m", "mpitp", "score", "--model", folder, *arguments)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_loss_of_transformers(folder, ranks, tmp_path):
+    logits, ids = np.array(GOLDEN["logits"]), GOLDEN["ids"]
+    loss = np.mean([np.log(np.exp(row - row[target]).sum()) for row, target in zip(logits, ids[1:])])
+    done = command(ranks, folder, "--ids-file", folder / "ids", "--json", tmp_path / "r.json", "--dtype", "float64")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["schema"] == "mpitp.score/1" and report["ranks"] == ranks and report["counted"] == len(ids) - 1
+    assert report["loss"] == pytest.approx(loss, rel=1e-10) and report["perplexity"] == pytest.approx(math.exp(loss))
+    assert f"loss {loss:.6f} nats a token, perplexity {math.exp(loss):.6g}\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+@pytest.mark.launcher
+def test_same_loss_on_any_number_of_ranks(folder):
+    found = {command(ranks, folder, "--ids-file", folder / "ids", "--window", 4, "--reproducible").stdout.splitlines()[0]
+             for ranks in (1, 2, 3)}
+    assert len(found) == 1
+
+
+@pytest.mark.launcher
+def test_text(folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 3, "b": 4, "?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "text").write_text("a b b a", encoding="utf-8")
+    (folder / "same").write_text("3 4 4 3")
+    text, ids = (command(2, folder, *what).stdout.splitlines()[0] for what in (("--text", folder / "text"),
+                                                                               ("--ids-file", folder / "same")))
+    assert text.startswith(ids) and text.endswith(" bits a byte")
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("arguments, said", [
+    ([], "found neither --text nor --ids-file, expected one of them"),
+    (["--text", "x", "--ids-file", "y"], "found --text and --ids-file, expected one of them"),
+    (["--ids-file", "/gone/x"], "/gone/x: found No such file or directory"),
+    (["--ids-file", "/dev/null"], "found 0 tokens in /dev/null, expected at least 2"),
+    (["--ids-file", "IDS", "--window", "0"], "found window = 0"),
+    (["--ids-file", "IDS", "--window", "4", "--stride", "5"], "found stride = 5, expected at most 4, the window"),
+    (["--ids-file", "IDS", "--model", "/gone"], "/gone"),
+])
+def test_bad_input(folder, arguments, said):
+    done = command(2, folder, *[folder / "ids" if argument == "IDS" else argument for argument in arguments])
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout

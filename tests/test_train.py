@@ -1,0 +1,231 @@
+"""Training over ranks against a dense run in float64: weights and optimizer state, the norm of all gradients, data."""
+import json
+import math
+
+import numpy as np
+import pytest
+
+import mpitp
+from check_decoder import dense_weights
+from decoder_cases import KINDS, config
+from mpitp import dense_decoder
+from mpitp.training import loop, optimizer
+from mpitp.training.data import Tokens, order_2_bits
+from mpitp.training.loop import Settings, Trainer, TrainingStopped
+from spmd import ROOT, draw, everywhere
+
+TEXT = bytes((7 * i * i + i // 3) % 27 for i in range(900))
+SETTINGS = dict(micro_batch_size=2, gradient_accumulation=2, train_iters=6, lr=0.05, min_lr=0.01, warmup=2,
+                clip_grad=0.5, weight_decay=0.3, label_smoothing=0.1, seed=4)
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text").write_bytes(TEXT)
+    return tmp_path / "text"
+
+
+def trainer(group, text, kind="llama, one kv head", dtype="float64", folder=None, **more):
+    settings = Settings(**{**SETTINGS, **more})
+    configuration = config(kind)
+    tokens = Tokens(text, configuration.vocab_size, 7, settings.seed)
+    made = Trainer(group, configuration, tokens, settings, dtype=dtype, folder=folder)
+    weights = dense_weights(made.model.specs)
+    made.model.load_dense(weights)
+    return made, weights
+
+
+def dense_steps(made, weights, steps):
+    """The same steps on one process, every formula by hand: (weights, exp_avg, exp_avg_sq)."""
+    s, configuration = made.settings, made.config
+    w = {name: array.copy() for name, array in weights.items()}
+    m, v = ({name: np.zeros_like(array) for name, array in w.items()} for _ in range(2))
+    for step in range(steps):
+        g = {name: np.zeros_like(array) for name, array in w.items()}
+        for micro in range(s.gradient_accumulation):
+            ids, targets = made.tokens.batch(step * s.gradient_accumulation + micro, s.micro_batch_size)
+            logits, saved = dense_decoder.decoder_forward(configuration, w, ids)
+            _, d_logits = dense_decoder.cross_entropy(logits, targets, s.label_smoothing)
+            found = dense_decoder.decoder_backward(configuration, w, d_logits / s.gradient_accumulation, saved)
+            g = {name: g[name] + found[name] for name in g}
+        norm = math.sqrt(sum((array * array).sum() for array in g.values()))
+        if norm > s.clip_grad:
+            g = {name: array * s.clip_grad / norm for name, array in g.items()}
+        lr = s.lr * (step + 1) / s.warmup if step < s.warmup else s.min_lr + (s.lr - s.min_lr) * 0.5 * (
+            1 + math.cos(math.pi * (step - s.warmup) / (s.train_iters - 1 - s.warmup)))
+        for name in w:
+            m[name] = s.adam_beta1 * m[name] + (1 - s.adam_beta1) * g[name]
+            v[name] = s.adam_beta2 * v[name] + (1 - s.adam_beta2) * g[name] ** 2
+            m_hat, v_hat = m[name] / (1 - s.adam_beta1 ** (step + 1)), v[name] / (1 - s.adam_beta2 ** (step + 1))
+            decay = s.weight_decay if w[name].ndim == 2 else 0
+            w[name] = w[name] - lr * (m_hat / (np.sqrt(v_hat) + s.adam_eps) + decay * w[name])
+    return w, m, v
+
+
+def problems(group, text, kind="llama, one kv head", steps=4):
+    """Names of weights and state that differ from the dense run after some steps."""
+    made, weights = trainer(group, text, kind)
+    for _ in range(steps):
+        made.train_step()
+    wrong = []
+    found = (made.model.weights, made.optimizer.exp_avg, made.optimizer.exp_avg_sq)
+    for what, local, exact in zip(("weight", "exp_avg", "exp_avg_sq"), found, dense_steps(made, weights, steps)):
+        for name, array in group.comm.bcast(made.model.gather(local)).items():
+            if name.endswith("key.bias"):           # its gradient is 0 but for rounding, which Adam makes large
+                continue
+            if not np.abs(array - exact[name]).max() <= 1e-8 * max(1e-3, np.abs(exact[name]).max()):
+                wrong.append(f"{what} {name}")
+    return wrong
+
+
+@pytest.mark.parametrize("kind", ["llama, one kv head", "gpt2", "gemma3", "neox with query norm"])
+def test_weights_and_state_against_dense(group, text, kind):
+    assert problems(group, text, kind) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_norm(group, kind):
+    """Each parameter once, shared heads and replicated ones too. One all-reduce of one number."""
+    model = mpitp.Decoder(group, config(kind), dtype="float64", seed=None)
+    whole = dense_weights(model.specs, seed=5)
+    model.load_dense(whole)
+    group.ledger.clear()
+    norm = optimizer.gradient_norm(model, model.weights)
+    assert norm == pytest.approx(math.sqrt(sum((g * g).sum() for g in whole.values())), rel=1e-13)
+    assert {key.elements: calls for key, calls in group.ledger.counts().items()} == {1: 1}
+    group.ledger.clear()
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------
+
+def seen(group, found, *names):
+    assert everywhere(set(names) <= set(found)), found
+
+
+def test_10_replicated_parameters_counted_once_a_rank(group, text, monkeypatch):
+    if group.size == 1:
+        pytest.skip("on one rank this is not a mistake")
+    right = optimizer.gradient_norm
+
+    def wrong(model, gradients):
+        replicated = sum((g * g).sum() for name, g in gradients.items() if model.specs[name].axis is None)
+        return math.sqrt(right(model, gradients) ** 2 + (group.size - 1) * replicated)
+    monkeypatch.setattr(loop, "gradient_norm", wrong)
+    seen(group, problems(group, text), "weight embedding.weight", "exp_avg layers.0.attention.query.weight")
+
+
+def test_weight_decay_on_norms(group, text, monkeypatch):
+    right = optimizer.AdamW.step
+
+    def wrong(self, gradients, lr, t, scale=1.0):
+        right(self, gradients, lr, t, scale)
+        for name, spec in self.layer.specs.items():
+            if not spec.decay:
+                self.layer.weights[name] *= 1 - lr * self.weight_decay
+    monkeypatch.setattr(optimizer.AdamW, "step", wrong)
+    seen(group, problems(group, text), "weight final_norm.weight", "weight layers.0.mlp_norm.weight")
+
+
+def test_learning_rate_off_by_one_step(group, text, monkeypatch):
+    right = optimizer.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", lambda step, *rest: right(step + 1, *rest))
+    seen(group, problems(group, text), "weight embedding.weight", "weight head.weight")
+
+
+def test_bias_correction_off_by_one_step(group, text, monkeypatch):
+    right = optimizer.AdamW.step
+    monkeypatch.setattr(optimizer.AdamW, "step", lambda self, g, lr, t, scale=1.0: right(self, g, lr, t + 1, scale))
+    seen(group, problems(group, text), "weight embedding.weight")
+
+
+# --- what ends a run -----------------------------------------------------------------------------------------------
+
+def test_a_gradient_that_is_not_finite(group, text):
+    made, _ = trainer(group, text)
+    made.train_step()
+    name, last = "layers.1.mlp.up.weight", group.size - 1
+    if group.rank == last:
+        made.model.weights[name][0, 0] = np.nan
+    before = [w.tobytes() for w in made.model.weights.values()]
+    with pytest.raises(TrainingStopped) as caught:
+        made.train_step()
+    said = str(caught.value)
+    assert everywhere("step 1: found loss nan" in said and "gradients are not finite" in said), said
+    assert "\n" not in said
+    assert [w.tobytes() for w in made.model.weights.values()] == before and made.step == 1
+
+
+def test_copies_that_differ(group, text):
+    if group.size == 1:
+        pytest.skip("one rank has no copies")
+    for name in ("final_norm.weight", "layers.0.attention.key.weight"):
+        made, _ = trainer(group, text)
+        made.require_equal_copies()
+        if group.rank == 1 and made.model.weights[name].size:
+            made.model.weights[name].flat[0] += 1e-9
+        with pytest.raises(TrainingStopped, match=name):
+            made.require_equal_copies()
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+def test_windows(text):
+    tokens = Tokens(text, 27, 7, seed=1)
+    ids, targets = tokens.batch(3, 5)
+    assert ids.shape == targets.shape == (5, 7) and (ids[:, 1:] == targets[:, :-1]).all()
+    again = np.concatenate([Tokens(text, 27, 7, seed=1).batch(n, 1)[0] for n in range(15, 20)])
+    assert (again == ids).all()                                 # addressed: any batch alone
+    assert (tokens.batch(4, 5)[0] != ids).any() and (Tokens(text, 27, 7, seed=2).batch(3, 5)[0] != ids).any()
+    held_out = [batch[0] for batch in tokens.validation_batches(2, 3)]
+    assert sum(map(len, held_out)) == 6
+    assert all((a == b[0]).all() for a, b in zip(held_out, tokens.validation_batches(2, 3)))
+    assert len(tokens.training) + len(tokens.validation) == 900 and len(tokens.validation) == 45
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"short", "found 5 tokens, expected at least 16"),
+    (bytes(20) + b"\x1b", "found token 27 at position 20, expected 0 to 26"),
+])
+def test_data_that_does_not_fit(tmp_path, content, said):
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(mpitp.InputError) as caught:
+        Tokens(tmp_path / "text", 27, 7, 0)
+    assert said in str(caught.value)
+
+
+def test_token_ids(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(3000, dtype=np.uint16) % 1001)
+    assert Tokens(tmp_path / "ids.npy", 1001, 16, 0).batch(0, 2)[0].max() < 1001
+    np.save(tmp_path / "wrong.npy", np.ones((3, 4)))
+    for name, said in (("wrong.npy", "float64 of shape (3, 4)"), ("gone", "No such file"), ("", "Is a directory")):
+        with pytest.raises(mpitp.InputError) as caught:
+            Tokens(tmp_path / name, 1001, 2, 0)
+        assert said in str(caught.value)
+
+
+def test_order_2_by_hand():
+    """abab...: after two letters the next is sure, but for the smoothing."""
+    text = np.tile(np.array([0, 1], np.uint8), 500)
+    assert order_2_bits(text, text[:100], 2) == pytest.approx(0, abs=1e-3)
+    coin = (draw(0, 40_000) > 0).astype(np.uint8)
+    assert order_2_bits(coin[:30_000], coin[30_000:], 2) == pytest.approx(1, abs=0.01)
+
+
+def test_schedule():
+    rates = [optimizer.learning_rate(step, 1.0, 0.1, 4, 10) for step in range(10)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0 and rates[9] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:]))
+
+
+def test_against_torch():
+    """Five steps of torch.optim.AdamW, whose values and version lie in golden_adamw.json."""
+    golden = json.loads((ROOT / "tests" / "golden_adamw.json").read_text())
+    spec = mpitp.ParameterSpec("w", (5,), None)
+
+    class Layer:
+        specs, weights = {"w": spec}, {"w": np.array(golden["start"])}
+    moved = optimizer.AdamW(Layer, *golden["betas"], golden["eps"], golden["weight_decay"])
+    for t, step in enumerate(golden["steps"], 1):
+        moved.step({"w": np.array(step["gradient"])}, golden["lr"], t)
+        for array, name in ((Layer.weights, "weight"), (moved.exp_avg, "exp_avg"), (moved.exp_avg_sq, "exp_avg_sq")):
+            np.testing.assert_allclose(array["w"], step[name], rtol=1e-12, atol=1e-15)
