@@ -66,36 +66,38 @@ def pause():
     time.sleep(0.03)
 
 
-def summary(schema, seconds, kinds, group, rounds, **sizes):
+def summary(schema, seconds, kinds, group, rounds, base="torch gloo", **sizes):
     """Medians, spread and ratios of every row.
 
-    seconds : {"who kind": [seconds of each round]}; the row "torch gloo kind" is the one to compare with
+    seconds : {"who kind": [seconds of each round]}; the row "BASE kind" is the one to compare with
     kinds : {kind: the name of the row that is its limit}
     """
-    rows = {}
+    rows, over_this = {}, base.replace(" ", "_") + "_over_this"
     for kind, limit in kinds.items():
         for name, times in seconds.items():
             if name.endswith(f" {kind}") or name == limit:
                 timing = measure.timing(times)
                 rows[name] = dict(kind=kind, median_seconds=timing.median, least_seconds=timing.least,
                                   most_seconds=timing.most, over_limit=measure.ratio(times, seconds[limit]),
-                                  torch_gloo_over_this=measure.ratio(seconds[f"torch gloo {kind}"], times))
+                                  **{over_this: measure.ratio(seconds[f"{base} {kind}"], times)})
                 if name.startswith("reproducible"):
                     rows[name]["over_ordinary"] = measure.ratio(times, seconds[f"mpitp {kind}"])
-    return {"schema": schema, "command": f"mpirun -n {group.size} python {' '.join(sys.argv)}",
+    return {"schema": schema, "base": base, "command": f"mpirun -n {group.size} python {' '.join(sys.argv)}",
             "ranks": group.size, "cores_per_rank": SHARE, **sizes, "dtype": "float32", "rounds": rounds,
             "machine": launch.machine(), "mpi": launch.library_name(), "torch": torch.__version__,
             "python": platform.python_version(), "rows": rows}
 
 
-def show(found, title):
+def show(found, title, limit="limit"):
     print(f"{found['command']}\n{found['machine']}, {found['mpi']}, torch {found['torch']}, Python {found['python']}")
     print(f"{title}, {found['ranks']} ranks of {found['cores_per_rank']} core(s), medians of {found['rounds']} "
           f"interleaved rounds")
+    base = found["base"]
+    over_this = base.replace(" ", "_") + "_over_this"
     print("\n".join(report.table(
-        ("", "median", "fastest", "slowest", "over limit", "torch gloo over this"),
+        ("", "median", "fastest", "slowest", f"over {limit}", f"{base} over this"),
         [(name, *(report.seconds(row[f"{which}_seconds"]) for which in ("median", "least", "most")),
-          f"{row['over_limit']:.3f}", f"{row['torch_gloo_over_this']:.2f}") for name, row in found["rows"].items()])))
+          f"{row['over_limit']:.3f}", f"{row[over_this]:.2f}") for name, row in found["rows"].items()])))
     for name, row in found["rows"].items():
         if "over_ordinary" in row:
             print(f"  {name} over mpitp: {row['over_ordinary']:.3f}")

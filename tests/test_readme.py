@@ -61,6 +61,25 @@ def test_the_program_of_ones_own():
 
 
 @pytest.mark.launcher
+def test_every_layer():
+    """The layers, how many results each has, its collectives, and the verdict; errors are rounding noise."""
+    def verdicts(text):
+        return [(*re.split(r"\s{2,}", line.strip())[:2], *line.split()[-2:]) for line in text.splitlines()
+                if line.endswith("  ok")]
+    command = "./run.sh -n 3 verify --all"
+    found = run(command)
+    assert len(verdicts(found)) == 20 and verdicts(found) == verdicts(shown(command))
+    assert found.splitlines()[-1] == shown(command).splitlines()[-1]
+
+
+@pytest.mark.launcher
+def test_a_decoder_of_ones_own():
+    command = "./run.sh -n 3 examples/decoder.py"
+    require_alike(run(command), shown(command))
+    assert run(command) == run(command.replace("-n 3", "-n 2"))     # to the last digit that is printed
+
+
+@pytest.mark.launcher
 def test_the_same_bits():
     command = "./run.sh -n 3 verify --hidden-size 64 --reproducible | grep sha256"
     names = [line.split()[-1] for line in shown(command).splitlines()]

@@ -27,10 +27,12 @@ class ParallelLayer:
         for full_name, spec in self.specs.items():
             self.weights[full_name] = group.xp.zeros(spec.local_shape(*where), self.dtype) if seed is None else \
                 group.xp.asarray(initialise(spec, seed, self.dtype, *where))
+        skipped = len(join(name, ""))
+        self.inside = {full_name[skipped:]: w for full_name, w in self.weights.items()}
 
     def parameter(self, name):
         """This rank's slice of a parameter by its name inside the layer, None where the layer has no such one."""
-        return self.weights.get(join(self.name, name))
+        return self.inside.get(name)
 
     def load_dense(self, weights):
         """Take this rank's slices out of dense arrays.

@@ -12,7 +12,7 @@ from ..arrays import module_of
 from ..errors import InputError
 
 KINDS = ("layernorm", "rmsnorm")
-FEW = 1 << 12       # numbers in a piece up to which NumPy may multiply rows by a row: a token's
+FEW = 1 << 12       # numbers up to which all rows are one piece: those of a token
 PIECE = 1 << 16     # numbers at a time; measured: 2^15 to 2^18 take the same time, 2^14 half as long again
 
 
@@ -42,26 +42,34 @@ def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
     x_NK, g_K = x.reshape(-1, K), (1 + w if zero_centered else w)
     xhat_NK, y_NK = xp.empty(x_NK.shape, x.dtype), xp.empty(x_NK.shape, x.dtype)
     rstd_N1 = xp.empty((len(x_NK), 1), x.dtype)
-    ones_K = xp.ones(K, x.dtype) if kind == "layernorm" else None
-    steps = pieces(xp, x_NK.shape)
-    g_nK, b_nK = for_a_piece(g_K, steps), for_a_piece(b, steps)
-    for piece in steps:
-        x_nK, xhat_nK, rstd_n1, y_nK = xp.ascontiguousarray(x_NK[piece]), xhat_NK[piece], rstd_N1[piece], y_NK[piece]
-        if kind == "layernorm":
-            mean_n1 = row_dot(x_nK, ones_K)
-            mean_n1 /= K
-            centred_nK = xp.subtract(x_nK, mean_n1, out=xhat_nK)
-        else:
-            centred_nK = x_nK
-        xp.divide(row_dot(centred_nK, centred_nK), K, out=rstd_n1)
-        rstd_n1 += epsilon
-        xp.sqrt(rstd_n1, out=rstd_n1)
-        xp.divide(1, rstd_n1, out=rstd_n1)
-        xp.multiply(centred_nK, rstd_n1, out=xhat_nK)
-        xp.multiply(xhat_nK, g_nK[:len(x_nK)], out=y_nK)
-        if b is not None:
-            y_nK += b_nK[:len(x_nK)]
+    if x.size <= FEW:                           # a token of generation: to cut pieces would cost as much as the norm
+        normalise(x_NK, g_K, b, kind, epsilon, xhat_NK, rstd_N1, y_NK)
+    else:
+        steps = pieces(xp, x_NK.shape)
+        g_nK, b_nK = for_a_piece(g_K, steps), for_a_piece(b, steps)
+        for piece in steps:
+            x_nK = x_NK[piece]
+            g, bias = (None if array is None else array[:len(x_nK)] for array in (g_nK, b_nK))
+            normalise(x_nK, g, bias, kind, epsilon, xhat_NK[piece], rstd_N1[piece], y_NK[piece])
     return y_NK.reshape(x.shape), (xhat_NK, rstd_N1, g_K, kind, b is not None)
+
+
+def normalise(x_nK, g, b, kind, epsilon, xhat_nK, rstd_n1, y_nK):
+    """Write xhat, rstd and y of some rows; g and b for each of them, or for all."""
+    xp, K = module_of(x_nK), x_nK.shape[-1]
+    x_nK = xp.ascontiguousarray(x_nK)
+    if kind == "layernorm":
+        mean_n1 = row_dot(x_nK, xp.ones(K, x_nK.dtype))
+        mean_n1 /= K
+        x_nK = xp.subtract(x_nK, mean_n1, out=xhat_nK)
+    xp.divide(row_dot(x_nK, x_nK), K, out=rstd_n1)
+    rstd_n1 += epsilon
+    xp.sqrt(rstd_n1, out=rstd_n1)
+    xp.divide(1, rstd_n1, out=rstd_n1)
+    xp.multiply(x_nK, rstd_n1, out=xhat_nK)
+    xp.multiply(xhat_nK, g, out=y_nK)
+    if b is not None:
+        y_nK += b
 
 
 def norm_backward(dy, saved, dw_out=None, db_out=None):
@@ -119,8 +127,6 @@ def for_a_piece(w_K, steps):
     """w_K for each row of the longest piece: NumPy multiplies arrays of one shape twice as fast as rows by a row."""
     if w_K is None or not steps:
         return w_K
-    if steps[0].stop * len(w_K) <= FEW:
-        return w_K[None]
     xp = module_of(w_K)
     return xp.ascontiguousarray(xp.broadcast_to(w_K, (steps[0].stop, *w_K.shape)))
 
