@@ -117,8 +117,8 @@ def main():
             seconds = measure.interleave(group, cases, arguments.rounds, 5e-2)
         if group.rank == 0:
             found = common.summary("mpitp.benchmark.train/1", seconds, KINDS, group, arguments.rounds,
-                                   base="torch eager", hidden_size=hidden, layers=config.num_layers, heads=8, batch=batch,
-                                   seq_length=arguments.seq_length)
+                                   base="torch eager", hidden_size=hidden, layers=config.num_layers, heads=8,
+                                   batch=batch, seq_length=arguments.seq_length)
             title = f"training step, h = {hidden}, {config.num_layers} layers, {batch} x {arguments.seq_length} tokens"
             common.show(found, title, "torch eager")
             if arguments.out:

@@ -106,7 +106,8 @@ class TensorParallelGroup(Collectives):
         key = Collective("all_reduce", prod(shape), dtype_name(dtype))
         if not self.reproducible:
             blocks = partition.blocks_of(self.rank)         # one or none, and one token's sum takes microseconds
-            total = self._checked(blocks[0], compute(blocks[0]), shape, dtype) if blocks else self.xp.zeros(shape, dtype)
+            total = self._checked(blocks[0], compute(blocks[0]), shape, dtype) if blocks else \
+                self.xp.zeros(shape, dtype)
             with self.ledger.record("data", key, wire_bytes("all_reduce", total.size, total.itemsize, self.size)):
                 self.transport.all_reduce(total, "sum")
             return total
@@ -136,8 +137,8 @@ class TensorParallelGroup(Collectives):
 
     def _checked(self, block, leaf, shape, dtype):
         if leaf.shape != shape or leaf.dtype != dtype or not leaf.flags.c_contiguous:
-            raise InputError(f"found a partial result {leaf.dtype} {leaf.shape} in {agreement.memory_order(leaf)} order "
-                             f"for block {block.index}, expected a C-contiguous {dtype} {shape}")
+            raise InputError(f"found a partial result {leaf.dtype} {leaf.shape} in {agreement.memory_order(leaf)} "
+                             f"order for block {block.index}, expected a C-contiguous {dtype} {shape}")
         return leaf
 
     def subgroup(self, color, key=0):

@@ -80,8 +80,9 @@ def run(arguments):
         files = [path for path in (arguments.json, arguments.csv, arguments.plot) if path and group.rank == 0]
         group.root_first(lambda: [report.require_writable(path) for path in files])
         rows = []
+        run_of = {"allreduce": collectives, "matmul": products, "ffn": feed_forward, "block": decoder_block}
         for bench in arguments.what or BENCHES:
-            rows += {"allreduce": collectives, "matmul": products, "ffn": feed_forward, "block": decoder_block}[bench](group, arguments)
+            rows += run_of[bench](group, arguments)
         result = Report(__version__, launch.machine(), launch.library_name(), group.size,
                         launch.share_of_cores(group.comm), arguments.dtype, arguments.hidden_size,
                         arguments.ffn_hidden_size, arguments.seq_length, arguments.rounds, rows)

@@ -149,7 +149,8 @@ class Progress:
         settings = self.trainer.settings
         tokens = settings.micro_batch_size * settings.gradient_accumulation * self.trainer.tokens.seq_length
         text = f"step {step:6d}/{settings.train_iters}  {self.curve[-1][1]:7.4f} bits a token  " \
-               f"lr {figures['lr']:.2e}  gradient {figures['gradient_norm']:8.3f}  {tokens / figures['seconds']:8.0f} tokens/s"
+               f"lr {figures['lr']:.2e}  gradient {figures['gradient_norm']:8.3f}  " \
+               f"{tokens / figures['seconds']:8.0f} tokens/s"
         if "validation_loss" in figures:
             self.validation.append((step, figures["validation_loss"] / math.log(2)))
             text += f"  validation {self.validation[-1][1]:.4f}"

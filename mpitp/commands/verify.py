@@ -105,8 +105,8 @@ def lines(result):
     yield f"mpitp {result.mpitp}: {ranks}, {count(result.cores_per_rank, 'core')} a rank, {result.mpi}"
     yield f"{result.machine}"
     if result.idle_cores:
-        yield f"NOTE: pinned, {count(result.idle_cores, 'core')} of this node idle: python -m mpitp doctor says what to " \
-              f"do"
+        idle = count(result.idle_cores, "core")
+        yield f"NOTE: pinned, {idle} of this node idle: python -m mpitp doctor says what to do"
     yield ""
     yield from notebook_lines(result.notebook)
     yield ""

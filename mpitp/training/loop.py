@@ -193,7 +193,7 @@ class Trainer:
                      if len({copies[label] for copies in of_ranks if label in copies}) > 1]
         if different:
             raise TrainingStopped(f"step {self.step}: found different weights of {min(different)} on the ranks, "
-                                  f"expected equal copies: memory, network or library errors; the last checkpoint stays")
+                                  f"expected equal copies: memory or library errors; the last checkpoint stays")
 
     def copies(self):
         """{what: SHA-256} of everything of which other ranks have a copy: replicated weights, shared heads."""
