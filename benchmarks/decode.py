@@ -38,12 +38,13 @@ def mpitp_role(model_path):
     launch.keep_freed_memory()
     import numpy as np
     import mpitp
+    from mpitp.commands import measure
 
     with mpitp.TensorParallelGroup() as group:
         model = mpitp.load_model(model_path, group)
         ids = np.array([prompt_of(model.config.vocab_size)])
         found = {"prefill": [], "decode": [], "bare": []}
-        bare = bare_products(model)
+        bare = measure.matrix_vector_products(model)
         for _ in range(ROUNDS):
             found["prefill"] += timed(group.comm, lambda: next(mpitp.generate(model, ids, max_new_tokens=1)), 1)
             steps = mpitp.generate(model, ids, max_new_tokens=PASSES + 1)
@@ -55,21 +56,6 @@ def mpitp_role(model_path):
         found["machine"], found["mpi"] = launch.machine(), launch.library_name()
         if group.rank == 0:
             print(json.dumps(found))
-
-
-def bare_products(model):
-    """A function that multiplies every matrix of this rank by a vector, the head's once."""
-    import numpy as np
-    weights = [w for name, w in model.weights.items() if w.ndim == 2 and not name.startswith("position")]
-    if not model.config.tie_word_embeddings:
-        weights = [w for w in weights if w is not model.weights["embedding.weight"]]
-    x = {w.shape[1]: np.ones((1, w.shape[1]), w.dtype) for w in weights}
-    y = {w.shape[0]: np.empty((1, w.shape[0]), w.dtype) for w in weights}
-
-    def products():
-        for w in weights:
-            np.matmul(x[w.shape[1]], w.T, out=y[w.shape[0]])
-    return products
 
 
 def timed(comm, function, count):

@@ -18,7 +18,7 @@ def test_all_benches(tmp_path):
     report = json.loads((tmp_path / "b.json").read_text())
     assert report["schema"] == "mpitp.bench/1" and report["ranks"] == 2
     rows = report["rows"]
-    assert {row["bench"] for row in rows} == {"allreduce", "matmul", "ffn", "block"}
+    assert {row["bench"] for row in rows} == {"allreduce", "matmul", "ffn", "block", "decode"}
     assert {(row["case"], row["bytes"]) for row in rows if row["bench"] == "allreduce"} == {
         (case, size) for case in ("all_reduce", "all_gather", "reduce_scatter", "broadcast") for size in (8, 64, 512)}
     for row in rows:
@@ -46,7 +46,7 @@ def test_plots(tmp_path):
 
 @pytest.mark.launcher
 @pytest.mark.parametrize("arguments, said", [
-    (["fft"], "found bench 'fft', expected allreduce, matmul, ffn, block"), (["--rounds", "0"], "rounds = 0"),
+    (["fft"], "found bench 'fft', expected allreduce, matmul, ffn, block, decode"), (["--rounds", "0"], "rounds = 0"),
     (["--from", "x.json"], "--from without --plot"), (["--dtype", "int8"], "dtype 'int8'"),
     (["--json", "/gone/x"], "'/gone/x'"),
     (["matmul", "--plot", "x.png"], "--plot of matmul alone"), (["block", "--num-attention-heads", "3"], "= 3, expected a div"),

@@ -4,6 +4,7 @@
     matmul      matrix products of a rank's share, and reading of weights, with all ranks active
     ffn         the feed-forward block, forward and backward, as a share of those limits
     block       a decoder block (layer norms, causal attention, tanh-GELU) as a share of its products
+    decode      one token behind a prompt, of a decoder of 2 layers, as a share of its matrix-vector products
 Medians of interleaved rounds, with the fastest and the slowest; a time is that of the slowest rank.
 """
 import csv
@@ -18,13 +19,13 @@ from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
 from . import measure, report
 
-BENCHES = ("allreduce", "matmul", "ffn", "block")
+BENCHES = ("allreduce", "matmul", "ffn", "block", "decode")
 
 
 def add_arguments(parser):
     parser.add_argument("what", nargs="*", help=f"{', '.join(BENCHES)} (all)")
-    parser.add_argument("--hidden-size", type=int, default=2048, metavar="D", help="of matmul, ffn and block (2048)")
-    parser.add_argument("--num-attention-heads", type=int, default=8, metavar="H", help="of block (8)")
+    parser.add_argument("--hidden-size", type=int, default=2048, metavar="D", help="of all but allreduce (2048)")
+    parser.add_argument("--num-attention-heads", type=int, default=8, metavar="H", help="of block, decode (8)")
     parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="(4 D)")
     parser.add_argument("--seq-length", type=int, default=512, metavar="S", help="tokens (512; and one token)")
     parser.add_argument("--dtype", default="float32", help="float32 or float64")
@@ -80,7 +81,8 @@ def run(arguments):
         files = [path for path in (arguments.json, arguments.csv, arguments.plot) if path and group.rank == 0]
         group.root_first(lambda: [report.require_writable(path) for path in files])
         rows = []
-        run_of = {"allreduce": collectives, "matmul": products, "ffn": feed_forward, "block": decoder_block}
+        run_of = {"allreduce": collectives, "matmul": products, "ffn": feed_forward, "block": decoder_block,
+                  "decode": one_token}
         for bench in arguments.what or BENCHES:
             rows += run_of[bench](group, arguments)
         result = Report(__version__, launch.machine(), launch.library_name(), group.size,
@@ -106,15 +108,16 @@ def check_arguments(arguments):
     if arguments.ffn_hidden_size is None:
         arguments.ffn_hidden_size = 4 * arguments.hidden_size
     require_positive(ffn_hidden_size=arguments.ffn_hidden_size)
-    if arguments.hidden_size % arguments.num_attention_heads and "block" in (arguments.what or BENCHES):
+    if arguments.hidden_size % arguments.num_attention_heads and {"block", "decode"} & set(arguments.what or BENCHES):
         raise InputError(f"found num_attention_heads = {arguments.num_attention_heads}, expected a divisor of "
                          f"hidden_size = {arguments.hidden_size}")
     if arguments.dtype not in ("float32", "float64"):
         raise InputError(f"found dtype {arguments.dtype!r}, expected float32 or float64")
     if arguments.reports and not arguments.plot:
         raise InputError("found --from without --plot, expected the file to draw")
-    if arguments.plot and arguments.what == ["matmul"]:
-        raise InputError("found --plot of matmul alone, expected another bench beside it: it is drawn as their limit")
+    if arguments.plot and not {"allreduce", "ffn", "block"} & set(arguments.what or BENCHES):
+        raise InputError(f"found --plot of {' and '.join(arguments.what)} alone, expected allreduce, ffn or block, "
+                         f"which are drawn")
     if arguments.plot:
         try:
             import matplotlib       # noqa: F401
@@ -186,6 +189,14 @@ def decoder_block(group, arguments):
     times = measure.interleave(group, cases, arguments.rounds, 1e-3)
     return [row("block", name, times[name], None, measure.block_flops(*sizes, "backward" in name),
                 times[f"products {name}"]) for name in ("forward", "forward+backward")]
+
+
+def one_token(group, arguments):
+    sizes = arguments.seq_length, arguments.hidden_size, arguments.num_attention_heads
+    cases, model = measure.decode_cases(group, *sizes, arguments.dtype)
+    times = measure.interleave(group, cases, arguments.rounds, 1e-3)
+    weight_bytes = sum(w.nbytes for w in model.weights.values()) * group.size
+    return [row("decode", name, times[name], weight_bytes, None, times["matrix-vector products"]) for name in cases]
 
 
 # --- what is printed and written -----------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import DecoderConfig
+from ..decoder import Decoder
 from ..layers.block import ParallelBlock
+from ..layers.kv import KeyValues
 from ..layers.mlp import ParallelMLP
 from ..ops.attention import TILE
 from ..ops.linear import linear_backward, linear_forward
@@ -183,3 +185,36 @@ def block_flops(tokens, hidden, heads, backward):
     """Of the products of all ranks: 12 D^2 weights; attention's two products forward, seven with backward."""
     scores = sum((queries.stop - queries.start) * keys.stop for queries, keys in causal_tiles(tokens))
     return 2 * (12 * tokens * hidden ** 2 * (3 if backward else 1) + scores * hidden * (7 if backward else 2))
+
+
+# --- one token after the other ----------------------------------------------------------------------------------
+
+def decode_cases(group, tokens, hidden, heads=BLOCK_HEADS, dtype="float32"):
+    """{"decode", "matrix-vector products"} of a decoder of Llama's kind, 2 layers, 8,192 tokens, behind a prompt.
+
+    Returns them and the model. A call decodes one token in the same place, behind `tokens` of them.
+    """
+    config = DecoderConfig(8192, hidden, 2, heads, normalization="rmsnorm", activation="silu", gated=True,
+                           qkv_bias=False, attention_bias=False, mlp_bias=False, tie_word_embeddings=True)
+    model = Decoder(group, config, dtype=dtype)
+    kv = KeyValues(model, 1, tokens + 1)
+    model.extend(np.arange(tokens)[None] % 8192, kv)
+
+    def decode():
+        model.extend(np.array([[1]]), kv)
+        kv.advance(-1)
+    return {"decode": decode, "matrix-vector products": matrix_vector_products(model)}, model
+
+
+def matrix_vector_products(model):
+    """A function that multiplies every matrix of this rank by a vector, the head's once: the limit of decoding."""
+    weights = [w for name, w in model.weights.items() if w.ndim == 2 and not name.startswith("position")]
+    if not model.config.tie_word_embeddings:                # a lookup reads one row of it
+        weights = [w for w in weights if w is not model.weights["embedding.weight"]]
+    x = {w.shape[1]: np.ones((1, w.shape[1]), w.dtype) for w in weights}
+    y = {w.shape[0]: np.empty((1, w.shape[0]), w.dtype) for w in weights}
+
+    def products():
+        for w in weights:
+            np.matmul(x[w.shape[1]], w.T, out=y[w.shape[0]])
+    return products
