@@ -155,6 +155,27 @@ def test_a_gradient_that_is_not_finite(group, text):
     assert [w.tobytes() for w in made.model.weights.values()] == before and made.step == 1
 
 
+def test_a_copy_of_a_gradient_that_differs(group, text):
+    """On one rank alone: all see the same norm and stop at the same step; no rank waits for another."""
+    for wrong in (np.nan, 50.0):
+        made, _ = trainer(group, text, check_interval=1)
+        right = made.add_gradients
+
+        def planted(micro):
+            loss = right(micro)
+            if made.step == 1 and group.rank == group.size - 1:
+                made.gradients["final_norm.weight"][0] = wrong
+            return loss
+        made.add_gradients = planted
+        norms = []
+        with pytest.raises(TrainingStopped):
+            while made.step < 4:
+                norms.append(made.train_step()["gradient_norm"])
+                made.require_equal_copies()
+            raise TrainingStopped("one rank has no other copies")
+        assert len(set(map(str, group.comm.allgather((norms, made.step))))) == 1
+
+
 def test_copies_that_differ(group, text):
     if group.size == 1:
         pytest.skip("one rank has no copies")
@@ -197,7 +218,8 @@ def test_token_ids(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(3000, dtype=np.uint16) % 1001)
     assert Tokens(tmp_path / "ids.npy", 1001, 16, 0).batch(0, 2)[0].max() < 1001
     np.save(tmp_path / "wrong.npy", np.ones((3, 4)))
-    for name, said in (("wrong.npy", "float64 of shape (3, 4)"), ("gone", "No such file"), ("", "Is a directory")):
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for name, said in (("wrong.npy", "float64 of shape (3, 4)"), ("empty.npy", "expected a .npy file"), ("gone", "No such file"), ("", "Is a directory")):
         with pytest.raises(mpitp.InputError) as caught:
             Tokens(tmp_path / name, 1001, 2, 0)
         assert said in str(caught.value)

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from spmd import ROOT, job, job_environment, mpirun
 pytestmark = pytest.mark.launcher
 SMALL = ("--hidden-size", 20, "--num-layers", 1, "--num-attention-heads", 5, "--num-query-groups", 1,
          "--seq-length", 16, "--micro-batch-size", 2, "--eval-interval", 0, "--eval-batches", 1,
-         "--data", ROOT / "README.md", "--reproducible")
+         "--data", ROOT / "tests" / "golden_decoder.json", "--reproducible")
 DROPOUT = ("--hidden-dropout", 0.1, "--attention-dropout", 0.2, "--gradient-accumulation", 2)
 MOMENTS = int(os.environ.get("MPITP_KILLS", "4"))
 
@@ -78,7 +79,7 @@ def test_killed_at_any_moment(tmp_path):
         command = [*mpirun(2), sys.executable, "-m", "mpitp", "train", *map(str, (*SMALL, *options)), "--out", str(out)]
         running = start(command)
         deadline = time.monotonic() + 30
-        while not (out.exists() and any(name.startswith("step-") for name in os.listdir(out))):
+        while not (out.exists() and any(re.fullmatch(r"step-\d{8}", name) for name in os.listdir(out))):
             assert time.monotonic() < deadline and running.poll() is None
             time.sleep(0.005)
         time.sleep(dice.random() * 0.5)
@@ -117,7 +118,7 @@ def test_usr1_makes_a_checkpoint(tmp_path):
         wait_for(lambda: (out / "log.jsonl").exists(), running)
         (one, *_) = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_rank(pid, out)]
         os.kill(one, signal.SIGUSR1)
-        wait_for(lambda: any(name.endswith(tuple("0123456789")) for name in os.listdir(out)), running)
+        wait_for(lambda: any(re.fullmatch(r"step-\d{8}", name) for name in os.listdir(out)), running)
     finally:
         for pid in os.listdir("/proc"):
             if pid.isdigit() and is_rank(pid, out):
@@ -136,6 +137,7 @@ def wait_for(condition, running):
     (("--lr", 1e30, "--clip-grad", 0), "expected finite numbers", 1),
     (("--data", "/gone"), "/gone: found No such file", 2),
     (("--seq-length", 60000), "expected at least 120002", 2),
+    (("--label-smoothing", 2), "label_smoothing = 2.0", 2),
     (("--vocab-size", 100), "expected 0 to 99", 2),
     (("--num-query-groups", 2), "num_query_groups = 2", 2),
     (("--resume",), "found no step folder", 2),
@@ -157,6 +159,7 @@ def test_another_model_is_not_resumed(tmp_path):
                        (("--resume", "--train-iters", 9), "train_iters = 2, expected 9"),
                        (("--resume", "--train-iters", 2, "--hidden-size", 40), "ffn_hidden_size = 54, expected 107"),
                        (("--resume", "--train-iters", 2, "--seed", 1), "seed = 0, expected 1"),
+                       (("--resume", "--train-iters", 2, "--blocks", 3), "blocks = 8, expected 3"),
                        (("--resume", "--train-iters", 2, "--data", ROOT / "LICENSE"), "CRC-32")):
         done = train(2, tmp_path, *more)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -177,6 +180,15 @@ def test_a_full_disk(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["later", "log.jsonl", "step-00000002"]
     good(train(1, tmp_path, "--train-iters", 4, "--save-interval", 2, "--resume"))
     assert hashes(tmp_path / "step-00000004") == hashes(tmp_path / "later")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]                            # none twice
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_that_cannot_be_written(tmp_path):
+    os.symlink("/dev/full", tmp_path / "log.jsonl")
+    done = train(2, tmp_path, "--train-iters", 2)
+    assert done.returncode == 2 and "No space left" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_plot_and_baseline(tmp_path):

@@ -30,6 +30,7 @@ def add_arguments(parser):
                         "model has fewer positions)")
     parser.add_argument("--stride", type=int, metavar="S", help="by which the window moves, up to W (W / 2)")
     parser.add_argument("--dtype", default="float32", help="to compute in: float32 (the default) or float64")
+    parser.add_argument("--device", default="cpu", help="cpu (NumPy, the default) or gpu (CuPy)")
     parser.add_argument("--reproducible", action="store_true", help="the same bits for any number of ranks")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
 
@@ -60,7 +61,7 @@ class Report:
 def run(arguments):
     """The command on this rank: 0."""
     check_arguments(arguments)
-    with TensorParallelGroup(reproducible=arguments.reproducible) as group:
+    with TensorParallelGroup(device=arguments.device, reproducible=arguments.reproducible) as group:
         first = group.rank == 0
         given = group.root_first(lambda: look_first(arguments) if first else None)
         model = load_model(arguments.model, group, arguments.dtype)

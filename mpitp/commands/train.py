@@ -13,7 +13,7 @@ from ..config import DecoderConfig
 from ..errors import InputError, require_positive
 from ..storage import checkpoint
 from ..training.data import Tokens, order_2_bits
-from ..training.loop import Settings, Trainer, TrainingStopped
+from ..training.loop import Settings, Trainer, TrainingStopped, read_log
 from . import report
 
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
@@ -139,25 +139,33 @@ class Progress:
 
     def __init__(self, trainer):
         self.trainer, self.curve, self.validation = trainer, [], []
+        if trainer.step and trainer.group.rank == 0:            # resumed: the curve begins where the run did
+            for line in read_log(trainer.folder):
+                self.note(line["step"], line)
         self.is_terminal = trainer.group.rank == 0 and sys.stdout.isatty()
         self.every = max(1, trainer.settings.train_iters // 20)
 
     def __call__(self, step, figures):
         if self.trainer.group.rank != 0:
             return
-        self.curve.append((step, figures["loss"] / math.log(2)))
+        self.note(step, figures)
         settings = self.trainer.settings
         tokens = settings.micro_batch_size * settings.gradient_accumulation * self.trainer.tokens.seq_length
         text = f"step {step:6d}/{settings.train_iters}  {self.curve[-1][1]:7.4f} bits a token  " \
                f"lr {figures['lr']:.2e}  gradient {figures['gradient_norm']:8.3f}  " \
                f"{tokens / figures['seconds']:8.0f} tokens/s"
         if "validation_loss" in figures:
-            self.validation.append((step, figures["validation_loss"] / math.log(2)))
             text += f"  validation {self.validation[-1][1]:.4f}"
         if self.is_terminal:
             print(f"\r{text}", end="\n" if "validation" in text else "", flush=True)
         elif step % self.every == 0 or "validation" in text:
             print_line(text)
+
+    def note(self, step, figures):
+        """For the curve, in bits."""
+        self.curve.append((step, figures["loss"] / math.log(2)))
+        if "validation_loss" in figures:
+            self.validation.append((step, figures["validation_loss"] / math.log(2)))
 
     def finish(self, arguments):
         if self.is_terminal:

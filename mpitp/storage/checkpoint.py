@@ -4,6 +4,7 @@
                       optimizer.safetensors   exp_avg.NAME and exp_avg_sq.NAME of each
                       state.json              step, model, settings
 """
+import errno
 import json
 import os
 import re
@@ -52,8 +53,13 @@ def prepare(partial, files, state):
         path = os.path.join(partial, file)
         size = create(path, {name: (STORED[array.dtype.name], spec.shape) for name, (spec, array) in tensors.items()})
         with open(path, "r+b") as made:         # now, and not in the middle of writing: is there room?
-            if hasattr(os, "posix_fallocate"):
+            try:
                 os.posix_fallocate(made.fileno(), 0, size)
+            except AttributeError:              # macOS
+                pass
+            except OSError as error:            # some file systems cannot say
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
     with open(os.path.join(partial, "state.json"), "w") as out:
         json.dump(state, out, indent=1, sort_keys=True)
         out.write("\n")

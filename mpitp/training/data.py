@@ -77,7 +77,7 @@ def read(path):
         return np.fromfile(path, np.uint8)
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}, expected a file to train on") from None
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise InputError(f"{path}: found {error}, expected a .npy file of integers") from None
 
 

@@ -1,4 +1,5 @@
 """The loop: batches, gradients, clipping, AdamW, validation, checkpoints, and what ends a run early."""
+import contextlib
 import hashlib
 import json
 import math
@@ -159,12 +160,13 @@ class Trainer:
                 last = self.step == settings.train_iters
                 if last or settings.eval_interval and self.step % settings.eval_interval == 0:
                     figures["validation_loss"] = self.validate()
-                if self.step % settings.check_interval == 0 or last:
+                save = self.is_time_to_save(last)
+                if self.step % settings.check_interval == 0 or last or save:    # no checkpoint of copies that differ
                     self.require_equal_copies()
-                self.log(figures)
+                self.group.root_first(lambda: self.log(figures))
                 if progress:
                     progress(self.step, figures)
-                if self.is_time_to_save(last):
+                if save:
                     self.save()
         finally:
             if before is not None:
@@ -183,8 +185,12 @@ class Trainer:
     def log(self, figures):
         """One JSON line a step into log.jsonl, by rank 0."""
         if self.folder and self.group.rank == 0:
-            with open(os.path.join(self.folder, "log.jsonl"), "a", encoding="utf-8") as out:
-                out.write(json.dumps({"step": self.step, **figures}) + "\n")
+            path = os.path.join(self.folder, "log.jsonl")
+            try:
+                with open(path, "a", encoding="utf-8") as out:
+                    out.write(json.dumps({"step": self.step, **figures}) + "\n")
+            except OSError as error:
+                raise InputError(f"{path}: found {error.strerror}, expected to write it") from None
 
     def require_equal_copies(self):
         """Raise TrainingStopped where ranks that hold the same weights hold different ones."""
@@ -222,7 +228,8 @@ class Trainer:
         """What state.json says: nothing that depends on ranks, time or host."""
         return json.loads(json.dumps({"schema": "mpitp.checkpoint/1", "step": self.step, "config": asdict(self.config),
                                       "settings": self.settings.of_the_result(), "data": self.tokens.fingerprint(),
-                                      "seq_length": self.tokens.seq_length, "dtype": self.model.dtype.name}))
+                                      "seq_length": self.tokens.seq_length, "dtype": self.model.dtype.name,
+                                      "blocks": self.group.blocks if self.group.reproducible else None}))
 
     def save(self):
         path = checkpoint.save(self.group, self.folder, self.step, self.files(), self.state(), self.settings.keep)
@@ -245,13 +252,33 @@ class Trainer:
         removed = f" (removed the unfinished {', '.join(left)})" if left else ""
         require(steps, f"no step folder in {self.folder}{removed}", "one to resume from")
         state, mine = checkpoint.read_state(self.folder, steps[-1]), self.state()
-        for key in ("config", "settings", "data", "seq_length", "dtype"):
+        for key in ("config", "settings", "data", "seq_length", "dtype", "blocks"):
             if state.get(key) != mine[key]:
                 raise InputError(f"{self.folder}: found {difference(key, state.get(key), mine[key])}: a run is resumed "
                                  f"with what it began with")
         require(steps[-1] < self.settings.train_iters, f"step {steps[-1]} in {self.folder}",
                 f"a run that is not at its end, --train-iters {self.settings.train_iters}")
+        self.cut_log(steps[-1])
         return steps[-1], left
+
+    def cut_log(self, step):
+        """Drop what log.jsonl says of later steps: they will be taken again."""
+        lines = [line for line in read_log(self.folder) if line["step"] <= step]
+        path = os.path.join(self.folder, "log.jsonl")
+        with open(f"{path}.partial", "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)
+        os.replace(f"{path}.partial", path)
+
+
+def read_log(folder):
+    """The lines of log.jsonl as dicts, but for one that a killed run left unfinished."""
+    found, path = [], os.path.join(folder, "log.jsonl")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and "step" in line]
 
 
 def difference(key, found, expected):

@@ -72,7 +72,8 @@ def learning_rate(step, lr, min_lr, warmup, steps):
 def gradient_norm(layer, gradients):
     """The Euclidean norm of all gradients together, each parameter counted once, however many ranks hold it.
 
-    A split parameter counts block by block on the ranks that own the blocks, a replicated one once, outside the sum.
+    A split parameter counts block by block on the ranks that own the blocks, a replicated one with block 0: what every
+    rank gets is one number, even where copies differ, so that all clip, or stop, alike.
     Collective: one all-reduce of 1 float64, the same bits for any number of ranks in reproducible mode.
     """
     group, where = layer.group, (layer.group.rank, layer.group.size, layer.group.blocks)
@@ -88,12 +89,13 @@ def gradient_norm(layer, gradients):
                     window = [slice(None)] * owned.ndim
                     window[spec.axis] = block.local
                     total += square_sum(owned[tuple(window)])
+        if number.index == 0:
+            for g in replicated:
+                total += square_sum(g)
         return total
 
     every_block = Partition(group.blocks, group.size, group.blocks)
     total = group.sum_blocks(of_block, every_block, (1,), np.float64)
-    for g in replicated:
-        total += square_sum(g)
     return math.sqrt(float(total[0])) if total[0] >= 0 else math.nan
 
 
