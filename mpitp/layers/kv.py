@@ -27,6 +27,9 @@ class LayerKeyValues:
 
     def tables_of_new(self, S):
         """cos and sin of S new positions of each sequence (B S, d / 2)."""
+        if len(self.lengths) == 1:                              # views: a token's copies cost more than they copy
+            start = int(self.lengths[0])
+            return tuple(table[start:start + S] for table in self.tables)
         positions = (self.lengths[:, None] + np.arange(S)).reshape(-1)
         return tuple(table[positions] for table in self.tables)
 
