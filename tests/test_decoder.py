@@ -50,6 +50,20 @@ def test_gradients_by_numeric_differences(group, kind):
         assert abs(numeric - analytic) <= 1e-5 * max(1, abs(analytic)), (numeric, analytic)
 
 
+@pytest.mark.parametrize("part", ["attention", "mlp", None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adjoint_identity(group, kind, part):
+    """<dy, J u> = <J* dy, u> for the part and the whole of a block, x and y being one tensor on however many ranks."""
+    block = mpitp.ParallelBlock(group, config(kind), dtype="float64", seed=7)
+    layer = getattr(block, part) if part else block
+    x, dy, u = (draw(number, B, S, 20) for number in range(3))
+    y, saved = layer.forward(x)
+    dx, _ = layer.backward(dy, saved)
+    along = (layer.forward(x + 1e-6 * u, saved=False)[0] - layer.forward(x - 1e-6 * u, saved=False)[0]) / 2e-6
+    assert (dy * along).sum() == pytest.approx((dx * u).sum(), rel=1e-6, abs=1e-8)
+    assert group.comm.allgather(dx.tobytes()) == [dx.tobytes()] * group.size        # every rank has the same bits
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_collectives_are_the_closed_form(group, kind):
     model, _ = loaded(group, config(kind))
