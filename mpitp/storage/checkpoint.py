@@ -47,24 +47,33 @@ def save(group, folder, step, files, state, keep=0):
 
 
 def prepare(partial, files, state):
+    """The folder under its first name, its files in their full size, and state.json."""
     shutil.rmtree(partial, ignore_errors=True)
-    os.mkdir(partial)
-    for file, tensors in files.items():
-        path = os.path.join(partial, file)
-        size = create(path, {name: (STORED[array.dtype.name], spec.shape) for name, (spec, array) in tensors.items()})
-        with open(path, "r+b") as made:         # now, and not in the middle of writing: is there room?
-            try:
-                os.posix_fallocate(made.fileno(), 0, size)
-            except AttributeError:              # macOS
-                pass
-            except OSError as error:            # some file systems cannot say
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                    raise
-    with open(os.path.join(partial, "state.json"), "w") as out:
-        json.dump(state, out, indent=1, sort_keys=True)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
+    try:
+        os.mkdir(partial)
+        for file, tensors in files.items():
+            path = os.path.join(partial, file)
+            shapes = {name: (STORED[array.dtype.name], spec.shape) for name, (spec, array) in tensors.items()}
+            reserve(path, create(path, shapes))
+        with open(os.path.join(partial, "state.json"), "w") as out:
+            json.dump(state, out, indent=1, sort_keys=True)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise InputError(f"{partial}: found {error.strerror}, expected room for a checkpoint") from None
+
+
+def reserve(path, size):
+    """Find out now, and not in the middle of writing, whether there is room."""
+    with open(path, "r+b") as made:
+        try:
+            os.posix_fallocate(made.fileno(), 0, size)
+        except AttributeError:                  # macOS
+            pass
+        except OSError as error:                # some file systems cannot say
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
 
 
 def write(group, partial, files):
