@@ -54,6 +54,6 @@ def test_a_mistake_is_seen(fault, said, tmp_path):
 
 def test_options_of_one_block_are_refused():
     done = job(1, "-m", "mpitp", "verify", "--all", "--hidden-size", 8, "--gated")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.count("mpitp: ") == 1
     assert "found --hidden-size, --gated beside --all" in done.stderr
     assert job(1, "-m", "mpitp", "verify", "--all", "--dtype", "float16").returncode == 2
