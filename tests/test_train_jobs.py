@@ -184,6 +184,26 @@ def test_a_full_disk(tmp_path):
     assert steps == [1, 2, 3, 4]                            # none twice
 
 
+def test_a_full_and_a_read_only_file_system(tmp_path):
+    """A small tmpfs, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs")
+    try:
+        options = "--train-iters", 6, "--save-interval", 2, "--keep", 0
+        done = train(2, disk / "run", *options)
+        assert done.returncode == 2 and "No space left on device, expected room for a checkpoint" in done.stderr
+        assert done.stderr.count("mpitp: ") == 1 and "Traceback" not in done.stderr
+        assert sorted(os.listdir(disk / "run")) == ["log.jsonl", "step-00000002"]      # nothing of the one that failed
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        for more in (("--out", disk / "run", "--resume"), ("--out", disk / "other")):
+            done = job(2, "-m", "mpitp", "train", *SMALL, *options, *more)
+            assert done.returncode == 2 and done.stderr.count("mpitp: ") == 1 and "Traceback" not in done.stderr
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_log_that_cannot_be_written(tmp_path):
     os.symlink("/dev/full", tmp_path / "log.jsonl")
