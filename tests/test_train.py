@@ -150,7 +150,7 @@ def test_a_gradient_that_is_not_finite(group, text):
     with pytest.raises(TrainingStopped) as caught:
         made.train_step()
     said = str(caught.value)
-    assert everywhere("step 1: found loss nan" in said and "gradients are not finite" in said), said
+    assert everywhere("step 2: found loss nan" in said and "gradients are not finite" in said), said
     assert "\n" not in said
     assert [w.tobytes() for w in made.model.weights.values()] == before and made.step == 1
 

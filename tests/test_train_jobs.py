@@ -138,6 +138,8 @@ def wait_for(condition, running):
     (("--data", "/gone"), "/gone: found No such file", 2),
     (("--seq-length", 60000), "expected at least 120002", 2),
     (("--label-smoothing", 2), "label_smoothing = 2.0", 2),
+    (("--seq-length", 0), "seq_length = 0", 2),
+    (("--lr", 1e39, "--lr-warmup-iters", 0, "--save-interval", 1, "--train-iters", 4), "step 1: found", 1),
     (("--vocab-size", 100), "expected 0 to 99", 2),
     (("--num-query-groups", 2), "num_query_groups = 2", 2),
     (("--resume",), "found no step folder", 2),
@@ -148,7 +150,8 @@ def wait_for(condition, running):
 def test_bad_input(tmp_path, more, said, status):
     done = train(2, tmp_path, *more)
     assert done.returncode == status and said in done.stderr and done.stderr.count("mpitp: ") == 1, done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("step-")]
 
 
 def test_another_model_is_not_resumed(tmp_path):

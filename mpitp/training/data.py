@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 
 from .. import rng
-from ..errors import InputError
+from ..errors import InputError, require_positive
 
 STANDARD_BYTES = 1 << 22        # of the standard library's sources
 HELD_OUT = 20                   # one part in so many, at the end, is for validation
@@ -29,6 +29,7 @@ class Tokens:
     """
 
     def __init__(self, path, vocab_size, seq_length, seed):
+        require_positive(seq_length=seq_length)
         self.name = "the standard library's sources" if path is None else os.fspath(path)
         self.tokens = standard_library() if path is None else read(path)
         self.seq_length, self.seed = seq_length, seed

@@ -8,6 +8,8 @@ import signal
 import time
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from ..decoder import Decoder
 from ..errors import InputError, require, require_positive
 from ..storage import checkpoint
@@ -130,8 +132,16 @@ class Trainer:
             where = f"{len(found)} gradients are not finite, {name} first, on rank{'s' if len(ranks) > 1 else ''} " \
                     f"{', '.join(map(str, ranks))}"
         where = self.group.comm.bcast(where)
-        raise TrainingStopped(f"step {self.step}: found loss {loss} and gradient norm {norm}, expected finite numbers "
+        raise TrainingStopped(f"step {self.step + 1}: found loss {loss} and gradient norm {norm}, expected finite numbers "
                               f"({where}); the weights of the last checkpoint stay")
+
+    def require_finite_weights(self):
+        """Raise TrainingStopped where a step has left weights that are no numbers: no checkpoint of those. Collective."""
+        found = non_finite(self.model, self.model.weights)
+        names = self.group.comm.bcast(list(found) if found else [])
+        if names:
+            raise TrainingStopped(f"step {self.step}: found {len(names)} parameters that are not finite, {names[0]} "
+                                  f"first, expected finite ones; the last checkpoint stays")
 
     def validate(self):
         """The mean loss over the validation windows, without dropout."""
@@ -155,7 +165,8 @@ class Trainer:
         try:
             while self.step < settings.train_iters:
                 start = time.perf_counter()
-                figures = self.train_step()
+                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # the loss says it
+                    figures = self.train_step()
                 figures["seconds"] = time.perf_counter() - start
                 last = self.step == settings.train_iters
                 if last or settings.eval_interval and self.step % settings.eval_interval == 0:
@@ -167,6 +178,7 @@ class Trainer:
                 if progress:
                     progress(self.step, figures)
                 if save:
+                    self.require_finite_weights()
                     self.save()
         finally:
             if before is not None:
@@ -274,11 +286,12 @@ def read_log(folder):
     """The lines of log.jsonl as dicts, but for one that a killed run left unfinished."""
     found, path = [], os.path.join(folder, "log.jsonl")
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 with contextlib.suppress(ValueError):
                     found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict) and "step" in line]
+    return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)
+            and isinstance(line.get("loss"), float)]
 
 
 def difference(key, found, expected):
