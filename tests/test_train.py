@@ -219,7 +219,8 @@ def test_token_ids(tmp_path):
     assert Tokens(tmp_path / "ids.npy", 1001, 16, 0).batch(0, 2)[0].max() < 1001
     np.save(tmp_path / "wrong.npy", np.ones((3, 4)))
     (tmp_path / "empty.npy").write_bytes(b"")
-    for name, said in (("wrong.npy", "float64 of shape (3, 4)"), ("empty.npy", "expected a .npy file"), ("gone", "No such file"), ("", "Is a directory")):
+    for name, said in (("wrong.npy", "float64 of shape (3, 4)"), ("empty.npy", "expected a .npy file"),
+                       ("gone", "No such file"), ("", "Is a directory")):
         with pytest.raises(mpitp.InputError) as caught:
             Tokens(tmp_path / name, 1001, 2, 0)
         assert said in str(caught.value)

@@ -132,11 +132,11 @@ class Trainer:
             where = f"{len(found)} gradients are not finite, {name} first, on rank{'s' if len(ranks) > 1 else ''} " \
                     f"{', '.join(map(str, ranks))}"
         where = self.group.comm.bcast(where)
-        raise TrainingStopped(f"step {self.step + 1}: found loss {loss} and gradient norm {norm}, expected finite numbers "
-                              f"({where}); the weights of the last checkpoint stay")
+        raise TrainingStopped(f"step {self.step + 1}: found loss {loss} and gradient norm {norm}, expected finite "
+                              f"numbers ({where}); the weights of the last checkpoint stay")
 
     def require_finite_weights(self):
-        """Raise TrainingStopped where a step has left weights that are no numbers: no checkpoint of those. Collective."""
+        """Raise TrainingStopped where a step has left weights that are no numbers: no checkpoint of those."""
         found = non_finite(self.model, self.model.weights)
         names = self.group.comm.bcast(list(found) if found else [])
         if names:

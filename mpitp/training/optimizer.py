@@ -106,7 +106,10 @@ def square_sum(x):
 
 
 def non_finite(layer, gradients):
-    """On rank 0 the parameters whose gradients (or values) hold NaN or infinity, {name: [ranks]}; None elsewhere. Collective."""
+    """On rank 0 the parameters whose gradients hold NaN or infinity, {name: [ranks]}; None elsewhere. Collective.
+
+    gradients : {name: array}, or the weights themselves
+    """
     mine = [name for name, g in gradients.items() if not bool(module_of(g).isfinite(g).all())]
     of_ranks = layer.group.report(mine)
     if of_ranks is None:
