@@ -169,6 +169,13 @@ open_mpi_environment() {    # what Open MPI needs as root, with more ranks than 
     fi
 }
 
+add_mpich() {
+    [ ! -x "$venv/bin/mpirun" ] || return 0
+    [ -z "${MPITP_VENV:-}" ] || die "found no mpirun that mpi4py in $venv belongs to, expected one on PATH or in it"
+    echo "run.sh: ${launcher:+$launcher is not of a library that mpi4py can use; }installing MPICH into .venv" >&2
+    install -e "$here[mpi]"
+}
+
 choose_mpi() {
     local key memory=$venv/mpitp-mpi found library is
     [ -n "$launcher" ] || launcher=$(command -v mpirun || command -v mpiexec || true)
@@ -197,11 +204,8 @@ choose_mpi() {
                 "in a virtual environment named by MPITP_VENV"
         elif [ -z "$found" ]; then
             [ -z "${MPI4PY_LIBMPI:-}" ] || die "found no launcher on PATH for MPI4PY_LIBMPI=$MPI4PY_LIBMPI, expected its mpirun"
-            if [ ! -x "$venv/bin/mpirun" ]; then
-                [ -z "${MPITP_VENV:-}" ] || die "found no mpirun that mpi4py in $venv belongs to, expected one on PATH or in it"
-                echo "run.sh: ${launcher:+$launcher is not of a library that mpi4py can use; }installing MPICH into .venv" >&2
-                install -e "$here[mpi]"
-            fi
+            # Under the lock even when there is an mpirun: another first use may be in the middle of installing it.
+            if [ -n "${MPITP_VENV:-}" ] || [ ! -w "$here" ]; then add_mpich; else with_lock add_mpich; fi
             found=$venv/bin/mpirun
             launcher=$found
             is=$(kind)
@@ -221,7 +225,7 @@ if [ "${1:-}" = test ]; then
     shift
     "$python" -c 'import pytest, hypothesis, ml_dtypes, safetensors, threadpoolctl' 2>/dev/null || {
         [ -z "${MPITP_VENV:-}" ] || die "found no pytest and companions in $venv, expected pip install '.[test]'"
-        install -e "$here[test]"
+        with_lock install -e "$here[test]"
     }
     cd "$here"
     export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 MPIEXEC_TIMEOUT="${MPIEXEC_TIMEOUT:-900}"

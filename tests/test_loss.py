@@ -101,8 +101,8 @@ def test_saved_serves_twice(group):
 def test_memory(group):
     """Nothing as large as the logits is made, but their gradient."""
     partition = group.partition(20_000 * group.size)
-    logits = draw(1, 64, partition.lengths[group.rank], dtype="float32")
-    targets = draw_targets(20_000, (64,))
+    logits = draw(1, 256, partition.lengths[group.rank], dtype="float32")     # each of up to 8 threads has a piece
+    targets = draw_targets(20_000, (256,))
     tracemalloc.start()
     _, saved = vocab_parallel_cross_entropy_forward(logits, targets, group, partition, label_smoothing=0.1)
     _, forward_peak = tracemalloc.get_traced_memory()

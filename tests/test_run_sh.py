@@ -249,9 +249,12 @@ def test_first_use_and_the_next_without_a_network(site, tmp_path):
     (clone / ".venv" / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
     both = [subprocess.Popen([clone / "run.sh", "-n", "2", "verify", "--hidden-size", "16"], env=site.environment,
                              text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    errors = ""
     for process in both:                                        # two at once: one makes it, the other waits
         out, error = process.communicate(timeout=200)
-        assert process.returncode == 0 and "every check holds" in out, error
+        assert process.returncode == 0 and "every check holds" in out, out + error
+        errors += error
+    assert errors.count("first use, making") == 1 and errors.count("installing MPICH") == 1, errors
     site.environment.update(PIP_INDEX_URL="http://127.0.0.1:9/", PIP_NO_INDEX="1")
     done = subprocess.run([clone / "run.sh"], env=site.environment, text=True, capture_output=True, timeout=60)
     assert done.returncode == 0 and done.stderr == "", done.stderr
