@@ -28,6 +28,7 @@ _HOMES = {
     "Rotary": "config",
     "load_model": "loading",
     "save_model": "saving",
+    "Captured": "graph",
 }
 __all__ = sorted(_HOMES)
 

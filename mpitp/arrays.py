@@ -1,11 +1,15 @@
-"""Which array module an array belongs to, and the dtypes that are computed in."""
+"""Which array module an array belongs to, the dtypes that are computed in, and where an operation's CuPy twin is."""
+import importlib
 import sys
+from functools import lru_cache
 
 import numpy as np
 
 from .errors import require
 
 COMPUTE_DTYPES = ("float32", "float64")     # CPU; 16-bit types are storage there (no fast 16-bit BLAS)
+HALF_DTYPES = ("float16", "bfloat16")       # the GPU multiplies them too, and adds up in float32
+GPU_DTYPES = COMPUTE_DTYPES + HALF_DTYPES
 
 
 def module_of(array):
@@ -18,12 +22,43 @@ def module_of(array):
     return None
 
 
-def compute_dtype(dtype):
-    """The NumPy dtype that `dtype` names. Raises InputError unless it is one that layers compute in."""
+def compute_dtype(dtype, device="cpu"):
+    """The NumPy dtype that `dtype` names. Raises InputError unless it is one that layers compute in on this device."""
+    known = COMPUTE_DTYPES if device == "cpu" else GPU_DTYPES
     try:
+        if device != "cpu" and isinstance(dtype, str) and dtype == "bfloat16":
+            import ml_dtypes
+            dtype = ml_dtypes.bfloat16
         found = None if dtype is None else np.dtype(dtype)      # NumPy takes None for float64
+    except ImportError:
+        require(False, "no ml_dtypes", "it, for dtype 'bfloat16': pip install ml_dtypes")
     except (TypeError, ValueError):
         found = None
-    known = found is not None and found.name in COMPUTE_DTYPES and found.isnative
-    require(known, f"dtype {dtype!r}", f"one of {', '.join(COMPUTE_DTYPES)}")
+    good = found is not None and found.name in known and found.isnative
+    require(good, f"dtype {dtype!r} on device {device!r}" if dtype in HALF_DTYPES else f"dtype {dtype!r}",
+            f"one of {', '.join(known)}")
     return found
+
+
+@lru_cache(maxsize=None)
+def sum_dtype(dtype):
+    """The dtype that products of `dtype` are added up in, and gradients, norms and losses of it are computed in."""
+    dtype = np.dtype(dtype)
+    return np.dtype(np.float32) if dtype.name in HALF_DTYPES else dtype
+
+
+def scaled(x, scale, out=None):
+    """x * scale in the dtype of x, to `out` or a new array; x itself where scale is None."""
+    if scale is None:
+        return x
+    xp = module_of(x)
+    return xp.multiply(x, scale, out=xp.empty_like(x) if out is None else out)
+
+
+@lru_cache(maxsize=None)
+def twin(name):
+    """The CuPy twin of mpitp.ops.<name>: the same functions, with the same arguments, as kernels of the GPU.
+
+    Imported when a CuPy array asks for it first, as CuPy is not everywhere.
+    """
+    return importlib.import_module(f".ops.cuda.{name}", __package__)

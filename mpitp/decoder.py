@@ -7,6 +7,7 @@ from math import prod
 
 import numpy as np
 
+from .arrays import scaled
 from .config import DecoderConfig
 from .errors import require
 from .layers.base import Composite, require_saved
@@ -70,7 +71,7 @@ class Decoder(Composite):
 
     def hidden(self, ids, *, mask=None, step=None, saved=True):
         """All of forward but the head: ids (..., S) -> x (..., S, D), complete; and what backward needs."""
-        ids = self.group.xp.asarray(ids)
+        ids = ids if hasattr(ids, "ndim") else np.asarray(ids)      # token_ids looks at them where they are
         require(ids.ndim > 0, "ids without an axis", "(..., positions)")
         require_mask(mask, prod(ids.shape[:-1]), ids.shape[-1])
         of_position, of_blocks = None, []
@@ -81,9 +82,8 @@ class Decoder(Composite):
             x += positions
         x, of_embedding_norm = self.embedding_norm.forward(x, saved=saved) if self.embedding_norm else (x, None)
         scale = hidden_dropout(self.group, self.seed, "embedding.dropout", step, self.config.hidden_dropout, x.shape,
-                               self.dtype)
-        if scale is not None:
-            x *= scale
+                               self.sum_dtype)
+        x = scaled(x, scale, out=x)
         for block in self.blocks:
             x, of_block = block.forward(x, mask=mask, step=step, saved=saved)
             of_blocks.append(of_block)
@@ -132,8 +132,7 @@ class Decoder(Composite):
             dx = through(self.final_norm, dx, of_final_norm)
         for block, of_block in zip(reversed(self.blocks), reversed(of_blocks)):
             dx = through(block, dx, of_block)
-        if scale is not None:
-            dx = dx * scale
+        dx = scaled(dx, scale)
         if self.embedding_norm:
             dx = through(self.embedding_norm, dx, of_embedding_norm)
         if self.position:

@@ -103,7 +103,7 @@ def load_model(path, group, dtype=None):
     ----------
     path : folder with config.json and model.safetensors, or shards and their index; F32, F16, BF16 or F64
     group : TensorParallelGroup
-    dtype : to compute in, "float32" (None) or "float64"
+    dtype : to compute in, "float32" (None) or "float64"; on a GPU "float16" and "bfloat16" too
 
     Returns
     -------
@@ -118,7 +118,7 @@ def load_model(path, group, dtype=None):
     Raises InputError, on every rank, for a damaged folder, an unknown family, a key that changes the results and is not
     supported, and missing or unexpected tensors.
     """
-    dtype = compute_dtype("float32" if dtype is None else dtype)
+    dtype = compute_dtype("float32" if dtype is None else dtype, group.device)
     source = group.root_first(lambda: open_source(path))
     model = Decoder(group, source.config, dtype=dtype, seed=None)
     require_everywhere(group.comm, "whether the checkpoint could be read", lambda: read_slices(source, model))

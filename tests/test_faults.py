@@ -60,12 +60,12 @@ def test_row_bias_divided_by_the_ranks(group, monkeypatch):
 
 # 2. The all-reduce missing, or done twice, in f's backward and in g's forward.
 
-def missing(partial, partition, group, shape, dtype):
+def missing(partial, partition, group, shape, dtype, later=()):
     return sum((partial(block) for block in partition.blocks_of(group.rank)), np.zeros(shape, dtype))
 
 
-def twice(partial, partition, group, shape, dtype):
-    total = group.sum_blocks(partial, partition, shape, dtype)
+def twice(partial, partition, group, shape, dtype, later=()):
+    total = group.sum_blocks(partial, partition, shape, dtype, later)
     return group.all_reduce(total)
 
 

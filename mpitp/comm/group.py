@@ -5,7 +5,7 @@ from math import prod
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays import COMPUTE_DTYPES
+from ..arrays import COMPUTE_DTYPES, GPU_DTYPES, sum_dtype
 from ..errors import InputError, require_positive
 from ..partition import Partition
 from . import agreement, guard, launch, tree
@@ -89,35 +89,54 @@ class TensorParallelGroup(Collectives):
         """Yield compute(item) for each item, in order; spare cores work ahead in reproducible mode."""
         return self._workers.each(compute, items)
 
-    def sum_blocks(self, compute, partition, shape, dtype):
+    def sum_blocks(self, compute, partition, shape, dtype, later=None):
         """The sum of compute(block) over all blocks of all ranks, on every rank.
 
-        Ordinary mode: the one block of each rank, then MPI_Allreduce in place: 2 (P-1)/P n bytes a rank, n the bytes
-        of the result. Reproducible mode: one fixed tree over the blocks (tree.py), the same bits for any P; as many
+        Ordinary mode: the one block of each rank, then an all-reduce in place: 2 (P-1)/P n bytes a rank, n the bytes
+        of the summands. Reproducible mode: one fixed tree over the blocks (tree.py), the same bits for any P; as many
         bytes where P divides the blocks, up to twice as many elsewhere.
 
         Parameters
         ----------
-        compute : function of a Block; returns a new C-contiguous array of `shape` and `dtype`, which is overwritten.
-            Not called for a block that holds nothing.
+        compute : function of a Block; returns a new C-contiguous array of `shape`, which is overwritten, of `dtype`.
+            Where that has 16 bits the summands are float32, travel as such, and their sum is rounded once (the one
+            summand of one rank in ordinary mode may have been rounded already). Not called for a block that holds
+            nothing.
+        later : list of functions, called once the sum is under way where the transport can add up meanwhile
+            (`overlaps`), else after it. compute may append to it.
         """
         self._enter(self._look_at_sum, partition, shape, dtype)
         shape, dtype = tuple(shape), np.dtype(dtype)
+        added = sum_dtype(dtype)
         key = Collective("all_reduce", prod(shape), dtype_name(dtype))
-        if not self.reproducible:
+        if self.reproducible:
+            fold = tree.Fold(partition, self.rank)
+            for block, leaf in self.each_block(compute, partition):
+                fold.add(block.index, self._checked(block, leaf, shape, added))
+            total = self.xp.empty(shape, added)
+            with self.ledger.record("data", key, tree.bytes_sent(partition, self.rank, total.size, total.itemsize)):
+                tree.exchange(fold, self.rank, total.reshape(-1), self.transport)
+        else:
             blocks = partition.blocks_of(self.rank)         # one or none, and one token's sum takes microseconds
-            total = self._checked(blocks[0], compute(blocks[0]), shape, dtype) if blocks else \
-                self.xp.zeros(shape, dtype)
+            leaf = compute(blocks[0]) if blocks else self.xp.zeros(shape, added)
+            if self.size == 1 and leaf.dtype == dtype:
+                added = dtype
+            total = self._checked(blocks[0], leaf, shape, added) if blocks else leaf
             with self.ledger.record("data", key, wire_bytes("all_reduce", total.size, total.itemsize, self.size)):
-                self.transport.all_reduce(total, "sum")
-            return total
-        fold = tree.Fold(partition, self.rank)
-        for block, leaf in self.each_block(compute, partition):
-            fold.add(block.index, self._checked(block, leaf, shape, dtype))
-        total = self.xp.empty(shape, dtype)
-        with self.ledger.record("data", key, tree.bytes_sent(partition, self.rank, total.size, total.itemsize)):
-            tree.exchange(fold, self.rank, total.reshape(-1), self.transport)
-        return total
+                if later and self.overlaps:
+                    wait = self.transport.begin_all_reduce(total, "sum")
+                    call_all(later)
+                    wait()
+                else:
+                    self.transport.all_reduce(total, "sum")
+        if later:
+            call_all(later)
+        return total if total.dtype == dtype else total.astype(dtype)
+
+    @property
+    def overlaps(self):
+        """Whether this group's sums can be under way while the device computes."""
+        return self.transport.overlaps and self.size > 1 and not self.reproducible
 
     def sum_own_blocks(self, compute, partition):
         """sum_blocks where this rank owns every block that holds anything: the same additions, no collective."""
@@ -128,8 +147,9 @@ class TensorParallelGroup(Collectives):
 
     def _look_at_sum(self, partition, shape, dtype):
         dtype = np.dtype(dtype)
-        if dtype_name(dtype) not in COMPUTE_DTYPES:
-            raise InputError(f"found sum_blocks of {dtype}, expected one of {', '.join(COMPUTE_DTYPES)}")
+        known = COMPUTE_DTYPES if self.device == "cpu" else GPU_DTYPES
+        if dtype_name(dtype) not in known:
+            raise InputError(f"found sum_blocks of {dtype}, expected one of {', '.join(known)}")
         self._look_at_partition("sum_blocks", partition)
         if not self.reproducible and partition.blocks != self.size:
             raise InputError(f"found sum_blocks over {partition}, expected one block a rank in ordinary mode")
@@ -212,3 +232,9 @@ class TensorParallelGroup(Collectives):
             self.close()
         else:
             guard.abort(error)
+
+
+def call_all(functions):
+    """Call each and drop it: what it holds is freed."""
+    while functions:
+        functions.pop(0)()

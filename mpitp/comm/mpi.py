@@ -19,6 +19,7 @@ def pieces(length, itemsize, piece_bytes):
 
 class MpiTransport:
     name = "mpi"
+    overlaps = False    # hardly any MPI makes progress while none of its functions runs
 
     def __init__(self, comm, synchronise=lambda: None):
         """synchronise: called before MPI reads or writes a buffer (a device's pending kernels)."""

@@ -14,6 +14,7 @@ def pinned_like(x):
 
 class StagedTransport:
     name = "staged"
+    overlaps = False    # hardly any MPI makes progress while none of its functions runs
 
     def __init__(self, comm, synchronise, pinned_like=pinned_like):
         """synchronise: waits for what the device was told to do."""

@@ -17,7 +17,7 @@ from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
 from ..parameters import ParameterSpec
 from .base import ParallelLayer, join, require_saved
 from .heads import Call, Heads, as_heads, as_rows, by_group, require_mask
-from .mappings import (copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
+from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
                        reduce_from_ranks_forward)
 
 
@@ -95,7 +95,7 @@ class ParallelAttention(ParallelLayer):
         super().__init__(group, specs, dtype, seed, name)
         self.hidden_size, self.num_attention_heads, self.num_query_groups, self.kv_channels = D, H, G, K
         self.causal, self.sliding_window, self.rotary = causal, sliding_window, rotary
-        self.slopes = group.xp.asarray(alibi_slopes(H), self.dtype) if alibi else None
+        self.slopes = group.xp.asarray(alibi_slopes(H), self.sum_dtype) if alibi else None
         self.norm = (qk_norm, norm_epsilon, zero_centered_gamma) if qk_norm else None
         self.scale = K ** -0.5 if attention_scale is None else attention_scale
         self.dropout, self.seed = dropout, 0 if seed is None else seed
@@ -129,7 +129,7 @@ class ParallelAttention(ParallelLayer):
         if kv is not None:
             return Call(self, B, S, mask, step, kv.tables_of_new(S), kv)
         if self.rotary and len(self.tables[0]) != S:            # cos and sin, kept as long as S stays
-            self.tables = rotary_tables(self.rotary, self.kv_channels, range(S), self.dtype, self.group.xp)
+            self.tables = rotary_tables(self.rotary, self.kv_channels, range(S), self.sum_dtype, self.group.xp)
         return Call(self, B, S, mask, step, self.tables, None)
 
     def partial_forward(self, x_ND, kept, call):
@@ -159,7 +159,7 @@ class ParallelAttention(ParallelLayer):
                     statistics.append(attention_forward(q, k, v, self.scale, out=a, **options))
             if kept is not None:
                 kept[block.index] = q_BSHK, normed, a_BSHK, statistics
-            y_ND, _ = linear_forward(as_rows(a_BSHK), self.parameter("out.weight")[:, rows])
+            y_ND, _ = linear_forward(as_rows(a_BSHK), self.parameter("out.weight")[:, rows], dtype=self.leaf_dtype)
             return y_ND
 
         if kept is not None:
@@ -175,12 +175,13 @@ class ParallelAttention(ParallelLayer):
         x_ND, kept, call = saved
         dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy", len(x_ND)))
         gradients = self.gradients(out)
-        dx_ND = copy_to_ranks_backward(self.partial_backward(dy_ND, x_ND, kept, call, gradients), self.partition,
-                                       self.group, x_ND.shape, self.dtype)
+        later = Later(self.group)
+        dx_ND = copy_to_ranks_backward(self.partial_backward(dy_ND, x_ND, kept, call, gradients, later), self.partition,
+                                       self.group, x_ND.shape, self.dtype, later)
         self.sum_norm_gradients(kept, gradients)
         return dx_ND.reshape(dy.shape), gradients
 
-    def partial_backward(self, dy_ND, x_ND, kept, call, gradients):
+    def partial_backward(self, dy_ND, x_ND, kept, call, gradients, later):
         """The function of a block that gives its summand of dx (N, D) and leaves the block's gradients.
 
         First, for each key/value head of several ranks, one all-reduce of 2 x N x K.
@@ -197,7 +198,7 @@ class ParallelAttention(ParallelLayer):
                                          dw_out=gradients[join(self.name, "out.weight")][:, rows])
             da_BSHK, dq_BSHK = da_NHbK.reshape(a_BSHK.shape), self.group.xp.empty_like(q_BSHK)
             for unit, heads in self.heads.pieces(block):
-                dkv = dkv_of[block.index, unit] = self.group.xp.empty((2, *units[unit][0].shape), self.dtype)
+                dkv = dkv_of[block.index, unit] = self.group.xp.empty((2, *units[unit][0].shape), self.sum_dtype)
                 for b in range(call.B):
                     arrays = q_BSHK, a_BSHK, da_BSHK, dq_BSHK
                     q, a, da, dq = (by_group(array, b, unit, heads, block) for array in arrays)
@@ -212,15 +213,19 @@ class ParallelAttention(ParallelLayer):
         complete = {unit: self.sum_key_value(unit, dkv_of, call) for unit in self.heads.units
                     if unit.is_shared or unit in units}
 
+        def projection_backward(part, d_NHK, rows):
+            dw_HKD = gradients[join(self.name, f"{part}.weight")][rows]
+            later.append(lambda: linear_weight_backward(d_NHK, x_ND, out=dw_HKD))
+            if self.parameter(f"{part}.bias") is not None:
+                bias_backward(d_NHK, out=gradients[join(self.name, f"{part}.bias")][rows])
+
         def key_value_backward(unit):
             """The gradients of a unit's projections, alike on every holder; dk and dv before norm and rotary."""
-            dk_BSuK, dv_BSuK = complete[unit]
+            dk_BSuK, dv_BSuK = complete[unit].astype(self.dtype, copy=False)
             dk_NuK, norm_of[unit] = self.turn_backward("key", dk_BSuK, units[unit][2], call)
             dv_NuK, rows = as_rows(dv_BSuK), self.heads.unit_rows(unit)
             for part, d in (("key", dk_NuK), ("value", dv_NuK)):
-                linear_weight_backward(d, x_ND, out=gradients[join(self.name, f"{part}.weight")][rows])
-                if self.parameter(f"{part}.bias") is not None:
-                    bias_backward(d, out=gradients[join(self.name, f"{part}.bias")][rows])
+                projection_backward(part, d, rows)
             return dk_NuK, dv_NuK
 
         d_units = dict(zip(units, self.group.each(key_value_backward, list(units))))
@@ -229,13 +234,12 @@ class ParallelAttention(ParallelLayer):
         def partial(block):
             rows = self.heads.block_rows(block)
             dq_NHbK, norm_of[block.index] = self.turn_backward("query", dq_of[block.index], kept[block.index][1], call)
-            if self.parameter("query.bias") is not None:
-                bias_backward(dq_NHbK, out=gradients[join(self.name, "query.bias")][rows])
-            dx_ND, _ = linear_backward(dq_NHbK, (x_ND, self.parameter("query.weight")[rows]),
-                                       dw_out=gradients[join(self.name, "query.weight")][rows])
+            projection_backward("query", dq_NHbK, rows)
+            dx_ND = product(dq_NHbK, self.parameter("query.weight")[rows], dtype=self.leaf_dtype)
             for unit in self.heads.owned_units(block):      # not every held one: f would count it once a holder
                 for part, d in zip(("key", "value"), d_units[unit]):
-                    dx_ND += product(d, self.parameter(f"{part}.weight")[self.heads.unit_rows(unit)])
+                    w_uKD = self.parameter(f"{part}.weight")[self.heads.unit_rows(unit)]
+                    dx_ND += product(d, w_uKD, dtype=self.leaf_dtype)
             return dx_ND
 
         return partial
@@ -247,7 +251,7 @@ class ParallelAttention(ParallelLayer):
         if not unit.is_shared:
             return self.group.sum_own_blocks(of_block, unit.partition)
         shape = 2, call.B, call.S, 1, self.kv_channels
-        return self.group.sum_blocks(of_block, unit.partition, shape, self.dtype)
+        return self.group.sum_blocks(of_block, unit.partition, shape, self.sum_dtype)
 
     def sum_norm_gradients(self, kept, gradients):
         """The gradients of query and key norm, summed over all heads. Collective: one all-reduce of 2 x K, if any."""
@@ -257,9 +261,9 @@ class ParallelAttention(ParallelLayer):
 
         def of_block(block):
             owned = [norm_of[unit] for unit in self.heads.owned_units(block)]
-            return xp.stack([norm_of[block.index], sum(owned, xp.zeros(self.kv_channels, self.dtype))])
+            return xp.stack([norm_of[block.index], sum(owned, xp.zeros(self.kv_channels, self.sum_dtype))])
 
-        d_query, d_key = self.group.sum_blocks(of_block, self.partition, (2, self.kv_channels), self.dtype)
+        d_query, d_key = self.group.sum_blocks(of_block, self.partition, (2, self.kv_channels), self.sum_dtype)
         gradients[join(self.name, "query_norm.weight")][...] = d_query
         gradients[join(self.name, "key_norm.weight")][...] = d_key
 
@@ -308,7 +312,7 @@ class ParallelAttention(ParallelLayer):
     def inner_collectives(self, tokens):
         """Those of backward beside f: shared key/value heads, and query/key norm."""
         shared = sum(unit.is_shared for unit in self.heads.units)
-        counts = Counter({Collective("all_reduce", 2 * tokens * self.kv_channels, self.dtype.name): shared})
+        counts = Counter({Collective("all_reduce", 2 * tokens * self.kv_channels, self.sum_dtype.name): shared})
         if self.norm:
-            counts[Collective("all_reduce", 2 * self.kv_channels, self.dtype.name)] += 1
+            counts[Collective("all_reduce", 2 * self.kv_channels, self.sum_dtype.name)] += 1
         return +counts

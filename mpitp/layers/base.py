@@ -2,7 +2,7 @@
 from collections.abc import Mapping
 from math import prod
 
-from ..arrays import compute_dtype, module_of
+from ..arrays import compute_dtype, module_of, sum_dtype
 from ..errors import InputError, is_integer, require
 from ..parameters import by_name, check_dense, initialise
 
@@ -16,10 +16,11 @@ class ParallelLayer:
     ----------
     specs : {name: ParameterSpec}, every parameter of the layer
     weights : {name: array}, this rank's slices; the arrays stay the same, load_dense writes into them
+    dtype, sum_dtype : of weights, x and y; of gradients and of sums, float32 where dtype has 16 bits
     """
 
     def __init__(self, group, specs, dtype, seed, name):
-        self.dtype = compute_dtype(dtype)
+        self.set_dtype(group, dtype)
         require(seed is None or is_integer(seed), f"seed {seed!r}", "an integer, or None for zeros")
         self.group, self.name, self.specs = group, name, by_name(specs)
         where = (group.rank, group.size, group.blocks)
@@ -29,6 +30,12 @@ class ParallelLayer:
                 group.xp.asarray(initialise(spec, seed, self.dtype, *where))
         skipped = len(join(name, ""))
         self.inside = {full_name[skipped:]: w for full_name, w in self.weights.items()}
+
+    def set_dtype(self, group, dtype):
+        self.dtype = compute_dtype(dtype, group.device)
+        self.sum_dtype = sum_dtype(self.dtype)
+        # What a summand of sum_blocks has. One summand alone may be rounded where it is made.
+        self.leaf_dtype = self.dtype if group.size == 1 and not group.reproducible else self.sum_dtype
 
     def parameter(self, name):
         """This rank's slice of a parameter by its name inside the layer, None where the layer has no such one."""
@@ -90,14 +97,14 @@ class ParallelLayer:
     def gradients(self, out):
         """Arrays for the gradients of all parameters: those of `out`, an earlier backward's, or new ones."""
         if out is None:
-            return {name: self.group.xp.empty_like(w) for name, w in self.weights.items()}
+            return {name: self.group.xp.empty(w.shape, self.sum_dtype) for name, w in self.weights.items()}
         self.require_names(out, "out")
         for name, w in self.weights.items():
             g = out[name]
-            fits = module_of(g) is self.group.xp and g.shape == w.shape and g.dtype == w.dtype
+            fits = module_of(g) is self.group.xp and g.shape == w.shape and g.dtype == self.sum_dtype
             if not (fits and g.flags.c_contiguous):
                 raise InputError(f"out[{name!r}]: found {getattr(g, 'dtype', type(g).__name__)} "
-                                 f"{getattr(g, 'shape', '')}, expected C-contiguous {w.dtype} {w.shape}")
+                                 f"{getattr(g, 'shape', '')}, expected C-contiguous {self.sum_dtype} {w.shape}")
         return out
 
     def require_names(self, arrays, what):
@@ -120,7 +127,8 @@ class Composite(ParallelLayer):
     """
 
     def __init__(self, group, layers, dtype, name):
-        self.group, self.dtype, self.name = group, compute_dtype(dtype), name
+        self.group, self.name = group, name
+        self.set_dtype(group, dtype)
         named = {id(spec): spec for layer in layers for spec in layer.specs.values()}
         self.specs = by_name(named.values())
         self.weights = {name: layer.weights[name] for layer in layers for name in layer.specs}

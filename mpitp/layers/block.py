@@ -4,12 +4,13 @@ Dimension key: B sequences, S positions, N = B S rows (tokens), D hidden.
 """
 from collections import Counter
 
+from ..arrays import scaled
 from ..comm.ledger import Collective
 from ..ops.dropout import dropout_scale
 from ..partition import Partition
 from .attention import ParallelAttention
 from .base import Composite, join, require_saved
-from .mappings import (copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
+from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
                        reduce_from_ranks_forward)
 from .mlp import ParallelMLP
 from .norm import Norm
@@ -83,8 +84,7 @@ class ParallelBlock(Composite):
         h, before_saved = self.norm_forward(f"{part}_norm", x, saved)
         y, branch_saved = branch.forward(h, saved=saved, **options)
         scale = self.dropout_scale(f"{part}.dropout", x.shape, step)
-        if scale is not None:
-            y *= scale
+        y = scaled(y, scale, out=y)
         if self.config.norm_placement == "after_residual":
             y += x
             y, after_saved = after.forward(y, saved=saved)
@@ -98,8 +98,7 @@ class ParallelBlock(Composite):
         branch = getattr(self, part)
         d_branch = self.norm_backward(f"{part}_post_norm", dy, after_saved, gradients)
         d_residual = d_branch if self.config.norm_placement == "after_residual" else dy
-        if scale is not None:
-            d_branch = d_branch * scale
+        d_branch = scaled(d_branch, scale)
         dx, _ = branch.backward(d_branch, branch_saved, out=self.of(branch, gradients))
         dx = self.norm_backward(f"{part}_norm", dx, before_saved, gradients)
         dx += d_residual
@@ -118,7 +117,7 @@ class ParallelBlock(Composite):
         def partial(block):
             summands = [y_ND for y_ND in self.both(partials, block) if y_ND is not None]
             if not summands:
-                return self.group.xp.zeros(h_ND.shape, self.dtype)
+                return self.group.xp.zeros(h_ND.shape, self.leaf_dtype)
             for other in summands[1:]:
                 summands[0] += other
             return summands[0]
@@ -128,29 +127,29 @@ class ParallelBlock(Composite):
         mlp.add_bias(y_ND)
         y = y_ND.reshape(x.shape)
         scale = self.dropout_scale("dropout", x.shape, step)
-        if scale is not None:
-            y *= scale
+        y = scaled(y, scale, out=y)
         y += x
         return y, ((attention_saved, mlp_saved, h_ND, g_ND, kept, call, scale) if saved else None)
 
     def parallel_backward(self, dy, saved, gradients):
         attention_saved, mlp_saved, h_ND, g_ND, kept, call, scale = saved
-        d_sum = dy if scale is None else dy * scale
+        d_sum = scaled(dy, scale)
         dy_ND = reduce_from_ranks_backward(self.rows(d_sum, self.config.hidden_size, "dy", len(h_ND)))
-        partials = (self.attention.partial_backward(dy_ND, h_ND, kept[0], call, gradients),
-                    self.mlp.partial_backward(dy_ND, g_ND, kept[1], gradients))
+        later = Later(self.group)
+        partials = (self.attention.partial_backward(dy_ND, h_ND, kept[0], call, gradients, later),
+                    self.mlp.partial_backward(dy_ND, g_ND, kept[1], gradients, later))
         shared, shape = self.config.shared_norm, h_ND.shape
 
         def partial(block):
             """The summand of the one norm's gradient (1, N, D), or of both norms' (2, N, D)."""
-            d_norms = self.group.xp.zeros((1 if shared else 2, *shape), self.dtype)
+            d_norms = self.group.xp.zeros((1 if shared else 2, *shape), self.leaf_dtype)
             for i, d_ND in enumerate(self.both(partials, block)):
                 if d_ND is not None:
                     d_norms[0 if shared else i] += d_ND
             return d_norms
 
         d_norms = copy_to_ranks_backward(partial, self.block_numbers(), self.group, (1 if shared else 2, *shape),
-                                         self.dtype)
+                                         self.dtype, later)
         self.attention.sum_norm_gradients(kept[0], gradients)
         dx = self.norm_backward("attention_norm", d_norms[0].reshape(dy.shape), attention_saved, gradients)
         if not shared:
@@ -184,7 +183,7 @@ class ParallelBlock(Composite):
     def dropout_scale(self, name, shape, step):
         """Of the complete sum, the same on every rank; None without dropout."""
         return hidden_dropout(self.group, self.seed, join(self.name, name), step, self.config.hidden_dropout, shape,
-                              self.dtype)
+                              self.sum_dtype)
 
     def collectives(self, tokens):
         """The closed form: (forward, backward), each a Counter of logical data collectives."""
@@ -203,8 +202,11 @@ def make_norm(group, config, dtype, name):
 
 
 def hidden_dropout(group, seed, name, step, probability, shape, dtype):
-    """Scales 0 or 1 / (1 - p) for a complete array, the same on every rank; None without dropout."""
+    """Scales 0 or 1 / (1 - p) for a complete array, the same on every rank; None without dropout.
+
+    Of `dtype`, which is float32 for a 16-bit array: 1 / (1 - p) rounded to 8 bits would be a mistake in the mean.
+    """
     if not probability or step is None:
         return None
     whole = tuple(slice(0, n) for n in shape)
-    return group.xp.asarray(dropout_scale(seed, name, step, probability, shape, whole, dtype))
+    return dropout_scale(seed, name, step, probability, shape, whole, dtype, group.xp)

@@ -6,9 +6,12 @@ the ranks.
 from collections import Counter
 from math import isfinite, prod
 
+import numpy as np
+
+from ..arrays import module_of, scaled
 from ..comm.ledger import Collective
 from ..errors import InputError, is_integer, require, require_positive
-from ..ops.embedding import embedding_backward
+from ..ops.embedding import embedding_backward, embedding_forward
 from ..parameters import ParameterSpec
 from .base import ParallelLayer, join, require_saved
 
@@ -45,14 +48,12 @@ class VocabParallelEmbedding(ParallelLayer):
 
     def forward(self, ids, *, saved=True):
         """ids (...), integers, the same on every rank -> y (..., D), complete; and what backward needs, or None."""
-        xp, w_VpD = self.group.xp, self.parameter("weight")
-        ids = token_ids(ids, self.vocab_size, xp)
+        w_VpD = self.parameter("weight")
+        ids = self.group.xp.asarray(token_ids(ids, self.vocab_size))
         local_N = ids.reshape(-1) - self.partition.bounds[self.group.rank]
-        mine_n = xp.flatnonzero((local_N >= 0) & (local_N < len(w_VpD)))
-        y_ND = xp.zeros((len(local_N), self.hidden_size), self.dtype)
-        y_ND[mine_n] = w_VpD[local_N[mine_n]]
+        y_ND = embedding_forward(w_VpD, local_N)
         if self.multiplier != 1:
-            y_ND *= self.multiplier
+            scaled(y_ND, self.multiplier, out=y_ND)
         self.group.all_reduce(y_ND, out=y_ND)
         y_ND += 0.0                             # -0.0 becomes 0.0 on one rank too, as it does in a sum with zeros
         return y_ND.reshape(*ids.shape, self.hidden_size), (local_N if saved else None)
@@ -65,7 +66,7 @@ class VocabParallelEmbedding(ParallelLayer):
         require_saved(saved)
         dy_ND, gradients = self.rows(dy, self.hidden_size, "dy", len(saved)), self.gradients(out)
         if self.multiplier != 1:
-            dy_ND = dy_ND * self.multiplier
+            dy_ND = scaled(dy_ND, self.multiplier)
         dw_VpD = gradients[join(self.name, "weight")]
         embedding_backward(dy_ND, saved, len(dw_VpD), out=dw_VpD)
         return None, gradients
@@ -111,7 +112,7 @@ class PositionEmbedding(ParallelLayer):
         dy_ND, gradients = self.rows(dy, D, "dy"), self.gradients(out)
         dw_MD = gradients[join(self.name, "weight")]
         dw_MD[S:] = 0
-        dy_ND.reshape(prod(dy.shape[:-2]), S, D).sum(axis=0, out=dw_MD[:S])
+        dy_ND.reshape(prod(dy.shape[:-2]), S, D).sum(axis=0, dtype=self.sum_dtype, out=dw_MD[:S])
         return None, gradients
 
     def collectives(self, tokens=0):
@@ -119,11 +120,14 @@ class PositionEmbedding(ParallelLayer):
         return Counter(), Counter()
 
 
-def token_ids(ids, vocab_size, xp, what="ids", ignore_index=None):
-    """ids as an int64 array of xp, after looking at each: nothing is communicated, as every rank has the same.
+def token_ids(ids, vocab_size, what="ids", ignore_index=None):
+    """ids as an int64 array where they are, after looking at each: nothing is communicated, as every rank has the same.
+
+    Ids on the host are looked at there: a look at a device's is a copy back, which waits for all that it has to do.
 
     Raises InputError unless they are integers from 0 to vocab_size - 1, or ignore_index; it names the first other one.
     """
+    xp = module_of(ids) or np
     ids = xp.asarray(ids)
     if ids.dtype.kind not in "iu":
         raise InputError(f"{what}: found dtype {ids.dtype}, expected integers")
@@ -135,4 +139,4 @@ def token_ids(ids, vocab_size, xp, what="ids", ignore_index=None):
         expected = f"0 to {vocab_size - 1}" + ("" if ignore_index is None else f", or {ignore_index} to leave it out")
         raise InputError(f"{what}[{', '.join(map(str, position))}]: found token id {int(ids[position])}, "
                          f"expected {expected}")
-    return ids.astype(xp.int64)
+    return ids.astype(np.int64)

@@ -75,8 +75,8 @@ class Call(NamedTuple):
         shape = self.B, self.layer.num_attention_heads, self.S, self.S
         window = b, heads, slice(first, stop), slice(0, self.S)
         scales = dropout_scale(self.layer.seed, join(self.layer.name, "weights.dropout"), self.step, self.layer.dropout,
-                               shape, window, self.layer.dtype)
-        return self.layer.group.xp.asarray(scales.reshape(unit.stop - unit.start, -1, stop - first, self.S))
+                               shape, window, self.layer.sum_dtype, self.layer.group.xp)
+        return scales.reshape(unit.stop - unit.start, -1, stop - first, self.S)
 
 
 def require_mask(mask, B, S):

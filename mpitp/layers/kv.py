@@ -22,7 +22,7 @@ class LayerKeyValues:
         for unit in layer.heads.held_units:
             self.units[unit] = [xp.zeros((B, capacity, unit.stop - unit.start, layer.kv_channels), layer.dtype)
                                 for _ in ("key", "value")]
-        self.tables = rotary_tables(layer.rotary, layer.kv_channels, range(capacity), layer.dtype, xp) \
+        self.tables = rotary_tables(layer.rotary, layer.kv_channels, range(capacity), layer.sum_dtype, xp) \
             if layer.rotary else ()
 
     def tables_of_new(self, S):

@@ -7,10 +7,10 @@ from collections import Counter
 
 from ..comm.ledger import Collective
 from ..errors import require_positive
-from ..ops.linear import bias_backward, linear_backward, linear_forward
+from ..ops.linear import bias_backward, linear_backward, linear_forward, linear_weight_backward, product
 from ..parameters import ParameterSpec
 from .base import ParallelLayer, join, require_saved
-from .mappings import (copy_to_ranks_backward, copy_to_ranks_forward, gather_from_ranks_backward,
+from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, gather_from_ranks_backward,
                        gather_from_ranks_forward, reduce_from_ranks_backward, reduce_from_ranks_forward,
                        scatter_to_ranks_backward, scatter_to_ranks_forward)
 
@@ -88,15 +88,16 @@ class ColumnParallelLinear(ParallelLayer):
         else:
             dy_NOp = self.rows(dy, self.local_features, "dy", len(x_NI))
         dw_OpI, db_Op = gradients[self.weight_name], gradients.get(join(self.name, "bias"))
+        later = Later(self.group)
 
         def partial(block):
             dy_NOb = dy_NOp[:, block.local]
             if db_Op is not None:
                 bias_backward(dy_NOb, out=db_Op[block.local])
-            dx_NI, _ = linear_backward(dy_NOb, (x_NI, w_OpI[block.local]), dw_out=dw_OpI[block.local])
-            return dx_NI
+            later.append(lambda: linear_weight_backward(dy_NOb, x_NI, out=dw_OpI[block.local]))
+            return product(dy_NOb, w_OpI[block.local], dtype=self.leaf_dtype)
 
-        dx_NI = copy_to_ranks_backward(partial, self.partition, self.group, x_NI.shape, self.dtype)
+        dx_NI = copy_to_ranks_backward(partial, self.partition, self.group, x_NI.shape, self.dtype, later)
         return dx_NI.reshape(*dy.shape[:-1], self.in_features), gradients
 
     def collectives(self, tokens):
@@ -147,7 +148,7 @@ class RowParallelLinear(ParallelLayer):
         w_OIp, b_O = self.parameter("weight"), self.parameter("bias")
 
         def partial(block):
-            y_NO, _ = linear_forward(x_NIp[:, block.local], w_OIp[:, block.local])
+            y_NO, _ = linear_forward(x_NIp[:, block.local], w_OIp[:, block.local], dtype=self.leaf_dtype)
             return y_NO
 
         shape = len(x_NIp), self.out_features

@@ -7,10 +7,10 @@ from collections import Counter
 
 import numpy as np
 
-from ..arrays import compute_dtype, module_of
+from ..arrays import compute_dtype, module_of, sum_dtype
 from ..comm.ledger import Collective
 from ..errors import InputError, is_integer, require
-from ..ops.cross_entropy import row_gradient, row_sums
+from ..ops.cross_entropy import row_gradient, row_maximum, row_sums
 from .embedding import token_ids
 
 
@@ -42,22 +42,22 @@ def vocab_parallel_cross_entropy_forward(logits, targets, group, partition, *, l
     dtypes that do not fit, another group's partition, or s outside 0 to 1.
     """
     z_NVp, targets_N = look_at(logits, targets, group, partition, label_smoothing, ignore_index)
-    xp, smooth = group.xp, label_smoothing > 0
+    xp, smooth, counted_N = group.xp, label_smoothing > 0, targets_N != ignore_index
+    count = int(counted_N.sum())                # before they go to the device, if they come from the host
+    targets_N, counted_N = xp.asarray(targets_N), xp.asarray(counted_N)
     max_N = group.all_reduce(row_maximum(z_NVp), "max")
 
     def partial(block):
         return row_sums(z_NVp[:, block.local], max_N, targets_N - block.start, smooth)
 
-    sums = group.sum_blocks(partial, partition, (3 if smooth else 2, len(z_NVp)), z_NVp.dtype)
-    counted_N = targets_N != ignore_index
+    sums = group.sum_blocks(partial, partition, (3 if smooth else 2, len(z_NVp)), sum_dtype(z_NVp.dtype))
     with np.errstate(invalid="ignore"):         # the loss says it
         lse_N = xp.log(sums[0].astype(np.float64))
         loss_N = lse_N - sums[1]
         if smooth:
             loss_N = (1 - label_smoothing) * loss_N + label_smoothing * (lse_N - sums[2] / float(partition.size))
-    count = int(counted_N.sum())
     loss = float(xp.where(counted_N, loss_N, 0).sum()) / max(1, count)
-    saved = logits.shape, z_NVp, max_N, targets_N, sums[0], counted_N, group, partition, label_smoothing
+    saved = logits.shape, z_NVp, max_N, targets_N, sums[0], counted_N, count, group, partition, label_smoothing
     return loss, saved
 
 
@@ -66,13 +66,13 @@ def vocab_parallel_cross_entropy_backward(saved, d_loss=1.0):
 
     Shaped as logits, this rank's columns. No collectives.
     """
-    shape, z_NVp, max_N, targets_N, total_N, counted_N, group, partition, label_smoothing = saved
-    xp, dtype = group.xp, z_NVp.dtype
-    weight_N = counted_N * (float(d_loss) / max(1, int(counted_N.sum())))
-    factor_N = (weight_N / total_N).astype(dtype)
+    shape, z_NVp, max_N, targets_N, total_N, counted_N, count, group, partition, label_smoothing = saved
+    xp, dtype = group.xp, sum_dtype(z_NVp.dtype)
+    weight_N = counted_N * (float(d_loss) / max(1, count))
+    factor_N = xp.where(counted_N, weight_N / total_N, 0).astype(dtype)       # not NaN where nothing counts
     at_target_N = ((1 - label_smoothing) * weight_N).astype(dtype)
     everywhere_N = (label_smoothing / partition.size * weight_N).astype(dtype) if label_smoothing > 0 else None
-    dz_NVp = xp.empty(z_NVp.shape, dtype)
+    dz_NVp = xp.empty(z_NVp.shape, z_NVp.dtype)
 
     def columns(block):
         row_gradient(z_NVp[:, block.local], max_N, targets_N - block.start, factor_N, at_target_N, everywhere_N,
@@ -80,20 +80,14 @@ def vocab_parallel_cross_entropy_backward(saved, d_loss=1.0):
 
     for _ in group.each_block(columns, partition):
         pass
-    dz_NVp[~counted_N] = 0                      # 0 times NaN would not be
     return dz_NVp.reshape(shape)
 
 
 def cross_entropy_collectives(tokens, label_smoothing=0.0, dtype="float32"):
     """The closed form: a Counter of the logical data collectives of forward; backward has none."""
-    dtype = compute_dtype(dtype).name
+    dtype = sum_dtype(compute_dtype(dtype, "gpu")).name
     return Counter([Collective("all_reduce", tokens, dtype),
                     Collective("all_reduce", (3 if label_smoothing > 0 else 2) * tokens, dtype)])
-
-
-def row_maximum(z_NV):
-    """The maximum of each row, minus infinity without columns. MPI's max may lose NaN: the sum of e^z shows it."""
-    return z_NV.max(axis=1) if z_NV.shape[1] else module_of(z_NV).full(len(z_NV), -math.inf, z_NV.dtype)
 
 
 def look_at(logits, targets, group, partition, label_smoothing, ignore_index):
@@ -106,12 +100,12 @@ def look_at(logits, targets, group, partition, label_smoothing, ignore_index):
     if module_of(logits) is not group.xp:
         raise InputError(f"logits: found {type(logits).__module__}.{type(logits).__name__}, expected an array of "
                          f"{group.xp.__name__} (the group's device is {group.device!r})")
-    compute_dtype(logits.dtype)
+    compute_dtype(logits.dtype, group.device)
     columns = partition.lengths[group.rank]
     if logits.ndim == 0 or logits.shape[-1] != columns:
         raise InputError(f"logits: found shape {logits.shape}, expected (..., {columns}), the columns of rank "
                          f"{group.rank} of {partition.size}")
-    targets = token_ids(targets, partition.size, group.xp, "targets", ignore_index)
+    targets = token_ids(targets, partition.size, "targets", ignore_index)
     if targets.shape != logits.shape[:-1]:
         raise InputError(f"targets: found shape {targets.shape}, expected {logits.shape[:-1]}, as the logits'")
     # The memory order would be part of the bits.

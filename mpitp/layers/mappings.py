@@ -9,14 +9,34 @@ gradients P times too large.
 """
 
 
+class Later(list):
+    """Work that no other rank waits for, such as a weight's gradient: done while the ranks add up, or at once.
+
+    At once where the transport cannot add up meanwhile: what the work needs is in cache then, and is freed sooner.
+    """
+
+    def __init__(self, group):
+        super().__init__()
+        self.overlaps = group.overlaps
+
+    def append(self, function):
+        if self.overlaps:
+            super().append(function)
+        else:
+            function()
+
+
 def copy_to_ranks_forward(x):
     """f: every rank uses x."""
     return x
 
 
-def copy_to_ranks_backward(partial, partition, group, shape, dtype):
-    """f*: every rank used x, so its gradients add up. Collective: one all-reduce of `shape`."""
-    return group.sum_blocks(partial, partition, shape, dtype)
+def copy_to_ranks_backward(partial, partition, group, shape, dtype, later=None):
+    """f*: every rank used x, so its gradients add up. Collective: one all-reduce of `shape`.
+
+    later : Later, what `partial` leaves to be done while the ranks add up
+    """
+    return group.sum_blocks(partial, partition, shape, dtype, later)
 
 
 def reduce_from_ranks_forward(partial, partition, group, shape, dtype):

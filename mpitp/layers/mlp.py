@@ -8,10 +8,10 @@ from collections import Counter
 from ..comm.ledger import Collective
 from ..errors import require, require_positive
 from ..ops.activation import ACTIVATIONS, activation_backward, activation_forward
-from ..ops.linear import bias_backward, linear_backward, linear_forward
+from ..ops.linear import bias_backward, linear_backward, linear_forward, linear_weight_backward, product
 from ..parameters import ParameterSpec
 from .base import ParallelLayer, join, require_saved
-from .mappings import (copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
+from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
                        reduce_from_ranks_forward)
 
 
@@ -81,24 +81,27 @@ class ParallelMLP(ParallelLayer):
         down_DFp = self.parameter("down.weight")
 
         def project(part, block):
+            """x times this block of a projection, and the bias that is still to be added."""
             w_FpD, b_Fp = self.parameter(f"{part}.weight"), self.parameter(f"{part}.bias")
             h_NFb, _ = linear_forward(x_ND, w_FpD[block.local])
-            if b_Fp is not None:
-                h_NFb += b_Fp[block.local]
-            return h_NFb
+            return h_NFb, (None if b_Fp is None else b_Fp[block.local])
 
         def partial(block):
-            h_NFb = project("gate" if self.gated else "up", block)
+            h_NFb, b_Fb = project("gate" if self.gated else "up", block)
             # The derivative takes the place of h; without a backward pass the activation does.
             if kept is not None:
-                act_NFb, slope_NFb = activation_forward(self.activation, h_NFb, derivative=h_NFb)
+                act_NFb, slope_NFb = activation_forward(self.activation, h_NFb, derivative=h_NFb, bias=b_Fb)
             else:
-                act_NFb, slope_NFb = activation_forward(self.activation, h_NFb, out=h_NFb)
-            up_NFb = project("up", block) if self.gated else None
+                act_NFb, slope_NFb = activation_forward(self.activation, h_NFb, out=h_NFb, bias=b_Fb)
+            up_NFb = None
+            if self.gated:
+                up_NFb, b_Fb = project("up", block)
+                if b_Fb is not None:
+                    up_NFb += b_Fb
             a_NFb = act_NFb * up_NFb if self.gated else act_NFb
             if kept is not None:
                 kept[block.index] = a_NFb, act_NFb, slope_NFb, up_NFb
-            y_ND, _ = linear_forward(a_NFb, down_DFp[:, block.local])
+            y_ND, _ = linear_forward(a_NFb, down_DFp[:, block.local], dtype=self.leaf_dtype)
             return y_ND
 
         return partial
@@ -117,11 +120,12 @@ class ParallelMLP(ParallelLayer):
         x_ND, kept = saved
         dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy", len(x_ND)))
         gradients = self.gradients(out)
-        dx_ND = copy_to_ranks_backward(self.partial_backward(dy_ND, x_ND, kept, gradients), self.partition, self.group,
-                                       x_ND.shape, self.dtype)
+        later = Later(self.group)
+        dx_ND = copy_to_ranks_backward(self.partial_backward(dy_ND, x_ND, kept, gradients, later), self.partition,
+                                       self.group, x_ND.shape, self.dtype, later)
         return dx_ND.reshape(dy.shape), gradients
 
-    def partial_backward(self, dy_ND, x_ND, kept, gradients):
+    def partial_backward(self, dy_ND, x_ND, kept, gradients, later):
         """The function of a block that gives its summand of dx (N, D) and leaves the block's gradients."""
         if self.parameter("down.bias") is not None:
             bias_backward(dy_ND, out=gradients[join(self.name, "down.bias")])   # dy is complete: so is this
@@ -132,8 +136,8 @@ class ParallelMLP(ParallelLayer):
                 bias_backward(dh_NFb, out=gradients[join(self.name, f"{part}.bias")][block.local])
             w_FbD = self.parameter(f"{part}.weight")[block.local]
             dw_FbD = gradients[join(self.name, f"{part}.weight")][block.local]
-            dx_ND, _ = linear_backward(dh_NFb, (x_ND, w_FbD), dw_out=dw_FbD)
-            return dx_ND
+            later.append(lambda: linear_weight_backward(dh_NFb, x_ND, out=dw_FbD))
+            return product(dh_NFb, w_FbD, dtype=self.leaf_dtype)
 
         def partial(block):
             a_NFb, act_NFb, slope_NFb, up_NFb = kept[block.index]

@@ -9,80 +9,81 @@ import math
 
 import numpy as np
 
+from ..arrays import module_of, twin
 from ..errors import InputError
-from ..arrays import module_of
 from .erf import erf
 
 PIECE = 1 << 15
 GELU_K, GELU_C = math.sqrt(2 / math.pi), 0.044715
 
 
-def identity(xp, h, a, d):
+def identity(h, a, d):
     """a = h"""
     a[...] = h
     if d is not None:
         d[...] = 1
 
 
-def relu(xp, h, a, d):
+def relu(h, a, d):
     """a = max(h, 0); its derivative at 0 is 0"""
     positive = h > 0
-    xp.maximum(h, 0, out=a)
+    np.maximum(h, 0, out=a)
     if d is not None:
         d[...] = positive
 
 
-def silu(xp, h, a, d):
+def silu(h, a, d):
     """a = h s, s = 1 / (1 + e^-h);   a' = s + a (1 - s)"""
-    s = 1 / (1 + xp.exp(-h))
-    xp.multiply(h, s, out=a)
+    s = 1 / (1 + np.exp(-h))
+    np.multiply(h, s, out=a)
     if d is not None:
-        xp.add(s, a * (1 - s), out=d)
+        np.add(s, a * (1 - s), out=d)
 
 
-def gelu_tanh(xp, h, a, d):
+def gelu_tanh(h, a, d):
     """a = h s, s = 1 / (1 + e^-2u), u = k (h + c h^3);   a' = s + a (1 - s) 2 u'   (Hendrycks 2016)"""
     square = h * h
     s = square * (-2 * GELU_K * GELU_C)
     s -= 2 * GELU_K
     s *= h                                      # -2u
-    xp.exp(s, out=s)
+    np.exp(s, out=s)
     s += 1
-    xp.divide(1, s, out=s)
-    xp.multiply(h, s, out=a)
+    np.divide(1, s, out=s)
+    np.multiply(h, s, out=a)
     if d is not None:
         square *= 6 * GELU_K * GELU_C
         square += 2 * GELU_K                    # 2u'
         square *= a
-        xp.subtract(1, s, out=d)
+        np.subtract(1, s, out=d)
         d *= square
         d += s
 
 
-def gelu(xp, h, a, d):
+def gelu(h, a, d):
     """a = h F, F = (1 + erf(h / sqrt 2)) / 2;   a' = F + h e^(-h^2/2) / sqrt(2 pi)   (Hendrycks 2016)"""
-    gauss = xp.exp(-0.5 * h * h)
+    gauss = np.exp(-0.5 * h * h)
     cdf = erf(h * math.sqrt(0.5), gauss)
     cdf += 1
     cdf *= 0.5
     density = h * gauss if d is not None else None      # before `a` or `d` overwrite h
-    xp.multiply(h, cdf, out=a)
+    np.multiply(h, cdf, out=a)
     if d is not None:
         density *= 1 / math.sqrt(2 * math.pi)
-        xp.add(cdf, density, out=d)
+        np.add(cdf, density, out=d)
 
 
 ACTIVATIONS = {f.__name__: f for f in (gelu_tanh, gelu, silu, relu, identity)}
 
 
-def activation_forward(name, h, out=None, derivative=None):
-    """a = act(h) elementwise.
+def activation_forward(name, h, out=None, derivative=None, bias=None):
+    """a = act(h) elementwise, or act(h + bias).
 
     Parameters
     ----------
     h : array of any shape, C-contiguous
     out : where a goes; `h` itself for in place, None for a new array
     derivative : where act'(h) goes, `h` itself where `out` is another array; None: not computed
+    bias : added to every row of h first, which is overwritten then; or None
 
     Returns
     -------
@@ -90,13 +91,15 @@ def activation_forward(name, h, out=None, derivative=None):
     """
     if name not in ACTIVATIONS:
         raise InputError(f"found activation {name!r}, expected one of {', '.join(ACTIVATIONS)}")
-    xp, function = module_of(h), ACTIVATIONS[name]
-    out = xp.empty_like(h) if out is None else out
+    if module_of(h) is not np:
+        return twin("activation").activation_forward(name, h, out, derivative, bias)
+    if bias is not None:
+        h += bias
+    out = np.empty_like(h) if out is None else out
     flat = [None if x is None else x.reshape(-1) for x in (h, out, derivative)]
-    piece = PIECE if xp is np else max(1, h.size)
     with np.errstate(over="ignore"):            # e^-h is inf for very negative h, and 1/inf the right 0
-        for at in range(0, h.size, piece):
-            function(xp, *(None if x is None else x[at:at + piece] for x in flat))
+        for at in range(0, h.size, PIECE):
+            ACTIVATIONS[name](*(None if x is None else x[at:at + PIECE] for x in flat))
     return out, derivative
 
 

@@ -10,7 +10,7 @@ from math import inf
 
 import numpy as np
 
-from ..arrays import module_of
+from ..arrays import module_of, twin
 from .linear import NARROW
 
 TILE = 64               # queries; fixed, since it is part of the bits
@@ -41,12 +41,15 @@ def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=N
 
     Bits depend on the content of a query head and of its key/value head alone, not on G, H or strides.
     """
-    xp, (G, H, Q, K) = module_of(q_GHQK), q_GHQK.shape
+    if module_of(q_GHQK) is not np:
+        return twin("attention").attention_forward(q_GHQK, k_GSK, v_GSK, scale, out=out, causal=causal, window=window,
+                                                   slopes=slopes, mask=mask, keep=keep)
+    G, H, Q, K = q_GHQK.shape
     k_GSK, v_GSK = without_gaps(k_GSK), without_gaps(v_GSK)
     if Q == 1 and mask is None and keep is None and G * H:
         return of_last_query(q_GHQK, k_GSK, v_GSK, scale, out, window, slopes)
     tiles = Tiles(q_GHQK, k_GSK, causal, window, slopes, mask)
-    lse_GHQ, ones_S1 = xp.empty((G, H, Q), q_GHQK.dtype), xp.ones((tiles.S, 1), q_GHQK.dtype)
+    lse_GHQ, ones_S1 = np.empty((G, H, Q), q_GHQK.dtype), np.ones((tiles.S, 1), q_GHQK.dtype)
     for first, stop, seen in tiles:
         keep_GHTS = None if keep is None else keep(first, stop)
         for g, h in tiles.heads(stop - first, seen):
@@ -58,31 +61,31 @@ def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=N
             if mask is not None:
                 peak_ghT1[peak_ghT1 == -inf] = 0                # nothing to attend to: a row of e^-inf = 0
             s_ghTV -= peak_ghT1
-            xp.exp(s_ghTV, out=s_ghTV)
-            sum_ghT1 = xp.matmul(s_ghTV, ones_S1[seen])         # four times as fast as sum()
+            np.exp(s_ghTV, out=s_ghTV)
+            sum_ghT1 = np.matmul(s_ghTV, ones_S1[seen])         # four times as fast as sum()
             if mask is not None:
                 sum_ghT1[sum_ghT1 == 0] = 1
             if keep is not None:
                 s_ghTV *= keep_GHTS[g, h, :, seen]
-            xp.divide(xp.matmul(s_ghTV, v_GSK[g, None, seen]), sum_ghT1, out=out[g, h, first:stop])
-            lse_GHQ[g, h, first:stop] = (xp.log(sum_ghT1) + peak_ghT1)[..., 0]
+            np.divide(np.matmul(s_ghTV, v_GSK[g, None, seen]), sum_ghT1, out=out[g, h, first:stop])
+            lse_GHQ[g, h, first:stop] = (np.log(sum_ghT1) + peak_ghT1)[..., 0]
     return lse_GHQ
 
 
 def of_last_query(q_GH1K, k_GSK, v_GSK, scale, out, window, slopes):
     """attention_forward for Q = 1, which sees the last keys: the same steps, with nothing to hide; generation's."""
-    xp, first = module_of(q_GH1K), 0 if window is None else max(0, k_GSK.shape[1] - window)
+    first = 0 if window is None else max(0, k_GSK.shape[1] - window)
     k_GVK, v_GVK = k_GSK[:, first:], v_GSK[:, first:]
     V = k_GVK.shape[1]
-    s_GH1V = xp.matmul(q_GH1K * float(scale), transposed(k_GVK)[:, None])
+    s_GH1V = np.matmul(q_GH1K * float(scale), transposed(k_GVK)[:, None])
     if slopes is not None:
-        s_GH1V += xp.asarray(slopes, s_GH1V.dtype)[..., None, None] * xp.arange(1 - V, 1, dtype=s_GH1V.dtype)
+        s_GH1V += np.asarray(slopes, s_GH1V.dtype)[..., None, None] * np.arange(1 - V, 1, dtype=s_GH1V.dtype)
     peak_GH11 = s_GH1V.max(axis=-1, keepdims=True)
     s_GH1V -= peak_GH11
-    xp.exp(s_GH1V, out=s_GH1V)
-    sum_GH11 = xp.matmul(s_GH1V, xp.ones((V, 1), s_GH1V.dtype))
-    xp.divide(xp.matmul(s_GH1V, v_GVK[:, None]), sum_GH11, out=out)
-    return (xp.log(sum_GH11) + peak_GH11)[..., 0]
+    np.exp(s_GH1V, out=s_GH1V)
+    sum_GH11 = np.matmul(s_GH1V, np.ones((V, 1), s_GH1V.dtype))
+    np.divide(np.matmul(s_GH1V, v_GVK[:, None]), sum_GH11, out=out)
+    return (np.log(sum_GH11) + peak_GH11)[..., 0]
 
 
 def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, causal=True, window=None,
@@ -96,10 +99,13 @@ def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, 
     -------
     dk_GSK, dv_GSK : new arrays, summed tile by tile, and in each over the H query heads in their order
     """
-    xp, K = module_of(q_GHQK), q_GHQK.shape[-1]
+    if module_of(q_GHQK) is not np:
+        return twin("attention").attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, dq=dq,
+                                                    causal=causal, window=window, slopes=slopes, mask=mask, keep=keep)
+    K = q_GHQK.shape[-1]
     k_GSK, v_GSK = without_gaps(k_GSK), without_gaps(v_GSK)
-    dk_GSK, dv_GSK = xp.zeros(k_GSK.shape, k_GSK.dtype), xp.zeros(v_GSK.shape, v_GSK.dtype)
-    tiles, ones_K1 = Tiles(q_GHQK, k_GSK, causal, window, slopes, mask), xp.ones((K, 1), q_GHQK.dtype)
+    dk_GSK, dv_GSK = np.zeros(k_GSK.shape, k_GSK.dtype), np.zeros(v_GSK.shape, v_GSK.dtype)
+    tiles, ones_K1 = Tiles(q_GHQK, k_GSK, causal, window, slopes, mask), np.ones((K, 1), q_GHQK.dtype)
     for first, stop, seen in tiles:
         keep_GHTS = None if keep is None else keep(first, stop)
         for g, h in tiles.heads(stop - first, seen):
@@ -108,10 +114,10 @@ def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, 
             p_ghTV = tiles.product(0, q_ghTK, k_GSK[g, seen])
             tiles.bias_and_hide(p_ghTV, g, h, first, stop, seen)
             p_ghTV -= lse_GHQ[g, h, first:stop, None]
-            xp.exp(p_ghTV, out=p_ghTV)
+            np.exp(p_ghTV, out=p_ghTV)
 
             dout_ghTK, out_ghTK = (x[g, h, first:stop].copy(order="C") for x in (dout_GHQK, out))
-            delta_ghT1 = xp.matmul(xp.multiply(out_ghTK, dout_ghTK, out=out_ghTK), ones_K1)
+            delta_ghT1 = np.matmul(np.multiply(out_ghTK, dout_ghTK, out=out_ghTK), ones_K1)
             ds_ghTV, kept_ghTV = tiles.product(1, dout_ghTK, v_GSK[g, seen]), p_ghTV
             if keep is not None:
                 ds_ghTV *= keep_GHTS[g, h, :, seen]
@@ -119,9 +125,9 @@ def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, 
             ds_ghTV -= delta_ghT1
             ds_ghTV *= p_ghTV
 
-            add_heads(dv_GSK[g, seen], xp.matmul(transposed(kept_ghTV), dout_ghTK))
-            add_heads(dk_GSK[g, seen], xp.matmul(transposed(ds_ghTV), q_ghTK))
-            xp.multiply(xp.matmul(ds_ghTV, k_GSK[g, None, seen]), float(scale), out=dq[g, h, first:stop])
+            add_heads(dv_GSK[g, seen], np.matmul(transposed(kept_ghTV), dout_ghTK))
+            add_heads(dk_GSK[g, seen], np.matmul(transposed(ds_ghTV), q_ghTK))
+            np.multiply(np.matmul(ds_ghTV, k_GSK[g, None, seen]), float(scale), out=dq[g, h, first:stop])
     return dk_GSK, dv_GSK
 
 
@@ -129,13 +135,12 @@ class Tiles:
     """The tiles of queries, what each may attend to, and the buffers that all use again."""
 
     def __init__(self, q_GHQK, k_GSK, causal, window, slopes, mask):
-        xp, dtype = module_of(q_GHQK), q_GHQK.dtype
-        self.xp, self.dtype = xp, dtype
+        self.dtype = q_GHQK.dtype
         self.G, self.H, self.Q = q_GHQK.shape[:3]
         self.S, self.causal, self.window = k_GSK.shape[1], causal, window
-        self.slopes_GH = None if slopes is None else xp.asarray(slopes, dtype)
+        self.slopes_GH = None if slopes is None else np.asarray(slopes, self.dtype)
         self.mask = mask
-        self.above_TT = xp.arange(min(TILE, self.Q)) > xp.arange(min(TILE, self.Q))[:, None]
+        self.above_TT = np.arange(min(TILE, self.Q)) > np.arange(min(TILE, self.Q))[:, None]
         self.buffers = {}
 
     def __iter__(self):
@@ -150,7 +155,7 @@ class Tiles:
 
     def heads(self, queries, seen):
         """Slices of G and of H: the heads that are computed at once."""
-        most = max(1, SCORES // (queries * (seen.stop - seen.start))) if self.xp is np else max(1, self.G * self.H)
+        most = max(1, SCORES // (queries * (seen.stop - seen.start)))
         groups, heads = max(1, most // max(1, self.H)), min(most, max(1, self.H))
         for g in range(0, self.G, groups):
             for h in range(0, self.H, heads):
@@ -160,25 +165,25 @@ class Tiles:
         """x y^T in buffer `number`, without gaps: fresh arrays of this size would cost page faults."""
         (g, h, T, _), V = x_ghTK.shape, y_gVK.shape[1]
         if self.buffers.get(number) is None or self.buffers[number].size < g * h * T * V:
-            self.buffers[number] = self.xp.empty(g * h * T * V, self.dtype)
+            self.buffers[number] = np.empty(g * h * T * V, self.dtype)
         product_ghTV = self.buffers[number][:g * h * T * V].reshape(g, h, T, V)
-        return self.xp.matmul(x_ghTK, transposed(y_gVK)[:, None], out=product_ghTV)
+        return np.matmul(x_ghTK, transposed(y_gVK)[:, None], out=product_ghTV)
 
     def bias_and_hide(self, s_ghTV, g, h, first, stop, seen):
         """scores += slope (key - query), and -inf where the query may not attend to the key."""
-        xp, T = self.xp, stop - first
+        T = stop - first
         if self.slopes_GH is not None:
-            queries_T1 = xp.arange(self.S - self.Q + first, self.S - self.Q + stop, dtype=self.dtype)[:, None]
-            distance_TV = xp.arange(seen.start, seen.stop, dtype=self.dtype) - queries_T1
+            queries_T1 = np.arange(self.S - self.Q + first, self.S - self.Q + stop, dtype=self.dtype)[:, None]
+            distance_TV = np.arange(seen.start, seen.stop, dtype=self.dtype) - queries_T1
             s_ghTV += self.slopes_GH[g, h, None, None] * distance_TV
         if self.causal:                                     # the tile ends at its last query: hide above the diagonal
-            xp.copyto(s_ghTV[..., -T:], -inf, where=self.above_TT[:T, :T])
+            np.copyto(s_ghTV[..., -T:], -inf, where=self.above_TT[:T, :T])
         if self.start(stop - 1) > 0:                        # where the windows begin: hide below the diagonal
             before = seen.start - self.start(first)         # of the diagonal's columns lie before the first key
-            xp.copyto(s_ghTV[..., :T - before], -inf, where=self.above_TT.T[:T, before:T])
+            np.copyto(s_ghTV[..., :T - before], -inf, where=self.above_TT.T[:T, before:T])
         if self.mask is not None:
             mask_TS = self.mask[first:stop] if self.mask.ndim == 2 else self.mask
-            xp.copyto(s_ghTV, -inf, where=~mask_TS[..., seen])
+            np.copyto(s_ghTV, -inf, where=~mask_TS[..., seen])
 
 
 def transposed(x):
@@ -192,7 +197,7 @@ def without_gaps(x_GSK):
     """
     (_, row, feature), K, size = x_GSK.strides, x_GSK.shape[-1], x_GSK.itemsize
     as_good = K > NARROW and feature == size and row >= K * size and row % size == 0
-    return x_GSK if as_good else module_of(x_GSK).ascontiguousarray(x_GSK)
+    return x_GSK if as_good else np.ascontiguousarray(x_GSK)
 
 
 def add_heads(total_gVK, parts_ghVK):

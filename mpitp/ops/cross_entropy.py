@@ -6,9 +6,16 @@ Dimension key: N rows (tokens), n rows of a piece, V these columns.
 """
 import numpy as np
 
-from ..arrays import module_of
+from ..arrays import module_of, twin
 
 PIECE = 1 << 15     # numbers at a time
+
+
+def row_maximum(z_NV):
+    """The maximum of each row, minus infinity without columns. MPI's max may lose NaN: the sum of e^z shows it."""
+    if module_of(z_NV) is not np:
+        return twin("cross_entropy").row_maximum(z_NV)
+    return z_NV.max(axis=1) if z_NV.shape[1] else np.full(len(z_NV), -np.inf, z_NV.dtype)
 
 
 def row_sums(z_NV, max_N, targets_N, with_sum):
@@ -23,13 +30,14 @@ def row_sums(z_NV, max_N, targets_N, with_sum):
 
     Returns (2 or 3, N), a new array.
     """
-    xp = module_of(z_NV)
-    sums = xp.zeros((3 if with_sum else 2, len(z_NV)), z_NV.dtype)
-    for piece in pieces(xp, z_NV.shape):
+    if module_of(z_NV) is not np:
+        return twin("cross_entropy").row_sums(z_NV, max_N, targets_N, with_sum)
+    sums = np.zeros((3 if with_sum else 2, len(z_NV)), z_NV.dtype)
+    for piece in pieces(z_NV.shape):
         shifted_nV = shifted(z_NV, max_N, piece)
         if with_sum:
             shifted_nV.sum(axis=1, out=sums[2, piece])
-        xp.exp(shifted_nV, out=shifted_nV)
+        np.exp(shifted_nV, out=shifted_nV)
         shifted_nV.sum(axis=1, out=sums[0, piece])
     rows = targets_here(z_NV, targets_N)
     with np.errstate(invalid="ignore"):
@@ -40,17 +48,20 @@ def row_sums(z_NV, max_N, targets_N, with_sum):
 def row_gradient(z_NV, max_N, targets_N, factor_N, at_target_N, everywhere_N, out):
     """out = factor e^(z - max) - everywhere, - at_target in the column of the target.
 
-    factor_N, at_target_N, everywhere_N : of each row; everywhere_N None for 0
+    factor_N, at_target_N, everywhere_N : of each row; everywhere_N None for 0. A row of zeros does not count: its
+        gradient is 0, which 0 times NaN would not be
     """
-    xp = module_of(z_NV)
-    for piece in pieces(xp, z_NV.shape):
+    if module_of(z_NV) is not np:
+        return twin("cross_entropy").row_gradient(z_NV, max_N, targets_N, factor_N, at_target_N, everywhere_N, out)
+    for piece in pieces(z_NV.shape):
         shifted_nV = shifted(z_NV, max_N, piece)
-        xp.exp(shifted_nV, out=shifted_nV)
-        xp.multiply(shifted_nV, factor_N[piece, None], out=out[piece])
+        np.exp(shifted_nV, out=shifted_nV)
+        np.multiply(shifted_nV, factor_N[piece, None], out=out[piece])
         if everywhere_N is not None:
             out[piece] -= everywhere_N[piece, None]
     rows = targets_here(z_NV, targets_N)
     out[rows, targets_N[rows]] -= at_target_N[rows]
+    out[(factor_N == 0) & (at_target_N == 0) & (True if everywhere_N is None else everywhere_N == 0)] = 0
     return out
 
 
@@ -62,11 +73,11 @@ def shifted(z_NV, max_N, piece):
 
 def targets_here(z_NV, targets_N):
     """The rows whose target is one of these columns."""
-    return module_of(z_NV).flatnonzero((targets_N >= 0) & (targets_N < z_NV.shape[1]))
+    return np.flatnonzero((targets_N >= 0) & (targets_N < z_NV.shape[1]))
 
 
-def pieces(xp, shape):
-    """Slices of rows, about PIECE numbers each; all rows at once on a GPU. They depend on the columns alone."""
+def pieces(shape):
+    """Slices of rows, about PIECE numbers each. They depend on the columns alone."""
     rows, columns = shape
-    step = max(1, PIECE // max(1, columns)) if xp is np else max(1, rows)
+    step = max(1, PIECE // max(1, columns))
     return [slice(start, start + step) for start in range(0, rows, step)]

@@ -7,13 +7,14 @@ import math
 
 import numpy as np
 
+from ..arrays import twin
 from ..rng import key, words
 
 PIECE = 1 << 15     # words at a time: the temporaries stay in cache
 NEAR = 1 << 11      # to draw so many words and not use them is as fast as to start a stream anew (measured)
 
 
-def dropout_scale(seed, name, step, probability, shape, window, dtype):
+def dropout_scale(seed, name, step, probability, shape, window, dtype, xp=np):
     """0 where an element drops, 1 / (1 - probability) elsewhere; multiply by it in forward and in backward.
 
     Element i drops where (word i of the Philox stream of key(seed, f"{name}/{step}")) >> 11 < probability * 2^53.
@@ -28,9 +29,11 @@ def dropout_scale(seed, name, step, probability, shape, window, dtype):
 
     Returns
     -------
-    scale : NumPy array of the window's shape and `dtype`
+    scale : array of the window's shape and `dtype`, of the module `xp`
     """
     shape = tuple(map(int, shape))              # NumPy's integers would overflow
+    if xp is not np:
+        return twin("dropout").dropout_scale(seed, name, step, probability, shape, window, dtype)
     ends = [at.indices(n)[:2] if isinstance(at, slice) else (int(at), int(at) + 1) for at, n in zip(window, shape)]
     lengths = [max(0, stop - start) for start, stop in ends]
     out = np.empty([n for n, at in zip(lengths, window) if isinstance(at, slice)], dtype)

@@ -1,8 +1,20 @@
-"""The gradient of a lookup in a table of rows.
+"""Lookup in a table of rows, and its gradient.
 
 Dimension key: N tokens, H features.
 """
-from ..arrays import module_of
+import numpy as np
+
+from ..arrays import module_of, twin
+
+
+def embedding_forward(w_RH, ids_N):
+    """y[n] = W[ids[n]], a new array (N, H); zeros where an id is outside 0..rows-1 and belongs to another rank."""
+    if module_of(w_RH) is not np:
+        return twin("embedding").embedding_forward(w_RH, ids_N)
+    y_NH = np.zeros((len(ids_N), w_RH.shape[1]), w_RH.dtype)
+    mine_n = np.flatnonzero((ids_N >= 0) & (ids_N < len(w_RH)))
+    y_NH[mine_n] = w_RH[ids_N[mine_n]]
+    return y_NH
 
 
 def embedding_backward(d_NH, ids_N, rows, out=None):
@@ -18,8 +30,9 @@ def embedding_backward(d_NH, ids_N, rows, out=None):
     rows : of the table
     out : (rows, H) array for the result, None for a new one
     """
-    xp = module_of(d_NH)
-    dw_RH = xp.empty((rows, d_NH.shape[-1]), d_NH.dtype) if out is None else out
+    if module_of(d_NH) is not np:
+        return twin("embedding").embedding_backward(d_NH, ids_N, rows, out)
+    dw_RH = np.empty((rows, d_NH.shape[-1]), d_NH.dtype) if out is None else out
     dw_RH[...] = 0
     for n, row in enumerate(ids_N.tolist()):
         if 0 <= row < rows:

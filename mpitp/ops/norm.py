@@ -8,7 +8,7 @@ Dimension key: N rows, n rows of a piece, K features.
 """
 import numpy as np
 
-from ..arrays import module_of
+from ..arrays import module_of, twin
 from ..errors import InputError
 
 KINDS = ("layernorm", "rmsnorm")
@@ -38,14 +38,16 @@ def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
     """
     if kind not in KINDS:                       # the messages of require() would cost more than a token's norm
         raise InputError(f"found norm kind {kind!r}, expected one of {', '.join(KINDS)}")
-    xp, K = module_of(x), x.shape[-1]
+    if module_of(x) is not np:
+        return twin("norm").norm_forward(x, w, b, kind, epsilon, zero_centered)
+    K = x.shape[-1]
     x_NK, g_K = x.reshape(-1, K), (1 + w if zero_centered else w)
-    xhat_NK, y_NK = xp.empty(x_NK.shape, x.dtype), xp.empty(x_NK.shape, x.dtype)
-    rstd_N1 = xp.empty((len(x_NK), 1), x.dtype)
+    xhat_NK, y_NK = np.empty(x_NK.shape, x.dtype), np.empty(x_NK.shape, x.dtype)
+    rstd_N1 = np.empty((len(x_NK), 1), x.dtype)
     if x.size <= FEW:                           # a token of generation: to cut pieces would cost as much as the norm
         normalise(x_NK, g_K, b, kind, epsilon, xhat_NK, rstd_N1, y_NK)
     else:
-        steps = pieces(xp, x_NK.shape)
+        steps = pieces(x_NK.shape)
         g_nK, b_nK = for_a_piece(g_K, steps), for_a_piece(b, steps)
         for piece in steps:
             x_nK = x_NK[piece]
@@ -56,18 +58,18 @@ def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
 
 def normalise(x_nK, g, b, kind, epsilon, xhat_nK, rstd_n1, y_nK):
     """Write xhat, rstd and y of some rows; g and b for each of them, or for all."""
-    xp, K = module_of(x_nK), x_nK.shape[-1]
-    x_nK = xp.ascontiguousarray(x_nK)
+    K = x_nK.shape[-1]
+    x_nK = np.ascontiguousarray(x_nK)
     if kind == "layernorm":
-        mean_n1 = row_dot(x_nK, xp.ones(K, x_nK.dtype))
+        mean_n1 = row_dot(x_nK, np.ones(K, x_nK.dtype))
         mean_n1 /= K
-        x_nK = xp.subtract(x_nK, mean_n1, out=xhat_nK)
-    xp.divide(row_dot(x_nK, x_nK), K, out=rstd_n1)
+        x_nK = np.subtract(x_nK, mean_n1, out=xhat_nK)
+    np.divide(row_dot(x_nK, x_nK), K, out=rstd_n1)
     rstd_n1 += epsilon
-    xp.sqrt(rstd_n1, out=rstd_n1)
-    xp.divide(1, rstd_n1, out=rstd_n1)
-    xp.multiply(x_nK, rstd_n1, out=xhat_nK)
-    xp.multiply(xhat_nK, g, out=y_nK)
+    np.sqrt(rstd_n1, out=rstd_n1)
+    np.divide(1, rstd_n1, out=rstd_n1)
+    np.multiply(x_nK, rstd_n1, out=xhat_nK)
+    np.multiply(xhat_nK, g, out=y_nK)
     if b is not None:
         y_nK += b
 
@@ -86,40 +88,42 @@ def norm_backward(dy, saved, dw_out=None, db_out=None):
     -------
     dx (..., K), dw (K,), and db (K,), which is None where there is no bias
     """
+    if module_of(dy) is not np:
+        return twin("norm").norm_backward(dy, saved, dw_out, db_out)
     xhat_NK, rstd_N1, g_K, kind, has_bias = saved
-    xp, K = module_of(dy), dy.shape[-1]
+    K = dy.shape[-1]
     dy_NK = dy.reshape(-1, K)
-    dx_NK = xp.empty(dy_NK.shape, dy.dtype)
-    dw_K = xp.empty(K, dy.dtype) if dw_out is None else dw_out
+    dx_NK = np.empty(dy_NK.shape, dy.dtype)
+    dw_K = np.empty(K, dy.dtype) if dw_out is None else dw_out
     dw_K[...] = 0
     db_K = None
     if has_bias:
-        db_K = xp.empty(K, dy.dtype) if db_out is None else db_out
+        db_K = np.empty(K, dy.dtype) if db_out is None else db_out
         db_K[...] = 0
-    steps = pieces(xp, dy_NK.shape)
+    steps = pieces(dy_NK.shape)
     g_nK = for_a_piece(g_K, steps)
     for piece in steps:
-        dy_nK, xhat_nK, dx_nK = xp.ascontiguousarray(dy_NK[piece]), xhat_NK[piece], dx_NK[piece]
+        dy_nK, xhat_nK, dx_nK = np.ascontiguousarray(dy_NK[piece]), xhat_NK[piece], dx_NK[piece]
         if has_bias:
             db_K += dy_nK.sum(axis=0)
         product_nK = dy_nK * xhat_nK
         dw_K += product_nK.sum(axis=0)
         mean_n1 = row_dot(product_nK, g_K)                  # of dyg * xhat
         mean_n1 /= K
-        xp.multiply(dy_nK, g_nK[:len(dy_nK)], out=dx_nK)
+        np.multiply(dy_nK, g_nK[:len(dy_nK)], out=dx_nK)
         if kind == "layernorm":
             dyg_mean_n1 = row_dot(dy_nK, g_K)
             dyg_mean_n1 /= K
             dx_nK -= dyg_mean_n1
-        dx_nK -= xp.multiply(xhat_nK, mean_n1, out=product_nK)
+        dx_nK -= np.multiply(xhat_nK, mean_n1, out=product_nK)
         dx_nK *= rstd_N1[piece]
     return dx_NK.reshape(dy.shape), dw_K, db_K
 
 
-def pieces(xp, shape):
-    """Slices of rows that hold about PIECE numbers each, the first the longest; all rows at once on a GPU."""
+def pieces(shape):
+    """Slices of rows that hold about PIECE numbers each, the first the longest."""
     rows, K = shape
-    step = max(1, PIECE // max(1, K)) if xp is np else max(1, rows)
+    step = max(1, PIECE // max(1, K))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -127,8 +131,7 @@ def for_a_piece(w_K, steps):
     """w_K for each row of the longest piece: NumPy multiplies arrays of one shape twice as fast as rows by a row."""
     if w_K is None or not steps:
         return w_K
-    xp = module_of(w_K)
-    return xp.ascontiguousarray(xp.broadcast_to(w_K, (steps[0].stop, *w_K.shape)))
+    return np.ascontiguousarray(np.broadcast_to(w_K, (steps[0].stop, *w_K.shape)))
 
 
 def row_dot(a_nK, b, out=None):
@@ -136,7 +139,7 @@ def row_dot(a_nK, b, out=None):
 
     As a stack of products of one row and one column, for which NumPy calls the dot product of BLAS.
     """
-    product = module_of(a_nK).matmul(a_nK[:, None, :], b[..., None])[:, 0]
+    product = np.matmul(a_nK[:, None, :], b[..., None])[:, 0]
     if out is None:
         return product
     out[...] = product

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ..arrays import module_of
+from ..arrays import module_of, twin
 
 
 def rotary_tables(rotary, head_dim, positions, dtype, xp=np):
@@ -78,14 +78,16 @@ def rotary_forward(x, cos, sin, interleaved):
 
     Returns a new array, shaped as x.
     """
-    xp, half = module_of(x), cos.shape[-1]
+    if module_of(x) is not np:
+        return twin("rotary").rotary_forward(x, cos, sin, interleaved)
+    half = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]                   # the same for every head
     first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else \
         (slice(0, half), slice(half, 2 * half))
-    u, v, out = x[..., first], x[..., second], xp.empty(x.shape, x.dtype)
-    xp.multiply(u, cos, out=out[..., first])
+    u, v, out = x[..., first], x[..., second], np.empty(x.shape, x.dtype)
+    np.multiply(u, cos, out=out[..., first])
     out[..., first] -= v * sin
-    xp.multiply(v, cos, out=out[..., second])
+    np.multiply(v, cos, out=out[..., second])
     out[..., second] += u * sin
     out[..., 2 * half:] = x[..., 2 * half:]
     return out

@@ -229,11 +229,11 @@ class Trainer:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def files(self):
-        """What a step folder holds, as checkpoint.save takes it."""
-        specs, model = self.model.specs, self.model
+        """What a step folder holds, as checkpoint.save takes it. Of a 16-bit model, its float32 weights."""
+        specs = self.model.specs
         state = {f"exp_avg.{name}": (specs[name], m) for name, m in self.optimizer.exp_avg.items()}
         state |= {f"exp_avg_sq.{name}": (specs[name], v) for name, v in self.optimizer.exp_avg_sq.items()}
-        return {"model.safetensors": {name: (specs[name], w) for name, w in model.weights.items()},
+        return {"model.safetensors": {name: (specs[name], w) for name, w in self.optimizer.master.items()},
                 "optimizer.safetensors": state}
 
     def state(self):
@@ -255,6 +255,7 @@ class Trainer:
         if step is None:
             return
         checkpoint.load(self.group, self.folder, step, self.files())
+        self.optimizer.round_weights()
         self.step = step
         if self.group.rank == 0:
             self.say(f"resumed from {self.folder}, step {step}" + (f"; removed {', '.join(left)}" if left else ""))

@@ -3,11 +3,10 @@ import math
 
 import numpy as np
 
-from ..arrays import module_of
+from ..arrays import module_of, sum_dtype
 from ..errors import require
+from ..ops.adamw import adamw_step
 from ..partition import Partition
-
-PIECE = 1 << 15     # numbers at a time: a step is memory traffic, so what it makes stays in cache
 
 
 class AdamW:
@@ -19,6 +18,8 @@ class AdamW:
     Attributes
     ----------
     exp_avg, exp_avg_sq : {name: array}, m and v of this rank's slices
+    master : {name: array}, the weights that move: the layer's own or, of a 16-bit layer, float32 ones, which it gets
+        rounded after each step (Micikevicius et al., arXiv 1710.03740, section 3.1)
     """
 
     def __init__(self, layer, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1):
@@ -27,38 +28,25 @@ class AdamW:
         require(eps > 0, f"eps = {eps!r}", "a positive number")
         require(weight_decay >= 0, f"weight_decay = {weight_decay!r}", "a number from 0")
         self.layer, self.beta1, self.beta2, self.eps, self.weight_decay = layer, beta1, beta2, eps, weight_decay
-        self.exp_avg, self.exp_avg_sq = ({name: module_of(w).zeros_like(w) for name, w in layer.weights.items()}
+        self.master = {name: w.astype(sum_dtype(w.dtype), copy=False) for name, w in layer.weights.items()}
+        self.exp_avg, self.exp_avg_sq = ({name: module_of(w).zeros_like(w) for name, w in self.master.items()}
                                          for _ in range(2))
 
     def step(self, gradients, lr, t, scale=1.0):
         """Move every weight. t : the number of this step, from 1. scale : of the gradients, as clipping asks for."""
+        rate, root = lr / (1 - self.beta1 ** t), (1 - self.beta2 ** t) ** -0.5
         for name, spec in self.layer.specs.items():
             decay = 1 - lr * self.weight_decay if spec.decay else 1.0
-            arrays = (self.layer.weights[name], gradients[name], self.exp_avg[name], self.exp_avg_sq[name])
-            self.move(*(array.reshape(-1) for array in arrays), decay, lr, t, scale)
+            arrays = (self.master[name], gradients[name], self.exp_avg[name], self.exp_avg_sq[name])
+            adamw_step(*(array.reshape(-1) for array in arrays), beta1=self.beta1, beta2=self.beta2, rate=rate,
+                       root=root, eps=self.eps, decay=decay, scale=scale)
+        self.round_weights()
 
-    def move(self, w, g, m, v, decay, lr, t, scale):
-        xp = module_of(w)
-        rate, root = lr / (1 - self.beta1 ** t), (1 - self.beta2 ** t) ** -0.5
-        piece = PIECE if xp is np else max(1, w.size)
-        for at in range(0, w.size, piece):
-            w_n, g_n, m_n, v_n = (array[at:at + piece] for array in (w, g, m, v))
-            g_n = g_n * scale if scale != 1 else g_n
-            change_n = g_n - m_n
-            change_n *= 1 - self.beta1
-            m_n += change_n
-            xp.multiply(g_n, g_n, out=change_n)
-            change_n -= v_n
-            change_n *= 1 - self.beta2
-            v_n += change_n
-            xp.sqrt(v_n, out=change_n)
-            change_n *= root
-            change_n += self.eps
-            xp.divide(m_n, change_n, out=change_n)
-            change_n *= rate
-            if decay != 1:
-                w_n *= decay
-            w_n -= change_n
+    def round_weights(self):
+        """Give a 16-bit layer its weights, rounded from those that move."""
+        for name, w in self.layer.weights.items():
+            if self.master[name] is not w:
+                w[...] = self.master[name]
 
 
 def learning_rate(step, lr, min_lr, warmup, steps):
@@ -95,14 +83,17 @@ def gradient_norm(layer, gradients):
         return total
 
     every_block = Partition(group.blocks, group.size, group.blocks)
-    total = group.sum_blocks(of_block, every_block, (1,), np.float64)
-    return math.sqrt(float(total[0])) if total[0] >= 0 else math.nan
+    total = float(group.sum_blocks(of_block, every_block, (1,), np.float64)[0])
+    return math.sqrt(total) if total >= 0 else math.nan
 
 
 def square_sum(x):
-    """The sum of squares of an array, as a number: products of rows without gaps, which BLAS adds up alike anywhere."""
+    """The sum of squares of an array: products of rows without gaps, which BLAS adds up alike anywhere.
+
+    A number of its module, without a copy to the host.
+    """
     flat = module_of(x).ascontiguousarray(x).reshape(-1)
-    return float(flat @ flat)
+    return (flat @ flat).astype(np.float64)
 
 
 def non_finite(layer, gradients):

@@ -1,0 +1,90 @@
+"""How kernels are written here: in terms of T, what an array holds, and A, what is computed in.
+
+T is float, double or one of the 16-bit types, of which a kernel sees the bits; A is double for double, else float.
+up(T) -> A is exact, down(A) -> T rounds to nearest even.
+"""
+from functools import lru_cache
+
+import cupy
+
+ROUND = {
+    "float32": "typedef float T; typedef float A;"
+               "__device__ A up(T x) { return x; } __device__ T down(A x) { return x; }",
+    "float64": "typedef double T; typedef double A;"
+               "__device__ A up(T x) { return x; } __device__ T down(A x) { return x; }",
+    "float16": """
+        typedef unsigned short T; typedef float A;
+        __device__ A up(T x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+        __device__ T down(A x) { T y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }""",
+    "bfloat16": """
+        typedef unsigned short T; typedef float A;
+        __device__ A up(T x) { return __uint_as_float((unsigned)x << 16); }
+        __device__ T down(A x) {
+            unsigned bits = __float_as_uint(x);
+            if (x != x) return 0x7fff;                                      // NaN stays one
+            return (T)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+        }""",
+}
+# The sum over a block of threads, on every thread: within warps, then over the warps. The order is that of the threads.
+REDUCE = """
+__device__ A warp_sum(A x) {
+    for (int lane = 16; lane; lane >>= 1) x += __shfl_xor_sync(0xffffffff, x, lane);
+    return x;
+}
+__device__ A warp_max(A x) {                    // a NaN stays
+    for (int lane = 16; lane; lane >>= 1) {
+        A other = __shfl_xor_sync(0xffffffff, x, lane);
+        x = (other > x || other != other) ? other : x;
+    }
+    return x;
+}
+__device__ A block_sum(A x) {
+    __shared__ A of_warps[32];
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    x = warp_sum(x);
+    __syncthreads();
+    if (!lane) of_warps[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < warps ? of_warps[lane] : (A)0);
+}
+__device__ A block_max(A x) {
+    __shared__ A of_warps[32];
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    x = warp_max(x);
+    __syncthreads();
+    if (!lane) of_warps[warp] = x;
+    __syncthreads();
+    return warp_max(of_warps[lane < warps ? lane : 0]);
+}
+"""
+INFINITY = "__int_as_float(0x7f800000)"
+
+
+@lru_cache(maxsize=None)
+def kernel(source, name, dtype, options=()):
+    """The kernel `name` of a CUDA source, for arrays of this dtype. Compiled when first called, then kept by CuPy."""
+    return cupy.RawKernel(ROUND[dtype.name] + REDUCE + source, name, options=("--std=c++14", *options))
+
+
+def threads_for(length):
+    """Threads of a block that goes over so many numbers: enough to hide memory, a whole number of warps."""
+    return 32 if length <= 128 else 128 if length <= 1024 else 256 if length <= 8192 else 512
+
+
+def launch(function, blocks, threads, arguments):
+    """Start a kernel, unless there is nothing to do: a grid of no blocks is an error."""
+    if blocks:
+        function((blocks,), (threads,), arguments)
+
+
+ELEMENT = """
+template <typename T> struct computed_in { typedef float A; };
+template <> struct computed_in<double> { typedef double A; };
+"""
+
+
+@lru_cache(maxsize=None)
+def elementwise(inputs, outputs, body, name):
+    """An ElementwiseKernel whose body may use A, the type to compute in, of its first type T."""
+    return cupy.ElementwiseKernel(inputs, outputs, "typedef typename computed_in<T>::A A;\n" + body, name,
+                                  preamble=ELEMENT)

@@ -1,0 +1,73 @@
+"""Norms on the GPU: one block of threads a row, one pass to read it and one to write.
+
+Dimension key: N rows, K features.
+"""
+import cupy
+import numpy as np
+
+from ...arrays import sum_dtype
+from .kernel import kernel, launch, threads_for
+from .sums import column_sum
+
+FORWARD = r"""
+// xhat = (x - mean) rstd, y = xhat g + b: the mean first, then the squares of what is left, as the NumPy does.
+extern "C" __global__ void norm_forward(const T* x, const T* w, const T* b, T* xhat, A* rstd, T* y, int K, A epsilon,
+                                        int layernorm, int zero_centered, int has_bias) {
+    const long long row = (long long)blockIdx.x * K;
+    A mean = 0, squares = 0;
+    if (layernorm) {
+        for (int k = threadIdx.x; k < K; k += blockDim.x) mean += up(x[row + k]);
+        mean = block_sum(mean) / K;
+    }
+    for (int k = threadIdx.x; k < K; k += blockDim.x) { A d = up(x[row + k]) - mean; squares += d * d; }
+    A r = 1 / sqrt(block_sum(squares) / K + epsilon);
+    if (!threadIdx.x) rstd[blockIdx.x] = r;
+    for (int k = threadIdx.x; k < K; k += blockDim.x) {
+        A hat = (up(x[row + k]) - mean) * r, g = up(w[k]) + (zero_centered ? 1 : 0);
+        xhat[row + k] = down(hat);
+        y[row + k] = down(hat * g + (has_bias ? up(b[k]) : (A)0));
+    }
+}"""
+BACKWARD = r"""
+// dx = rstd (dyg - mean(dyg) - xhat mean(dyg xhat)), dyg = dy g
+extern "C" __global__ void norm_backward(const T* dy, const T* xhat, const A* rstd, const T* w, T* dx, int K,
+                                         int layernorm, int zero_centered) {
+    const long long row = (long long)blockIdx.x * K;
+    A sum = 0, dot = 0;
+    for (int k = threadIdx.x; k < K; k += blockDim.x) {
+        A d = up(dy[row + k]) * (up(w[k]) + (zero_centered ? 1 : 0));
+        sum += d;
+        dot += d * up(xhat[row + k]);
+    }
+    dot = block_sum(dot) / K;
+    sum = layernorm ? block_sum(sum) / K : (A)0;
+    for (int k = threadIdx.x; k < K; k += blockDim.x) {
+        A d = up(dy[row + k]) * (up(w[k]) + (zero_centered ? 1 : 0));
+        dx[row + k] = down((d - sum - up(xhat[row + k]) * dot) * rstd[blockIdx.x]);
+    }
+}"""
+
+
+def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
+    """As mpitp.ops.norm.norm_forward, computed in float32 for 16-bit x."""
+    K = x.shape[-1]
+    x_NK = cupy.ascontiguousarray(x).reshape(-1, K)
+    y_NK, xhat_NK = cupy.empty(x_NK.shape, x.dtype), cupy.empty(x_NK.shape, x.dtype)
+    rstd_N1 = cupy.empty((len(x_NK), 1), sum_dtype(x.dtype))
+    launch(kernel(FORWARD, "norm_forward", x.dtype), len(x_NK) if K else 0, threads_for(K),
+           (x_NK, w, w if b is None else b, xhat_NK, rstd_N1, y_NK, np.int32(K), sum_dtype(x.dtype).type(epsilon),
+            np.int32(kind == "layernorm"), np.int32(zero_centered), np.int32(b is not None)))
+    return y_NK.reshape(x.shape), (xhat_NK, rstd_N1, w, kind, zero_centered, b is not None)
+
+
+def norm_backward(dy, saved, dw_out=None, db_out=None):
+    """As mpitp.ops.norm.norm_backward; dw and db in float32 for 16-bit dy."""
+    xhat_NK, rstd_N1, w, kind, zero_centered, has_bias = saved
+    K = dy.shape[-1]
+    dy_NK = cupy.ascontiguousarray(dy).reshape(-1, K)
+    dx_NK = cupy.empty(dy_NK.shape, dy.dtype)
+    launch(kernel(BACKWARD, "norm_backward", dy.dtype), len(dy_NK) if K else 0, threads_for(K),
+           (dy_NK, xhat_NK, rstd_N1, w, dx_NK, np.int32(K), np.int32(kind == "layernorm"), np.int32(zero_centered)))
+    dw_K = column_sum(dy_NK, xhat_NK, out=dw_out)
+    db_K = column_sum(dy_NK, out=db_out) if has_bias else None
+    return dx_NK.reshape(dy.shape), dw_K, db_K
