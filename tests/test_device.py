@@ -8,7 +8,7 @@ import pytest
 
 import mpitp
 from mpitp import InputError
-from mpitp.comm import device
+from mpitp.comm import device, staged, transport
 from mpitp.comm.mpi import MpiTransport
 from mpitp.comm.staged import StagedTransport
 from spmd import draw, same_bytes
@@ -111,14 +111,21 @@ def test_a_missing_cupy(world, monkeypatch):
 
 # --- both transports on a stand-in ---------------------------------------------------------------------------------
 
-@pytest.fixture(params=["staged", "mpi"])
-def gpu_group(world, monkeypatch, request):
+@pytest.fixture
+def stand_in(monkeypatch):
+    """CuPy's stand-in in its place, with a GPU of its own for each rank."""
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
-    monkeypatch.setenv("MPITP_CUDA_AWARE", "1" if request.param == "mpi" else "0")
-    monkeypatch.setattr(StagedTransport.__init__, "__defaults__", (lambda x: np.full(x.shape, 55, x.dtype),))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", fake_cupy.cuda)
+    monkeypatch.setattr(staged, "pinned_like", lambda x: np.full(x.shape, 55, x.dtype))
+    monkeypatch.setattr(transport, "_said", set())
     fake_cupy.stream.reset()
-    group = mpitp.TensorParallelGroup(device="gpu", check=True)
-    assert group.transport.name == request.param
+
+
+@pytest.fixture(params=["staged", "mpi", "nccl"])
+def gpu_group(world, stand_in, monkeypatch, request):
+    monkeypatch.setenv("MPITP_CUDA_AWARE", "1" if request.param == "mpi" else "0")
+    group = mpitp.TensorParallelGroup(device="gpu", check=True, transport=request.param)
+    assert group.transport.name == group.ledger.transport == request.param
     yield group
     group.close()
 
@@ -134,7 +141,8 @@ def same(device_array, expected):
 def settled(group):
     """Nothing is left under way, and nothing was read too early."""
     stream = fake_cupy.stream
-    return not stream.copies and not stream.mistakes and (stream.synchronised > 0)
+    alone = group.size == 1 or group.transport.name == "nccl"           # which need not wait for anything
+    return not stream.copies and not stream.mistakes and (alone or stream.synchronised > 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "float16"])
@@ -169,7 +177,8 @@ def test_every_collective_on_a_device(gpu_group, dtype, piece_bytes):
 
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_sum_blocks_on_a_device(gpu_group, reproducible):
-    with mpitp.TensorParallelGroup(device="gpu", reproducible=reproducible, blocks=4) as group:
+    name = gpu_group.transport.name
+    with mpitp.TensorParallelGroup(device="gpu", reproducible=reproducible, blocks=4, transport=name) as group:
         leaves = [np.round(draw(b, 3, 5) * 4).astype("float32") for b in range(group.blocks)]
         fake_cupy.stream.reset()
         y = group.sum_blocks(lambda block: on_device(leaves[block.index]), group.partition(40), (3, 5), "float32")
@@ -186,14 +195,13 @@ def test_arrays_of_the_other_device(gpu_group, world):
             group.all_reduce(on_device(np.ones(3)))
 
 
-def test_staging_is_said_once_by_rank_0(world, monkeypatch, capfd):
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
-    monkeypatch.setattr(device, "_staging_is_said", False)
+def test_staging_is_said_once_by_rank_0(world, stand_in, monkeypatch, capfd):
     monkeypatch.setenv("MPITP_CUDA_AWARE", "0")
+    monkeypatch.setattr(fake_cupy.nccl, "available", False)
     for _ in range(2):
         with mpitp.TensorParallelGroup(device="gpu") as group:
             group.subgroup(group.rank).close()
-    assert capfd.readouterr().err.count("staging through host memory") == (world.rank == 0)
+    assert capfd.readouterr().err.count("staging through host memory") == (world.rank == 0 and world.size > 1)
 
 
 # --- the tester, tested ----------------------------------------------------------------------------------------------
@@ -203,6 +211,6 @@ def test_a_transport_that_does_not_synchronise_is_seen(world):
     MpiTransport(world, synchronise=lambda: None).all_reduce(on_device(np.ones(3)), "sum")
     assert fake_cupy.stream.mistakes
     fake_cupy.stream.reset()
-    staged = StagedTransport(world, lambda: None, lambda x: np.empty(x.shape, x.dtype))
-    staged.all_reduce(on_device(np.ones(3)), "sum")
+    hasty = StagedTransport(world, lambda: None, lambda x: np.empty(x.shape, x.dtype))
+    hasty.all_reduce(on_device(np.ones(3)), "sum")
     assert fake_cupy.stream.copies

@@ -45,13 +45,20 @@ def test_nothing_is_wrong():
     ("slow BLAS kernel", [rank(variables={"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}), rank()], "unset MKL_ENABLE_INSTRUCTIONS"),
     ("container limit", [rank(quota=1.0), rank(quota=1.0)], "mpirun -n 1"),
     ("little shared memory", [rank(shared_memory=20 << 20), rank(shared_memory=20 << 20)], "--shm-size"),
-    ("MPI without CUDA", [rank(gpus=2), rank(gpus=2)], "an MPI built with CUDA"),
+    ("GPUs talk through the host", [rank(gpus=2, gpu_transport="staged", gpu_transport_how="no CUDA")] * 2,
+     "an MPI built with CUDA"),
+    ("ranks share a GPU", [rank(gpus=1, gpu="A 1", gpu_shared=True, gpu_transport="mpi")] * 2, "mpirun -n 1"),
 ])
 def test_each_misconfiguration_is_named(name, ranks, fix):
     found = {finding.name: finding for finding in doctor.findings(ranks)}
     assert name in found and fix in found[name].fix
     text = "\n".join([*doctor.page(ranks), *doctor.said(list(found.values()))])
     assert f"WRONG  {name}: " in text
+
+
+def test_gpus_are_named():
+    text = "\n".join(doctor.page([rank(gpus=2, gpu=f"H100 {i}", gpu_transport="mpi", gpu_transport_how="fast") for i in "ab"]))
+    assert "rank 1: H100 b" in text and "transport: mpi (fast)" in text
 
 
 def test_no_blas_of_its_own_knowledge():

@@ -1,17 +1,14 @@
-"""Which device this rank computes on, and whether the MPI may be handed its buffers.
+"""Which array module a device has, and whether the MPI may be handed its buffers.
 
 Never a guess: a device pointer given to an MPI that is not CUDA-aware is a segmentation fault.
 """
 import ctypes
 import os
-import sys
 
 from mpi4py import MPI
 
 from ..errors import InputError
 from . import agreement
-from .mpi import MpiTransport
-from .staged import StagedTransport
 
 MPIX_GPU_SUPPORT_CUDA = 0       # a constant of MPICH's mpi.h
 
@@ -72,27 +69,6 @@ def array_module(device):
         raise InputError(f"found no CuPy ({error}), expected one for device 'gpu': "
                          "pip install 'mpitp[cuda12]' or 'mpitp[cuda13]'") from None
     return cupy
-
-
-_staging_is_said = False
-
-
-def choose_transport(comm, device, xp):
-    """The transport for a device. On a GPU without a CUDA-aware MPI, staging is said once, by rank 0. Collective."""
-    global _staging_is_said
-    if device == "cpu":
-        return MpiTransport(comm)
-    aware, how = cuda_aware_everywhere(comm)
-
-    def synchronise():
-        xp.cuda.get_current_stream().synchronize()
-    if aware:
-        return MpiTransport(comm, synchronise)
-    if comm.rank == 0 and not _staging_is_said:
-        print(f"mpitp: this MPI does not take device buffers ({how}): staging through host memory",
-              file=sys.stderr, flush=True)
-    _staging_is_said = True                      # on every rank: a subgroup says it no more
-    return StagedTransport(comm, synchronise)
 
 
 def cuda_aware_everywhere(comm):

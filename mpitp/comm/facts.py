@@ -37,7 +37,11 @@ class RankFacts:
     quota: float | None             # cores that the container may use
     cuda_aware: bool = False
     cuda_aware_how: str = ""
-    gpus: int | None = None         # None: no CuPy
+    gpus: int | None = None         # visible; None: no CuPy
+    gpu: str = ""                   # model and UUID of this rank's
+    gpu_shared: bool = False        # with another rank
+    gpu_transport: str = ""         # that a group on GPUs would take
+    gpu_transport_how: str = ""     # and why
     share: int = 1                  # of the node's cores
     node_ranks: int = 1
 
@@ -53,7 +57,7 @@ def from_first_rank(value):
 
 
 def of_this_rank(comm):
-    """RankFacts of this process. Collective (two small all-gathers)."""
+    """RankFacts of this process. Collective."""
     import numpy
     launcher, ranks = launch.launcher()
     aware, how = cuda_aware(comm)
@@ -69,7 +73,7 @@ def of_this_rank(comm):
         variables={**launch.USER_THREADS, **{name: os.environ[name] for name in VARIABLES if name in os.environ}},
         shared_memory=shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None, quota=cpu_quota(),
         cuda_aware=aware, cuda_aware_how=how, gpus=gpu_count(), share=launch.share_of_cores(comm),
-        node_ranks=node_ranks)
+        node_ranks=node_ranks, **gpu_facts(comm))
 
 
 def launcher_rank(environment=None):
@@ -138,3 +142,13 @@ def gpu_count():
         return None
     except Exception:               # CuPy without a driver raises errors of its own
         return 0
+
+
+def gpu_facts(comm):
+    """What a group on GPUs would have; nothing where a rank has none. Collective."""
+    from .group import TensorParallelGroup
+    if not min(comm.allgather(gpu_count() or 0)):
+        return {}
+    with TensorParallelGroup(comm, device="gpu", share_gpu=True) as group:
+        return dict(gpu=f"{group.gpu.name} {group.gpu.uuid}", gpu_shared=group.gpu.shared,
+                    gpu_transport=group.transport.name, gpu_transport_how=group.transport.how)

@@ -1,4 +1,5 @@
 """The ranks that share a layer: what every layer is handed."""
+import os
 import threading
 from math import prod
 
@@ -6,12 +7,14 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays import COMPUTE_DTYPES, GPU_DTYPES, sum_dtype
-from ..errors import InputError, require_positive
+from ..errors import InputError, require, require_positive
 from ..partition import Partition
 from . import agreement, guard, launch, tree
 from .collectives import Collectives, dtype_name
-from .device import array_module, choose_transport
+from .device import array_module
+from .gpu import bind
 from .ledger import Collective, Ledger, wire_bytes
+from .transport import choose_transport, requested
 from .workers import Workers, do_nothing, one_blas_thread
 
 
@@ -26,11 +29,16 @@ class TensorParallelGroup(Collectives):
         that number is, each is computed by one BLAS thread, and sum_blocks adds them in one fixed tree
     blocks : how many in reproducible mode; otherwise there is one a rank
     check : prove before every collective that all ranks mean the same one (16 bytes more each)
+    transport : "auto", "mpi", "nccl" or "staged", see transport.py; MPITP_TRANSPORT stands in for "auto"
+    gpu : number of the device; None: the rank's number on its node, modulo the devices visible
+    share_gpu : whether ranks may share a GPU; MPITP_SHARE_GPU=1 stands in
+    tf32 : whether float32 products on the GPU round their factors to TF32, a setting of the process
 
     Attributes
     ----------
     rank, size : of this process, of the group
     xp : the array module, numpy or cupy
+    transport : what carries; its `name`, and `how`: why it is that one
     ledger : the record of every collective
 
     Notes
@@ -45,19 +53,25 @@ class TensorParallelGroup(Collectives):
     mpi4py's, ranks that disagree on these arguments or, in reproducible mode, run on different kinds of machine.
     """
 
-    def __init__(self, comm=None, *, device="cpu", reproducible=False, blocks=8, check=False):
+    def __init__(self, comm=None, *, device="cpu", reproducible=False, blocks=8, check=False,
+                 transport="auto", gpu=None, share_gpu=False, tf32=False):
         if comm is None or comm == MPI.COMM_WORLD:
             launch.require_matching_launcher()
             comm = MPI.COMM_WORLD
         self.comm = comm.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
         self.device, self.reproducible, self.check = device, bool(reproducible), bool(check)
+        self.tf32, self.gpu = bool(tf32), None
         self.ledger = Ledger()
         self._workers, self._give_back_threads = Workers(1), do_nothing
         try:
-            agreement.require_everywhere(self.comm, "the group's arguments", lambda: self._look_at_arguments(blocks))
+            agreement.require_everywhere(self.comm, "the group's arguments", lambda: self._look_at_arguments(blocks, transport))
             self.blocks = int(blocks) if self.reproducible else self.size
-            self.transport = choose_transport(self.comm, device, self.xp)
+            if device == "gpu":
+                share_gpu = share_gpu or os.environ.get("MPITP_SHARE_GPU") == "1"
+                self.gpu = bind(self.comm, self.xp, gpu, share_gpu, self.tf32)
+            self.transport = choose_transport(self.comm, device, self.xp, self.gpu, transport)
+            self.ledger.transport = self.transport.name
             if self.reproducible and device == "cpu":
                 agreement.require_everywhere(self.comm, "the machine type, and with it the bits of a product",
                                              self._look_at_machine)
@@ -67,10 +81,12 @@ class TensorParallelGroup(Collectives):
             self.comm.Free()
             raise
 
-    def _look_at_arguments(self, blocks):
+    def _look_at_arguments(self, blocks, transport):
         require_positive(blocks=blocks)
+        require(self.device != "cpu" or not self.tf32, "tf32 on device 'cpu'", "device 'gpu', which has it")
         self.xp = array_module(self.device)
-        return f"device={self.device!r} reproducible={self.reproducible} blocks={int(blocks)} check={self.check}"
+        return f"device={self.device!r} reproducible={self.reproducible} blocks={int(blocks)} check={self.check} " \
+               f"transport={requested(transport)!r} tf32={self.tf32}"
 
     def _look_at_machine(self):
         self._give_back_threads = one_blas_thread()
@@ -168,7 +184,8 @@ class TensorParallelGroup(Collectives):
             return None
         try:
             group = TensorParallelGroup(part, device=self.device, reproducible=self.reproducible,
-                                        blocks=self.blocks if self.reproducible else 8, check=self.check)
+                                        blocks=self.blocks if self.reproducible else 8, check=self.check, tf32=self.tf32,
+                                        transport=self.transport.name, gpu=self.gpu and self.gpu.number, share_gpu=True)
         finally:
             part.Free()
         group._workers.count = self._workers.count          # the other subgroups share the cores too
@@ -207,6 +224,7 @@ class TensorParallelGroup(Collectives):
         if self.comm != MPI.COMM_NULL:
             self._enter(lambda: ("close",))
             self._workers.close()
+            self.transport.close()
             self._give_back_threads()
             self.comm.Free()
 

@@ -41,9 +41,18 @@ def end_job(text, status):
     os._exit(status)                            # MPI_Abort may return
 
 
+def out_of_memory(error):
+    """A line about a GPU's memory where that is what did not suffice, else None. CuPy need not be here to be asked."""
+    if type(error).__name__ != "OutOfMemoryError" or not hasattr(error, "_size"):
+        return None
+    free, total = sys.modules["cupy"].cuda.runtime.memGetInfo()
+    return f"found {free / 2 ** 30:.1f} of {total / 2 ** 30:.1f} GiB of the GPU's memory free, expected " \
+           f"{error._size / 2 ** 30:.1f} GiB for one more array beside the {error._total / 2 ** 30:.1f} GiB of this rank\n"
+
+
 def abort(error):
     """Print why this rank failed, its traceback, and end the job with a non-zero status."""
-    why = "interrupted\n" if isinstance(error, KeyboardInterrupt) else \
+    why = "interrupted\n" if isinstance(error, KeyboardInterrupt) else out_of_memory(error) or \
         "".join(traceback.format_exception(type(error), error, error.__traceback__))
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     end_job(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job: {why}", code or 1)
@@ -91,6 +100,9 @@ def guarded(main):
             abort(error)
         if isinstance(error, KeyboardInterrupt):
             say("mpitp: interrupted\n")
+            return 1
+        if out_of_memory(error):
+            say(f"mpitp: {out_of_memory(error)}")
             return 1
         if isinstance(error, BrokenPipeError):  # `| head`: nothing more is wanted
             sys.stdout = open(os.devnull, "w")

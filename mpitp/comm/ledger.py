@@ -58,9 +58,11 @@ class Ledger:
 
     data : {Collective: Entry}, the operations that the mathematics asks for
     control : {str: Entry}, checks and reports
+    transport : name of what carries them
     """
     data: dict = field(default_factory=dict)
     control: dict = field(default_factory=dict)
+    transport: str = "mpi"
 
     def record(self, kind, key, sent):
         """Count one collective, and the time until it is done (waiting for other ranks included).

@@ -3,7 +3,7 @@
 Calls are put on CuPy's current stream, behind the kernels that make what they send. Arrays are flat or C-contiguous;
 counts are elements per rank. Every call is collective.
 """
-import itertools
+from .mpi import cut
 
 # NCCL moves bytes in these too, so that 16-bit arrays may come under the dtype that MPI knows for them, uint16.
 TYPES = {"float32": "NCCL_FLOAT32", "float64": "NCCL_FLOAT64", "int32": "NCCL_INT32", "int64": "NCCL_INT64",
@@ -105,9 +105,3 @@ class NcclTransport:
         """Give the communicator back. Collective."""
         self.cupy.cuda.get_current_stream().synchronize()
         self.comm.destroy()
-
-
-def cut(x, counts):
-    """The runs of a flat array, one a rank."""
-    ends = list(itertools.accumulate(counts))
-    return [x[end - count:end] for end, count in zip(ends, counts)]

@@ -3,7 +3,9 @@
 Given a device array, such an MPI reads it as a host address: a segmentation fault. So each call copies to
 pinned memory, lets MPI work there, and copies back.
 """
-from .mpi import MpiTransport
+from .mpi import MpiTransport, pieces
+
+STAGE_BYTES = 4 << 20       # of one piece
 
 
 def pinned_like(x):
@@ -16,9 +18,10 @@ class StagedTransport:
     name = "staged"
     overlaps = False    # hardly any MPI makes progress while none of its functions runs
 
-    def __init__(self, comm, synchronise, pinned_like=pinned_like):
-        """synchronise: waits for what the device was told to do."""
-        self.host, self.synchronise, self.pinned_like = MpiTransport(comm), synchronise, pinned_like
+    def __init__(self, comm, synchronise, pinned=None, streams=None):
+        """synchronise: waits for what the device was told to do. streams: two, for copies to the host and back."""
+        self.host, self.synchronise, self.streams = MpiTransport(comm), synchronise, streams
+        self.pinned_like = pinned or pinned_like
 
     @property
     def piece_bytes(self):
@@ -39,9 +42,27 @@ class StagedTransport:
         self.synchronise()      # set() only starts the copy, and the pinned memory is given away when host is gone
 
     def all_reduce(self, x, op):
+        if self.streams and x.nbytes > STAGE_BYTES:
+            self.all_reduce_in_pieces(x.reshape(-1), op)
+            return
         host = self.to_host(x)
         self.host.all_reduce(host, op)
         self.to_device(host, x)
+
+    def all_reduce_in_pieces(self, x, op):
+        """While MPI adds up one piece, the next ones come from the device and the last ones go back."""
+        down, up = self.streams
+        host, arrived = self.pinned_like(x), []
+        self.synchronise()                      # what writes x is done
+        parts = pieces(x.size, x.itemsize, STAGE_BYTES)
+        for part in parts:
+            x[part].get(out=host[part], stream=down, blocking=False)
+            arrived.append(down.record())
+        for part, event in zip(parts, arrived):
+            event.synchronize()
+            self.host.all_reduce(host[part], op)
+            x[part].set(host[part], stream=up)
+        up.synchronize()                        # before the pinned memory is given away
 
     def begin_all_reduce(self, x, op):
         host = self.to_host(x)
@@ -77,3 +98,6 @@ class StagedTransport:
         host = self.to_host(x)
         self.host.broadcast(host, root)
         self.to_device(host, x)
+
+    def close(self):
+        """Nothing to give back."""

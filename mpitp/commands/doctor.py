@@ -54,7 +54,8 @@ def run(arguments):
 def findings(ranks):
     """Everything that is wrong with these RankFacts, the gravest first."""
     checks = (wrong_launcher, different_ranks, oversubscribed, too_many_threads, idle_cores, crowded_cores,
-              idle_threads, slow_kernel, small_quota, small_shared_memory, gpu_without_cuda_aware_mpi)
+              idle_threads, slow_kernel, small_quota, small_shared_memory, staged_between_gpus,
+              shared_gpu)
     return [finding for check in checks for finding in [check(ranks)] if finding]
 
 
@@ -164,12 +165,19 @@ def small_shared_memory(ranks):
                 "docker run --shm-size=1g, or remount /dev/shm larger")
 
 
-def gpu_without_cuda_aware_mpi(ranks):
+def staged_between_gpus(ranks):
     first = ranks[0]
-    if first.gpus and not first.cuda_aware and first.world > 1:
+    if first.gpus and first.gpu_transport == "staged" and first.world > 1:
         return Finding(
-            "MPI without CUDA", f"{first.gpus} GPUs, and {first.mpi} takes no device buffers ({first.cuda_aware_how}): "
-            f"staged through host memory", "an MPI built with CUDA")
+            "GPUs talk through the host", f"{first.mpi}: {first.gpu_transport_how}",
+            "an MPI built with CUDA, or a CuPy with NCCL and a GPU a rank")
+
+
+def shared_gpu(ranks):
+    shared = [str(number) for number, rank in enumerate(ranks) if rank.gpu_shared]
+    if shared:
+        return Finding("ranks share a GPU", f"ranks {', '.join(shared)} on {len({rank.gpu for rank in ranks})}",
+                       f"mpirun -n {len({rank.gpu for rank in ranks})}, or --share-gpu where that is meant")
 
 
 # --- what is printed -----------------------------------------------------------------------------------------
@@ -185,6 +193,9 @@ def page(ranks):
     yield f"CUDA-aware   {'yes' if first.cuda_aware else 'no'}: {how[0]}"
     yield from (f"             {reason}" for reason in how[1:])
     yield f"GPUs         {'no CuPy' if first.gpus is None else first.gpus}"
+    if first.gpu_transport:
+        yield from (f"             rank {number}: {rank.gpu}" for number, rank in enumerate(ranks))
+        yield f"             transport: {first.gpu_transport} ({first.gpu_transport_how})"
     shared = "unknown" if first.shared_memory is None else f"{report.size(first.shared_memory)} free"
     yield f"/dev/shm     {shared}; container limit: {'none' if first.quota is None else f'{first.quota:.1f} cores'}"
     settings = [f"{name}={value}" for name, value in first.variables.items()] or ["nothing that matters"]

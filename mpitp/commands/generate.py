@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 from .. import __version__
 from ..comm import launch
-from ..comm.group import TensorParallelGroup
 from ..errors import require, require_positive
 from ..generation import ENDED, generate
 from ..loading import load_model
-from . import report, text
+from . import device, report, text
 
 
 def add_arguments(parser):
@@ -29,8 +28,8 @@ def add_arguments(parser):
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that make up P")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on behind an end token")
-    parser.add_argument("--dtype", default="float32", help="to compute in: float32 (the default) or float64")
-    parser.add_argument("--device", default="cpu", help="cpu (NumPy, the default) or gpu (CuPy)")
+    parser.add_argument("--dtype", default="float32", help=f"to compute in: {device.DTYPES}")
+    device.add_arguments(parser)
     parser.add_argument("--reproducible", action="store_true", help="the same bits for any number of ranks")
     parser.add_argument("--json", metavar="FILE", help="write text, ids and figures there")
 
@@ -68,7 +67,7 @@ class Report:
 def run(arguments):
     """The command on this rank: 0."""
     check_arguments(arguments)
-    with TensorParallelGroup(device=arguments.device, reproducible=arguments.reproducible) as group:
+    with device.group_of(arguments, reproducible=arguments.reproducible) as group:
         first = group.rank == 0
         given = group.root_first(lambda: look_first(arguments) if first else None)
         stop = group.root_first(lambda: text.end_tokens(arguments.model))

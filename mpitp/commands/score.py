@@ -12,10 +12,9 @@ import numpy as np
 
 from .. import __version__
 from ..comm import launch
-from ..comm.group import TensorParallelGroup
 from ..errors import require, require_positive
 from ..loading import load_model
-from . import report, text
+from . import device, report, text
 from .generate import count, last_line
 
 WINDOW = 1024
@@ -29,8 +28,8 @@ def add_arguments(parser):
     parser.add_argument("--window", type=int, metavar="W", help=f"tokens seen at once ({WINDOW}, or fewer where the "
                         "model has fewer positions)")
     parser.add_argument("--stride", type=int, metavar="S", help="by which the window moves, up to W (W / 2)")
-    parser.add_argument("--dtype", default="float32", help="to compute in: float32 (the default) or float64")
-    parser.add_argument("--device", default="cpu", help="cpu (NumPy, the default) or gpu (CuPy)")
+    parser.add_argument("--dtype", default="float32", help=f"to compute in: {device.DTYPES}")
+    device.add_arguments(parser)
     parser.add_argument("--reproducible", action="store_true", help="the same bits for any number of ranks")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
 
@@ -61,7 +60,7 @@ class Report:
 def run(arguments):
     """The command on this rank: 0."""
     check_arguments(arguments)
-    with TensorParallelGroup(device=arguments.device, reproducible=arguments.reproducible) as group:
+    with device.group_of(arguments, reproducible=arguments.reproducible) as group:
         first = group.rank == 0
         given = group.root_first(lambda: look_first(arguments) if first else None)
         model = load_model(arguments.model, group, arguments.dtype)

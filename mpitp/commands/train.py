@@ -8,13 +8,12 @@ import os
 import sys
 
 from ..comm.agreement import require_agreement
-from ..comm.group import TensorParallelGroup
 from ..config import DecoderConfig
 from ..errors import InputError, require_positive
 from ..storage import checkpoint
 from ..training.data import Tokens, order_2_bits
 from ..training.loop import Settings, Trainer, TrainingStopped, read_log
-from . import report
+from . import device, report
 
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
@@ -46,8 +45,8 @@ def add_arguments(parser):
             ("hidden-dropout", 0.0, "probability"), ("attention-dropout", 0.0, "probability")):
         shown = f" ({default})" if default is not None else ""
         parser.add_argument(f"--{flag}", type=float, default=default, metavar="X", help=(text + shown).strip())
-    parser.add_argument("--dtype", default="float32", help="float32 (the default) or float64")
-    parser.add_argument("--device", default="cpu", help="cpu (NumPy, the default) or gpu (CuPy)")
+    parser.add_argument("--dtype", default="float32", help=device.DTYPES)
+    device.add_arguments(parser)
     parser.add_argument("--reproducible", action="store_true", help="the same bytes for any number of ranks")
     parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
     parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
@@ -56,8 +55,7 @@ def add_arguments(parser):
 def run(arguments):
     """The command on this rank: 0, or 1 when the run had to stop."""
     settings, config = settings_of(arguments), config_of(arguments)
-    with TensorParallelGroup(device=arguments.device, reproducible=arguments.reproducible,
-                             blocks=arguments.blocks) as group:
+    with device.group_of(arguments, reproducible=arguments.reproducible, blocks=arguments.blocks) as group:
         group.root_first(lambda: prepare(arguments) if group.rank == 0 else None)
         tokens = group.root_first(lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
                                                  arguments.seed))

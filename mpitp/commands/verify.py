@@ -8,11 +8,11 @@ Exits with 1 when a check fails, with 2 on bad input.
 from dataclasses import dataclass
 
 from .. import __version__
+from ..arrays import HALF_DTYPES
 from ..comm import launch
-from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
 from ..ops.activation import ACTIVATIONS
-from . import checks, report, verify_all
+from . import checks, device, report, verify_all
 
 
 HIDDEN_SIZE, ACTIVATION = 512, "gelu_tanh"      # where neither an option nor a checkpoint says otherwise
@@ -31,7 +31,7 @@ def add_arguments(parser):
     parser.add_argument("--seed", type=int, default=0, help="of weights, input and output gradient (0)")
     parser.add_argument("--model", metavar="DIR", help="take the block from a Hugging Face checkpoint folder")
     parser.add_argument("--layer", type=int, metavar="N", help="which layer of it (0)")
-    parser.add_argument("--device", default="cpu", help="cpu (NumPy, the default) or gpu (CuPy)")
+    device.add_arguments(parser)
     parser.add_argument("--reproducible", action="store_true",
                         help="the same bits for any number of ranks; prints their SHA-256")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of a dimension in reproducible mode (8)")
@@ -55,11 +55,14 @@ class Report:
 
 def run(arguments):
     """The command on this rank: 0 when every check holds, else 1."""
+    if arguments.dtype in HALF_DTYPES:
+        raise InputError(f"found --dtype {arguments.dtype}, expected float32 or float64, which a dense NumPy run can be "
+                         f"compared in")
     if arguments.all:
         return verify_all.run(arguments)
     check_arguments(arguments)
-    with TensorParallelGroup(device=arguments.device, reproducible=arguments.reproducible, blocks=arguments.blocks,
-                             check=True) as group:
+    with device.group_of(arguments, reproducible=arguments.reproducible, blocks=arguments.blocks,
+                         check=True) as group:
         if arguments.json:
             group.root_first(lambda: report.require_writable(arguments.json) if group.rank == 0 else None)
         if arguments.model:

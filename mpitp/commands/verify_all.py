@@ -3,9 +3,8 @@ from dataclasses import dataclass
 
 from .. import __version__
 from ..comm import launch
-from ..comm.group import TensorParallelGroup
 from ..errors import InputError
-from . import report
+from . import device, report
 from .layers import BATCH, HIDDEN, SEQUENCE, VOCABULARY, Checks
 
 NUMBERS = ("parallel", "dense", "parallel_of_norm", "dense_of_norm")
@@ -30,8 +29,8 @@ def run(arguments):
     given = [f"--{name.replace('_', '-')}" for name in OF_ONE_BLOCK if getattr(arguments, name) not in (None, False)]
     if given:
         raise InputError(f"found {', '.join(given)} beside --all, whose sizes are fixed, expected one or the other")
-    with TensorParallelGroup(device=arguments.device, reproducible=arguments.reproducible, blocks=arguments.blocks,
-                             check=True) as group:
+    with device.group_of(arguments, reproducible=arguments.reproducible, blocks=arguments.blocks,
+                         check=True) as group:
         if arguments.json:
             group.root_first(lambda: report.require_writable(arguments.json) if group.rank == 0 else None)
         layers = list(Checks(group, arguments.dtype, arguments.seed).all())

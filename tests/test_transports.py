@@ -1,0 +1,243 @@
+"""Which transport a group takes, which GPU a rank takes, and what is done while ranks add up: on a stand-in CuPy."""
+import sys
+
+import fake_cupy
+import numpy as np
+import pytest
+
+import mpitp
+from mpitp import InputError
+from mpitp.comm import guard, staged, transport
+from spmd import draw, same_bytes
+
+NO_NCCL = "a CuPy without NCCL"
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", fake_cupy.cuda)
+    monkeypatch.setattr(staged, "pinned_like", lambda x: np.full(x.shape, 55, x.dtype))
+    monkeypatch.setattr(transport, "_said", {"asked for"})
+    for name in ("MPITP_TRANSPORT", "MPITP_SHARE_GPU", "MPITP_CUDA_AWARE"):
+        monkeypatch.delenv(name, raising=False)
+    fake_cupy.stream.reset()
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("asked, size, aware, seconds, no_nccl, name, why", [
+    ("auto", 2, True, 1e-4, None, "mpi", "how, 16 MiB in 0.10 ms"),
+    ("auto", 2, True, 1e-4, NO_NCCL, "mpi", "how, 16 MiB in 0.10 ms"),
+    ("auto", 2, True, 23e-3, None, "nccl", "takes 23 ms for 16 MiB on the device"),
+    ("auto", 2, True, 23e-3, NO_NCCL, "staged", "goes through the host; a CuPy without NCCL"),
+    ("auto", 2, False, None, None, "nccl", "does not take device buffers"),
+    ("auto", 2, False, None, NO_NCCL, "staged", "does not take device buffers (how); a CuPy without NCCL"),
+    ("auto", 1, False, None, NO_NCCL, "mpi", "nothing travels"),
+    ("mpi", 2, True, None, None, "mpi", "asked for"), ("mpi", 1, False, None, NO_NCCL, "mpi", "asked for"),
+    ("nccl", 2, True, None, None, "nccl", "asked for"), ("staged", 2, True, None, None, "staged", "asked for"),
+    ("mpi", 2, False, None, None, None, "found an MPI that does not take device buffers (how), expected a CUDA-aware one"),
+    ("nccl", 2, True, None, NO_NCCL, None, "found a CuPy without NCCL, expected NCCL for transport 'nccl'")])
+def test_decision(asked, size, aware, seconds, no_nccl, name, why):
+    found, how, problem = transport.decide(asked, size, aware, "how", seconds, no_nccl)
+    assert found == name and why in (how or problem) and (problem is None) == (name is not None)
+
+
+def test_auto(world, monkeypatch, capfd):
+    """By what MPI says of itself, and by what one all-reduce takes."""
+    monkeypatch.setenv("MPITP_CUDA_AWARE", "0")
+    with mpitp.TensorParallelGroup(device="gpu") as group:
+        assert group.transport.name == ("nccl" if world.size > 1 else "mpi")
+    monkeypatch.setenv("MPITP_CUDA_AWARE", "1")
+    timed = transport.timed_all_reduce
+    monkeypatch.setattr(transport, "timed_all_reduce", lambda *arguments: min(1e-3, timed(*arguments)))
+    with mpitp.TensorParallelGroup(device="gpu") as group:
+        assert group.transport.name == "mpi" and (world.size == 1 or "16 MiB in" in group.transport.how)
+    monkeypatch.setattr(transport, "timed_all_reduce", lambda *_: 1.0)
+    with mpitp.TensorParallelGroup(device="gpu") as group:
+        assert group.transport.name == ("nccl" if world.size > 1 else "mpi")
+    monkeypatch.setenv("MPITP_TRANSPORT", "staged")
+    with mpitp.TensorParallelGroup(device="gpu") as group:
+        assert group.transport.name == "staged" and group.transport.how == "asked for"
+    assert capfd.readouterr().err == ""
+
+
+def test_nccl_is_given_back(world):
+    before = fake_cupy.nccl.closed
+    mpitp.TensorParallelGroup(device="gpu", transport="nccl").close()
+    assert fake_cupy.nccl.closed - before == (world.size > 1)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(device="gpu", transport="tcp"), "found transport 'tcp', expected one of auto, mpi, nccl, staged"),
+    (dict(transport="nccl"), "found transport 'nccl' on device 'cpu', expected 'mpi'"),
+    (dict(tf32=True), "found tf32 on device 'cpu', expected device 'gpu'"),
+    (dict(device="gpu", gpu=3), "found gpu 3, expected 0 to 0, of the GPUs that this process sees")])
+def test_bad_arguments(arguments, message):
+    with pytest.raises(InputError, match=message):
+        mpitp.TensorParallelGroup(**arguments)
+
+
+def test_transports_that_cannot_be_had(world, monkeypatch):
+    if world.size == 1:
+        return                                  # one rank may have any
+    monkeypatch.setenv("MPITP_CUDA_AWARE", "0")
+    with pytest.raises(InputError, match="found an MPI that does not take device buffers"):
+        mpitp.TensorParallelGroup(device="gpu", transport="mpi")
+    if world.rank == world.size - 1:            # one rank is enough
+        monkeypatch.setattr(fake_cupy.nccl, "available", False)
+    with pytest.raises(InputError, match="found a CuPy without NCCL"):
+        mpitp.TensorParallelGroup(device="gpu", transport="nccl")
+
+
+# --- a GPU a rank --------------------------------------------------------------------------------------------------------
+
+def test_one_gpu_a_rank(world, monkeypatch):
+    """Every rank sees all GPUs of the node, or one of its own."""
+    monkeypatch.setattr(fake_cupy.runtime, "uuids", [b"%d" % i for i in range(world.size + 1)])
+    with mpitp.TensorParallelGroup(device="gpu", tf32=True) as group:
+        assert fake_cupy.Device.current == world.rank and not group.gpu.shared
+        assert fake_cupy.cublas.mode == fake_cupy.cublas.CUBLAS_TF32_TENSOR_OP_MATH
+        with group.subgroup(0, key=-group.rank) as reversed_ranks:      # another number, the same GPU
+            assert reversed_ranks.gpu == group.gpu
+    monkeypatch.setattr(fake_cupy.runtime, "uuids", [b"own of %d" % world.rank])
+    with mpitp.TensorParallelGroup(device="gpu") as group:
+        assert fake_cupy.Device.current == 0 and group.gpu.uuid == (b"own of %d" % world.rank).hex()
+        assert fake_cupy.cublas.mode == fake_cupy.cublas.CUBLAS_DEFAULT_MATH
+
+
+def test_shared_gpus(world, monkeypatch):
+    """Ranks that share one are found by its UUID, whatever number they know it by; allowed when asked."""
+    monkeypatch.setenv("MPITP_CUDA_AWARE", "0")
+    monkeypatch.setattr(fake_cupy.runtime, "uuids", [b"the one"])
+    if world.size == 1:
+        mpitp.TensorParallelGroup(device="gpu").close()
+        return
+    ranks = ", ".join(map(str, range(world.size)))
+    with pytest.raises(InputError, match=f"found ranks {ranks} on one GPU, Stand-in {b'the one'.hex()}, expected a GPU a rank"):
+        mpitp.TensorParallelGroup(device="gpu")
+    with mpitp.TensorParallelGroup(device="gpu", share_gpu=True) as group:
+        assert group.gpu.shared and group.transport.name == "staged" and "share a GPU" in group.transport.how
+    monkeypatch.setenv("MPITP_SHARE_GPU", "1")
+    mpitp.TensorParallelGroup(device="gpu").close()
+    with pytest.raises(InputError, match=r"found ranks that share a GPU \(Stand-in\), which NCCL refuses"):
+        mpitp.TensorParallelGroup(device="gpu", transport="nccl")
+
+
+def test_no_gpu(world, monkeypatch):
+    """On one rank: none of them goes on."""
+    if world.rank == 0:
+        monkeypatch.setattr(fake_cupy.runtime, "uuids", [])
+    with pytest.raises(InputError, match="found no GPU, expected one for device 'gpu'"):
+        mpitp.TensorParallelGroup(device="gpu")
+
+    def no_driver():
+        raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+    monkeypatch.setattr(fake_cupy.runtime, "getDeviceCount", no_driver)
+    with pytest.raises(InputError, match=r"found no GPU \(cudaErrorNoDevice.*\), expected one"):
+        mpitp.TensorParallelGroup(device="gpu")
+
+
+# --- what is done meanwhile -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["nccl", "staged"])
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_later(world, name, reproducible):
+    """Once the sum has begun where the transport can add up meanwhile, else after it; every one, and once."""
+    with mpitp.TensorParallelGroup(device="gpu", transport=name, reproducible=reproducible) as group:
+        assert group.overlaps == (name == "nccl" and world.size > 1 and not reproducible)
+        done, own = [], [draw(r, 5).astype("float32") for r in range(group.blocks)]
+        later = [lambda: done.append(("first", len(fake_cupy.stream.waited)))]
+
+        def compute(block):
+            later.append(lambda: done.append(("made", len(fake_cupy.stream.waited))))
+            return fake_cupy.array(own[block.index])
+        fake_cupy.stream.reset()
+        y = group.sum_blocks(compute, group.partition(4 * group.blocks), (5,), "float32", later)
+        made = len(group.partition(4 * group.blocks).blocks_of(group.rank))
+        assert [what for what, _ in done] == ["first"] + ["made"] * made and later == []
+        assert all(waited == 0 for _, waited in done)       # before this stream waits for the sum
+        if group.overlaps:
+            assert fake_cupy.stream.waited == [group.transport.beside]      # which it does afterwards
+            assert group.transport.beside.waited == [fake_cupy.stream]      # as that one did for what it adds up
+        expected = own[0]
+        if not reproducible:
+            for other in own[1:]:
+                expected = expected + other
+            assert np.allclose(y._values, expected, rtol=1e-6)
+    assert group.ledger.counts().total() == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_sums_of_16_bit_are_rounded_once(world, dtype, reproducible):
+    with mpitp.TensorParallelGroup(device="gpu", transport="nccl", reproducible=reproducible, blocks=4) as group:
+        own = [np.float32([1, 2049 * b, 1e-4]) for b in range(group.blocks)]         # 2049 is no float16
+        partition = group.partition(4 * group.blocks)
+        y = group.sum_blocks(lambda block: fake_cupy.array(own[block.index]), partition, (3,), dtype)
+        total = own[0]
+        for leaf in own[1:]:
+            total = total + leaf
+        assert same_bytes(y._values, total.astype(dtype))
+        (key, entry), = group.ledger.data.items()
+        assert key == ("all_reduce", 3, dtype) and (reproducible or entry.wire_bytes == 2 * 12 * (world.size - 1) // world.size)
+        with pytest.raises(InputError, match="expected a C-contiguous float32"):
+            group.sum_blocks(lambda block: fake_cupy.array(np.ones(3, "float64")), group.partition(64), (3,), dtype)
+
+
+@pytest.mark.parametrize("P_counts", [(3, 0, 2, 5), (0, 0, 0, 0), (1, 1, 1, 1)])
+@pytest.mark.parametrize("name", ["mpi", "nccl", "staged"])
+def test_uneven_and_empty_parts(world, monkeypatch, name, P_counts):
+    monkeypatch.setenv("MPITP_CUDA_AWARE", "1")
+    counts, P, r = (P_counts * world.size)[:world.size], world.size, world.rank
+    with mpitp.TensorParallelGroup(device="gpu", transport=name) as group:
+        carrier, whole = group.transport, draw(1, sum(counts)).astype("float32")
+        bounds = np.concatenate([[0], np.cumsum(counts)])
+        mine = fake_cupy.array(whole[bounds[r]:bounds[r + 1]])
+        received = fake_cupy.empty((sum(counts),), "float32")
+        carrier.all_gather(mine, received, counts)
+        assert same_bytes(settled(received), whole)
+        received = fake_cupy.empty((sum(counts),), "float32")
+        carrier.gather(mine, received if r == P - 1 else None, counts, P - 1)
+        assert r < P - 1 or same_bytes(settled(received), whole)
+        part = fake_cupy.empty((counts[r],), "float32")
+        carrier.reduce_scatter(fake_cupy.array(np.float32(P) * whole), part, counts, "max")
+        assert same_bytes(settled(part), np.float32(P) * whole[bounds[r]:bounds[r + 1]])
+        received = fake_cupy.empty((P * counts[r],), "float32")
+        carrier.all_to_all(fake_cupy.array(whole), counts, received, [counts[r]] * P)
+        assert same_bytes(settled(received), np.tile(whole[bounds[r]:bounds[r + 1]], P))
+
+
+def settled(x):
+    fake_cupy.stream.finish_copies()
+    return x._values
+
+
+def test_large_sums_are_staged_in_pieces(world, monkeypatch):
+    monkeypatch.setattr(staged, "STAGE_BYTES", 64)
+    with mpitp.TensorParallelGroup(device="gpu", transport="staged") as group:
+        x = fake_cupy.array(np.arange(100, dtype="float32") * (world.rank + 1))
+        group.all_reduce(x, out=x)
+        assert same_bytes(x._values, np.arange(100, dtype="float32") * sum(range(1, world.size + 1)))
+        assert not fake_cupy.stream.copies and not fake_cupy.stream.mistakes
+
+
+# --- memory that does not suffice ---------------------------------------------------------------------------------------------
+
+class OutOfMemoryError(MemoryError):
+    """As CuPy's."""
+    _size, _total, _limit = 5 << 30, 3 << 30, 0
+
+
+def test_out_of_memory_is_one_line(world, monkeypatch, capfd):
+    """What was asked for and what was free, exit 1, no traceback."""
+    monkeypatch.setattr(fake_cupy.runtime, "memGetInfo", lambda: (1 << 30, 80 << 30), raising=False)
+    monkeypatch.setattr(guard, "active", False)
+    monkeypatch.setattr(guard, "watch_threads", lambda: None)
+    line = "found 1.0 of 80.0 GiB of the GPU's memory free, expected 5.0 GiB for one more array beside the 3.0 GiB of this rank\n"
+    assert guard.out_of_memory(OutOfMemoryError()) == line and guard.out_of_memory(MemoryError()) is None
+
+    def main():
+        raise OutOfMemoryError("Out of memory allocating 5 GiB")
+    if world.size == 1:                         # several ranks: abort() takes the same line for the traceback's place
+        assert guard.guarded(main) == 1 and capfd.readouterr().err == "mpitp: " + line
