@@ -189,7 +189,7 @@ def test_sums_of_16_bit_are_rounded_once(world, dtype, reproducible):
 @pytest.mark.parametrize("name", ["mpi", "nccl", "staged"])
 def test_uneven_and_empty_parts(world, monkeypatch, name, P_counts):
     monkeypatch.setenv("MPITP_CUDA_AWARE", "1")
-    counts, P, r = (P_counts * world.size)[:world.size], world.size, world.rank
+    counts, P, r = list(P_counts * world.size)[:world.size], world.size, world.rank
     with mpitp.TensorParallelGroup(device="gpu", transport=name) as group:
         carrier, whole = group.transport, draw(1, sum(counts)).astype("float32")
         bounds = np.concatenate([[0], np.cumsum(counts)])
