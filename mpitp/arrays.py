@@ -14,12 +14,10 @@ GPU_DTYPES = COMPUTE_DTYPES + HALF_DTYPES
 
 def module_of(array):
     """numpy for a NumPy array, cupy for a CuPy array, None for anything else."""
-    if isinstance(array, np.ndarray):
-        return np
     cupy = sys.modules.get("cupy")      # an array of a module that nobody imported does not exist
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy
-    return None
+    return np if isinstance(array, np.ndarray) else None
 
 
 def compute_dtype(dtype, device="cpu"):

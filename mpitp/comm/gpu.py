@@ -6,6 +6,8 @@ from mpi4py import MPI
 from ..errors import InputError, require
 from . import agreement
 
+TF32_TENSOR_OP_MATH = 3     # of cublasMath_t; CuPy has no name for it
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -65,6 +67,6 @@ def take_device(cupy, number, modulo, tf32):
     properties = cupy.cuda.runtime.getDeviceProperties(number)
     cublas = cupy.cuda.cublas
     cublas.setMathMode(cupy.cuda.device.get_cublas_handle(),
-                       cublas.CUBLAS_TF32_TENSOR_OP_MATH if tf32 else cublas.CUBLAS_DEFAULT_MATH)
+                       TF32_TENSOR_OP_MATH if tf32 else cublas.CUBLAS_DEFAULT_MATH)
     name = properties["name"]
     return number, properties["uuid"].hex(), name.decode() if isinstance(name, bytes) else name

@@ -11,7 +11,7 @@ from ..config import one_of, require_heads, require_probability, require_rotary,
 from ..errors import require, require_positive
 from ..ops.alibi import alibi_slopes
 from ..ops.attention import attention_backward, attention_forward
-from ..ops.linear import bias_backward, linear_backward, linear_forward, linear_weight_backward, product
+from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forward, linear_weight_backward, product
 from ..ops.norm import norm_backward, norm_forward
 from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
 from ..parameters import ParameterSpec
@@ -272,8 +272,8 @@ class ParallelAttention(ParallelLayer):
     def project(self, part, x_ND, rows, call):
         """x times these rows of a projection, as (B, S, heads, K)."""
         y_NHK, _ = linear_forward(x_ND, self.parameter(f"{part}.weight")[rows])
-        if self.parameter(f"{part}.bias") is not None:
-            y_NHK += self.parameter(f"{part}.bias")[rows]
+        b_HK = self.parameter(f"{part}.bias")
+        add_bias(y_NHK, None if b_HK is None else b_HK[rows])
         return as_heads(y_NHK, call.B, call.S, self.kv_channels)
 
     def turn(self, part, x_BSHK, call):
@@ -299,8 +299,7 @@ class ParallelAttention(ParallelLayer):
 
     def add_bias(self, y_ND):
         """y += b, on every rank, but after the sum: once."""
-        if self.parameter("out.bias") is not None:
-            y_ND += self.parameter("out.bias")
+        add_bias(y_ND, self.parameter("out.bias"))
 
     def collectives(self, tokens):
         """The closed form: (forward, backward), each a Counter of logical data collectives."""

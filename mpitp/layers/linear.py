@@ -7,7 +7,7 @@ from collections import Counter
 
 from ..comm.ledger import Collective
 from ..errors import require_positive
-from ..ops.linear import bias_backward, linear_backward, linear_forward, linear_weight_backward, product
+from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forward, linear_weight_backward, product
 from ..parameters import ParameterSpec
 from .base import ParallelLayer, join, require_saved
 from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, gather_from_ranks_backward,
@@ -65,8 +65,7 @@ class ColumnParallelLinear(ParallelLayer):
 
         def columns(block):
             y_NOb, _ = linear_forward(x_NI, w_OpI[block.local], out=y_NOp[:, block.local])
-            if b_Op is not None:
-                y_NOb += b_Op[block.local]
+            add_bias(y_NOb, None if b_Op is None else b_Op[block.local])
 
         for _ in self.group.each_block(columns, self.partition):
             pass
@@ -153,8 +152,7 @@ class RowParallelLinear(ParallelLayer):
 
         shape = len(x_NIp), self.out_features
         y_NO = reduce_from_ranks_forward(partial, self.partition, self.group, shape, self.dtype)
-        if b_O is not None:
-            y_NO += b_O                                     # on every rank, but after the sum: once
+        add_bias(y_NO, b_O)                                 # on every rank, but after the sum: once
         return y_NO.reshape(*x.shape[:-1], self.out_features), (x_NIp if saved else None)
 
     def backward(self, dy, saved, *, out=None):

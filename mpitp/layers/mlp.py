@@ -8,7 +8,7 @@ from collections import Counter
 from ..comm.ledger import Collective
 from ..errors import require, require_positive
 from ..ops.activation import ACTIVATIONS, activation_backward, activation_forward
-from ..ops.linear import bias_backward, linear_backward, linear_forward, linear_weight_backward, product
+from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forward, linear_weight_backward, product
 from ..parameters import ParameterSpec
 from .base import ParallelLayer, join, require_saved
 from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
@@ -96,8 +96,7 @@ class ParallelMLP(ParallelLayer):
             up_NFb = None
             if self.gated:
                 up_NFb, b_Fb = project("up", block)
-                if b_Fb is not None:
-                    up_NFb += b_Fb
+                add_bias(up_NFb, b_Fb)
             a_NFb = act_NFb * up_NFb if self.gated else act_NFb
             if kept is not None:
                 kept[block.index] = a_NFb, act_NFb, slope_NFb, up_NFb
@@ -108,8 +107,7 @@ class ParallelMLP(ParallelLayer):
 
     def add_bias(self, y_ND):
         """y += b_v, on every rank, but after the sum: once."""
-        if self.parameter("down.bias") is not None:
-            y_ND += self.parameter("down.bias")
+        add_bias(y_ND, self.parameter("down.bias"))
 
     def backward(self, dy, saved, *, out=None):
         """dy (..., D), complete -> dx (..., D), complete, and {name: gradient} of this rank's slices.

@@ -32,6 +32,16 @@ def linear_weight_backward(dy_NO, x_NI, out=None):
     return product(dy_NO.T, x_NI, out)
 
 
+def add_bias(y_NO, b_O):
+    """y += b, in place; nothing where b is None."""
+    if b_O is None:
+        return
+    if module_of(y_NO) is not np:
+        twin("linear").add_bias(y_NO, b_O)
+        return
+    y_NO += b_O
+
+
 def bias_backward(dy_NO, out=None):
     """The gradient of b in y = x w^T + b: the sum of dy over the rows (O,)."""
     if module_of(dy_NO) is not np:

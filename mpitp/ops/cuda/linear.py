@@ -5,47 +5,61 @@ alignment depend on the number of ranks: operands that the hardware would read o
 
 Dimension key: N rows (tokens), I in features, O out features.
 """
+from functools import lru_cache
+
 import cupy
 import numpy as np
 from cupy.cuda import cublas, device
 
 from ...arrays import sum_dtype
+from .activation import activation_forward
 from .kernel import kernel, launch
 from .sums import column_sum
 
+ROWS = 2            # that a warp adds up at once: x is read for both
 ALIGNED = 16        # bytes that one instruction reads
 CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}         # cudaDataType of library_types.h
 SCALARS = {(value, name): np.array(value, name) for value in (1, 0) for name in ("float32", "float64")}
 ONE, ZERO = ({name: SCALARS[value, name].ctypes.data for name in ("float32", "float64")} for value in (1, 0))
 GEMV = r"""
-// y[o] = sum over i of w[o, i] x[i], WARPS warps of a row; 16 bytes of w at a time, in the same order without VECTORS.
+// y[o] = sum over i of w[o, i] x[i], WARPS warps for ROWS rows; 16 bytes of w at a time. Which thread adds what of a row,
+// and so its bits, depends on WARPS alone.
 struct alignas(16) Vector { T at[16 / sizeof(T)]; };
 extern "C" __global__ void gemv(const T* w, const T* x, Y* y, int O, int I, long long pitch) {
     const int V = 16 / sizeof(T), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int o = blockIdx.x * (blockDim.x / 32 / WARPS) + warp / WARPS, part = (warp % WARPS) * 32 + lane;
-    A sum = 0;
-    if (o < O) {
-        const T* row = w + o * pitch;
-        #pragma unroll 4
-        for (int i = part * V; i < I; i += WARPS * 32 * V) {
-#if VECTORS
-            Vector a = *(const Vector*)(row + i), b = *(const Vector*)(x + i);
-            #pragma unroll
-            for (int v = 0; v < V; v++) sum += up(a.at[v]) * up(b.at[v]);
-#else
-            for (int v = 0; v < V && i + v < I; v++) sum += up(row[i + v]) * up(x[i + v]);
-#endif
-        }
+    const int o = (blockIdx.x * (4 / WARPS) + warp / WARPS) * ROWS, part = (warp % WARPS) * 32 + lane;
+    const T* row[ROWS];
+    A sum[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        row[r] = w + min(o + r, O - 1) * pitch;
+        sum[r] = 0;
     }
-    sum = warp_sum(sum);
-#if WARPS > 1
-    __shared__ A of_warps[32];
-    if (!lane) of_warps[warp] = sum;
-    __syncthreads();
-    if (warp % WARPS == 0)
-        for (int other = 1; other < WARPS; other++) sum += of_warps[warp + other];
+    #pragma unroll 4
+    for (int i = part * V; i < I; i += WARPS * 32 * V) {
+#if VECTORS
+        Vector b = *(const Vector*)(x + i), a[ROWS];
+        #pragma unroll
+        for (int r = 0; r < ROWS; r++) a[r] = *(const Vector*)(row[r] + i);
+        #pragma unroll
+        for (int v = 0; v < V; v++)
+            #pragma unroll
+            for (int r = 0; r < ROWS; r++) sum[r] += up(a[r].at[v]) * up(b.at[v]);
+#else
+        for (int v = 0; v < V && i + v < I; v++)
+            for (int r = 0; r < ROWS; r++) sum[r] += up(row[r][i + v]) * up(x[i + v]);
 #endif
-    if (o < O && !lane && warp % WARPS == 0) y[o] = ROUND_Y(sum);
+    }
+    __shared__ A of_warps[4][ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        sum[r] = warp_sum(sum[r]);
+        if (!lane) of_warps[warp][r] = sum[r];
+    }
+    __syncthreads();
+    if (warp % WARPS == 0 && lane < ROWS && o + lane < O) {
+        A total = of_warps[warp][lane];
+        for (int other = 1; other < WARPS; other++) total += of_warps[warp + other][lane];
+        y[o + lane] = ROUND_Y(total);
+    }
 }
 """
 
@@ -62,19 +76,28 @@ def one_row(x_1I, w_OI, out=None, dtype=None):
     O, I = w_OI.shape
     y_1O = cupy.empty((1, O), x_1I.dtype if dtype is None else dtype) if out is None else out
     in_vectors = I * w_OI.itemsize % ALIGNED == 0
-    w_OI, x_1I = (aligned(operand) if in_vectors else operand for operand in (w_OI, x_1I))
-    if w_OI.strides[1] != w_OI.itemsize and I > 1 or x_1I.strides[1] != x_1I.itemsize and I > 1:
-        w_OI, x_1I = cupy.ascontiguousarray(w_OI), cupy.ascontiguousarray(x_1I)
-    y = y_1O if y_1O.strides[1] == y_1O.itemsize or O == 1 else cupy.empty_like(y_1O)
+    w_OI, x_1I = (in_rows(operand, in_vectors) for operand in (w_OI, x_1I))
+    y = y_1O if y_1O.flags.c_contiguous else cupy.empty((1, O), y_1O.dtype)
     # More warps a row where rows are few, so that enough of w is under way. By the shape alone: it is part of the bits.
     warps = 1 if O >= 1 << 14 else 2 if O >= 1 << 13 else 4
-    rounded = ("-DY=T", "-DROUND_Y=down") if y.dtype == w_OI.dtype else ("-DY=A", "-DROUND_Y=")
-    gemv = kernel(GEMV, "gemv", w_OI.dtype, (f"-DWARPS={warps}", f"-DVECTORS={int(in_vectors)}", *rounded))
-    launch(gemv, -(-O * warps // 4), 128,
+    launch(gemv(w_OI.dtype, warps, in_vectors, y.dtype == w_OI.dtype), -(-O * warps // (4 * ROWS)), 128,
            (w_OI, x_1I, y, np.int32(O), np.int32(I), np.int64(w_OI.strides[0] // w_OI.itemsize)))
     if y is not y_1O:
         y_1O[...] = y
     return y_1O
+
+
+@lru_cache(maxsize=None)
+def gemv(dtype, warps, in_vectors, rounded):
+    return kernel(GEMV, "gemv", dtype, (f"-DWARPS={warps}", f"-DROWS={ROWS}", f"-DVECTORS={int(in_vectors)}",
+                                        *(("-DY=T", "-DROUND_Y=down") if rounded else ("-DY=A", "-DROUND_Y="))))
+
+
+def in_rows(x, in_vectors):
+    """x, or a copy where its rows have gaps inside or, to be read in vectors, are not aligned."""
+    if x.flags.c_contiguous and (not in_vectors or x.data.ptr % ALIGNED == 0):
+        return x
+    return aligned(x) if in_vectors else x if as_rows(x) else compact(x)
 
 
 def product(a, b, out=None, dtype=None):
@@ -115,6 +138,14 @@ def batched_product(a_Gmk, b_Gkn, out=None, dtype=None):
         ZERO[computed], c.data.ptr, CUDA_R[c.dtype.name], n, m * n, G,
         cublas.CUBLAS_COMPUTE_64F if computed == "float64" else cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT)
     return c
+
+
+def add_bias(y_NO, b_O):
+    """y += b, one pass in vectors."""
+    if not y_NO.flags.c_contiguous:
+        y_NO += b_O
+        return
+    activation_forward("identity", y_NO, out=y_NO, bias=b_O)
 
 
 def bias_backward(dy_NO, out=None):

@@ -1,0 +1,154 @@
+"""A whole decoder in bfloat16, a token of generation and a training step, against torch eager on the same weights.
+
+Llama's kind: RMS norms, rotary positions, gated SiLU, no biases, attention by torch's scaled_dot_product_attention.
+torch trains as mpitp does: bfloat16 weights, float32 weights for AdamW, gradients widened.
+"""
+import numpy as np
+import torch
+import torch.distributed as distributed
+from torch.nn import functional as F
+
+import mpitp
+from gpu_common import as_torch, randomise
+from mpitp.layers.kv import KeyValues
+from mpitp.training.optimizer import AdamW
+
+LAYERS, D, HEADS, FFN, V, TOKENS, CONTEXT = 12, 2048, 16, 5632, 32000, 1024, 512
+CONFIG = mpitp.DecoderConfig(V, D, LAYERS, HEADS, ffn_hidden_size=FFN, activation="silu", gated=True, qkv_bias=False,
+                             attention_bias=False, mlp_bias=False, normalization="rmsnorm",
+                             max_position_embeddings=4096)
+
+
+class Sum(torch.autograd.Function):
+    """g: all-reduce forward, identity backward."""
+    @staticmethod
+    def forward(context, x):
+        if distributed.is_initialized():
+            x = x.clone()
+            distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(context, dy):
+        return dy
+
+
+class Copy(torch.autograd.Function):
+    """f: identity forward, all-reduce backward."""
+    @staticmethod
+    def forward(context, x):
+        return x
+
+    @staticmethod
+    def backward(context, dy):
+        if distributed.is_initialized():
+            dy = dy.clone()
+            distributed.all_reduce(dy)
+        return dy
+
+
+class TorchDecoder:
+    def __init__(self, weights, first_id, trains=False):
+        """weights : {name of mpitp's: tensor}; first_id : of the vocabulary rows of this rank"""
+        self.w, self.first_id = weights, first_id
+        self.K = D // HEADS
+        angle = torch.arange(CONFIG.max_position_embeddings, device="cuda")[:, None] * \
+            CONFIG.rotary.base ** (-torch.arange(0, self.K, 2, device="cuda") / self.K)
+        self.cos, self.sin = (torch.cat([f(angle)] * 2, 1).bfloat16() for f in (torch.cos, torch.sin))
+
+    def norm(self, x, name):
+        return F.rms_norm(x, (D,), self.w[f"{name}.weight"], CONFIG.norm_epsilon)
+
+    def turn(self, x, start):                               # (B, heads, S, K)
+        half, S = self.K // 2, x.shape[2]
+        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+        return x * self.cos[start:start + S] + turned * self.sin[start:start + S]
+
+    def __call__(self, ids, kv=None, start=0):
+        local = ids - self.first_id
+        table = self.w["embedding.weight"]
+        mine = (local >= 0) & (local < len(table))
+        x = Sum.apply(F.embedding(local.clamp(0, len(table) - 1), table) * mine[..., None])
+        B, S = ids.shape
+        for i in range(LAYERS):
+            name = f"layers.{i}"
+            h = Copy.apply(self.norm(x, f"{name}.attention_norm"))
+            q, k, v = (F.linear(h, self.w[f"{name}.attention.{part}.weight"]).view(B, S, -1, self.K).transpose(1, 2)
+                       for part in ("query", "key", "value"))
+            q, k = self.turn(q, start), self.turn(k, start)
+            if kv is not None:
+                kv[i][0][:, :, start:start + S], kv[i][1][:, :, start:start + S] = k, v
+                k, v = kv[i][0][:, :, :start + S], kv[i][1][:, :, :start + S]
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=S > 1)
+            a = a.transpose(1, 2).reshape(B, S, -1)
+            x = x + Sum.apply(F.linear(a, self.w[f"{name}.attention.out.weight"]))
+            h = Copy.apply(self.norm(x, f"{name}.mlp_norm"))
+            a = F.silu(F.linear(h, self.w[f"{name}.mlp.gate.weight"])) * F.linear(h, self.w[f"{name}.mlp.up.weight"])
+            x = x + Sum.apply(F.linear(a, self.w[f"{name}.mlp.down.weight"]))
+        if kv is not None:
+            x = x[:, -1]
+        return F.linear(Copy.apply(self.norm(x, "final_norm")), self.w["head.weight"])
+
+
+def rows(rows, groups):
+    with groups() as group:
+        model = randomise(mpitp.Decoder(group, CONFIG, dtype="bfloat16", seed=None))
+        shared = {name: as_torch(w) for name, w in model.weights.items()}
+        first_id = model.partition.bounds[group.rank]
+        theirs = TorchDecoder(shared, first_id)
+        ids = np.random.default_rng(0).integers(0, V, (1, TOKENS + 1))
+        tids = torch.as_tensor(ids, device="cuda")
+        decode(rows, group, model, theirs, ids, tids)
+        if group.size == 1:                                 # torch has no vocabulary-parallel loss that trains alike
+            train(rows, group, model, shared, ids, tids)
+
+
+def decode(rows, group, model, theirs, ids, tids):
+    kv = KeyValues(model, 1, CONTEXT + 500)
+    model.extend(ids[:, :CONTEXT], kv)
+    heads = group.partition(HEADS).lengths[group.rank]
+    tkv = [[torch.zeros(1, heads, CONTEXT + 500, D // HEADS, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+           for _ in range(LAYERS)]
+    theirs(tids[:, :CONTEXT], tkv)
+    token = ids[:, :1]
+
+    def ours():
+        kv.lengths[:] = CONTEXT                             # the same token again: the same work
+        return model.extend(token, kv)
+    rows.add(f"decoder, {LAYERS} layers of h = {D}, a token after {CONTEXT}, bfloat16",
+             {"mpitp": ours, "torch": lambda: theirs(tids[:, :1], tkv, CONTEXT)}, bytes_read=model.local_bytes(),
+             check=(ours(), theirs(tids[:, :1], tkv, CONTEXT), 0.1))
+
+
+def train(rows, group, model, shared, ids, tids):
+    leaves = {name: w.clone().requires_grad_(True) for name, w in shared.items()}
+    theirs, optimizer = TorchDecoder(leaves, 0), AdamW(model)
+    master = [leaf.detach().float() for leaf in leaves.values()]
+    torch_optimizer = torch.optim.AdamW(master, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
+    kept, losses = [None], {}
+
+    def ours():
+        logits, saved = model.forward(ids[:, :-1])
+        losses["mpitp"], saved_loss = model.loss(logits, ids[:, 1:])
+        kept[0] = model.backward(model.loss_backward(saved_loss), saved, out=kept[0])
+        optimizer.step(kept[0], 1e-5, 1)
+
+    def torch_step():
+        with torch.enable_grad():
+            logits = theirs(tids[:, :-1])
+            loss = F.cross_entropy(logits[0].float(), tids[0, 1:])
+            loss.backward()
+        losses["torch"] = float(loss)
+        for slow, leaf in zip(master, leaves.values()):
+            slow.grad = leaf.grad.float()
+            leaf.grad = None
+        torch_optimizer.step()
+        for slow, leaf in zip(master, leaves.values()):
+            leaf.data.copy_(slow)
+    ours()
+    torch_step()
+    first = dict(losses)
+    if abs(first["mpitp"] - first["torch"]) > 0.02 * first["torch"]:
+        raise SystemExit(f"found losses {first}, expected equal ones")
+    rows.add(f"decoder, {LAYERS} layers of h = {D}, training step of {TOKENS} tokens, bfloat16",
+             {"mpitp": ours, "torch": torch_step})
