@@ -8,8 +8,9 @@ One rank a GPU; P = 1 compares without collectives. A time is the slowest rank's
   stack     16 blocks of h = 4096 and 24 of h = 1024 (ffn 4 h), one token: as calls, and recorded as a CUDA graph
   decoder   12 layers, h = 2048: one token of generation, and a training step of 1024 tokens (gpu_decoder.py)
   sums      the transports against NCCL's own all-reduce, 8 B to 128 MiB (gpu_sums.py; P > 1)
-Biases are left out, weights are the same memory for both, outputs are compared before anything is timed. Limit of a row:
-the bare products by torch.matmul, or the weights' bytes at the rate at which a copy on the device reads and writes.
+Biases are left out, weights are the same memory for both, and what layers return is compared before it is timed. The
+limit of a row, where it has one: the bare products by torch.matmul, or the weights' bytes at the rate at which a copy
+on the device reads and writes. torch is as it comes: eager, its default AdamW, its own sums in 16-bit products.
 """
 import argparse
 import json
@@ -32,6 +33,7 @@ from gpu_common import TORCH, as_torch, draw, finished, randomise, relative_diff
 from mpitp.commands import measure, report
 from mpitp.comm import launch
 from mpitp.comm.guard import guarded
+from mpitp.errors import require
 
 ROWS = ("ffn", "tokens", "stack", "decoder", "sums")
 gelu = torch.nn.functional.gelu
@@ -85,14 +87,14 @@ class Rows:
             ours, theirs, most = check
             worst = relative_difference(ours, theirs)
             if not worst < most:
-                raise SystemExit(f"{name}: found a relative difference of {worst:.2g} to torch's, expected below {most}")
+                raise SystemExit(f"{name}: found a relative difference of {worst:.2g} to torch, expected below {most}")
         seconds = measure.interleave(self.group, {who: finished(f) for who, f in cases.items()}, self.rounds, 4e-3)
         row = self.found[name] = {"relative_difference": worst if check else None, "cases": {}}
         for who, times in seconds.items():
             timing = measure.timing(times)
             case = row["cases"][who] = dict(median_seconds=timing.median, least_seconds=timing.least,
                                             most_seconds=timing.most)
-            for base in ("torch", "torch graph"):
+            for base in ("torch", "torch graph", "nccl"):
                 if base in seconds and who.startswith("mpitp"):
                     case[f"{base} over this".replace(" ", "_")] = measure.ratio(seconds[base], times)
             if limit:
@@ -215,6 +217,8 @@ def main():
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
+    names = arguments.rows.split(",")
+    require(set(names) <= set(ROWS), f"--rows {arguments.rows}", f"some of {','.join(ROWS)}")
     comm = MPI.COMM_WORLD
 
     def groups(**more):
@@ -234,10 +238,11 @@ def main():
                  "copy_bytes_per_second": rows.bandwidth, "rows": rows.found}
         if comm.rank == 0:
             print(f"{found['command']}: {found['gpu']}, transport {found['transport']} ({found['transport_how']}), "
-                  f"{found['mpi']}, CuPy {found['cupy']}, torch {found['torch']}, copy {rows.bandwidth / 1e12:.2f} TB/s")
+                  f"{found['mpi']}, CuPy {found['cupy']}, torch {found['torch']}, "
+                  f"copy {rows.bandwidth / 1e12:.2f} TB/s")
         run = {"ffn": ffn_rows, "tokens": token_rows, "stack": stack_rows, "decoder": gpu_decoder.rows,
                "sums": gpu_sums.rows}
-        for name in arguments.rows.split(","):
+        for name in names:
             run[name](rows, groups)
             if arguments.json and comm.rank == 0:           # after each, should the time run out
                 with open(arguments.json, "w", encoding="utf-8") as out:

@@ -25,7 +25,8 @@ def randomise(layer, scale=1.0):
     for seed, (name, spec) in enumerate(layer.specs.items()):
         if spec.init_std:
             w = layer.weights[name]
-            w[...] = cupy.random.RandomState(seed % 5).standard_normal(w.shape, dtype="float32") * (scale * spec.init_std)
+            drawn = cupy.random.RandomState(seed % 5).standard_normal(w.shape, dtype="float32")
+            w[...] = drawn * (scale * spec.init_std)
     return layer
 
 

@@ -23,9 +23,8 @@ class Sum(torch.autograd.Function):
     """g: all-reduce forward, identity backward."""
     @staticmethod
     def forward(context, x):
-        if distributed.is_initialized():
-            x = x.clone()
-            distributed.all_reduce(x)
+        x = x.clone()
+        distributed.all_reduce(x)
         return x
 
     @staticmethod
@@ -41,10 +40,17 @@ class Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(context, dy):
-        if distributed.is_initialized():
-            dy = dy.clone()
-            distributed.all_reduce(dy)
+        dy = dy.clone()
+        distributed.all_reduce(dy)
         return dy
+
+
+def add_up(x):
+    return Sum.apply(x) if distributed.is_initialized() else x
+
+
+def use_everywhere(x):
+    return Copy.apply(x) if distributed.is_initialized() else x
 
 
 class TorchDecoder:
@@ -53,7 +59,7 @@ class TorchDecoder:
         self.w, self.first_id = weights, first_id
         self.K = D // HEADS
         angle = torch.arange(CONFIG.max_position_embeddings, device="cuda")[:, None] * \
-            CONFIG.rotary.base ** (-torch.arange(0, self.K, 2, device="cuda") / self.K)
+            CONFIG.rotary_of(0).base ** (-torch.arange(0, self.K, 2, device="cuda") / self.K)
         self.cos, self.sin = (torch.cat([f(angle)] * 2, 1).bfloat16() for f in (torch.cos, torch.sin))
 
     def norm(self, x, name):
@@ -68,11 +74,11 @@ class TorchDecoder:
         local = ids - self.first_id
         table = self.w["embedding.weight"]
         mine = (local >= 0) & (local < len(table))
-        x = Sum.apply(F.embedding(local.clamp(0, len(table) - 1), table) * mine[..., None])
+        x = add_up(F.embedding(local.clamp(0, len(table) - 1), table) * mine[..., None])
         B, S = ids.shape
         for i in range(LAYERS):
             name = f"layers.{i}"
-            h = Copy.apply(self.norm(x, f"{name}.attention_norm"))
+            h = use_everywhere(self.norm(x, f"{name}.attention_norm"))
             q, k, v = (F.linear(h, self.w[f"{name}.attention.{part}.weight"]).view(B, S, -1, self.K).transpose(1, 2)
                        for part in ("query", "key", "value"))
             q, k = self.turn(q, start), self.turn(k, start)
@@ -81,13 +87,13 @@ class TorchDecoder:
                 k, v = kv[i][0][:, :, :start + S], kv[i][1][:, :, :start + S]
             a = F.scaled_dot_product_attention(q, k, v, is_causal=S > 1)
             a = a.transpose(1, 2).reshape(B, S, -1)
-            x = x + Sum.apply(F.linear(a, self.w[f"{name}.attention.out.weight"]))
-            h = Copy.apply(self.norm(x, f"{name}.mlp_norm"))
+            x = x + add_up(F.linear(a, self.w[f"{name}.attention.out.weight"]))
+            h = use_everywhere(self.norm(x, f"{name}.mlp_norm"))
             a = F.silu(F.linear(h, self.w[f"{name}.mlp.gate.weight"])) * F.linear(h, self.w[f"{name}.mlp.up.weight"])
-            x = x + Sum.apply(F.linear(a, self.w[f"{name}.mlp.down.weight"]))
+            x = x + add_up(F.linear(a, self.w[f"{name}.mlp.down.weight"]))
         if kv is not None:
             x = x[:, -1]
-        return F.linear(Copy.apply(self.norm(x, "final_norm")), self.w["head.weight"])
+        return F.linear(use_everywhere(self.norm(x, "final_norm")), self.w["head.weight"])
 
 
 def rows(rows, groups):

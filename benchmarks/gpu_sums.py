@@ -27,11 +27,12 @@ def rows(rows, groups):
             nccl.allReduce(x.data.ptr, x.data.ptr, x.size, bare.NCCL_FLOAT32, bare.NCCL_SUM,
                            cupy.cuda.get_current_stream().ptr)
         cases = {f"mpitp {name}": lambda group=group: group.all_reduce(x, out=x) for name, group in carriers.items()}
-        rows.add(f"all-reduce of {size} B, float32", {**cases, "torch": own})       # NCCL's own call
+        rows.add(f"all-reduce of {size} B, float32", {**cases, "nccl": own})
     x = cupy.ones(32 << 18, "float32")
-    cases = {}
+    cases, ordering = {}, []
     for name in carriers:
         group = mpitp.TensorParallelGroup(comm, device="gpu", transport=name, reproducible=True)
+        ordering.append(group)
         partition = group.partition(group.blocks)
         leaves = {block.index: x.copy() for block in partition.blocks_of(group.rank)}
 
@@ -42,6 +43,6 @@ def rows(rows, groups):
     def own():
         nccl.allReduce(x.data.ptr, x.data.ptr, x.size, bare.NCCL_FLOAT32, bare.NCCL_SUM,
                        cupy.cuda.get_current_stream().ptr)
-    rows.add("sum of 8 blocks of 32 MiB in a fixed order", {**cases, "torch": own})
-    for group in carriers.values():
+    rows.add("sum of 8 blocks of 32 MiB in a fixed order", {**cases, "nccl": own})
+    for group in (*carriers.values(), *ordering):
         group.close()

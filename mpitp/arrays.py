@@ -53,6 +53,11 @@ def scaled(x, scale, out=None):
     return xp.multiply(x, scale, out=xp.empty_like(x) if out is None else out)
 
 
+def on_host(array):
+    """As a NumPy array: the array itself, or a copy from the device."""
+    return array.get() if hasattr(array, "get") else array
+
+
 @lru_cache(maxsize=None)
 def twin(name):
     """The CuPy twin of mpitp.ops.<name>: the same functions, with the same arguments, as kernels of the GPU.

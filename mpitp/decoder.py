@@ -74,6 +74,7 @@ class Decoder(Composite):
         ids = ids if hasattr(ids, "ndim") else np.asarray(ids)      # token_ids looks at them where they are
         require(ids.ndim > 0, "ids without an axis", "(..., positions)")
         require_mask(mask, prod(ids.shape[:-1]), ids.shape[-1])
+        mask = mask if mask is None else self.group.xp.asarray(mask)        # here, not once a layer
         of_position, of_blocks = None, []
         if self.position:                                   # first, as it may refuse
             positions, of_position = self.position.forward(ids.shape[-1], saved=saved)

@@ -5,6 +5,7 @@ Dimension key: B sequences, S positions, V vocabulary, C candidates; p marks the
 import numpy as np
 
 from . import rng
+from .arrays import on_host
 from .errors import is_integer, require, require_positive
 from .layers.kv import KeyValues
 from .partition import Partition
@@ -186,11 +187,6 @@ def draw(values_C, ids_C, number, temperature, top_k=None, top_p=None):
     at = np.searchsorted(cumulative_C, number * cumulative_C[-1], side="right")
     last = np.searchsorted(cumulative_C, cumulative_C[-1])  # which the product may round up to
     return int(ids_C[min(at, last)])
-
-
-def on_host(array):
-    """As a NumPy array."""
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def is_number(value):

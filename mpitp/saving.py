@@ -4,6 +4,7 @@ import os
 import shutil
 
 from .comm.agreement import require_everywhere
+from .arrays import on_host
 from .errors import InputError, require
 from .families import MODULES, config_json, family_named
 from .storage.checkpoint import sync_folder
@@ -112,10 +113,6 @@ def write_slices(model, file, places):
     except OSError as error:
         raise InputError(f"{file}: found {error.strerror}, expected to write it") from None
     return "written"
-
-
-def on_host(array):
-    return array.get() if hasattr(array, "get") else array
 
 
 def finish(partial, path):

@@ -30,8 +30,17 @@ if WORLD.size > 1:                              # ranks that share pytest's fold
     atexit.register(shutil.rmtree, os.environ["PYTEST_DEBUG_TEMPROOT"], ignore_errors=True)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=("cpu", "gpu", "stand-in"),
+                     help="gpu: the tests of groups, layers, decoders and training on CuPy arrays, see devices.py")
+    parser.addoption("--transport", default="auto", choices=("auto", "mpi", "nccl", "staged"), help="between GPUs")
+
+
 @pytest.hookimpl(trylast=True)                  # after the terminal reporter is there
 def pytest_configure(config):
+    if config.option.device != "cpu":           # before test modules import anything
+        import devices
+        devices.install(config.option.device, config.option.transport)
     if WORLD.rank != 0:
         config.pluginmanager.getplugin("terminalreporter")._tw._file = open(os.devnull, "w")
 
@@ -56,7 +65,11 @@ def pytest_internalerror(excrepr):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that start jobs of their own run in the session of one rank."""
+    """Tests that start jobs of their own run in the session of one rank. On a GPU, those run that take a group."""
+    if config.option.device != "cpu":
+        left_out = [item for item in items if "group" not in item.fixturenames or item.get_closest_marker("host")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     if WORLD.size > 1:
         skip = pytest.mark.skip(reason="starts MPI jobs of its own: runs on one rank")
         for item in items:

@@ -141,7 +141,7 @@ class Device:
 
 
 class cublas:
-    CUBLAS_TF32_TENSOR_OP_MATH, CUBLAS_DEFAULT_MATH, mode = 3, 0, None
+    CUBLAS_DEFAULT_MATH, mode = 0, None
 
     @classmethod
     def setMathMode(cls, handle, mode):

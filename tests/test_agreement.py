@@ -70,6 +70,7 @@ def test_a_mismatch_is_caught_on_every_rank(group, mismatch):
     assert group.all_reduce(np.ones(2))[0] == group.size            # the group can be used as before
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("error", ONE_RANKS_ERRORS)
 def test_bad_input_of_one_rank_is_caught_on_every_rank(group, error):
     call, words = ONE_RANKS_ERRORS[error]

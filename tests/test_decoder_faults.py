@@ -14,7 +14,7 @@ from mpitp.layers.base import ParallelLayer
 from mpitp.layers.heads import Call, Heads
 from mpitp.layers.mlp import ParallelMLP
 
-pytestmark = pytest.mark.usefixtures("several_ranks")
+pytestmark = [pytest.mark.usefixtures("several_ranks"), pytest.mark.host]     # the mistakes are made in NumPy
 SIX = dict(num_layers=1, num_attention_heads=6, num_query_groups=6, kv_channels=4)
 SHARED = dict(num_layers=1)                     # one key/value head of five query heads
 KEY_VALUE = ("layers.0.attention.key.weight", "layers.0.attention.value.weight")

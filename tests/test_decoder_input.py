@@ -65,6 +65,7 @@ def test_rotary(text, options):
     ("found dropout = 1.5", dict(num_attention_heads=5, dropout=1.5)),
     ("found dtype 'float16'", dict(num_attention_heads=5, dtype="float16")),
 ])
+@pytest.mark.host
 def test_attention(group, text, options):
     group.ledger.clear()
     refuses(text, mpitp.ParallelAttention, group, **{"hidden_size": 20, **options})

@@ -11,7 +11,7 @@ from mpitp import InputError
 from mpitp.comm import device, staged, transport
 from mpitp.comm.mpi import MpiTransport
 from mpitp.comm.staged import StagedTransport
-from spmd import draw, same_bytes
+from spmd import draw, job, same_bytes
 
 # --- what the MPI says ---------------------------------------------------------------------------------------
 
@@ -214,3 +214,15 @@ def test_a_transport_that_does_not_synchronise_is_seen(world):
     hasty = StagedTransport(world, lambda: None, lambda x: np.empty(x.shape, x.dtype))
     hasty.all_reduce(on_device(np.ones(3)), "sum")
     assert fake_cupy.stream.copies
+
+
+# --- the suite on a device -----------------------------------------------------------------------------------------------
+
+@pytest.mark.launcher
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, name", [(1, "auto"), (2, "mpi"), (2, "nccl"), (2, "staged")])
+def test_the_suite_on_a_stand_in(ranks, name):
+    """As on a GPU, where CI has none: layers, losses, keys and values on arrays that refuse NumPy's."""
+    files = [f"tests/test_{part}.py" for part in ("layers", "kv", "decoder_dense")]
+    done = job(ranks, "-m", "pytest", "-q", *files, "--device", "stand-in", "--transport", name, timeout=120)
+    assert done.returncode == 0 and " passed" in done.stdout and "failed" not in done.stdout, done.stdout + done.stderr

@@ -188,6 +188,7 @@ def not_masked(d, ids, rows, out=None):
     return embedding_backward(d, np.where((ids < 0) | (ids >= rows), 0, ids), rows, out)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("fault", [one_short, not_masked])
 def test_faults_of_the_gradient(group, monkeypatch, fault):
     assert problems(group, 26, 4) == []

@@ -11,7 +11,7 @@ from mpitp import parameters, rng
 from mpitp.comm.group import TensorParallelGroup
 from mpitp.layers import linear, mlp
 
-pytestmark = pytest.mark.usefixtures("several_ranks")
+pytestmark = [pytest.mark.usefixtures("several_ranks"), pytest.mark.host]     # the mistakes are made in NumPy
 SHAPE = dict(hidden=11, ffn=37, gated=True)
 
 

@@ -171,6 +171,7 @@ def test_logits_that_are_not_finite(model, options, bad):
             choice(split(model, logits_BV), 0)
 
 
+@pytest.mark.host
 def test_tokens_that_cannot_be(model):
     """-inf is a logit: of a token that never comes."""
     logits_BV = np.full((1, 11), -np.inf, np.float32)

@@ -92,6 +92,7 @@ def test_out_may_be_a_view_of_x(group):
 
 # --- what it refuses ---------------------------------------------------------------------------------------
 
+@pytest.mark.host
 @pytest.mark.parametrize("call", ["all_reduce", "begin_all_reduce", "broadcast"])
 @pytest.mark.parametrize("x, said", [([1.0], "list"), (1.0, "float"), (None, "NoneType"),
                                      (np.ones(3, complex), "complex128"), (np.array(["a"]), "<U1"),
@@ -101,6 +102,7 @@ def test_not_an_array_of_numbers(group, call, x, said):
         getattr(group, call)(x)
 
 
+@pytest.mark.host
 def test_refusals(group):
     x, P = np.ones((4, 6)), group.size
     with pytest.raises(InputError, match="operation 'mean', expected one of sum, max, min"):
@@ -128,6 +130,7 @@ def test_refusals(group):
         group.all_gather(x, Partition(6, P + 1, P + 1))
 
 
+@pytest.mark.host
 def test_sum_blocks_refuses_what_it_would_sum_wrongly(group):
     """A leaf that is not C-contiguous would be reduced in a copy, one of another dtype as other numbers."""
     partition = group.partition(group.size)             # every rank has a block: all raise

@@ -6,6 +6,8 @@ import mpitp
 from mpitp import InputError, ParameterSpec
 from mpitp.parameters import by_name
 
+pytestmark = pytest.mark.host       # NumPy arrays, as wrong as they can be
+
 
 @pytest.fixture(scope="module")
 def group():

@@ -128,6 +128,7 @@ def write_larger(folder, case, dtype=ml_dtypes.bfloat16):
     tiny.write(folder, golden, dtype, config=config)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("case", LARGER)
 def test_peak_memory(group, case, tmp_path):
     """Its slices, one slice, and 10%: no rank has a whole tensor, a 16-bit copy, or both orders of a transposed one."""
@@ -332,6 +333,7 @@ def test_pickled_weights(tmp_path):
         open_source(tmp_path)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("case", ["gpt2", "falcon_40b"])
 def test_pieces_for_a_device(group, case, tmp_path, monkeypatch):
     """Rows go to a device a few at a time; here the device is host memory."""

@@ -98,6 +98,7 @@ def test_saved_serves_twice(group):
     assert same_bytes(once, again) and same_bytes(2 * once, double)
 
 
+@pytest.mark.host
 def test_memory(group):
     """Nothing as large as the logits is made, but their gradient."""
     partition = group.partition(20_000 * group.size)
@@ -176,6 +177,7 @@ def call(group, vocab=10, shape=(2, 3), targets=None, partition=None, dtype="flo
     (dict(partition=mpitp.Partition(10, 77, 77)), "found logits over Partition.*ranks=77.*, expected .*the group's"),
     (dict(dtype="float16"), "found dtype dtype.*float16.*, expected one of float32, float64"),
 ])
+@pytest.mark.host
 def test_bad_input(group, arguments, message):
     """One line on every rank, and no rank has entered a collective."""
     group.ledger.clear()
@@ -184,6 +186,7 @@ def test_bad_input(group, arguments, message):
     assert group.ledger.counts() == {} and not group.ledger.control
 
 
+@pytest.mark.host
 def test_logits_of_another_shape(group):
     partition = group.partition(10)
     for shape in ((2, 11), (), (5, 0) if partition.lengths[group.rank] else (5, 1)):
@@ -221,6 +224,7 @@ def test_label_smoothing_with_the_local_vocabulary_size(group, monkeypatch):
     seen_everywhere(group, problems(group, 13 * group.size + 1, 0.1), "loss", "gradient")
 
 
+@pytest.mark.host
 @smoothings
 def test_the_last_token_of_a_shard_masked(group, monkeypatch, label_smoothing):
     def wrong(z, targets):

@@ -185,6 +185,7 @@ def test_unknown_kind():
 
 # The layer.
 
+@pytest.mark.host
 @kinds
 @pytest.mark.parametrize("zero_centered", [True, False], ids=["1+w", "w"])
 @pytest.mark.parametrize("bias", [None, True, False])

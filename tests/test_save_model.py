@@ -179,6 +179,7 @@ def test_what_an_ended_save_left(group, world, shared):
     world.barrier()
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("case", LARGER)
 def test_peak_memory(group, world, case, shared):
     if world.rank == 0:

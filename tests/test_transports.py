@@ -8,6 +8,7 @@ import pytest
 import mpitp
 from mpitp import InputError
 from mpitp.comm import guard, staged, transport
+from mpitp.comm.gpu import TF32_TENSOR_OP_MATH
 from spmd import draw, same_bytes
 
 NO_NCCL = "a CuPy without NCCL"
@@ -97,7 +98,7 @@ def test_one_gpu_a_rank(world, monkeypatch):
     monkeypatch.setattr(fake_cupy.runtime, "uuids", [b"%d" % i for i in range(world.size + 1)])
     with mpitp.TensorParallelGroup(device="gpu", tf32=True) as group:
         assert fake_cupy.Device.current == world.rank and not group.gpu.shared
-        assert fake_cupy.cublas.mode == fake_cupy.cublas.CUBLAS_TF32_TENSOR_OP_MATH
+        assert fake_cupy.cublas.mode == TF32_TENSOR_OP_MATH
         with group.subgroup(0, key=-group.rank) as reversed_ranks:      # another number, the same GPU
             assert reversed_ranks.gpu == group.gpu
     monkeypatch.setattr(fake_cupy.runtime, "uuids", [b"own of %d" % world.rank])

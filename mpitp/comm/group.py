@@ -65,7 +65,8 @@ class TensorParallelGroup(Collectives):
         self.ledger = Ledger()
         self._workers, self._give_back_threads = Workers(1), do_nothing
         try:
-            agreement.require_everywhere(self.comm, "the group's arguments", lambda: self._look_at_arguments(blocks, transport))
+            agreement.require_everywhere(self.comm, "the group's arguments",
+                                         lambda: self._look_at_arguments(blocks, transport))
             self.blocks = int(blocks) if self.reproducible else self.size
             if device == "gpu":
                 share_gpu = share_gpu or os.environ.get("MPITP_SHARE_GPU") == "1"
@@ -85,8 +86,9 @@ class TensorParallelGroup(Collectives):
         require_positive(blocks=blocks)
         require(self.device != "cpu" or not self.tf32, "tf32 on device 'cpu'", "device 'gpu', which has it")
         self.xp = array_module(self.device)
-        return f"device={self.device!r} reproducible={self.reproducible} blocks={int(blocks)} check={self.check} " \
-               f"transport={requested(transport)!r} tf32={self.tf32}"
+        asked = requested(transport)
+        return f"device={self.device!r} reproducible={self.reproducible} blocks={int(blocks)} check={self.check}" \
+               f"{'' if asked == 'auto' else f' transport={asked}'}{' tf32' if self.tf32 else ''}"
 
     def _look_at_machine(self):
         self._give_back_threads = one_blas_thread()
@@ -184,8 +186,8 @@ class TensorParallelGroup(Collectives):
             return None
         try:
             group = TensorParallelGroup(part, device=self.device, reproducible=self.reproducible,
-                                        blocks=self.blocks if self.reproducible else 8, check=self.check, tf32=self.tf32,
-                                        transport=self.transport.name, gpu=self.gpu and self.gpu.number, share_gpu=True)
+                                        blocks=self.blocks if self.reproducible else 8, check=self.check,
+                                        tf32=self.tf32, transport=self.transport.name, gpu=self.gpu and self.gpu.number, share_gpu=True)
         finally:
             part.Free()
         group._workers.count = self._workers.count          # the other subgroups share the cores too

@@ -46,8 +46,9 @@ def out_of_memory(error):
     if type(error).__name__ != "OutOfMemoryError" or not hasattr(error, "_size"):
         return None
     free, total = sys.modules["cupy"].cuda.runtime.memGetInfo()
-    return f"found {free / 2 ** 30:.1f} of {total / 2 ** 30:.1f} GiB of the GPU's memory free, expected " \
-           f"{error._size / 2 ** 30:.1f} GiB for one more array beside the {error._total / 2 ** 30:.1f} GiB of this rank\n"
+    free, total, asked, held = (size / 2 ** 30 for size in (free, total, error._size, error._total))
+    return f"found {free:.1f} of {total:.1f} GiB of the GPU's memory free, expected {asked:.1f} GiB for one more array " \
+           f"beside the {held:.1f} GiB of this rank\n"
 
 
 def abort(error):

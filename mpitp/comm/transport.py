@@ -16,7 +16,7 @@ from .staged import StagedTransport
 
 NAMES = ("auto", "mpi", "nccl", "staged")
 TIMED_BYTES = 16 << 20
-SLOW = 3e9          # bytes a second, below which an all-reduce goes through the host: Open MPI 5 does 0.7e9, a good MPI 250e9
+SLOW = 3e9          # bytes a second, below which a sum goes through the host: Open MPI 5 does 0.7e9, a good MPI 250e9
 _said = set()
 
 
@@ -74,7 +74,8 @@ def decide(asked, size, aware, how_aware, seconds, no_nccl):
     if size == 1:
         return "mpi", "one rank: nothing travels", None
     if aware and (seconds is None or TIMED_BYTES / seconds >= SLOW):
-        return "mpi", how_aware + ("" if seconds is None else f", {TIMED_BYTES >> 20} MiB in {seconds * 1e3:.2f} ms"), None
+        timed = "" if seconds is None else f", {TIMED_BYTES >> 20} MiB in {seconds * 1e3:.2f} ms"
+        return "mpi", how_aware + timed, None
     reason = f"this MPI does not take device buffers ({how_aware})" if not aware else \
         f"this MPI takes {seconds * 1e3:.0f} ms for {TIMED_BYTES >> 20} MiB on the device, so it goes through the host"
     if no_nccl is None:

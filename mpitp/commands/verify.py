@@ -56,8 +56,8 @@ class Report:
 def run(arguments):
     """The command on this rank: 0 when every check holds, else 1."""
     if arguments.dtype in HALF_DTYPES:
-        raise InputError(f"found --dtype {arguments.dtype}, expected float32 or float64, which a dense NumPy run can be "
-                         f"compared in")
+        raise InputError(f"found --dtype {arguments.dtype}, expected float32 or float64, in which NumPy can compute the "
+                         f"dense side")
     if arguments.all:
         return verify_all.run(arguments)
     check_arguments(arguments)

@@ -126,6 +126,7 @@ class ParallelAttention(ParallelLayer):
         require(x.ndim > 1, f"x of shape {x.shape}", "(..., positions, hidden)")
         B, S = prod(x.shape[:-2]), x.shape[-2]
         require_mask(mask, B, S)
+        mask = mask if mask is None else self.group.xp.asarray(mask)
         if kv is not None:
             return Call(self, B, S, mask, step, kv.tables_of_new(S), kv)
         if self.rotary and len(self.tables[0]) != S:            # cos and sin, kept as long as S stays

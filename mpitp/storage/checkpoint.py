@@ -11,6 +11,7 @@ import re
 import shutil
 
 from ..comm.agreement import require_everywhere
+from ..arrays import on_host
 from ..errors import InputError, require
 from .safetensors import SafetensorsFile, read_json
 from .tensor_writer import TensorWriter, create
@@ -90,7 +91,7 @@ def write(group, partial, files):
                 if spec.axis is not None:
                     window[spec.axis] = spec.partition(*where[1:]).range(group.rank)
                 mine = array[spec.owned(*where)]
-                writer.write(name, tuple(window), mine.get() if hasattr(mine, "get") else mine)
+                writer.write(name, tuple(window), on_host(mine))
             writer.close()
     except OSError as error:
         raise InputError(f"{partial}: found {error.strerror}, expected to write it") from None

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ..arrays import on_host
 from ..decoder import Decoder
 from ..errors import InputError, require, require_positive
 from ..storage import checkpoint
@@ -305,4 +306,4 @@ def difference(key, found, expected):
 
 
 def digest(w):
-    return hashlib.sha256((w.get() if hasattr(w, "get") else w).tobytes()).hexdigest()
+    return hashlib.sha256(on_host(w).tobytes()).hexdigest()

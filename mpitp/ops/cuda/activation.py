@@ -1,4 +1,4 @@
-"""The activations on the GPU: bias, activation and derivative in one pass over the data, 16 bytes a thread at a time."""
+"""The activations on the GPU: bias, activation and derivative in one pass over the data, 16 bytes a thread."""
 from functools import lru_cache
 
 import cupy

@@ -1,8 +1,8 @@
 """Softmax attention of one sequence on the GPU: cuBLAS for the products, one kernel for the softmax between them.
 
-As the NumPy, in tiles of queries, so that memory grows with the sequence; the heads of a group of query heads go through
-the products as one matrix, since they share their keys. The number of heads in a product is part of its bits, so
-callers hand over as many whatever the number of ranks is (a block's).
+As the NumPy, in tiles of queries, so that memory grows with the sequence; the query heads that share keys go through the
+products as one matrix. The number of heads in a product is part of its bits, so callers hand over as many whatever the
+number of ranks is (a block's).
 
 Dimension key: G key/value heads, H query heads of each, Q queries, S keys, K features of a head; T queries of one
 tile, V the keys that it sees.
@@ -24,7 +24,8 @@ COMMON = f"""
 #define RULES int queries, int V, long long query, long long key, int causal, long long window, const A* slopes, \
               const bool* mask, long long mask_pitch, const A* keep
 // The score of query t of head gh for the key in column v: scaled already, biased, -inf where it may not be attended.
-#define SCORE(s) score(s, blockIdx.x / queries, blockIdx.x % queries, v, query, key, causal, window, slopes, mask, mask_pitch)
+#define SCORE(s) score(s, blockIdx.x / queries, blockIdx.x % queries, v, query, key, causal, window, slopes, \
+                       mask, mask_pitch)
 __device__ A score(A s, int gh, int t, int v, long long query, long long key, int causal, long long window,
                    const A* slopes, const bool* mask, long long mask_pitch) {
     const long long distance = (key + v) - (query + t);                 // key - query

@@ -67,7 +67,8 @@ INFINITY = "__int_as_float(0x7f800000)"
 @lru_cache(maxsize=None)
 def kernel(source, name, dtype, options=()):
     """The kernel `name` of a CUDA source, for arrays of this dtype. Compiled when first called, then kept by CuPy."""
-    return cupy.RawKernel(ROUND[dtype.name] + FAST[dtype.itemsize == 2] + REDUCE + source, name, options=("--std=c++14", *options))
+    whole = ROUND[dtype.name] + FAST[dtype.itemsize == 2] + REDUCE + source
+    return cupy.RawKernel(whole, name, options=("--std=c++14", *options))
 
 
 def threads_for(length):

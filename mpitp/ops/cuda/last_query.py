@@ -62,7 +62,8 @@ def fits(q_GHQK, k_GSK, v_GSK, out, mask, keep):
     compact = all(x.strides[-1] == item for x in (q_GHQK, k_GSK, v_GSK, out)) or K == 1
     in_a_row = all(G == 1 or H == 1 or x.strides[0] == H * x.strides[1] for x in (q_GHQK, out))
     whole = K <= THREADS or K % THREADS == 0            # else some threads would miss a barrier
-    return Q == 1 and mask is None and keep is None and G * H and compact and in_a_row and whole and scores <= MOST_BYTES
+    plain = Q == 1 and G * H and mask is None and keep is None
+    return plain and compact and in_a_row and whole and scores <= MOST_BYTES
 
 
 def last_query_forward(q_GH1K, k_GSK, v_GSK, scale, out, window, slopes):

@@ -22,8 +22,8 @@ CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}         # cu
 SCALARS = {(value, name): np.array(value, name) for value in (1, 0) for name in ("float32", "float64")}
 ONE, ZERO = ({name: SCALARS[value, name].ctypes.data for name in ("float32", "float64")} for value in (1, 0))
 GEMV = r"""
-// y[o] = sum over i of w[o, i] x[i], WARPS warps for ROWS rows; 16 bytes of w at a time. Which thread adds what of a row,
-// and so its bits, depends on WARPS alone.
+// y[o] = sum over i of w[o, i] x[i], WARPS warps for ROWS rows; 16 bytes of w at a time. Which thread adds what of a
+// row, and so its bits, depends on WARPS alone.
 struct alignas(16) Vector { T at[16 / sizeof(T)]; };
 extern "C" __global__ void gemv(const T* w, const T* x, Y* y, int O, int I, long long pitch) {
     const int V = 16 / sizeof(T), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;

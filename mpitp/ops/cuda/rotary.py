@@ -23,8 +23,8 @@ def rotary_forward(x, cos, sin, interleaved):
     """As mpitp.ops.rotary.rotary_forward; cos and sin in float32 for 16-bit x."""
     half, (S, heads, K) = cos.shape[-1], x.shape[-3:]
     x, y = cupy.ascontiguousarray(x), cupy.empty(x.shape, x.dtype)
-    kernel = elementwise("raw T x, raw U cosine, raw U sine, int64 S, int64 heads, int32 K, int32 half, bool interleaved",
-                         "T y", BODY, "mpitp_rotary")
+    inputs = "raw T x, raw U cosine, raw U sine, int64 S, int64 heads, int32 K, int32 half, bool interleaved"
+    kernel = elementwise(inputs, "T y", BODY, "mpitp_rotary")
     if x.size:
         kernel(x, cupy.ascontiguousarray(cos), cupy.ascontiguousarray(sin), S, heads, K, half, interleaved, y)
     return y

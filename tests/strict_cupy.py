@@ -1,0 +1,155 @@
+"""A CuPy that is NumPy underneath, and strict: it refuses what CuPy refuses, above all arrays of the host.
+
+For `pytest --device stand-in`: the GPU's code paths without a GPU. The kernels are the NumPy operations.
+"""
+import importlib
+import sys
+from types import SimpleNamespace
+
+import fake_cupy
+import numpy as np
+
+
+class ndarray(np.ndarray):
+    """An array of the device. It meets nothing but its like and scalars."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
+        refuse_host([*inputs, *(out or ())], ufunc.__name__)
+        if "order" in options:
+            raise TypeError("Wrong arguments {'order'}")                    # as CuPy's ufuncs say
+        if out:
+            options["out"] = tuple(host(x) for x in out)
+        return device(getattr(ufunc, method)(*map(host, inputs), **options))
+
+    def __array_function__(self, function, types, arguments, options):
+        raise TypeError(f"{function.__name__} of NumPy, given an array of the device")
+
+    def __setitem__(self, key, value):
+        refuse_host([value], "assignment")
+        np.ndarray.__setitem__(self.view(np.ndarray), host(key), host(value))
+
+    def __getitem__(self, key):
+        found = np.ndarray.__getitem__(self.view(np.ndarray), host(key))
+        return device(np.asarray(found))                                    # a number of the device has no axes
+
+    def get(self, out=None, **_):
+        if out is None:
+            return self.view(np.ndarray).copy()
+        out[...] = self.view(np.ndarray)
+        return out
+
+    def set(self, array, **_):
+        assert type(array) is np.ndarray
+        np.copyto(self.view(np.ndarray), array)
+
+    def __float__(self):
+        return float(self.view(np.ndarray))
+
+    def __int__(self):
+        return int(self.view(np.ndarray))
+
+    def __bool__(self):
+        return bool(self.view(np.ndarray))
+
+    __hash__ = None
+    data = property(lambda self: SimpleNamespace(ptr=self.view(np.ndarray).ctypes.data))
+
+
+def wrapped(name):
+    """A method of ndarray that NumPy would dispatch through what is refused above."""
+    def method(self, *arguments, **options):
+        refuse_host(arguments, name)
+        return device(getattr(self.view(np.ndarray), name)(*map(host, arguments),
+                                                           **{k: host(v) for k, v in options.items()}))
+    return method
+
+
+for _name in ("sum", "max", "min", "mean", "any", "all", "argmax", "astype", "copy", "reshape", "ravel", "nonzero"):
+    setattr(ndarray, _name, wrapped(_name))
+
+
+def host(x):
+    """x without the device: the same memory."""
+    if isinstance(x, ndarray):
+        return x.view(np.ndarray)
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(host, x)) if not hasattr(x, "_fields") else x
+    return x
+
+
+def device(x):
+    """x on the device: the same memory."""
+    if isinstance(x, (tuple, list)) and not hasattr(x, "_fields"):
+        return type(x)(map(device, x))
+    if isinstance(x, np.generic):
+        x = np.asarray(x)
+    return x.view(ndarray) if isinstance(x, np.ndarray) else x
+
+
+def refuse_host(values, what):
+    for x in values:
+        if isinstance(x, (tuple, list)):
+            refuse_host(x, what)
+        elif isinstance(x, np.ndarray) and not isinstance(x, ndarray) and x.ndim:
+            raise TypeError(f"{what}: Unsupported type <class 'numpy.ndarray'>")
+
+
+def asarray(x, dtype=None, order=None):
+    return device(np.array(host(x), dtype, order=order or "K", copy=not isinstance(x, ndarray) or None))
+
+
+def array(x, dtype=None, order="K"):
+    return device(np.array(host(x), dtype, order=order))
+
+
+def __getattr__(name):
+    """Anything else of NumPy: of arrays of the device alone."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    found = getattr(np, name)
+    if isinstance(found, (np.ufunc, type)) or not callable(found):
+        return found
+
+    def function(*arguments, **options):
+        refuse_host([*arguments, *options.values()], name)
+        return device(found(*map(host, arguments), **{k: host(v) for k, v in options.items()}))
+    return function
+
+
+class Twin:
+    """mpitp.ops.<name> in the place of its CUDA twin."""
+
+    def __init__(self, name):
+        self.module = importlib.import_module(f"mpitp.ops.{name}")
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        function = getattr(self.module, name)
+
+        def call(*arguments, **options):
+            refuse_host([*arguments, *options.values()], name)
+            return rewrap(function(*map(unwrap, arguments), **{k: unwrap(v) for k, v in options.items()}))
+        return call
+
+
+def unwrap(x):
+    if callable(x) and not isinstance(x, type):             # the function that gives dropout's scales
+        return lambda *arguments: host(x(*arguments))
+    return host(x)
+
+
+def rewrap(x):
+    return tuple(map(rewrap, x)) if isinstance(x, tuple) else device(x)
+
+
+cuda = fake_cupy.cuda
+TWINS = ("activation", "adamw", "attention", "cross_entropy", "dropout", "embedding", "linear", "norm", "rotary")
+
+
+def install():
+    """Be `cupy`, and the twins: before anything asks for either."""
+    sys.modules["cupy"], sys.modules["cupy.cuda"] = sys.modules[__name__], cuda
+    sys.modules["cupyx"] = SimpleNamespace(empty_pinned=np.empty)
+    for name in TWINS:
+        sys.modules[f"mpitp.ops.cuda.{name}"] = Twin(name)
