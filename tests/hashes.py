@@ -1,14 +1,22 @@
 """SHA-256 of outputs and gradients in reproducible mode: the same lines for every number of ranks and every MPI.
 
-    mpirun -n P python tests/hashes.py
+    mpirun -n P python tests/hashes.py [--device gpu] [workers]
+
+On a GPU in its 16-bit types, too.
 """
 import hashlib
 import sys
 
 import numpy as np
 
+if sys.argv[1:2] == ["--device"]:           # arrays go there and come back: see devices.py
+    import devices
+    devices.install(sys.argv[2], "auto")
+    del sys.argv[1:3]
+
 import mpitp
 from decoder_cases import KINDS, config
+from mpitp.arrays import HALF_DTYPES, compute_dtype
 
 CASES = [       # tokens, hidden, ffn, activation, gated, blocks
     (64, 96, 384, "gelu_tanh", False, 8), (1, 96, 384, "gelu_tanh", False, 8), (17, 33, 131, "gelu", True, 8),
@@ -24,7 +32,8 @@ def main(workers=None):
         with mpitp.TensorParallelGroup(reproducible=True, blocks=blocks, check=True) as group:
             if workers:
                 group._workers.count = workers
-            for dtype in ("float32", "float64"):
+            for name in ("float32", "float64", *of_device(group)):
+                dtype = compute_dtype(name, group.device)
                 layer = mpitp.ParallelMLP(group, hidden, ffn, activation, gated, dtype=dtype, seed=None)
                 draw = np.random.default_rng(1).standard_normal
                 layer.load_dense({name: np.asfortranarray(draw(spec.shape)) for name, spec in layer.specs.items()})
@@ -43,13 +52,19 @@ def main(workers=None):
                 found = {"y": y, "dx": dx, "z": z, "dh": dh, "dx2": dx2}
                 for of_layer, split in ((layer, gradients), (row, row_gradients), (column, column_gradients)):
                     found.update(of_layer.gather(split) or {})
-                show(group, (tokens, hidden, ffn, activation, gated, blocks, dtype), found)
+                show(group, (tokens, hidden, ffn, activation, gated, blocks, name), found)
     for kind in KINDS:
         for blocks, dtype in ((8, "float32"), (3, "float64")):
             with mpitp.TensorParallelGroup(reproducible=True, blocks=blocks, check=True) as group:
                 if workers:
                     group._workers.count = workers
                 decoder(group, kind, dtype)
+                for half in of_device(group):
+                    decoder(group, kind, half)
+
+
+def of_device(group):
+    return HALF_DTYPES if group.device == "gpu" else ()
 
 
 def decoder(group, kind, dtype):
@@ -66,7 +81,7 @@ def decoder(group, kind, dtype):
         loss, saved_loss = model.loss(logits, ids, label_smoothing=0.1, ignore_index=5)
         gradients = model.backward(model.loss_backward(saved_loss), saved, out=gradients)
         for name, weight in model.weights.items():
-            weight -= gradients[name]
+            weight[...] = weight.astype(gradients[name].dtype) - group.xp.asarray(gradients[name])
     found = {"logits": model.gather_logits(logits), "loss": np.float64(loss)}
     found.update(model.gather() or {})
     assert all(np.isfinite(value).all() for value in found.values())
