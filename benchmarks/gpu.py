@@ -6,7 +6,8 @@ One rank a GPU; P = 1 compares without collectives. A time is the slowest rank's
   ffn       feed-forward block, 2048 tokens, 8192 -> 32768 -> 8192: forward, and forward + backward
   tokens    the same block, 1 and 16 tokens, forward
   stack     16 blocks of h = 4096 and 24 of h = 1024 (ffn 4 h), one token: as calls, and recorded as a CUDA graph
-  decoder   12 layers, h = 2048: one token of generation, and a training step of 1024 tokens (gpu_decoder.py)
+  decoder   12 layers, h = 2048: one token of generation, called and recorded, and a training step of 1024 tokens
+            (gpu_decoder.py)
   sums      the transports against NCCL's own all-reduce, 8 B to 128 MiB (gpu_sums.py; P > 1)
 Biases are left out, weights are the same memory for both, and what layers return is compared before it is timed. The
 limit of a row, where it has one: the bare products by torch.matmul, or the weights' bytes at the rate at which a copy
@@ -29,7 +30,7 @@ from mpi4py import MPI
 import gpu_decoder
 import gpu_sums
 import mpitp
-from gpu_common import TORCH, as_torch, draw, finished, randomise, relative_difference
+from gpu_common import TORCH, as_torch, draw, finished, randomise, relative_difference, torch_graph
 from mpitp.commands import measure, report
 from mpitp.comm import launch
 from mpitp.comm.guard import guarded
@@ -126,11 +127,18 @@ def ffn_rows(rows, groups):
         tx, tdy = as_torch(x), as_torch(dy)
         h, a = torch.empty(N, layer.parameter("up.weight").shape[0], device="cuda", dtype=TORCH[layer.dtype.name]), None
         up, down = (as_torch(layer.parameter(part)) for part in ("up.weight", "down.weight"))
-        y, a = torch.empty_like(tx), torch.randn_like(h)
+        y, a, dw = torch.empty_like(tx), torch.randn_like(h), (torch.empty_like(up), torch.empty_like(down))
 
         def products():
             torch.matmul(tx, up.T, out=h)
             torch.matmul(a, down.T, out=y)
+
+        def all_products():
+            products()
+            torch.matmul(tdy.T, a, out=dw[1])
+            torch.matmul(tdy, down, out=h)
+            torch.matmul(h.T, tx, out=dw[0])
+            torch.matmul(h, up, out=y)
         rows.add(f"feed-forward {N} x {D} -> {F}, {name}, forward", {
             "mpitp": lambda: layer.forward(x, saved=False), "torch": lambda: forward(tx), "products": products},
             limit="products", check=(layer.forward(x, saved=False)[0], forward(tx)[0], 0.02))
@@ -138,10 +146,11 @@ def ffn_rows(rows, groups):
 
         def ours():
             layer.backward(dy, layer.forward(x)[1], out=kept[0])
-        rows.add(f"feed-forward {N} x {D} -> {F}, {name}, both", {"mpitp": ours, "torch": lambda: both(tx, tdy)},
+        rows.add(f"feed-forward {N} x {D} -> {F}, {name}, both", {
+            "mpitp": ours, "torch": lambda: both(tx, tdy), "products": all_products}, limit="products",
                  check=(layer.backward(dy, layer.forward(x)[1])[0], both(tx, tdy), 0.02))
         group.close()
-        del layer, kept, forward, both, up, down, h, a, y
+        del layer, kept, forward, both, up, down, h, a, y, dw
         empty_pools()
 
 
@@ -166,8 +175,8 @@ def stack_rows(rows, groups):
     for count, h in ((16, 4096), (24, 1024)):
         for dtype in ("float32", "float16", "bfloat16"):
             with groups() as group:
-                layers = [randomise(mpitp.ParallelMLP(group, h, bias=False, dtype=dtype, seed=None), 1.3)
-                          for _ in range(count)]
+                layers = [randomise(mpitp.ParallelMLP(group, h, bias=False, dtype=dtype, seed=None), 1.3, number)
+                          for number in range(count)]
                 forwards = [torch_mlp(layer, group.size)[0] for layer in layers]
                 x = draw(1, h, dtype=layers[0].dtype)
                 tx = as_torch(x)
@@ -190,19 +199,6 @@ def stack_rows(rows, groups):
                          bytes_read=sum(layer.local_bytes() for layer in layers), check=(ours(x), theirs(), 0.05))
                 del layers, forwards, cases
             empty_pools()
-
-
-def torch_graph(function):
-    """The function recorded and replayed."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
 
 
 def empty_pools():

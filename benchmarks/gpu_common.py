@@ -17,16 +17,18 @@ def draw(*shape, dtype, seed=0):
     return cupy.random.RandomState(seed).standard_normal(shape, dtype="float32").astype(dtype)
 
 
-def randomise(layer, scale=1.0):
-    """Draw a layer's weights on the device, where that takes no time. Returns the layer.
+def randomise(layer, scale=1.0, seed=0):
+    """Draw a layer's weights on the device, where that takes no time: others on each rank. Returns the layer.
 
     scale : of their standard deviation; 1.3 keeps activations of about 1 through many blocks without residuals
     """
-    for seed, (name, spec) in enumerate(layer.specs.items()):
+    for number, (name, spec) in enumerate(layer.specs.items()):
         if spec.init_std:
             w = layer.weights[name]
-            drawn = cupy.random.RandomState(seed % 5).standard_normal(w.shape, dtype="float32")
-            w[...] = drawn * (scale * spec.init_std)
+            state = cupy.random.RandomState((seed * 1000 + number) * layer.group.size + layer.group.rank)
+            for at in range(0, w.size, 1 << 28):            # in pieces: float32 beside 16 bits takes room
+                part = w.reshape(-1)[at:at + (1 << 28)]
+                part[...] = state.standard_normal(part.shape, dtype="float32") * (scale * spec.init_std)
     return layer
 
 
@@ -44,3 +46,23 @@ def relative_difference(x, y):
     x, y = as_torch(x).double(), y.double().reshape(x.shape)
     torch.cuda.synchronize()
     return float((x - y).abs().max() / y.abs().max())
+
+
+def norm_difference(x, y):
+    """Norm of the difference of a CuPy array and a tensor over the norm of the tensor."""
+    x, y = as_torch(x).double(), y.double()
+    torch.cuda.synchronize()
+    return float((x - y).norm() / y.norm())
+
+
+def torch_graph(function):
+    """The function recorded and replayed."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay

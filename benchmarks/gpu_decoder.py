@@ -9,7 +9,8 @@ import torch.distributed as distributed
 from torch.nn import functional as F
 
 import mpitp
-from gpu_common import as_torch, randomise
+from gpu_common import as_torch, norm_difference, randomise, torch_graph
+from mpitp.graph import CapturedToken, can_record
 from mpitp.layers.kv import KeyValues
 from mpitp.training.optimizer import AdamW
 
@@ -119,11 +120,26 @@ def decode(rows, group, model, theirs, ids, tids):
     token = ids[:, :1]
 
     def ours():
-        kv.lengths[:] = CONTEXT                             # the same token again: the same work
+        kv.set_lengths([CONTEXT])                            # the same token again: the same work
         return model.extend(token, kv)
-    rows.add(f"decoder, {LAYERS} layers of h = {D}, a token after {CONTEXT}, bfloat16",
-             {"mpitp": ours, "torch": lambda: theirs(tids[:, :1], tkv, CONTEXT)}, bytes_read=model.local_bytes(),
-             check=(ours(), theirs(tids[:, :1], tkv, CONTEXT), 0.1))
+    first = tids[:, :1]
+    cases = {"mpitp": ours, "torch": lambda: theirs(first, tkv, CONTEXT)}
+    expected = theirs(first, tkv, CONTEXT)
+    if group.size == 1:
+        cases["torch graph"] = torch_graph(lambda: theirs(first, tkv, CONTEXT))     # of this one position
+    if can_record(model, 1):
+        copy = KeyValues(model, 1, CONTEXT + 500)
+        model.extend(ids[:, :CONTEXT], copy)
+        replay = CapturedToken(model, copy)
+        if replay(token).tobytes() != ours().tobytes():
+            raise SystemExit("found other logits of a recorded token than of a called one")
+
+        def recorded():
+            copy.set_lengths([CONTEXT])
+            return replay(token)
+        cases["mpitp graph"] = recorded
+    rows.add(f"decoder, {LAYERS} layers of h = {D}, a token after {CONTEXT}, bfloat16", cases,
+             bytes_read=model.local_bytes(), check=(ours(), expected, 0.1))
 
 
 def train(rows, group, model, shared, ids, tids):
@@ -131,30 +147,40 @@ def train(rows, group, model, shared, ids, tids):
     theirs, optimizer = TorchDecoder(leaves, 0), AdamW(model)
     master = [leaf.detach().float() for leaf in leaves.values()]
     torch_optimizer = torch.optim.AdamW(master, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
-    kept, losses = [None], {}
+    kept = [None]
 
-    def ours():
+    def our_gradients():
         logits, saved = model.forward(ids[:, :-1])
-        losses["mpitp"], saved_loss = model.loss(logits, ids[:, 1:])
+        loss, saved_loss = model.loss(logits, ids[:, 1:])
         kept[0] = model.backward(model.loss_backward(saved_loss), saved, out=kept[0])
-        optimizer.step(kept[0], 1e-5, 1)
+        return loss
 
-    def torch_step():
+    def torch_gradients():
         with torch.enable_grad():
             logits = theirs(tids[:, :-1])
             loss = F.cross_entropy(logits[0].float(), tids[0, 1:])
             loss.backward()
-        losses["torch"] = float(loss)
+        return float(loss)
+
+    def ours():
+        our_gradients()
+        optimizer.step(kept[0], 1e-5, 1)
+
+    def torch_step():
+        torch_gradients()
         for slow, leaf in zip(master, leaves.values()):
             slow.grad = leaf.grad.float()
             leaf.grad = None
         torch_optimizer.step()
         for slow, leaf in zip(master, leaves.values()):
             leaf.data.copy_(slow)
-    ours()
-    torch_step()
-    first = dict(losses)
-    if abs(first["mpitp"] - first["torch"]) > 0.02 * first["torch"]:
-        raise SystemExit(f"found losses {first}, expected equal ones")
+    loss, expected = our_gradients(), torch_gradients()
+    if abs(loss - expected) > 0.02 * expected:
+        raise SystemExit(f"found a loss of {loss}, expected torch's {expected}")
+    for name, leaf in leaves.items():
+        found = norm_difference(kept[0][name], leaf.grad)
+        if found > 0.1:                                     # of bfloat16 through 12 layers
+            raise SystemExit(f"{name}: found a gradient that differs by {found:.2g} of its norm from torch's")
+        leaf.grad = None
     rows.add(f"decoder, {LAYERS} layers of h = {D}, training step of {TOKENS} tokens, bfloat16",
              {"mpitp": ours, "torch": torch_step})

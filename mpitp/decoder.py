@@ -100,18 +100,28 @@ class Decoder(Composite):
         """
         kv.require_room(ids.shape)
         counts = np.full(len(ids), ids.shape[1]) if counts is None else np.asarray(counts)
-        x, _ = self.embedding.forward(ids, saved=False)
+        ids = self.embedding.checked(ids)
         if self.position:
             most, longest = self.position.max_positions, int((kv.lengths + counts).max())
             require(longest <= most, f"{longest} positions", f"at most {most}, of the learned ones")
-            positions = np.minimum(kv.lengths[:, None] + np.arange(ids.shape[1]), most - 1)     # of the rest: any
+        logits = self.continued(ids, kv, counts)
+        kv.advance(counts)
+        return logits
+
+    def continued(self, ids, kv, counts=None):
+        """extend() of ids that are known to be good, without counting them. Where all counts are 1, hence None, nothing
+        is decided on the host: a recorded call may be replayed at later positions.
+        """
+        xp, S = self.group.xp, ids.shape[1]
+        x = self.embedding.look_up(ids)
+        if self.position:                                   # of what is not looked at: any
+            positions = xp.minimum(kv.starts[:, None] + xp.arange(S), self.position.max_positions - 1)
             x += self.position.parameter("weight")[positions]
         if self.embedding_norm:
             x, _ = self.embedding_norm.forward(x, saved=False)
         for block, of_layer in zip(self.blocks, kv.layers):
             x, _ = block.forward(x, kv=of_layer, saved=False)
-        kv.advance(counts)
-        x = x[np.arange(len(ids)), counts - 1]
+        x = x[:, 0] if S == 1 else x[np.arange(len(ids)), counts - 1]
         if self.final_norm:
             x, _ = self.final_norm.forward(x, saved=False)
         return self.head.forward(x, saved=False)[0]

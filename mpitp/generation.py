@@ -7,9 +7,11 @@ import numpy as np
 from . import rng
 from .arrays import on_host
 from .errors import is_integer, require, require_positive
+from .graph import CapturedToken, can_record
 from .layers.kv import KeyValues
 from .partition import Partition
 
+RECORD_FROM = 16    # new tokens, from which recording one on a GPU costs less than it saves (3 calls of about 10)
 ENDED = -1      # what generate yields for a sequence that has come to its end, and what no vocabulary has
 
 
@@ -61,14 +63,22 @@ def generate(model, ids, *, max_new_tokens, temperature=0.0, top_k=None, top_p=N
 
 def steps(model, ids, lengths, choose, kv, max_new_tokens, stop):
     """What generate returns, once its arguments are known to be good."""
-    logits_BVp, running_B = model.extend(ids, kv, lengths), np.ones(len(ids), bool)
+    logits_BVp, running_B, extend = model.extend(ids, kv, lengths), np.ones(len(ids), bool), None
     for step in range(max_new_tokens):
         tokens_B = choose(logits_BVp, step)
         yield np.where(running_B, tokens_B, ENDED)
         running_B &= ~np.isin(tokens_B, stop)
         if not running_B.any() or step + 1 == max_new_tokens:
             return
-        logits_BVp = model.extend(tokens_B[:, None], kv)
+        extend = extend or one_token(model, kv, max_new_tokens)
+        logits_BVp = extend(tokens_B[:, None])
+
+
+def one_token(model, kv, tokens):
+    """The function that continues kv by one token of each sequence: recorded where it can be and pays."""
+    if tokens >= RECORD_FROM and can_record(model, len(kv.lengths)):
+        return CapturedToken(model, kv)
+    return lambda ids_B1: model.extend(ids_B1, kv)
 
 
 def as_prompts(model, ids, lengths):

@@ -2,6 +2,8 @@
 
 For a token through many small layers, most of the time is Python's: some 6 us a kernel, which take the GPU 2.
 """
+import numpy as np
+
 from .errors import require
 
 
@@ -45,3 +47,43 @@ class Captured:
             held[...] = x
         self.graph.launch(self.cuda.get_current_stream())
         return self.outputs
+
+
+class CapturedToken:
+    """Decoder.extend by one token of each sequence, recorded: the positions that it continues at are on the device.
+
+    Parameters
+    ----------
+    model : Decoder that can_record says can be
+    kv : KeyValues, which it continues
+    """
+
+    def __init__(self, model, kv):
+        def step(ids):
+            logits = model.continued(ids, kv)
+            kv.starts += 1
+            return logits
+        self.model, self.kv = model, kv
+        self.captured = Captured(model.group, step, model.group.xp.zeros((len(kv.lengths), 1), np.int64))
+        kv.set_lengths(kv.lengths)              # the call that compiled did not count; what it wrote is overwritten
+
+    def __call__(self, ids):
+        """As extend(ids, kv), in an array that the next call overwrites."""
+        self.kv.require_room(ids.shape)
+        logits = self.captured(self.model.embedding.checked(ids))
+        self.kv.lengths += 1
+        return logits
+
+
+def can_record(model, batch):
+    """Whether a token of each of so many sequences takes kernels of this model only that a graph may hold: one GPU, and
+    products of one row, or of a few that are read in vectors.
+    """
+    group = model.group
+    if group.device != "gpu" or group.size > 1:
+        return False
+    if batch == 1:
+        return True
+    from .ops.cuda.few_rows import MOST
+    in_vectors = all(w.ndim < 2 or w.shape[1] % 4 == 0 for w in model.weights.values())
+    return batch <= MOST and model.dtype == np.float32 and in_vectors and not group.reproducible

@@ -143,8 +143,22 @@ def rewrap(x):
     return tuple(map(rewrap, x)) if isinstance(x, tuple) else device(x)
 
 
+class Called:
+    """In the place of mpitp.Captured: the function itself, called with arrays of its own."""
+
+    def __init__(self, group, function, *arrays):
+        self.function, self.inputs = function, [x.copy() for x in arrays]
+        self.function(*self.inputs)             # as a recording does first
+
+    def __call__(self, *arrays):
+        for held, x in zip(self.inputs, arrays):
+            held[...] = x
+        return self.function(*self.inputs)
+
+
 cuda = fake_cupy.cuda
-TWINS = ("activation", "adamw", "attention", "cross_entropy", "dropout", "embedding", "linear", "norm", "rotary")
+TWINS = ("activation", "adamw", "attention", "cross_entropy", "dropout", "embedding", "keys_values", "linear",
+         "norm", "rotary")
 
 
 def install():
@@ -153,3 +167,4 @@ def install():
     sys.modules["cupyx"] = SimpleNamespace(empty_pinned=np.empty)
     for name in TWINS:
         sys.modules[f"mpitp.ops.cuda.{name}"] = Twin(name)
+    importlib.import_module("mpitp.graph").Captured = Called

@@ -10,7 +10,8 @@ import pytest
 
 from mpitp.arrays import GPU_DTYPES, compute_dtype, sum_dtype
 from mpitp.config import Rotary
-from mpitp.ops import activation, adamw, attention, cross_entropy, dropout, embedding, linear, norm, rotary
+from mpitp.ops import (activation, adamw, attention, cross_entropy, dropout, embedding, keys_values, linear, norm,
+                       rotary)
 
 
 def has_gpu():
@@ -55,7 +56,8 @@ class Case:
 
 @dtypes
 @pytest.mark.parametrize("m, k, n", [(1, 1, 1), (7, 13, 5), (64, 96, 80), (1, 96, 80), (1, 13, 7), (1, 4096, 33),
-                                     (1, 1, 20000), (3, 0, 4), (0, 3, 4), (1, 512, 16400), (1, 130, 9000), (130, 1, 3)])
+                                     (1, 1, 20000), (3, 0, 4), (0, 3, 4), (1, 512, 16400), (1, 130, 9000), (130, 1, 3),
+                                     (2, 8, 1), (3, 128, 33), (5, 4104, 70), (8, 520, 4100), (16, 1544, 8200)])
 def test_product(dtype, m, k, n):
     case = Case(dtype)
     (x, x64), (w, w64) = case.draw(m, k), case.draw(n, k)
@@ -70,6 +72,9 @@ def test_product(dtype, m, k, n):
     assert found is dw
     case.check(dx, dy64 @ w64, n)
     case.check(dw, dy64.T @ x64, m)
+    added = dw.copy()
+    linear.product(dy.T, x, added, add=True)
+    case.check(added, 2 * (dy64.T @ x64), m)
     case.check(linear.bias_backward(dy, out=case.xp.empty(n, case.sum_dtype)), dy64.sum(axis=0), m)
 
 
@@ -93,6 +98,31 @@ def test_bits_do_not_depend_on_what_lies_beside(dtype, start, width):
         assert into[:, start:start + rows].get().tobytes() == alone.get().tobytes()
 
 
+def test_bits_of_a_few_rows_do_not_depend_on_their_number():
+    """A sequence of a batch gets the text that it gets beside any other ones, where a kernel of ours multiplies."""
+    case = Case("float32")
+    (x, _), (w, _) = case.draw(16, 264), case.draw(9000, 264)
+    all_rows, _ = linear.linear_forward(x, w)
+    for rows in (2, 3, 5, 9):
+        found, _ = linear.linear_forward(x[:rows], w[:5 * rows])
+        assert found.get().tobytes() == all_rows[:rows, :5 * rows].get().tobytes()
+
+
+@dtypes
+def test_stacks(dtype):
+    """Products of stacks, as attention does them: heads that lie among each other, written where they belong."""
+    case = Case(dtype)
+    for S, K in ((7, 8), (5, 3), (16, 24)):
+        (a, a64), (b, b64) = (case.draw(S, 3, K) for _ in range(2))         # (positions, heads, features)
+        a, a64, b, b64 = (x.swapaxes(0, 1) for x in (a, a64, b, b64))
+        scores = linear.product(a, b.swapaxes(1, 2), dtype=case.sum_dtype)
+        case.check(scores, a64 @ b64.swapaxes(1, 2), K)
+        out = case.xp.full((S, 3, K), 3, case.sum_dtype)
+        weights, weights64 = case.draw(3, S, S)
+        linear.product(weights.swapaxes(1, 2), b, out.swapaxes(0, 1), add=True)
+        case.check(out.swapaxes(0, 1), 3 + weights64.swapaxes(1, 2) @ b64, S)
+
+
 # --- elementwise -----------------------------------------------------------------------------------------------------
 
 @dtypes
@@ -111,6 +141,38 @@ def test_activation(dtype, name, biased):
     case.check(slope, slope64, what="derivative")
     in_place, _ = activation.activation_forward(name, h, out=h, bias=b if biased else None)
     assert in_place is h and h.get().tobytes() == a.get().tobytes()
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(5, 37), (3, 64), (0, 8)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gate(dtype, shape, biased):
+    case = Case(dtype)
+    results = []
+    (h, h64), (up, up64), (b, b64), (c, c64), (da, da64) = (
+        case.draw(*s, scale=2) for s in (shape, shape, shape[1:], shape[1:], shape))
+    for h_, up_, b_, c_, da_ in ((h, up, b, c, da), (h64, up64, b64, c64, da64)):
+        biases = (b_, c_) if biased else (None, None)
+        a, _ = activation.gated_forward("silu", h_.copy(), up_.copy(), *biases, saved=False)
+        again, saved = activation.gated_forward("silu", h_.copy(), up_.copy(), *biases)
+        assert a.tobytes() == again.tobytes()
+        results.append((a, *activation.gated_backward(da_.copy(), saved)))
+    for found, expected, what in zip(*results, ("a", "dh", "dup")):
+        case.check(found, expected, what=what)
+    y = h.copy()
+    activation.add_to(y, up)
+    case.check(y, h64 + up64)
+
+
+@dtypes
+def test_rotary_from_any_position(dtype):
+    case = Case(dtype)
+    x, x64 = case.draw(3, 4, 2, 10)
+    starts = np.array([0, 5, 3])
+    cos, sin = rotary.rotary_tables(Rotary(), 10, range(9), case.sum_dtype, case.xp)
+    tables64 = rotary.rotary_tables(Rotary(), 10, range(9), np.float64)
+    case.check(rotary.rotary_forward(x, cos, sin, False, case.xp.asarray(starts)),
+               rotary.rotary_forward(x64, *tables64, False, starts))
 
 
 @dtypes
@@ -139,6 +201,9 @@ def test_adamw(dtype, decay, scale):
     adamw.adamw_step(w64, g64, m64, v64, **numbers)
     for found, expected in ((w, w64), (m, m64), (v, v64)):
         case.check(found, expected)
+    rounded = case.xp.zeros(1001, case.dtype)
+    adamw.adamw_step(w, g, m, v, **numbers, rounded=rounded)
+    assert rounded.tobytes() == w.astype(case.dtype).tobytes()
 
 
 @pytest.mark.parametrize("window", [
@@ -225,7 +290,7 @@ CHOICES = {"causal": {}, "all": dict(causal=False), "window": dict(window=5), "s
 
 @dtypes
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("G, H, Q, S, K", [(2, 3, 7, 7, 6), (1, 1, 1, 9, 8), (1, 4, 5, 12, 16), (2, 2, 700, 700, 10)])
+@pytest.mark.parametrize("G, H, Q, S, K", [(2, 3, 7, 7, 6), (1, 1, 1, 9, 8), (1, 4, 5, 12, 16), (2, 2, 700, 700, 10), (3, 1, 1100, 1100, 8)])
 def test_attention(dtype, choice, G, H, Q, S, K):
     case, options, options64 = Case(dtype), dict(CHOICES[choice]), dict(CHOICES[choice])
     if "slopes" in options:
@@ -246,7 +311,8 @@ def test_attention(dtype, choice, G, H, Q, S, K):
         xp = case.xp if q_.dtype == case.dtype and q is not q64 and hasattr(q_, "get") else np
         out, dq = (xp.empty((Q, G, H, K), q_.dtype).transpose(1, 2, 0, 3) for _ in range(2))
         lse = attention.attention_forward(q_, k_, v_, 0.3, out=out, **more)
-        dk, dv = attention.attention_backward(d_, lse, q_, k_, v_, out, 0.3, dq=dq, **more)
+        dk, dv = (x.swapaxes(0, 1) for x in xp.full((2, S, G, K), 9, np.float64 if xp is np else case.sum_dtype))
+        attention.attention_backward(d_, lse, q_, k_, v_, out, 0.3, dq=dq, dk=dk, dv=dv, **more)
         results.append((out, lse, dq, dk, dv))
     for found, expected, what in zip(*results, ("out", "lse", "dq", "dk", "dv")):
         if choice == "short" and what in ("dq", "dk"):      # of one key alone they are 0 but for rounding
@@ -258,6 +324,49 @@ def test_attention(dtype, choice, G, H, Q, S, K):
 def loosely(found, expected, case, what):
     worst = np.abs(found.get().astype(np.float64) - expected).max() / np.abs(expected).max()
     assert worst < 8 * {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8}[case.dtype.name], f"{what}: {worst}"
+
+
+@dtypes
+@pytest.mark.parametrize("window, biased", [(None, False), (70, True), (1, False), (300, False)])
+@pytest.mark.parametrize("B, G, H, K, C", [(1, 2, 6, 10, 700), (3, 1, 1, 64, 257), (2, 3, 3, 130, 40), (1, 1, 2, 256, 900)])
+def test_last_query(dtype, window, biased, B, G, H, K, C):
+    case, starts = Case(dtype), np.array([C - 2, 0, 17])[:B]
+    (q, q64), (keys, keys64), (values, values64) = case.draw(B, H + 1, K), case.draw(B, C, G, K), case.draw(B, C, G, K)
+    (new_k, new_k64), (new_v, new_v64) = (case.draw(B, 1, G, K) for _ in range(2))
+    slopes = case.draw(G, H // G, scale=0.1, dtype=case.sum_dtype) if biased else (None, None)
+    results = []
+    for q_, k_, v_, nk, nv, slope, xp in ((q, keys, values, new_k, new_v, slopes[0], case.xp),
+                                          (q64, keys64, values64, new_k64, new_v64, slopes[1], np)):
+        at = xp.asarray(starts)
+        keys_values.append((k_, v_), (nk, nv), at)
+        out = xp.empty((B, H + 1, K), q_.dtype)[:, :H]
+        keys_values.last_query_forward(q_[:, :H], k_, v_, at, 0.3, out=out, window=window, slopes=slope)
+        results.append(out)
+    assert keys.get().astype(np.float64).tobytes() == keys64.tobytes()
+    case.check(*results, C)
+
+
+@pytest.mark.parametrize("dtype, batch", [("float32", 1), ("float32", 3), ("bfloat16", 1), ("float64", 1)])
+def test_a_recorded_token_is_the_called_one(dtype, batch):
+    """Bit by bit, at every position, of each kind of decoder whose products are read in vectors."""
+    import mpitp
+    from decoder_cases import KINDS, config
+    from mpitp.graph import CapturedToken, can_record
+    from mpitp.layers.kv import KeyValues
+    for kind in KINDS:
+        with mpitp.TensorParallelGroup(mpitp_comm_self(), device="gpu") as group:
+            even = dict(hidden_size=32, kv_channels=8, ffn_hidden_size=48) if batch > 1 else {}
+            model = mpitp.Decoder(group, config(kind, **even), dtype=dtype)
+            assert can_record(model, batch)
+            ids = np.arange(2 * batch).reshape(batch, 2) % 20
+            called, recorded = (KeyValues(model, batch, 9) for _ in range(2))
+            for kv in (called, recorded):
+                model.extend(ids, kv, np.arange(batch) % 2 + 1)
+            replay = CapturedToken(model, recorded)
+            for token in range(5):
+                expected, found = model.extend(ids[:, :1] + token, called), replay(ids[:, :1] + token)
+                assert found.tobytes() == expected.tobytes(), (kind, token)
+                assert np.array_equal(called.lengths, recorded.lengths)
 
 
 # --- what crosses the bus ------------------------------------------------------------------------------------------------

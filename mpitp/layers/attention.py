@@ -11,6 +11,7 @@ from ..config import one_of, require_heads, require_probability, require_rotary,
 from ..errors import require, require_positive
 from ..ops.alibi import alibi_slopes
 from ..ops.attention import attention_backward, attention_forward
+from ..ops.keys_values import last_query_forward
 from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forward, linear_weight_backward, product
 from ..ops.norm import norm_backward, norm_forward
 from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
@@ -128,7 +129,7 @@ class ParallelAttention(ParallelLayer):
         require_mask(mask, B, S)
         mask = mask if mask is None else self.group.xp.asarray(mask)
         if kv is not None:
-            return Call(self, B, S, mask, step, kv.tables_of_new(S), kv)
+            return Call(self, B, S, mask, step, kv.tables, kv)
         if self.rotary and len(self.tables[0]) != S:            # cos and sin, kept as long as S stays
             self.tables = rotary_tables(self.rotary, self.kv_channels, range(S), self.sum_dtype, self.group.xp)
         return Call(self, B, S, mask, step, self.tables, None)
@@ -153,6 +154,12 @@ class ParallelAttention(ParallelLayer):
             a_BSHK = self.group.xp.empty_like(q_BSHK)
             statistics = []
             for unit, heads in self.heads.pieces(block):
+                if call.kv is not None and call.S == 1 and call.mask is None:
+                    q, a = (array[:, 0, heads.start - block.start:heads.stop - block.start]
+                            for array in (q_BSHK, a_BSHK))
+                    last_query_forward(q, *units[unit][:2], call.kv.starts, self.scale, out=a,
+                                       window=self.sliding_window, slopes=call.slopes(heads, unit))
+                    continue
                 for b in range(call.B):
                     q, a = (by_group(array, b, unit, heads, block) for array in (q_BSHK, a_BSHK))
                     k, v = (array[b, :call.seen(b)].swapaxes(0, 1) for array in units[unit][:2])
@@ -204,9 +211,9 @@ class ParallelAttention(ParallelLayer):
                     arrays = q_BSHK, a_BSHK, da_BSHK, dq_BSHK
                     q, a, da, dq = (by_group(array, b, unit, heads, block) for array in arrays)
                     k, v = (array[b].swapaxes(0, 1) for array in units[unit][:2])
-                    found = attention_backward(da, next(statistics), q, k, v, a, self.scale, dq=dq,
-                                               **call.options(heads, unit, b))
-                    dkv[0, b], dkv[1, b] = (d.swapaxes(0, 1) for d in found)
+                    dk, dv = (dkv[i, b].swapaxes(0, 1) for i in range(2))
+                    attention_backward(da, next(statistics), q, k, v, a, self.scale, dq=dq, dk=dk, dv=dv,
+                                       **call.options(heads, unit, b))
             dq_of[block.index] = dq_BSHK
 
         for _ in self.group.each_block(through_attention, self.partition):
@@ -240,7 +247,7 @@ class ParallelAttention(ParallelLayer):
             for unit in self.heads.owned_units(block):      # not every held one: f would count it once a holder
                 for part, d in zip(("key", "value"), d_units[unit]):
                     w_uKD = self.parameter(f"{part}.weight")[self.heads.unit_rows(unit)]
-                    dx_ND += product(d, w_uKD, dtype=self.leaf_dtype)
+                    product(d, w_uKD, dx_ND, add=True)
             return dx_ND
 
         return partial
@@ -283,10 +290,8 @@ class ParallelAttention(ParallelLayer):
         if self.norm:
             x_BSHK, normed = norm_forward(x_BSHK, self.parameter(f"{part}_norm.weight"), None, *self.norm)
         if self.rotary:
-            shape = x_BSHK.shape
-            if call.kv is not None:                             # each sequence has its own positions: rows for them all
-                x_BSHK = x_BSHK.reshape(1, shape[0] * shape[1], *shape[2:])
-            x_BSHK = rotary_forward(x_BSHK, *call.tables, self.rotary.interleaved).reshape(shape)
+            starts = None if call.kv is None else call.kv.starts
+            x_BSHK = rotary_forward(x_BSHK, *call.tables, self.rotary.interleaved, starts)
         return x_BSHK, normed
 
     def turn_backward(self, part, dx_BSHK, normed, call):

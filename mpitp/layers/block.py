@@ -6,6 +6,7 @@ from collections import Counter
 
 from ..arrays import scaled
 from ..comm.ledger import Collective
+from ..ops.activation import add_to
 from ..ops.dropout import dropout_scale
 from ..partition import Partition
 from .attention import ParallelAttention
@@ -86,11 +87,11 @@ class ParallelBlock(Composite):
         scale = self.dropout_scale(f"{part}.dropout", x.shape, step)
         y = scaled(y, scale, out=y)
         if self.config.norm_placement == "after_residual":
-            y += x
+            add_to(y, x)
             y, after_saved = after.forward(y, saved=saved)
         else:
             y, after_saved = self.norm_forward(f"{part}_post_norm", y, saved)
-            y += x
+            add_to(y, x)
         return y, (before_saved, branch_saved, scale, after_saved)
 
     def branch_backward(self, part, dy, saved, gradients):
@@ -101,7 +102,7 @@ class ParallelBlock(Composite):
         d_branch = scaled(d_branch, scale)
         dx, _ = branch.backward(d_branch, branch_saved, out=self.of(branch, gradients))
         dx = self.norm_backward(f"{part}_norm", dx, before_saved, gradients)
-        dx += d_residual
+        add_to(dx, d_residual)
         return dx
 
     # --- side by side: x + attention(norm(x)) + mlp(norm(x)) ---------------------------------------------------
@@ -119,7 +120,7 @@ class ParallelBlock(Composite):
             if not summands:
                 return self.group.xp.zeros(h_ND.shape, self.leaf_dtype)
             for other in summands[1:]:
-                summands[0] += other
+                add_to(summands[0], other)
             return summands[0]
 
         y_ND = reduce_from_ranks_forward(partial, self.block_numbers(), self.group, h_ND.shape, self.dtype)
@@ -128,7 +129,7 @@ class ParallelBlock(Composite):
         y = y_ND.reshape(x.shape)
         scale = self.dropout_scale("dropout", x.shape, step)
         y = scaled(y, scale, out=y)
-        y += x
+        add_to(y, x)
         return y, ((attention_saved, mlp_saved, h_ND, g_ND, kept, call, scale) if saved else None)
 
     def parallel_backward(self, dy, saved, gradients):
@@ -154,7 +155,7 @@ class ParallelBlock(Composite):
         dx = self.norm_backward("attention_norm", d_norms[0].reshape(dy.shape), attention_saved, gradients)
         if not shared:
             dx += self.norm_backward("mlp_norm", d_norms[1].reshape(dy.shape), mlp_saved, gradients)
-        dx += dy
+        add_to(dx, dy)
         return dx
 
     def block_numbers(self):

@@ -48,15 +48,25 @@ class VocabParallelEmbedding(ParallelLayer):
 
     def forward(self, ids, *, saved=True):
         """ids (...), integers, the same on every rank -> y (..., D), complete; and what backward needs, or None."""
-        w_VpD = self.parameter("weight")
-        ids = self.group.xp.asarray(token_ids(ids, self.vocab_size))
-        local_N = ids.reshape(-1) - self.partition.bounds[self.group.rank]
-        y_ND = embedding_forward(w_VpD, local_N)
+        ids = self.checked(ids)
+        return self.look_up(ids), (self.local(ids) if saved else None)
+
+    def checked(self, ids):
+        """ids where the weights are, after token_ids has looked at them."""
+        return self.group.xp.asarray(token_ids(ids, self.vocab_size))
+
+    def local(self, ids):
+        """The rows of this rank's part that ids (N,) mean, where they are there."""
+        return ids.reshape(-1) - self.partition.bounds[self.group.rank]
+
+    def look_up(self, ids):
+        """forward() of checked ids."""
+        y_ND = embedding_forward(self.parameter("weight"), self.local(ids))
         if self.multiplier != 1:
             scaled(y_ND, self.multiplier, out=y_ND)
         self.group.all_reduce(y_ND, out=y_ND)
         y_ND += 0.0                             # -0.0 becomes 0.0 on one rank too, as it does in a sum with zeros
-        return y_ND.reshape(*ids.shape, self.hidden_size), (local_N if saved else None)
+        return y_ND.reshape(*ids.shape, self.hidden_size)
 
     def backward(self, dy, saved, *, out=None):
         """dy (..., D), complete -> None, as ids have no gradient, and {name: gradient} of this rank's rows.

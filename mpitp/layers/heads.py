@@ -61,14 +61,17 @@ class Call(NamedTuple):
     def options(self, heads, unit, b):
         """What the scores of these query heads in sequence b are made with, as attention_forward takes it."""
         layer = self.layer
-        options = dict(causal=layer.causal, window=layer.sliding_window)
-        if layer.slopes is not None:
-            options["slopes"] = layer.slopes[heads].reshape(unit.stop - unit.start, -1)
+        options = dict(causal=layer.causal, window=layer.sliding_window, slopes=self.slopes(heads, unit))
         if self.mask is not None:
             options["mask"] = self.mask[b]
         if layer.dropout and self.step is not None:
             options["keep"] = functools.partial(self.keep, heads, unit, b)
         return options
+
+    def slopes(self, heads, unit):
+        """Of ALiBi, of these query heads under the key/value heads that they share; None without."""
+        slopes = self.layer.slopes
+        return None if slopes is None else slopes[heads].reshape(unit.stop - unit.start, -1)
 
     def keep(self, heads, unit, b, first, stop):
         """Dropout scales of queries first..stop-1 of some heads (G, n, queries, S), addressed in (B, H, S, S)."""

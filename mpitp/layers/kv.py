@@ -6,38 +6,29 @@ a head.
 import numpy as np
 
 from ..errors import require, require_positive
+from ..ops.keys_values import append
 from ..ops.rotary import rotary_tables
 
 
 class LayerKeyValues:
     """Those of one ParallelAttention.
 
-    lengths : (B,) integers, how many positions of each sequence there are; shared by all layers, who advances it is
-        KeyValues
+    lengths, starts : KeyValues', shared by all layers
+    cos, sin : rotary tables of all positions; None without rotary
     """
 
-    def __init__(self, layer, lengths, capacity):
+    def __init__(self, layer, lengths, starts, capacity):
         xp, B = layer.group.xp, len(lengths)
-        self.lengths, self.capacity, self.units = lengths, capacity, {}
+        self.lengths, self.starts, self.units = lengths, starts, {}
         for unit in layer.heads.held_units:
             self.units[unit] = [xp.zeros((B, capacity, unit.stop - unit.start, layer.kv_channels), layer.dtype)
                                 for _ in ("key", "value")]
         self.tables = rotary_tables(layer.rotary, layer.kv_channels, range(capacity), layer.sum_dtype, xp) \
             if layer.rotary else ()
 
-    def tables_of_new(self, S):
-        """cos and sin of S new positions of each sequence (B S, d / 2)."""
-        if len(self.lengths) == 1:                              # views: a token's copies cost more than they copy
-            start = int(self.lengths[0])
-            return tuple(table[start:start + S] for table in self.tables)
-        positions = (self.lengths[:, None] + np.arange(S)).reshape(-1)
-        return tuple(table[positions] for table in self.tables)
-
     def append(self, unit, k_BSuK, v_BSuK):
         """Put the new positions behind the old ones; returns all keys and values (B, C, u, K)."""
-        for held_BCuK, new_BSuK in zip(self.units[unit], (k_BSuK, v_BSuK)):
-            for b, start in enumerate(self.lengths):
-                held_BCuK[b, start:start + new_BSuK.shape[1]] = new_BSuK[b]
+        append(self.units[unit], (k_BSuK, v_BSuK), self.starts)
         return self.units[unit]
 
     def nbytes(self):
@@ -47,13 +38,17 @@ class LayerKeyValues:
 class KeyValues:
     """Those of all layers of a Decoder, for `batch` sequences of up to `capacity` positions.
 
+    lengths, starts : (B,) integers, how many positions of each sequence there are, on the host and where the arrays are
+
     2 x B x C x (key/value heads of the rank) x K numbers a layer and rank.
     """
 
     def __init__(self, model, batch, capacity):
         require_positive(batch=batch, capacity=capacity)
         self.capacity, self.lengths = capacity, np.zeros(batch, np.int64)
-        self.layers = [LayerKeyValues(block.attention, self.lengths, capacity) for block in model.blocks]
+        # On a GPU a copy there, which operations read: so a recorded token can be replayed at any position.
+        self.starts = self.lengths if model.group.xp is np else model.group.xp.asarray(self.lengths)
+        self.layers = [LayerKeyValues(block.attention, self.lengths, self.starts, capacity) for block in model.blocks]
 
     def require_room(self, shape):
         """Raise InputError unless ids of `shape` (B, S) fit behind what there is."""
@@ -64,4 +59,9 @@ class KeyValues:
 
     def advance(self, counts):
         """Count so many new positions of each sequence; what lies behind them will be overwritten."""
-        self.lengths += counts
+        self.set_lengths(self.lengths + counts)
+
+    def set_lengths(self, lengths):
+        self.lengths[...] = lengths
+        if self.starts is not self.lengths:
+            self.starts.set(self.lengths)

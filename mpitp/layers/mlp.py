@@ -7,7 +7,7 @@ from collections import Counter
 
 from ..comm.ledger import Collective
 from ..errors import require, require_positive
-from ..ops.activation import ACTIVATIONS, activation_backward, activation_forward
+from ..ops.activation import ACTIVATIONS, activation_backward, activation_forward, gated_backward, gated_forward
 from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forward, linear_weight_backward, product
 from ..parameters import ParameterSpec
 from .base import ParallelLayer, join, require_saved
@@ -88,18 +88,15 @@ class ParallelMLP(ParallelLayer):
 
         def partial(block):
             h_NFb, b_Fb = project("gate" if self.gated else "up", block)
-            # The derivative takes the place of h; without a backward pass the activation does.
-            if kept is not None:
-                act_NFb, slope_NFb = activation_forward(self.activation, h_NFb, derivative=h_NFb, bias=b_Fb)
-            else:
-                act_NFb, slope_NFb = activation_forward(self.activation, h_NFb, out=h_NFb, bias=b_Fb)
-            up_NFb = None
             if self.gated:
-                up_NFb, b_Fb = project("up", block)
-                add_bias(up_NFb, b_Fb)
-            a_NFb = act_NFb * up_NFb if self.gated else act_NFb
+                up_NFb, up_b_Fb = project("up", block)
+                a_NFb, of_activation = gated_forward(self.activation, h_NFb, up_NFb, b_Fb, up_b_Fb, kept is not None)
+            elif kept is not None:                          # the derivative takes the place of h
+                a_NFb, of_activation = activation_forward(self.activation, h_NFb, derivative=h_NFb, bias=b_Fb)
+            else:
+                a_NFb, of_activation = activation_forward(self.activation, h_NFb, out=h_NFb, bias=b_Fb)
             if kept is not None:
-                kept[block.index] = a_NFb, act_NFb, slope_NFb, up_NFb
+                kept[block.index] = a_NFb, of_activation
             y_ND, _ = linear_forward(a_NFb, down_DFp[:, block.local], dtype=self.leaf_dtype)
             return y_ND
 
@@ -128,26 +125,24 @@ class ParallelMLP(ParallelLayer):
         if self.parameter("down.bias") is not None:
             bias_backward(dy_ND, out=gradients[join(self.name, "down.bias")])   # dy is complete: so is this
 
-        def project_backward(part, dh_NFb, block):
-            """dx of one projection; its weight and bias gradients go where they belong."""
+        def project_backward(part, dh_NFb, block, dx_ND=None):
+            """dx of one projection, added to dx_ND if given; its weight and bias gradients go where they belong."""
             if self.parameter(f"{part}.bias") is not None:
                 bias_backward(dh_NFb, out=gradients[join(self.name, f"{part}.bias")][block.local])
             w_FbD = self.parameter(f"{part}.weight")[block.local]
             dw_FbD = gradients[join(self.name, f"{part}.weight")][block.local]
             later.append(lambda: linear_weight_backward(dh_NFb, x_ND, out=dw_FbD))
-            return product(dh_NFb, w_FbD, dtype=self.leaf_dtype)
+            return product(dh_NFb, w_FbD, dx_ND, self.leaf_dtype, add=dx_ND is not None)
 
         def partial(block):
-            a_NFb, act_NFb, slope_NFb, up_NFb = kept[block.index]
+            a_NFb, of_activation = kept[block.index]
             down_DFb = self.parameter("down.weight")[:, block.local]
             ddown_DFb = gradients[join(self.name, "down.weight")][:, block.local]
             da_NFb, _ = linear_backward(dy_ND, (a_NFb, down_DFb), dw_out=ddown_DFb)
             if not self.gated:
-                return project_backward("up", activation_backward(da_NFb, slope_NFb, out=da_NFb), block)
-            dx_ND = project_backward("up", da_NFb * act_NFb, block)
-            da_NFb *= up_NFb
-            dx_ND += project_backward("gate", activation_backward(da_NFb, slope_NFb, out=da_NFb), block)
-            return dx_ND
+                return project_backward("up", activation_backward(da_NFb, of_activation, out=da_NFb), block)
+            dh_NFb, dup_NFb = gated_backward(da_NFb, of_activation)
+            return project_backward("gate", dh_NFb, block, project_backward("up", dup_NFb, block))
 
         return partial
 

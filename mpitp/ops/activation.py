@@ -105,4 +105,41 @@ def activation_forward(name, h, out=None, derivative=None, bias=None):
 
 def activation_backward(da, saved, out=None):
     """dh = da * act'(h), written to `out` if given."""
-    return module_of(da).multiply(da, saved, out=out)
+    if module_of(da) is not np:
+        return twin("activation").activation_backward(da, saved, out)
+    return np.multiply(da, saved, out=out)
+
+
+def gated_forward(name, h, up, bias=None, up_bias=None, saved=True):
+    """a = act(h + bias) (up + up_bias). h and up are overwritten.
+
+    Returns
+    -------
+    a, saved : saved is (act(h + bias), act'(h + bias), up + up_bias), what gated_backward takes; None with saved=False
+    """
+    if module_of(h) is not np:
+        return twin("activation").gated_forward(name, h, up, bias, up_bias, saved)
+    if up_bias is not None:
+        up += up_bias
+    # The derivative takes the place of h; without a backward pass the activation does.
+    act, slope = activation_forward(name, h, derivative=h, bias=bias) if saved else \
+        activation_forward(name, h, out=h, bias=bias)
+    return act * up, ((act, slope, up) if saved else None)
+
+
+def gated_backward(da, saved):
+    """dh = da up act'(h), in the place of da, and dup = da act(h)."""
+    if module_of(da) is not np:
+        return twin("activation").gated_backward(da, saved)
+    act, slope, up = saved
+    dup = da * act
+    da *= up
+    return activation_backward(da, slope, out=da), dup
+
+
+def add_to(y, x):
+    """y += x, of one shape."""
+    if module_of(y) is not np:
+        twin("activation").add_to(y, x)
+    else:
+        y += x

@@ -6,7 +6,7 @@ from ..arrays import module_of, twin
 PIECE = 1 << 15     # numbers at a time: a step is memory traffic, so what it makes stays in cache
 
 
-def adamw_step(w, g, m, v, *, beta1, beta2, rate, root, eps, decay, scale):
+def adamw_step(w, g, m, v, *, beta1, beta2, rate, root, eps, decay, scale, rounded=None):
     """m += (1 - beta1) (g - m), v += (1 - beta2) (g^2 - v), w = decay w - rate m / (root sqrt(v) + eps); in place.
 
     Parameters
@@ -14,10 +14,11 @@ def adamw_step(w, g, m, v, *, beta1, beta2, rate, root, eps, decay, scale):
     w, g, m, v : flat arrays of one dtype: weights, gradients (times `scale`; not changed), and their averages
     rate, root : lr / (1 - beta1^t), (1 - beta2^t)^-1/2
     decay : 1 - lr weight_decay, or 1
+    rounded : an array that w is copied to, rounded to its dtype; or None
     """
     if module_of(w) is not np:
         twin("adamw").adamw_step(w, g, m, v, beta1=beta1, beta2=beta2, rate=rate, root=root, eps=eps,
-                                 decay=decay, scale=scale)
+                                 decay=decay, scale=scale, rounded=rounded)
         return
     for at in range(0, w.size, PIECE):
         w_n, g_n, m_n, v_n = (array[at:at + PIECE] for array in (w, g, m, v))
@@ -37,3 +38,5 @@ def adamw_step(w, g, m, v, *, beta1, beta2, rate, root, eps, decay, scale):
         if decay != 1:
             w_n *= decay
         w_n -= change_n
+    if rounded is not None:
+        rounded[...] = w

@@ -88,20 +88,25 @@ def of_last_query(q_GH1K, k_GSK, v_GSK, scale, out, window, slopes):
     return (np.log(sum_GH11) + peak_GH11)[..., 0]
 
 
-def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, causal=True, window=None,
-                       slopes=None, mask=None, keep=None):
-    """The gradients of attention_forward. dq is written to `dq` (G, H, Q, K).
+def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, dk=None, dv=None, causal=True,
+                       window=None, slopes=None, mask=None, keep=None):
+    """The gradients of attention_forward. dq is written to `dq` (G, H, Q, K), dk and dv where given.
 
     p = e^(score - lse), dv = (p keep)^T dout, ds = p (keep dout v^T - delta) where delta = sum(dout out) of each row,
     dq = scale ds k, dk = scale ds^T q.
 
     Returns
     -------
-    dk_GSK, dv_GSK : new arrays, summed tile by tile, and in each over the H query heads in their order
+    dk_GSK, dv_GSK : summed tile by tile, and in each over the H query heads in their order
     """
     if module_of(q_GHQK) is not np:
-        return twin("attention").attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, dq=dq,
-                                                    causal=causal, window=window, slopes=slopes, mask=mask, keep=keep)
+        return twin("attention").attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, dq=dq, dk=dk,
+                                                    dv=dv, causal=causal, window=window, slopes=slopes, mask=mask,
+                                                    keep=keep)
+    if dk is not None:                                      # added up without gaps, then put there
+        dk[...], dv[...] = attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, dq=dq,
+                                              causal=causal, window=window, slopes=slopes, mask=mask, keep=keep)
+        return dk, dv
     K = q_GHQK.shape[-1]
     k_GSK, v_GSK = without_gaps(k_GSK), without_gaps(v_GSK)
     dk_GSK, dv_GSK = np.zeros(k_GSK.shape, k_GSK.dtype), np.zeros(v_GSK.shape, v_GSK.dtype)

@@ -49,17 +49,21 @@ def bias_backward(dy_NO, out=None):
     return dy_NO.sum(axis=0, out=out)
 
 
-def product(a, b, out=None, dtype=None):
+def product(a, b, out=None, dtype=None, add=False):
     """a @ b, with bits that do not depend on what lies beside a block in the memory of its rank.
 
     dtype : of the result where `out` is None; 16-bit factors are added up in float32, and may stay there. None: a's
+    add : to what `out` holds
 
     A block is a slice of its rank's array, so the gap between its rows depends on the number of ranks. OpenBLAS
     ignores gaps but for one case: it adds up in another order when rows of up to 8 numbers follow each other
     without any (`lda == m` in its kernel/x86_64/sgemv_t_4.c and dgemv_t_4.c).
     """
     if module_of(a) is not np:
-        return twin("linear").product(a, b, out, dtype)
+        return twin("linear").product(a, b, out, dtype, add)
+    if add:
+        out += np.matmul(without_gaps(a), without_gaps(b))
+        return out
     if out is None or not is_narrow(out):
         return np.matmul(without_gaps(a), without_gaps(b), out=out)
     out[...] = np.matmul(without_gaps(a), without_gaps(b))

@@ -67,21 +67,22 @@ def pair_that_turns(times, rotary, dim):
     return dim * math.log(rotary.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(rotary.base))
 
 
-def rotary_forward(x, cos, sin, interleaved):
+def rotary_forward(x, cos, sin, interleaved, starts=None):
     """(u, v) -> (u cos - v sin, v cos + u sin) for each pair (u, v) of the first d features; the others stay.
 
     Parameters
     ----------
-    x : (..., S, heads, K) array
-    cos, sin : (S, d / 2), of rotary_tables, in the dtype of x
+    x : (..., S, heads, K) array; with starts (B, S, heads, K)
+    cos, sin : (positions, d / 2), of rotary_tables, in the dtype that x is computed in
     interleaved : pair i is features (2 i, 2 i + 1); False: (i, i + d / 2)
+    starts : (B,) the position of the first row of each sequence. None: 0
 
     Returns a new array, shaped as x.
     """
     if module_of(x) is not np:
-        return twin("rotary").rotary_forward(x, cos, sin, interleaved)
+        return twin("rotary").rotary_forward(x, cos, sin, interleaved, starts)
     half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]                   # the same for every head
+    cos, sin = (table[rows_of(x.shape[-3], starts), None] for table in (cos, sin))      # the same for every head
     first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else \
         (slice(0, half), slice(half, 2 * half))
     u, v, out = x[..., first], x[..., second], np.empty(x.shape, x.dtype)
@@ -95,4 +96,15 @@ def rotary_forward(x, cos, sin, interleaved):
 
 def rotary_backward(dy, cos, sin, interleaved):
     """dx of dy: turned back, by the opposite angle. Shaped as dy."""
+    if module_of(dy) is not np:
+        return twin("rotary").rotary_backward(dy, cos, sin, interleaved)
     return rotary_forward(dy, cos, -sin, interleaved)
+
+
+def rows_of(S, starts):
+    """Which rows of the tables belong to S positions of each sequence: a slice where one sequence is all there is."""
+    if starts is None:
+        return slice(0, S)
+    if len(starts) == 1:                                    # a view: a token's copies cost more than they copy
+        return slice(int(starts[0]), int(starts[0]) + S)
+    return starts[:, None] + np.arange(S)

@@ -37,10 +37,11 @@ class AdamW:
         rate, root = lr / (1 - self.beta1 ** t), (1 - self.beta2 ** t) ** -0.5
         for name, spec in self.layer.specs.items():
             decay = 1 - lr * self.weight_decay if spec.decay else 1.0
-            arrays = (self.master[name], gradients[name], self.exp_avg[name], self.exp_avg_sq[name])
+            w, own = self.master[name], self.layer.weights[name]
+            arrays = w, gradients[name], self.exp_avg[name], self.exp_avg_sq[name]
             adamw_step(*(array.reshape(-1) for array in arrays), beta1=self.beta1, beta2=self.beta2, rate=rate,
-                       root=root, eps=self.eps, decay=decay, scale=scale)
-        self.round_weights()
+                       root=root, eps=self.eps, decay=decay, scale=scale,
+                       rounded=None if own is w else own.reshape(-1))
 
     def round_weights(self):
         """Give a 16-bit layer its weights, rounded from those that move."""

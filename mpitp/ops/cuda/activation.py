@@ -1,5 +1,5 @@
-"""The activations on the GPU: bias, activation and derivative in one pass over the data, 16 bytes a thread."""
-from functools import lru_cache
+"""The activations on the GPU: bias, activation, gate and derivative in one pass over the data, 16 bytes a thread."""
+from functools import lru_cache, partial
 
 import cupy
 import numpy as np
@@ -19,23 +19,59 @@ BODIES = {
     "gelu": """
         A F = normcdf(x), a = x * F, d = F + x * exp((A)-0.5 * x * x) * (A)0.3989422804014327;""",
 }
-SOURCE = r"""
+VECTOR = r"""
 struct alignas(sizeof(T) * WIDE) Vector { T at[WIDE]; };
-// a = act(h + b), slope = act'(h + b); rows of `columns` numbers, WIDE of which lie in one row
-extern "C" __global__ void activate(const T* h, const T* b, T* a_out, T* slope, long long n, int columns) {
+#define AT(p) (*(Vector*)((p) + i))
+#define EACH _Pragma("unroll") for (int v = 0; v < WIDE; v++)
+"""
+FORWARD = VECTOR + r"""
+// a = act(h + b), slope = act'(h + b), or with u: a = act(h + b) (u + c), act = act(h + b), and u + c in the place of u.
+// In rows of `columns` numbers, WIDE of which lie in one row; slope, act, u, b and c may be missing
+extern "C" __global__ void activate(T* h, T* u, T* a_out, T* act_out, T* slope, const T* b, const T* c, long long n,
+                                    int columns) {
     const long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDE;
     if (i >= n) return;
-    Vector in = *(const Vector*)(h + i), out, derivative;
-    const int column = b ? i % columns : 0;
-    #pragma unroll
-    for (int v = 0; v < WIDE; v++) {
+    const int column = b || c ? i % columns : 0;
+    Vector in = AT(h), out, derivative;
+    EACH {
         A x = up(in.at[v]) + (b ? up(b[column + v]) : (A)0);
         BODY
         out.at[v] = down(a);
         derivative.at[v] = down(d);
     }
-    *(Vector*)(a_out + i) = out;
-    if (slope) *(Vector*)(slope + i) = derivative;
+    if (slope) AT(slope) = derivative;
+    if (u) {
+        Vector gate = AT(u);
+        if (act_out) AT(act_out) = out;
+        if (c) {
+            EACH gate.at[v] = down(up(gate.at[v]) + up(c[column + v]));
+            AT(u) = gate;
+        }
+        EACH out.at[v] = down(up(out.at[v]) * up(gate.at[v]));
+    }
+    AT(a_out) = out;
+}"""
+PRODUCTS = VECTOR + r"""
+// dh = da u slope and du = da act; without u and act: dh = da slope
+extern "C" __global__ void derive(const T* da, const T* u, const T* slope, const T* act, T* dh, T* du, long long n) {
+    const long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDE;
+    if (i >= n) return;
+    Vector d = AT(da), by = AT(slope), out;
+    EACH out.at[v] = down(up(d.at[v]) * up(by.at[v]));
+    if (u) {
+        Vector gate = AT(u), a = AT(act), of_gate;
+        EACH of_gate.at[v] = down(up(d.at[v]) * up(a.at[v]));
+        EACH out.at[v] = down(up(down(up(d.at[v]) * up(gate.at[v]))) * up(by.at[v]));
+        AT(du) = of_gate;
+    }
+    AT(dh) = out;
+}
+extern "C" __global__ void add_to(T* y, const T* x, long long n) {
+    const long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDE;
+    if (i >= n) return;
+    Vector a = AT(y), b = AT(x);
+    EACH a.at[v] = down(up(a.at[v]) + up(b.at[v]));
+    AT(y) = a;
 }"""
 THREADS = 256
 NOTHING = np.uint64(0)      # a null pointer
@@ -43,22 +79,61 @@ NOTHING = np.uint64(0)      # a null pointer
 
 @lru_cache(maxsize=None)
 def activate(name, dtype, wide):
-    return kernel(SOURCE.replace("BODY", BODIES[name]), "activate", dtype, (f"-DWIDE={wide}",))
+    return kernel(FORWARD.replace("BODY", BODIES[name]), "activate", dtype, (f"-DWIDE={wide}",))
+
+
+@lru_cache(maxsize=None)
+def of_pairs(name, dtype, wide):
+    return kernel(PRODUCTS, name, dtype, (f"-DWIDE={wide}",))
+
+
+def over_vectors(function, arrays, *more):
+    """Launch function(wide) on arrays of one size and dtype, C-contiguous or None, and more: 16 bytes a thread, if it may.
+    """
+    given = [x for x in arrays if x is not None]
+    first, pointers = given[0], 0
+    for x in given:
+        pointers |= x.data.ptr
+    wide = 16 // first.itemsize
+    if first.shape[-1] % wide or pointers % 16:
+        wide = 1
+    launch(function(wide), -(-first.size // (wide * THREADS)), THREADS,
+           tuple(NOTHING if x is None else x for x in (*arrays, *more)))
 
 
 def activation_forward(name, h, out=None, derivative=None, bias=None):
     """As mpitp.ops.activation.activation_forward."""
     out = cupy.empty_like(h) if out is None else out
-    wide = 16 // h.itemsize
-    pointers = h.data.ptr | out.data.ptr | (0 if derivative is None else derivative.data.ptr)
-    if h.shape[-1] % wide or pointers % 16:
-        wide = 1
-    launch(activate(name, h.dtype, wide), -(-h.size // (wide * THREADS)), THREADS,
-           (h, NOTHING if bias is None else bias, out, NOTHING if derivative is None else derivative,
-            np.int64(h.size), np.int32(h.shape[-1])))
+    over_vectors(partial(activate, name, h.dtype), (h, None, out, None, derivative), bias, None, np.int64(h.size),
+                 np.int32(h.shape[-1]))
     return out, derivative
 
 
 def activation_backward(da, saved, out=None):
     """As mpitp.ops.activation.activation_backward."""
-    return cupy.multiply(da, saved, out=out)
+    out = cupy.empty_like(da) if out is None else out
+    over_vectors(partial(of_pairs, "derive", da.dtype), (da, None, saved, None, out, None), np.int64(da.size))
+    return out
+
+
+def gated_forward(name, h, up, bias=None, up_bias=None, saved=True):
+    """As mpitp.ops.activation.gated_forward."""
+    a, act, slope = (cupy.empty_like(h), cupy.empty_like(h), h) if saved else (h, None, None)
+    over_vectors(partial(activate, name, h.dtype), (h, up, a, act, slope), bias, up_bias, np.int64(h.size),
+                 np.int32(h.shape[-1]))
+    return a, ((act, slope, up) if saved else None)
+
+
+def gated_backward(da, saved):
+    """As mpitp.ops.activation.gated_backward."""
+    (act, slope, up), du = saved, cupy.empty_like(da)
+    over_vectors(partial(of_pairs, "derive", da.dtype), (da, up, slope, act, da, du), np.int64(da.size))
+    return da, du
+
+
+def add_to(y, x):
+    """As mpitp.ops.activation.add_to."""
+    if y.dtype == x.dtype and y.flags.c_contiguous and x.flags.c_contiguous:
+        over_vectors(partial(of_pairs, "add_to", y.dtype), (y, x), np.int64(y.size))
+    else:
+        y += x

@@ -12,20 +12,19 @@ import numpy as np
 
 from ...arrays import sum_dtype
 from .kernel import INFINITY, kernel, launch, threads_for
-from .last_query import fits, last_query_forward
-from .linear import batched_product
+from .linear import product
 
 NOTHING = np.uint64(0)  # a null pointer
-TILE = 512              # queries; fixed, since it is part of the bits
+TILE = 1024             # queries; fixed, since it is part of the bits
 COMMON = f"""
 #define INF ((A){INFINITY})
 """ + r"""
-// What hides a key, and biases its score: `queries` from position `query`, V keys from position `key`.
-#define RULES int queries, int V, long long query, long long key, int causal, long long window, const A* slopes, \
-              const bool* mask, long long mask_pitch, const A* keep
-// The score of query t of head gh for the key in column v: scaled already, biased, -inf where it may not be attended.
-#define SCORE(s) score(s, blockIdx.x / queries, blockIdx.x % queries, v, query, key, causal, window, slopes, \
-                       mask, mask_pitch)
+// Row blockIdx.x is query t, of `queries`, of head gh, whose statistics lie in lse[gh, first + t] of Q; V keys from position `key`.
+#define RULES int queries, int V, int Q, int first, A scale, long long query, long long key, int causal, long long window, \
+              const A* slopes, const bool* mask, long long mask_pitch, const A* keep
+#define SCORE(s) score((s) * scale, blockIdx.x / queries, blockIdx.x % queries, v, query, key, causal, window, slopes, mask, \
+                       mask_pitch)
+// The score of query t of head gh for the key in column v: scaled already; biased here, -inf where it may not be attended.
 __device__ A score(A s, int gh, int t, int v, long long query, long long key, int causal, long long window,
                    const A* slopes, const bool* mask, long long mask_pitch) {
     const long long distance = (key + v) - (query + t);                 // key - query
@@ -37,35 +36,47 @@ __device__ A score(A s, int gh, int t, int v, long long query, long long key, in
 }
 """
 FORWARD = COMMON + r"""
-// p = e^(score - max) keep, rounded; the sum is that of what is not rounded yet, without keep
-extern "C" __global__ void softmax(const A* s, T* p, A* sums, A* lse, RULES) {
+// p = e^(score - max) keep / sum, the sum without keep; s is overwritten
+extern "C" __global__ void softmax(A* s, T* p, A* lse, RULES) {
     const long long row = (long long)blockIdx.x * V;
     A top = -INF, sum = 0;
     for (int v = threadIdx.x; v < V; v += blockDim.x) {
-        A x = SCORE(s[row + v]);
+        const A x = SCORE(s[row + v]);
+        s[row + v] = x;
         top = (x > top || x != x) ? x : top;
     }
     top = block_max(top);
     if (top == -INF) top = 0;                                           // nothing to attend to: e^-inf = 0
     for (int v = threadIdx.x; v < V; v += blockDim.x) {
-        A e = exp(SCORE(s[row + v]) - top);
+        const A e = exponential(s[row + v] - top);
+        s[row + v] = e;
         sum += e;
-        p[row + v] = down(keep ? e * keep[row + v] : e);
     }
     sum = block_sum(sum);
     if (sum == 0) sum = 1;
-    if (!threadIdx.x) { sums[blockIdx.x] = sum; lse[blockIdx.x] = log(sum) + top; }
+    if (!threadIdx.x) lse[(blockIdx.x / queries) * (long long)Q + first + blockIdx.x % queries] = log(sum) + top;
+    const A part = 1 / sum;
+    for (int v = threadIdx.x; v < V; v += blockDim.x) {
+        const A e = s[row + v] * part;
+        p[row + v] = down(keep ? e * keep[row + v] : e);
+    }
 }"""
 BACKWARD = COMMON + r"""
-// ds = p (keep dp - delta), and what dv is made with: kept = p keep, p = e^(score - lse); delta = sum(dout out)
-extern "C" __global__ void softmax_backward(const A* s, const A* dp, const A* lse, const A* delta, T* ds, T* kept,
-                                            RULES) {
+#define STRIDES(x) long long x##_g, long long x##_h, long long x##_q, long long x##_k
+// ds = scale p (keep dp - delta), and what dv is made with: kept = p keep, p = e^(score - lse); delta = sum(dout out)
+extern "C" __global__ void softmax_backward(const A* s, const A* dp, const A* lse, const T* dout, const T* out, T* ds,
+                                            T* kept, int K, int H, STRIDES(d), STRIDES(o), RULES) {
     const long long row = (long long)blockIdx.x * V;
-    const A l = lse[blockIdx.x], d = delta[blockIdx.x];
+    const int head = blockIdx.x / queries, t = first + blockIdx.x % queries;
+    dout += head / H * d_g + head % H * d_h + t * d_q;
+    out += head / H * o_g + head % H * o_h + t * o_q;
+    A delta = 0;
+    for (int k = threadIdx.x; k < K; k += blockDim.x) delta += up(dout[k * d_k]) * up(out[k * o_k]);
+    delta = block_sum(delta);
+    const A l = lse[head * (long long)Q + t];
     for (int v = threadIdx.x; v < V; v += blockDim.x) {
-        A p = exp(SCORE(s[row + v]) - l);
-        A k = keep ? keep[row + v] : (A)1;
-        ds[row + v] = down(p * (k * dp[row + v] - d));
+        const A p = exponential(SCORE(s[row + v]) - l), k = keep ? keep[row + v] : (A)1;
+        ds[row + v] = down(scale * p * (k * dp[row + v] - delta));
         kept[row + v] = down(p * k);
     }
 }"""
@@ -74,66 +85,70 @@ extern "C" __global__ void softmax_backward(const A* s, const A* dp, const A* ls
 def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=None, slopes=None, mask=None, keep=None):
     """As mpitp.ops.attention.attention_forward; scores and lse in float32 for 16-bit q."""
     (G, H, Q, K), dtype = q_GHQK.shape, q_GHQK.dtype
-    if fits(q_GHQK, k_GSK, v_GSK, out, mask, keep):
-        return last_query_forward(q_GHQK, k_GSK, v_GSK, scale, out, window, slopes)
     lse_GHQ = cupy.empty((G, H, Q), sum_dtype(dtype))
-    for first, stop, seen, rules in tiles(q_GHQK, k_GSK, causal, window, slopes, mask, keep):
-        T, V = stop - first, seen.stop - seen.start
-        s_GHTV = scores(q_GHQK[:, :, first:stop], k_GSK[:, seen], scale)
-        p_GHTV, sum_GHT, lse_GHT = (cupy.empty(shape, d) for shape, d in (
-            ((G, H, T, V), dtype), ((G, H, T), lse_GHQ.dtype), ((G, H, T), lse_GHQ.dtype)))
-        launch(kernel(FORWARD, "softmax", dtype), G * H * T, threads_for(V),
-               (s_GHTV, p_GHTV, sum_GHT, lse_GHT, *rules))
-        o_GHTK = batched_product(p_GHTV.reshape(G, H * T, V), v_GSK[:, seen], dtype=lse_GHQ.dtype)
-        cupy.divide(o_GHTK.reshape(G, H, T, K), sum_GHT[..., None], out=out[:, :, first:stop])
-        lse_GHQ[:, :, first:stop] = lse_GHT
+    for first, stop, seen, rules in tiles(q_GHQK, k_GSK, scale, causal, window, slopes, mask, keep):
+        s_GnV = product(rows_of_heads(q_GHQK, first, stop), k_GSK[:, seen].swapaxes(1, 2), dtype=lse_GHQ.dtype)
+        p_GnV = cupy.empty(s_GnV.shape, dtype)
+        launch(kernel(FORWARD, "softmax", dtype), G * H * (stop - first), threads_for(s_GnV.shape[2]),
+               (s_GnV, p_GnV, lse_GHQ, *rules))
+        write_rows_of_heads(out, first, stop, p_GnV, v_GSK[:, seen])
     return lse_GHQ
 
 
-def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, causal=True, window=None,
-                       slopes=None, mask=None, keep=None):
+def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, dk=None, dv=None, causal=True,
+                       window=None, slopes=None, mask=None, keep=None):
     """As mpitp.ops.attention.attention_backward; dk and dv in float32 for 16-bit q."""
     (G, H, Q, K), dtype = q_GHQK.shape, q_GHQK.dtype
     computed = sum_dtype(dtype)
-    dk_GSK, dv_GSK = cupy.zeros(k_GSK.shape, computed), cupy.zeros(v_GSK.shape, computed)
-    for first, stop, seen, rules in tiles(q_GHQK, k_GSK, causal, window, slopes, mask, keep):
-        T, V = stop - first, seen.stop - seen.start
-        q_GnK = rows_of_heads(q_GHQK[:, :, first:stop])
-        dout_GnK, out_GnK = (rows_of_heads(x[:, :, first:stop]) for x in (dout_GHQK, out))
-        s_GHTV = scores(q_GHQK[:, :, first:stop], k_GSK[:, seen], scale)
-        dp_GnV = batched_product(dout_GnK, v_GSK[:, seen].swapaxes(1, 2), dtype=computed)
-        delta_Gn = cupy.multiply(dout_GnK, out_GnK, dtype=computed).sum(axis=-1)
+    dk_GSK, dv_GSK = (cupy.empty(k_GSK.shape, computed) if d is None else d for d in (dk, dv))
+    add = False
+    # The last tile first: where it sees all keys it writes dk and dv, to which the others add.
+    for first, stop, seen, rules in reversed(list(tiles(q_GHQK, k_GSK, scale, causal, window, slopes, mask, keep))):
+        if not add and seen != slice(0, k_GSK.shape[1]):
+            dk_GSK.fill(0)
+            dv_GSK.fill(0)
+            add = True
+        q_GnK, dout_GnK = rows_of_heads(q_GHQK, first, stop), rows_of_heads(dout_GHQK, first, stop)
+        s_GnV = product(q_GnK, k_GSK[:, seen].swapaxes(1, 2), dtype=computed)
+        dp_GnV = product(dout_GnK, v_GSK[:, seen].swapaxes(1, 2), dtype=computed)
         ds_GnV, kept_GnV = (cupy.empty(dp_GnV.shape, dtype) for _ in range(2))
-        lse_GHT = cupy.ascontiguousarray(lse_GHQ[:, :, first:stop])
-        launch(kernel(BACKWARD, "softmax_backward", dtype), G * H * T, threads_for(V),
-               (s_GHTV, dp_GnV, lse_GHT, delta_Gn, ds_GnV, kept_GnV, *rules))
-        dv_GSK[:, seen] += batched_product(kept_GnV.swapaxes(1, 2), dout_GnK, dtype=computed)
-        dk_GVK = batched_product(ds_GnV.swapaxes(1, 2), q_GnK, dtype=computed)
-        dk_GVK *= float(scale)
-        dk_GSK[:, seen] += dk_GVK
-        dq_GnK = batched_product(ds_GnV, k_GSK[:, seen], dtype=computed)
-        cupy.multiply(dq_GnK.reshape(G, H, T, K), float(scale), out=dq[:, :, first:stop])
+        launch(kernel(BACKWARD, "softmax_backward", dtype), G * H * (stop - first), threads_for(s_GnV.shape[2]),
+               (s_GnV, dp_GnV, lse_GHQ, dout_GHQK, out, ds_GnV, kept_GnV, np.int32(K), np.int32(H),
+                *strides_of(dout_GHQK), *strides_of(out), *rules))
+        product(kept_GnV.swapaxes(1, 2), dout_GnK, dv_GSK[:, seen], add=add)
+        product(ds_GnV.swapaxes(1, 2), q_GnK, dk_GSK[:, seen], add=add)
+        write_rows_of_heads(dq, first, stop, ds_GnV, k_GSK[:, seen])
+        add = True
+    if not add:
+        dk_GSK.fill(0)
+        dv_GSK.fill(0)
     return dk_GSK, dv_GSK
 
 
-def scores(q_GHTK, k_GVK, scale):
-    """scale q k^T in float32 (float64), (G, H, T, V)."""
-    G, H, T, _ = q_GHTK.shape
-    s_GnV = batched_product(rows_of_heads(q_GHTK), k_GVK.swapaxes(1, 2), dtype=sum_dtype(q_GHTK.dtype))
-    s_GnV *= float(scale)
-    return s_GnV.reshape(G, H, T, k_GVK.shape[1])
+def rows_of_heads(x_GHQK, first, stop):
+    """Those queries of the heads of a key/value head as one matrix each, (G, H T, K): a view where strides allow."""
+    G, H, _, K = x_GHQK.shape
+    return x_GHQK[:, :, first:stop].reshape(G, H * (stop - first), K)
 
 
-def rows_of_heads(x_GHTK):
-    """The query heads of a key/value head as one matrix each, (G, H T, K), without gaps."""
-    G, H, T, K = x_GHTK.shape
-    return cupy.ascontiguousarray(x_GHTK).reshape(G, H * T, K)
+def write_rows_of_heads(out_GHQK, first, stop, a_GnV, b_GVK):
+    """out[:, :, first:stop] = a b, the rows of a matrix being those of rows_of_heads; in place where strides allow."""
+    part_GHTK = out_GHQK[:, :, first:stop]
+    if part_GHTK.shape[1] == 1:
+        product(a_GnV, b_GVK, part_GHTK[:, 0])
+    else:
+        part_GHTK[...] = product(a_GnV, b_GVK).reshape(part_GHTK.shape)
 
 
-def tiles(q_GHQK, k_GSK, causal, window, slopes, mask, keep):
+def strides_of(x_GHQK):
+    """Strides in numbers instead of bytes."""
+    return [np.int64(stride // x_GHQK.itemsize) for stride in x_GHQK.strides]
+
+
+def tiles(q_GHQK, k_GSK, scale, causal, window, slopes, mask, keep):
     """Yield (first query, the one after the last, slice of the keys seen, arguments of RULES)."""
-    (G, H, Q, _), S = q_GHQK.shape, k_GSK.shape[1]
-    slopes = None if slopes is None else cupy.ascontiguousarray(slopes, sum_dtype(q_GHQK.dtype))
+    (G, H, Q, _), S, computed = q_GHQK.shape, k_GSK.shape[1], sum_dtype(q_GHQK.dtype)
+    slopes = None if slopes is None else cupy.ascontiguousarray(slopes, computed)
     for first in range(0, Q, TILE) if G * H else ():
         stop = min(first + TILE, Q)
         start = 0 if window is None else max(0, S - Q + first - window + 1)
@@ -144,6 +159,7 @@ def tiles(q_GHQK, k_GSK, causal, window, slopes, mask, keep):
             mask_pitch = seen.stop - seen.start if mask.ndim == 2 else 0
         tile_keep = None if keep is None else cupy.ascontiguousarray(keep(first, stop)[..., seen])
         yield first, stop, seen, (
-            np.int32(stop - first), np.int32(seen.stop - seen.start), np.int64(S - Q + first), np.int64(seen.start),
+            np.int32(stop - first), np.int32(seen.stop - seen.start), np.int32(Q), np.int32(first),
+            computed.type(scale), np.int64(S - Q + first), np.int64(seen.start),
             np.int32(causal), np.int64(0 if window is None else window), NOTHING if slopes is None else slopes,
             NOTHING if mask is None else tile_mask, np.int64(mask_pitch), NOTHING if keep is None else tile_keep)

@@ -73,7 +73,7 @@ def kernel(source, name, dtype, options=()):
 
 def threads_for(length):
     """Threads of a block that goes over so many numbers: enough to hide memory, a whole number of warps."""
-    return 32 if length <= 128 else 128 if length <= 1024 else 256 if length <= 8192 else 512
+    return 32 if length <= 128 else 128 if length <= 512 else 256 if length <= 1024 else 512
 
 
 def launch(function, blocks, threads, arguments):

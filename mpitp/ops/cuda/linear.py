@@ -1,4 +1,4 @@
-"""y = x w^T on the GPU: cuBLAS for many rows, a kernel of our own for one.
+"""y = x w^T on the GPU: cuBLAS for many rows, kernels of our own for few (few_rows.py).
 
 cuBLAS chooses its kernel by shapes, gaps and alignment. A block is a slice of its rank's array, whose gaps and
 alignment depend on the number of ranks: operands that the hardware would read otherwise are made compact first.
@@ -9,135 +9,62 @@ from functools import lru_cache
 
 import cupy
 import numpy as np
-from cupy.cuda import cublas, device
+from cupy.cuda import cublas
+from cupy.cuda.device import get_cublas_handle
 
 from ...arrays import sum_dtype
 from .activation import activation_forward
-from .kernel import kernel, launch
+from .few_rows import ALIGNED, few_rows, one_row, takes
 from .sums import column_sum
 
-ROWS = 2            # that a warp adds up at once: x is read for both
-ALIGNED = 16        # bytes that one instruction reads
 CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}         # cudaDataType of library_types.h
-SCALARS = {(value, name): np.array(value, name) for value in (1, 0) for name in ("float32", "float64")}
-ONE, ZERO = ({name: SCALARS[value, name].ctypes.data for name in ("float32", "float64")} for value in (1, 0))
-GEMV = r"""
-// y[o] = sum over i of w[o, i] x[i], WARPS warps for ROWS rows; 16 bytes of w at a time. Which thread adds what of a
-// row, and so its bits, depends on WARPS alone.
-struct alignas(16) Vector { T at[16 / sizeof(T)]; };
-extern "C" __global__ void gemv(const T* w, const T* x, Y* y, int O, int I, long long pitch) {
-    const int V = 16 / sizeof(T), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int o = (blockIdx.x * (4 / WARPS) + warp / WARPS) * ROWS, part = (warp % WARPS) * 32 + lane;
-    const T* row[ROWS];
-    A sum[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        row[r] = w + min(o + r, O - 1) * pitch;
-        sum[r] = 0;
-    }
-    #pragma unroll 4
-    for (int i = part * V; i < I; i += WARPS * 32 * V) {
-#if VECTORS
-        Vector b = *(const Vector*)(x + i), a[ROWS];
-        #pragma unroll
-        for (int r = 0; r < ROWS; r++) a[r] = *(const Vector*)(row[r] + i);
-        #pragma unroll
-        for (int v = 0; v < V; v++)
-            #pragma unroll
-            for (int r = 0; r < ROWS; r++) sum[r] += up(a[r].at[v]) * up(b.at[v]);
-#else
-        for (int v = 0; v < V && i + v < I; v++)
-            for (int r = 0; r < ROWS; r++) sum[r] += up(row[r][i + v]) * up(x[i + v]);
-#endif
-    }
-    __shared__ A of_warps[4][ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        sum[r] = warp_sum(sum[r]);
-        if (!lane) of_warps[warp][r] = sum[r];
-    }
-    __syncthreads();
-    if (warp % WARPS == 0 && lane < ROWS && o + lane < O) {
-        A total = of_warps[warp][lane];
-        for (int other = 1; other < WARPS; other++) total += of_warps[warp + other][lane];
-        y[o + lane] = ROUND_Y(total);
-    }
-}
-"""
+NUMBERS = {dtype: np.array([0, 1], dtype) for dtype in (np.dtype("float32"), np.dtype("float64"))}
 
 
 def linear_forward(x_NI, w_OI, out=None, dtype=None):
     """y = x w^T, written to `out` or to a new array of `dtype` (x's). Returns y (N, O) and what backward needs."""
     if len(x_NI) == 1 and w_OI.size:
         return one_row(x_NI, w_OI, out, dtype), (x_NI, w_OI)
+    if takes(x_NI, w_OI):
+        return few_rows(x_NI, w_OI, out), (x_NI, w_OI)
     return product(x_NI, w_OI.T, out, dtype), (x_NI, w_OI)
 
 
-def one_row(x_1I, w_OI, out=None, dtype=None):
-    """y = x w^T of one row, which costs the reading of w."""
-    O, I = w_OI.shape
-    y_1O = cupy.empty((1, O), x_1I.dtype if dtype is None else dtype) if out is None else out
-    in_vectors = I * w_OI.itemsize % ALIGNED == 0
-    w_OI, x_1I = (in_rows(operand, in_vectors) for operand in (w_OI, x_1I))
-    y = y_1O if y_1O.flags.c_contiguous else cupy.empty((1, O), y_1O.dtype)
-    # More warps a row where rows are few, so that enough of w is under way. By the shape alone: it is part of the bits.
-    warps = 1 if O >= 1 << 14 else 2 if O >= 1 << 13 else 4
-    launch(gemv(w_OI.dtype, warps, in_vectors, y.dtype == w_OI.dtype), -(-O * warps // (4 * ROWS)), 128,
-           (w_OI, x_1I, y, np.int32(O), np.int32(I), np.int64(w_OI.strides[0] // w_OI.itemsize)))
-    if y is not y_1O:
-        y_1O[...] = y
-    return y_1O
+def product(a, b, out=None, dtype=None, add=False):
+    """a @ b of two matrices, or of each two of two stacks, of one dtype and added up in float32 (float64).
 
-
-@lru_cache(maxsize=None)
-def gemv(dtype, warps, in_vectors, rounded):
-    return kernel(GEMV, "gemv", dtype, (f"-DWARPS={warps}", f"-DROWS={ROWS}", f"-DVECTORS={int(in_vectors)}",
-                                        *(("-DY=T", "-DROUND_Y=down") if rounded else ("-DY=A", "-DROUND_Y="))))
-
-
-def in_rows(x, in_vectors):
-    """x, or a copy where its rows have gaps inside or, to be read in vectors, are not aligned."""
-    if x.flags.c_contiguous and (not in_vectors or x.data.ptr % ALIGNED == 0):
-        return x
-    return aligned(x) if in_vectors else x if as_rows(x) else compact(x)
-
-
-def product(a, b, out=None, dtype=None):
-    """a @ b of two matrices of one dtype, added up in float32 (float64), to `out` or a new array of `dtype` (a's)."""
-    (m, k), n = a.shape, b.shape[1]
-    result = cupy.empty((m, n), a.dtype if dtype is None else dtype) if out is None else out
-    if not (m and n and k):
-        result.fill(0)
+    To `out`, added to what it holds if `add`, or to a new array of `dtype` (a's).
+    """
+    (*stack, m, k), n = a.shape, b.shape[-1]
+    result = cupy.empty((*stack, m, n), a.dtype if dtype is None else dtype) if out is None else out
+    if not (result.size and k):
+        if not add:
+            result.fill(0)
         return result
-    c = result if as_rows(result) and in_place(result, n) else cupy.empty((m, n), result.dtype)
-    (b, b_turned, b_pitch), (a, a_turned, a_pitch) = operand(b), operand(a)
-    computed = sum_dtype(a.dtype).name
+    c, c_turned, c_pitch, c_apart = result, *layout(result)[1:]
+    if c_turned or not layout(result)[0]:
+        c, c_pitch, c_apart = cupy.empty(result.shape, result.dtype), n, m * n
+    a, a_turned, a_pitch, a_apart = operand(a)
+    b, b_turned, b_pitch, b_apart = operand(b)
+    compute, one, zero = numbers(a.dtype)
+    before = one if add and c is result else zero
+    a_type, c_type = cuda_type(a.dtype), cuda_type(c.dtype)
     # Row by row, c = a b is column by column c^T = b^T a^T, which is what cuBLAS reads.
-    cublas.gemmEx(device.get_cublas_handle(), b_turned, a_turned, n, m, k, ONE[computed],
-                  b.data.ptr, CUDA_R[b.dtype.name], b_pitch, a.data.ptr, CUDA_R[a.dtype.name], a_pitch,
-                  ZERO[computed], c.data.ptr, CUDA_R[c.dtype.name], pitch_of(c),
-                  cublas.CUBLAS_COMPUTE_64F if computed == "float64" else cublas.CUBLAS_COMPUTE_32F,
-                  cublas.CUBLAS_GEMM_DEFAULT)
+    if stack:
+        cublas.gemmStridedBatchedEx(
+            get_cublas_handle(), b_turned, a_turned, n, m, k, one, b.data.ptr, a_type, b_pitch, b_apart,
+            a.data.ptr, a_type, a_pitch, a_apart, before, c.data.ptr, c_type, c_pitch, c_apart, stack[0], compute,
+            cublas.CUBLAS_GEMM_DEFAULT)
+    else:
+        cublas.gemmEx(
+            get_cublas_handle(), b_turned, a_turned, n, m, k, one, b.data.ptr, a_type, b_pitch,
+            a.data.ptr, a_type, a_pitch, before, c.data.ptr, c_type, c_pitch, compute, cublas.CUBLAS_GEMM_DEFAULT)
     if c is not result:
-        result[...] = c
+        if add:
+            result += c
+        else:
+            result[...] = c
     return result
-
-
-def batched_product(a_Gmk, b_Gkn, out=None, dtype=None):
-    """a[g] @ b[g] for each g: `product` of a stack."""
-    (G, m, k), n = a_Gmk.shape, b_Gkn.shape[2]
-    c = cupy.empty((G, m, n), a_Gmk.dtype if dtype is None else dtype) if out is None else out
-    if not c.size or not k:
-        c.fill(0)
-        return c
-    a, b = (stacked(x) for x in (a_Gmk, b_Gkn))
-    computed = sum_dtype(a.dtype).name
-    (_, b_turned, b_pitch), (_, a_turned, a_pitch) = (layout(x[0]) for x in (b, a))
-    cublas.gemmStridedBatchedEx(
-        device.get_cublas_handle(), b_turned, a_turned, n, m, k, ONE[computed],
-        b.data.ptr, CUDA_R[b.dtype.name], b_pitch, b.strides[0] // b.itemsize,
-        a.data.ptr, CUDA_R[a.dtype.name], a_pitch, a.strides[0] // a.itemsize,
-        ZERO[computed], c.data.ptr, CUDA_R[c.dtype.name], n, m * n, G,
-        cublas.CUBLAS_COMPUTE_64F if computed == "float64" else cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT)
-    return c
 
 
 def add_bias(y_NO, b_O):
@@ -153,57 +80,52 @@ def bias_backward(dy_NO, out=None):
     return column_sum(dy_NO, out=out)
 
 
-# --- how operands lie ------------------------------------------------------------------------------------------
+# --- how cuBLAS is told of arrays ------------------------------------------------------------------------------
 
 def operand(x):
-    """x, or a compact copy, as cuBLAS takes it: (array, transposed or not, pitch)."""
-    if as_rows(x):
-        x = x if in_place(x, x.shape[1]) else compact(x)
-    elif as_rows(x.T):
-        x = x if in_place(x.T, x.shape[0]) else compact(x.T).T
-    else:
-        x = compact(x)
-    return layout(x)
+    """x, or a copy without gaps, as cuBLAS takes it: (array, transposed or not, pitch, numbers between matrices)."""
+    in_place, turned, pitch, apart = layout(x)
+    if not in_place:
+        x = (x.swapaxes(-1, -2) if turned else x).copy(order="C")
+    return x, turned, pitch, apart
 
 
 def layout(x):
-    """x, whether its columns lie one after the other, and how many numbers apart."""
-    if as_rows(x):
-        return x, cublas.CUBLAS_OP_N, pitch_of(x)
-    return x, cublas.CUBLAS_OP_T, pitch_of(x.T)
+    """(whether cuBLAS may take x where it lies, transposed or not, pitch, apart); these of x or of a compact copy."""
+    return layout_of(x.shape, x.strides, x.dtype, x.data.ptr % ALIGNED == 0)
 
 
-def as_rows(x):
-    """Whether rows of x have no gaps inside."""
-    rows, columns = x.shape
-    return (columns == 1 or x.strides[1] == x.itemsize) and (rows == 1 or x.strides[0] >= columns * x.itemsize)
+@lru_cache(maxsize=4096)
+def layout_of(shape, strides, dtype, starts_aligned):
+    """`layout` of a matrix (rows, length) or a stack of them, once for each kind.
+
+    In place where cuBLAS reads it as it would a compact copy, so that the bits are the same.
+    """
+    size, turned = dtype.itemsize, False
+    (rows, length), (gap, step) = shape[-2:], strides[-2:]
+    if min(rows, length) > 1 and step != size and gap == size:
+        turned, (rows, length), (gap, step) = True, (length, rows), (step, gap)
+    compact = gap == length * size or rows == 1
+    apart = strides[0] if len(shape) == 3 and shape[0] > 1 else rows * length * size
+    if min(rows, length) == 1 or length * size % ALIGNED:           # not in vectors, or by other kernels
+        good = compact and apart == rows * length * size
+    else:
+        good = gap >= length * size and gap % ALIGNED == 0 and apart % ALIGNED == 0
+    in_place = good and starts_aligned and (step == size or length == 1)
+    op = cublas.CUBLAS_OP_T if turned else cublas.CUBLAS_OP_N
+    if not in_place or rows == 1:
+        gap = length * size
+    return in_place, op, gap // size, (apart // size if in_place else rows * length)
 
 
-def pitch_of(x):
-    return x.shape[1] if len(x) == 1 else x.strides[0] // x.itemsize
+@lru_cache(maxsize=None)
+def cuda_type(dtype):
+    return CUDA_R[dtype.name]
 
 
-def in_place(x, length):
-    """Whether cuBLAS would read the rows of x, of that length, as it would those of a compact copy."""
-    if length * x.itemsize % ALIGNED == 0:
-        return x.data.ptr % ALIGNED == 0 and (len(x) == 1 or x.strides[0] % ALIGNED == 0)
-    return x.data.ptr % ALIGNED == 0 and (len(x) == 1 or x.strides[0] == length * x.itemsize)
-
-
-def aligned(x):
-    return x if as_rows(x) and in_place(x, x.shape[1]) else compact(x)
-
-
-def compact(x):
-    return x.copy(order="C")
-
-
-def stacked(x):
-    """x (G, rows, columns) if each matrix lies as cuBLAS takes it, else a compact copy."""
-    one = x[0]
-    rows = one if as_rows(one) else one.T if as_rows(one.T) else None
-    if rows is None or not in_place(rows, rows.shape[1]) or len(x) > 1 and x.strides[0] % ALIGNED:
-        if rows is not None and rows.shape[1] * x.itemsize % ALIGNED and x.flags.c_contiguous:
-            return x
-        return compact(x)
-    return x
+@lru_cache(maxsize=None)
+def numbers(dtype):
+    """What products of a dtype are computed in, and where its 1 and 0 are."""
+    computed = sum_dtype(dtype)
+    at = NUMBERS[computed].ctypes.data
+    return cublas.CUBLAS_COMPUTE_64F if computed == np.float64 else cublas.CUBLAS_COMPUTE_32F, at + computed.itemsize, at

@@ -1,30 +1,43 @@
-"""Rotary positions on the GPU: one thread an element, u and v of its pair read by both.
+"""Rotary positions on the GPU: one block of threads a token, one thread a pair.
 
-Dimension key: S positions, K features of a head.
+Dimension key: B sequences, S positions, K features of a head.
 """
 import cupy
+import numpy as np
 
-from .kernel import elementwise
+from .kernel import kernel, launch, threads_for
 
-BODY = """
-    int k = i % K;
-    long long position = i / K / heads % S;
-    if (k >= 2 * half) { y = x[i]; }
-    else {
-        int pair = interleaved ? k / 2 : k % half;
-        bool second = interleaved ? k % 2 : k >= half;
-        long long other = interleaved ? (second ? i - 1 : i + 1) : (second ? i - half : i + half);
-        A turn = sine[position * half + pair];
-        y = (T)((A)x[i] * cosine[position * half + pair] + (A)x[other] * (second ? turn : -turn));
-    }"""
+NOTHING = np.uint64(0)      # a null pointer
+SOURCE = r"""
+// (u, v) -> (u cos - v sin, v cos + u sin); `turn` 1, or -1 to turn back. Token n is at position starts[n / S] + n % S.
+extern "C" __global__ void rotary(const T* x, const A* cosine, const A* sine, const long long* starts, T* y, int S,
+                                  int heads, int K, int half, int interleaved, A turn) {
+    const long long n = blockIdx.x, row = n * heads * K, at = (starts ? starts[n / S] : 0) + n % S;
+    for (int i = threadIdx.x; i < heads * half; i += blockDim.x) {
+        const int head = i / half, pair = i % half;
+        const long long first = row + head * K + (interleaved ? 2 * pair : pair), second = first + (interleaved ? 1 : half);
+        A u = up(x[first]), v = up(x[second]), c = cosine[at * half + pair], s = turn * sine[at * half + pair];
+        y[first] = down(u * c - v * s);
+        y[second] = down(v * c + u * s);
+    }
+    const int rest = K - 2 * half;
+    for (int i = threadIdx.x; i < heads * rest; i += blockDim.x) {
+        const long long k = row + i / rest * K + 2 * half + i % rest;
+        y[k] = x[k];
+    }
+}"""
 
 
-def rotary_forward(x, cos, sin, interleaved):
+def rotary_forward(x, cos, sin, interleaved, starts=None, turn=1):
     """As mpitp.ops.rotary.rotary_forward; cos and sin in float32 for 16-bit x."""
     half, (S, heads, K) = cos.shape[-1], x.shape[-3:]
     x, y = cupy.ascontiguousarray(x), cupy.empty(x.shape, x.dtype)
-    inputs = "raw T x, raw U cosine, raw U sine, int64 S, int64 heads, int32 K, int32 half, bool interleaved"
-    kernel = elementwise(inputs, "T y", BODY, "mpitp_rotary")
-    if x.size:
-        kernel(x, cupy.ascontiguousarray(cos), cupy.ascontiguousarray(sin), S, heads, K, half, interleaved, y)
+    launch(kernel(SOURCE, "rotary", x.dtype), x.size // (heads * K) if x.size else 0, threads_for(heads * half),
+           (x, cos, sin, NOTHING if starts is None else starts, y, np.int32(S), np.int32(heads), np.int32(K),
+            np.int32(half), np.int32(interleaved), cos.dtype.type(turn)))
     return y
+
+
+def rotary_backward(dy, cos, sin, interleaved):
+    """As mpitp.ops.rotary.rotary_backward."""
+    return rotary_forward(dy, cos, sin, interleaved, turn=-1)

@@ -1,0 +1,165 @@
+"""y = x w^T of one row, or a few, on the GPU: what it costs is reading w once.
+
+Kernels of our own, since they can be recorded as a graph, where CuPy refuses cuBLAS, and since cuBLAS takes twice the
+time of the reading for 2 to 16 rows of float32. Which thread adds what does not depend on the number of rows or outputs.
+
+Dimension key: N rows (tokens), I in features, O out features.
+"""
+from functools import lru_cache
+
+import cupy
+import numpy as np
+
+from .kernel import kernel, launch
+
+ALIGNED = 16        # bytes that one instruction reads
+ROWS = 2            # of w, that a warp of gemv adds up at once: x is read for both
+MOST = 16           # rows of x, of float32: of 16 and 64 bits cuBLAS reads w as fast
+GEMV = r"""
+// y[o] = sum over i of w[o, i] x[i], WARPS warps for ROWS rows; 16 bytes of w at a time. Which thread adds what of a
+// row, and so its bits, depends on WARPS alone.
+struct alignas(16) Vector { T at[16 / sizeof(T)]; };
+extern "C" __global__ void gemv(const T* w, const T* x, Y* y, int O, int I, long long pitch) {
+    const int V = 16 / sizeof(T), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int o = (blockIdx.x * (4 / WARPS) + warp / WARPS) * ROWS, part = (warp % WARPS) * 32 + lane;
+    const T* row[ROWS];
+    A sum[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        row[r] = w + min(o + r, O - 1) * pitch;
+        sum[r] = 0;
+    }
+    #pragma unroll 4
+    for (int i = part * V; i < I; i += WARPS * 32 * V) {
+#if VECTORS
+        Vector b = *(const Vector*)(x + i), a[ROWS];
+        #pragma unroll
+        for (int r = 0; r < ROWS; r++) a[r] = *(const Vector*)(row[r] + i);
+        #pragma unroll
+        for (int v = 0; v < V; v++)
+            #pragma unroll
+            for (int r = 0; r < ROWS; r++) sum[r] += up(a[r].at[v]) * up(b.at[v]);
+#else
+        for (int v = 0; v < V && i + v < I; v++)
+            for (int r = 0; r < ROWS; r++) sum[r] += up(row[r][i + v]) * up(x[i + v]);
+#endif
+    }
+    __shared__ A of_warps[4][ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        sum[r] = warp_sum(sum[r]);
+        if (!lane) of_warps[warp][r] = sum[r];
+    }
+    __syncthreads();
+    if (warp % WARPS == 0 && lane < ROWS && o + lane < O) {
+        A total = of_warps[warp][lane];
+        for (int other = 1; other < WARPS; other++) total += of_warps[warp + other][lane];
+        y[o + lane] = ROUND_Y(total);
+    }
+}
+"""
+FEW = r"""
+// y[n, o] = sum over i of w[o, i] x[n, i]: a warp for R rows of w, a lane 4 numbers of each; x through shared memory.
+struct alignas(16) Vector { float at[4]; };
+extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
+        const float* w, const float* x, float* y, int N, int O, int I, long long pitch, long long x_pitch,
+        long long y_pitch) {
+    __shared__ Vector part[NR][CHUNK / 4];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, o = (blockIdx.x * WARPS + warp) * R;
+    const float* row[R];
+    float sum[R][NR] = {};
+    Vector next[R], a[R];
+    #pragma unroll
+    for (int r = 0; r < R; r++) {
+        row[r] = w + min(o + r, O - 1) * pitch + lane * 4;
+        if (lane * 4 < I) next[r] = *(const Vector*)row[r];
+    }
+    for (int start = 0; start < I; start += CHUNK) {
+        __syncthreads();
+        for (int j = threadIdx.x; j < NR * (CHUNK / 4); j += 32 * WARPS) {
+            const int n = j / (CHUNK / 4), i = j % (CHUNK / 4);
+            if (start + 4 * i < I) part[n][i] = *(const Vector*)(x + min(n, N - 1) * x_pitch + start + 4 * i);
+        }
+        __syncthreads();
+        for (int i = 0; i < CHUNK && start + i + lane * 4 < I; i += 128) {
+            #pragma unroll
+            for (int r = 0; r < R; r++) {
+                a[r] = next[r];
+                if (start + i + 128 + lane * 4 < I) next[r] = *(const Vector*)(row[r] + start + i + 128);   // meanwhile
+            }
+            #pragma unroll
+            for (int n = 0; n < NR; n++) {
+                const Vector b = part[n][i / 4 + lane];
+                #pragma unroll
+                for (int r = 0; r < R; r++)
+                    #pragma unroll
+                    for (int v = 0; v < 4; v++) sum[r][n] += a[r].at[v] * b.at[v];
+            }
+        }
+    }
+    #pragma unroll
+    for (int n = 0; n < NR; n++)
+        #pragma unroll
+        for (int r = 0; r < R; r++) {
+            const float total = warp_sum(sum[r][n]);
+            if (!lane && n < N && o + r < O) y[n * y_pitch + o + r] = total;
+        }
+}
+"""
+
+
+def one_row(x_1I, w_OI, out=None, dtype=None):
+    """y = x w^T of one row, to `out` or a new array of `dtype` (x's)."""
+    O, I = w_OI.shape
+    y_1O = cupy.empty((1, O), x_1I.dtype if dtype is None else dtype) if out is None else out
+    w_OI, x_1I = in_rows(w_OI), in_rows(x_1I)
+    y = y_1O if y_1O.flags.c_contiguous else cupy.empty((1, O), y_1O.dtype)
+    # More warps a row where rows are few, so that enough of w is under way. By the shape alone: it is part of the bits.
+    warps = 1 if O >= 1 << 14 else 2 if O >= 1 << 13 else 4
+    launch(gemv(w_OI.dtype, warps, I * w_OI.itemsize % ALIGNED == 0, y.dtype == w_OI.dtype),
+           -(-O * warps // (4 * ROWS)), 128,
+           (w_OI, x_1I, y, np.int32(O), np.int32(I), np.int64(w_OI.strides[0] // w_OI.itemsize)))
+    if y is not y_1O:
+        y_1O[...] = y
+    return y_1O
+
+
+@lru_cache(maxsize=None)
+def gemv(dtype, warps, in_vectors, rounded):
+    return kernel(GEMV, "gemv", dtype, (f"-DWARPS={warps}", f"-DROWS={ROWS}", f"-DVECTORS={int(in_vectors)}",
+                                        *(("-DY=T", "-DROUND_Y=down") if rounded else ("-DY=A", "-DROUND_Y="))))
+
+
+def takes(x_NI, w_OI):
+    """Whether few_rows is for these: up to MOST rows of float32, which are read in vectors."""
+    return len(x_NI) <= MOST and w_OI.dtype == np.float32 and w_OI.size and w_OI.shape[1] % 4 == 0
+
+
+def few_rows(x_NI, w_OI, out=None):
+    """y = x w^T of a few rows, to `out` or a new array."""
+    (N, I), O = x_NI.shape, len(w_OI)
+    y_NO = cupy.empty((N, O), np.float32) if out is None else out
+    if N:
+        w_OI, x_NI = in_rows(w_OI), in_rows(x_NI)
+        y = y_NO if y_NO.strides[1] == 4 else cupy.empty((N, O), np.float32)
+        padded = 1 << (N - 1).bit_length()
+        # Fewer rows of w a warp where there are few: all multiprocessors should have some. Not part of the bits.
+        rows, warps = 4 if O >= 1 << 13 else 2 if O >= 1 << 12 else 1, 8
+        launch(few(padded, rows, warps), -(-O // (warps * rows)), 32 * warps,
+               (w_OI, x_NI, y, np.int32(N), np.int32(O), np.int32(I),
+                *(np.int64(array.strides[0] // 4) for array in (w_OI, x_NI, y))))
+        if y is not y_NO:
+            y_NO[...] = y
+    return y_NO
+
+
+@lru_cache(maxsize=None)
+def few(padded, rows, warps, chunk=512):
+    return kernel(FEW, "few_rows", np.dtype(np.float32),
+                  (f"-DNR={padded}", f"-DR={rows}", f"-DWARPS={warps}", f"-DCHUNK={chunk}"))
+
+
+def in_rows(x):
+    """x, or a copy where its rows have gaps inside or, to be read in vectors, are not aligned."""
+    gap, step = x.strides
+    whole = x.shape[1] * x.itemsize % ALIGNED       # then rows are read number by number
+    good = step == x.itemsize and (whole or not (x.data.ptr | (gap if len(x) > 1 else 0)) % ALIGNED)
+    return x if good else x.copy(order="C")
