@@ -98,13 +98,21 @@ class Partition:
     def is_empty(self, block):
         return self.block_bounds[block] == self.block_bounds[block + 1]
 
-    @lru_cache(maxsize=None)
     def blocks_of(self, rank):
         """The blocks that this rank owns and that hold anything, in order."""
-        first = self.bounds[rank]
-        return tuple(Block(b, start, stop, slice(start - first, stop - first))
-                     for b in range(self.run_bounds[rank], self.run_bounds[rank + 1])
-                     for start, stop in [self.block_bounds[b:b + 2]] if start < stop)
+        found = self.known_blocks.get(rank)
+        if found is None:
+            first = self.bounds[rank]
+            found = self.known_blocks[rank] = tuple(
+                Block(b, start, stop, slice(start - first, stop - first))
+                for b in range(self.run_bounds[rank], self.run_bounds[rank + 1])
+                for start, stop in [self.block_bounds[b:b + 2]] if start < stop)
+        return found
+
+    @cached_property
+    def known_blocks(self):
+        """Those of ranks that were asked for. Not lru_cache: to hash a partition would cost more than a token's sum."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The ranks that share a layer: what every layer is handed."""
 import os
 import threading
-from math import prod
 
 import numpy as np
 from mpi4py import MPI
@@ -126,12 +125,12 @@ class TensorParallelGroup(Collectives):
         self._enter(self._look_at_sum, partition, shape, dtype)
         shape, dtype = tuple(shape), np.dtype(dtype)
         added = sum_dtype(dtype)
-        key = Collective("all_reduce", prod(shape), dtype_name(dtype))
         if self.reproducible:
             fold = tree.Fold(partition, self.rank)
             for block, leaf in self.each_block(compute, partition):
                 fold.add(block.index, self._checked(block, leaf, shape, added))
             total = self.xp.empty(shape, added)
+            key = Collective("all_reduce", total.size, dtype_name(dtype))
             with self.ledger.record("data", key, tree.bytes_sent(partition, self.rank, total.size, total.itemsize)):
                 tree.exchange(fold, self.rank, total.reshape(-1), self.transport)
         else:
@@ -140,6 +139,7 @@ class TensorParallelGroup(Collectives):
             if self.size == 1 and leaf.dtype == dtype:
                 added = dtype
             total = self._checked(blocks[0], leaf, shape, added) if blocks else leaf
+            key = Collective("all_reduce", total.size, dtype_name(dtype))       # now: a GPU is at work meanwhile
             with self.ledger.record("data", key, wire_bytes("all_reduce", total.size, total.itemsize, self.size)):
                 if later and self.overlaps:
                     wait = self.transport.begin_all_reduce(total, "sum")

@@ -14,6 +14,7 @@ from .kernel import kernel, launch
 
 ALIGNED = 16        # bytes that one instruction reads
 ROWS = 2            # of w, that a warp of gemv adds up at once: x is read for both
+WARPS = 8           # of a block of few_rows
 MOST = 16           # rows of x, of float32: of 16 and 64 bits cuBLAS reads w as fast
 GEMV = r"""
 // y[o] = sum over i of w[o, i] x[i], WARPS warps for ROWS rows; 16 bytes of w at a time. Which thread adds what of a
@@ -57,43 +58,61 @@ extern "C" __global__ void gemv(const T* w, const T* x, Y* y, int O, int I, long
 }
 """
 FEW = r"""
-// y[n, o] = sum over i of w[o, i] x[n, i]: a warp for R rows of w, a lane 4 numbers of each; x through shared memory.
+// y[n, o] = sum over i of w[o, i] x[n, i]: a warp for R rows of w, a lane 4 numbers of each. x goes through shared memory,
+// CHUNK columns at a time, the next ones of which are under way while these are used; so are the next numbers of w.
 struct alignas(16) Vector { float at[4]; };
-extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
+__device__ void copy_to_shared(Vector* to, const float* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from));
+#else
+    *to = *(const Vector*)from;
+#endif
+}
+__device__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+    __syncthreads();
+}
+__device__ void fetch(Vector (*part)[CHUNK / 4], const float* x, int N, int I, long long x_pitch, int start) {
+    for (int j = threadIdx.x; j < NR * (CHUNK / 4); j += 32 * WARPS) {
+        const int n = j / (CHUNK / 4), i = j % (CHUNK / 4);
+        if (start + 4 * i < I) copy_to_shared(&part[n][i], x + min(n, N - 1) * x_pitch + start + 4 * i);
+    }
+}
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) few_rows(
         const float* w, const float* x, float* y, int N, int O, int I, long long pitch, long long x_pitch,
         long long y_pitch) {
-    __shared__ Vector part[NR][CHUNK / 4];
+    __shared__ Vector part[2][NR][CHUNK / 4];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, o = (blockIdx.x * WARPS + warp) * R;
     const float* row[R];
     float sum[R][NR] = {};
     Vector next[R], a[R];
+    fetch(part[0], x, N, I, x_pitch, 0);
     #pragma unroll
     for (int r = 0; r < R; r++) {
         row[r] = w + min(o + r, O - 1) * pitch + lane * 4;
         if (lane * 4 < I) next[r] = *(const Vector*)row[r];
     }
-    for (int start = 0; start < I; start += CHUNK) {
-        __syncthreads();
-        for (int j = threadIdx.x; j < NR * (CHUNK / 4); j += 32 * WARPS) {
-            const int n = j / (CHUNK / 4), i = j % (CHUNK / 4);
-            if (start + 4 * i < I) part[n][i] = *(const Vector*)(x + min(n, N - 1) * x_pitch + start + 4 * i);
-        }
-        __syncthreads();
+    wait_for_copies();
+    for (int start = 0, now = 0; start < I; start += CHUNK, now ^= 1) {
+        if (start + CHUNK < I) fetch(part[now ^ 1], x, N, I, x_pitch, start + CHUNK);
         for (int i = 0; i < CHUNK && start + i + lane * 4 < I; i += 128) {
             #pragma unroll
             for (int r = 0; r < R; r++) {
                 a[r] = next[r];
-                if (start + i + 128 + lane * 4 < I) next[r] = *(const Vector*)(row[r] + start + i + 128);   // meanwhile
+                if (start + i + 128 + lane * 4 < I) next[r] = *(const Vector*)(row[r] + start + i + 128);
             }
             #pragma unroll
             for (int n = 0; n < NR; n++) {
-                const Vector b = part[n][i / 4 + lane];
+                const Vector b = part[now][n][i / 4 + lane];
                 #pragma unroll
                 for (int r = 0; r < R; r++)
                     #pragma unroll
                     for (int v = 0; v < 4; v++) sum[r][n] += a[r].at[v] * b.at[v];
             }
         }
+        wait_for_copies();
     }
     #pragma unroll
     for (int n = 0; n < NR; n++)
@@ -140,10 +159,9 @@ def few_rows(x_NI, w_OI, out=None):
     if N:
         w_OI, x_NI = in_rows(w_OI), in_rows(x_NI)
         y = y_NO if y_NO.strides[1] == 4 else cupy.empty((N, O), np.float32)
-        padded = 1 << (N - 1).bit_length()
         # Fewer rows of w a warp where there are few: all multiprocessors should have some. Not part of the bits.
-        rows, warps = 4 if O >= 1 << 13 else 2 if O >= 1 << 12 else 1, 8
-        launch(few(padded, rows, warps), -(-O // (warps * rows)), 32 * warps,
+        rows = 4 if O >= 1 << 13 else 2 if O >= 1 << 11 else 1
+        launch(few(1 << (N - 1).bit_length(), rows), -(-O // (WARPS * rows)), 32 * WARPS,
                (w_OI, x_NI, y, np.int32(N), np.int32(O), np.int32(I),
                 *(np.int64(array.strides[0] // 4) for array in (w_OI, x_NI, y))))
         if y is not y_NO:
@@ -152,9 +170,10 @@ def few_rows(x_NI, w_OI, out=None):
 
 
 @lru_cache(maxsize=None)
-def few(padded, rows, warps, chunk=512):
+def few(padded, rows):
+    chunk = 512 if padded <= 8 else 256                     # 2 x padded x chunk numbers of shared memory
     return kernel(FEW, "few_rows", np.dtype(np.float32),
-                  (f"-DNR={padded}", f"-DR={rows}", f"-DWARPS={warps}", f"-DCHUNK={chunk}"))
+                  (f"-DNR={padded}", f"-DR={rows}", f"-DWARPS={WARPS}", f"-DCHUNK={chunk}"))
 
 
 def in_rows(x):
