@@ -43,6 +43,7 @@ def generate(model, ids, *, max_new_tokens, temperature=0.0, top_k=None, top_p=N
     Collectives of a step beside those of Decoder.extend: temperature 0 one all-gather of P x B x 2 float64 (the
     largest logit of each rank, and its id); else one gather on rank 0, of B x V logits or, with top_k, of
     P x B x k x 2 float64, and one broadcast of B int64, the tokens that rank 0 drew.
+    On one GPU a step of one sequence, or of a few in float32, is a CUDA graph: recorded once, then replayed.
     Keys and values: 2 x layers x B x (S + max_new_tokens - 1) x (key/value heads of the rank) x (features of a head).
 
     Raises InputError, before the first step, for prompts, numbers and choices that do not fit, and in any step for

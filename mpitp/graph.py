@@ -14,8 +14,8 @@ class Captured:
     ----------
     group : TensorParallelGroup on a GPU, of one rank or with the NCCL transport: MPI works on the host, which a graph
         cannot
-    function : of arrays to an array, or to a tuple of them; it must start kernels only. Products of one row qualify
-        (mpitp/ops/cuda/linear.py has a kernel for them), those of more go through cuBLAS, which CuPy refuses to record
+    function : of arrays to an array, or to a tuple of them; it must start kernels only. Products of one row qualify, or
+        of a few in float32 (mpitp/ops/cuda/few_rows.py); others go through cuBLAS, which CuPy refuses to record
     arrays : of the shapes and dtypes that it will be called with
 
     Notes

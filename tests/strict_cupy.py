@@ -126,6 +126,8 @@ class Twin:
         if name.startswith("__"):
             raise AttributeError(name)
         function = getattr(self.module, name)
+        if not callable(function):
+            return function
 
         def call(*arguments, **options):
             refuse_host([*arguments, *options.values()], name)

@@ -1,4 +1,5 @@
 """bench: its figures add up, its files are what they say. Times themselves are not tested."""
+import argparse
 import csv
 import json
 
@@ -30,6 +31,16 @@ def test_all_benches(tmp_path):
     blocks = [row for row in rows if row["bench"] == "block"]       # 12 D^2 weights; q k^T and p v over one tile
     assert [row["flops"] for row in blocks] == [2 * (12 * 8 * 32 ** 2 + 2 * 64 * 32), 2 * (36 * 8 * 32 ** 2 + 7 * 64 * 32)]
     assert len(list(csv.DictReader((tmp_path / "b.csv").open()))) == len(rows)
+
+
+def test_every_bench_on_the_groups_device(group):
+    """Under --device gpu there, too; in the 16-bit type that such a group has."""
+    from mpitp.commands import bench
+    for dtype in ("float32", "bfloat16") if group.device == "gpu" and hasattr(group.xp, "RawKernel") else ("float32",):
+        options = argparse.Namespace(what=[], hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, seq_length=8,
+                                     dtype=dtype, max_bytes=64, rounds=1, reproducible=True)
+        for run in (bench.collectives, bench.products, bench.feed_forward, bench.decoder_block, bench.one_token):
+            assert all(row.median_seconds > 0 for row in run(group, options))
 
 
 @pytest.mark.launcher

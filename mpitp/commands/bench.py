@@ -11,13 +11,12 @@ import csv
 import json
 from dataclasses import dataclass
 
-import numpy as np
-
 from .. import __version__
+from ..arrays import compute_dtype
 from ..comm import launch
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
-from . import measure, report
+from . import device, measure, report
 
 BENCHES = ("allreduce", "matmul", "ffn", "block", "decode")
 
@@ -28,9 +27,10 @@ def add_arguments(parser):
     parser.add_argument("--num-attention-heads", type=int, default=8, metavar="H", help="of block, decode (8)")
     parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="(4 D)")
     parser.add_argument("--seq-length", type=int, default=512, metavar="S", help="tokens (512; and one token)")
-    parser.add_argument("--dtype", default="float32", help="float32 or float64")
+    parser.add_argument("--dtype", default="float32", help=device.DTYPES)
     parser.add_argument("--max-bytes", type=int, default=1 << 24, help="largest message of allreduce (16 MiB)")
     parser.add_argument("--rounds", type=int, default=9, help="(9)")
+    device.add_arguments(parser)
     parser.add_argument("--reproducible", action="store_true", help="the block in reproducible mode, too")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--csv", metavar="FILE", help="write the figures there")
@@ -61,6 +61,7 @@ class Report:
     mpi: str
     ranks: int
     cores_per_rank: int
+    device: str                 # "cpu", or the GPU's name and the transport
     dtype: str
     hidden_size: int
     ffn_hidden_size: int
@@ -77,7 +78,7 @@ def run(arguments):
             group.root_first(lambda: draw(arguments.plot, [read_report(path) for path in arguments.reports])
                              if group.rank == 0 else None)
         return 0
-    with TensorParallelGroup() as group:
+    with device.group_of(arguments) as group:
         files = [path for path in (arguments.json, arguments.csv, arguments.plot) if path and group.rank == 0]
         group.root_first(lambda: [report.require_writable(path) for path in files])
         rows = []
@@ -86,7 +87,7 @@ def run(arguments):
         for bench in arguments.what or BENCHES:
             rows += run_of[bench](group, arguments)
         result = Report(__version__, launch.machine(), launch.library_name(), group.size,
-                        launch.share_of_cores(group.comm), arguments.dtype, arguments.hidden_size,
+                        launch.share_of_cores(group.comm), where(group), arguments.dtype, arguments.hidden_size,
                         arguments.ffn_hidden_size, arguments.seq_length, arguments.rounds, rows)
         if group.rank == 0:
             print("\n".join(lines(result)), flush=True)
@@ -111,8 +112,7 @@ def check_arguments(arguments):
     if arguments.hidden_size % arguments.num_attention_heads and {"block", "decode"} & set(arguments.what or BENCHES):
         raise InputError(f"found num_attention_heads = {arguments.num_attention_heads}, expected a divisor of "
                          f"hidden_size = {arguments.hidden_size}")
-    if arguments.dtype not in ("float32", "float64"):
-        raise InputError(f"found dtype {arguments.dtype!r}, expected float32 or float64")
+    compute_dtype(arguments.dtype, arguments.device)
     if arguments.reports and not arguments.plot:
         raise InputError("found --from without --plot, expected the file to draw")
     if arguments.plot and not {"allreduce", "ffn", "block"} & set(arguments.what or BENCHES):
@@ -125,7 +125,17 @@ def check_arguments(arguments):
             raise InputError("found no matplotlib, expected it for --plot: pip install 'mpitp[plot]'") from None
 
 
+def where(group):
+    return group.device if group.device == "cpu" else f"{group.gpu.name}, transport {group.transport.name}"
+
+
 # --- what is measured ----------------------------------------------------------------------------------------
+
+def timed(group, cases, arguments, least_seconds):
+    """{name: seconds} of each round, from an idle GPU to an idle GPU where there is one."""
+    cases = {name: measure.finished(group, function) for name, function in cases.items()}
+    return measure.interleave(group, cases, arguments.rounds, least_seconds)
+
 
 def row(bench, case, seconds, size=None, work=None, limit=None):
     time = measure.timing(seconds)
@@ -137,16 +147,16 @@ def collectives(group, arguments):
     cases, sizes = {}, {}
     size = 8
     while size <= arguments.max_bytes:
-        x = np.ones(size // 8)
+        x = group.xp.ones(size // 8)
         partition = group.partition(x.size)
-        part = np.ones(partition.lengths[group.rank])
+        part = group.xp.ones(partition.lengths[group.rank])
         cases |= {f"all_reduce {size}": lambda x=x: group.all_reduce(x, out=x),
                   f"all_gather {size}": lambda part=part, p=partition: group.all_gather(part, p),
                   f"reduce_scatter {size}": lambda x=x, p=partition: group.reduce_scatter(x, p),
                   f"broadcast {size}": lambda x=x: group.broadcast(x)}
         sizes |= {name: size for name in list(cases)[-4:]}
         size *= 8
-    times = measure.interleave(group, cases, arguments.rounds, 2e-4)
+    times = timed(group, cases, arguments, 2e-4)
     by_operation = sorted(cases, key=lambda name: (name.split()[0], sizes[name]))
     return [row("allreduce", name.split()[0], times[name], sizes[name]) for name in by_operation]
 
@@ -155,28 +165,29 @@ def products(group, arguments):
     D, F, tokens = arguments.hidden_size, arguments.ffn_hidden_size, arguments.seq_length
     cases = measure.product_cases(group, tokens, D, F, arguments.dtype)
     cases |= measure.read_case(group, D, F, arguments.dtype)
-    times = measure.interleave(group, cases, arguments.rounds, 1e-3)
-    weight_bytes = 2 * D * F * np.dtype(arguments.dtype).itemsize
+    times = timed(group, cases, arguments, 1e-3)
+    weight_bytes = 2 * D * F * compute_dtype(arguments.dtype, group.device).itemsize
     return [row("matmul", name, times[name], weight_bytes) if name == "read" else
             row("matmul", name, times[name], None, measure.flops(tokens, D, F, "backward" in name)) for name in cases]
 
 
 def feed_forward(group, arguments):
     D, F, tokens = arguments.hidden_size, arguments.ffn_hidden_size, arguments.seq_length
-    weight_bytes = 2 * D * F * np.dtype(arguments.dtype).itemsize
+    weight_bytes = 2 * D * F * compute_dtype(arguments.dtype, group.device).itemsize
     cases, layer = measure.mlp_cases(group, tokens, D, F, dtype=arguments.dtype)
     one, _ = measure.mlp_cases(group, 1, D, F, dtype=arguments.dtype, prefix="one token ")
     cases = measure.product_cases(group, tokens, D, F, arguments.dtype) | cases
     cases |= measure.read_case(group, D, F, arguments.dtype) | {"one token forward": one["one token forward"]}
-    times = measure.interleave(group, cases, arguments.rounds, 1e-3)
+    times = timed(group, cases, arguments, 1e-3)
     rows = [row("ffn", name, times[name], None, measure.flops(tokens, D, F, "backward" in name),
                 times[f"products {name}"]) for name in ("forward", "forward+backward")]
     rows.append(row("ffn", "one token forward", times["one token forward"], weight_bytes, None, times["read"]))
     if arguments.reproducible:
-        with TensorParallelGroup(group.comm, reproducible=True) as fixed:
+        with TensorParallelGroup(group.comm, device=group.device, reproducible=True, share_gpu=True, tf32=group.tf32,
+                                 transport=group.transport.name) as fixed:
             again, _ = measure.mlp_cases(fixed, tokens, D, F, dtype=arguments.dtype, prefix="reproducible ")
             cases = measure.product_cases(group, tokens, D, F, arguments.dtype) | again
-            times = measure.interleave(group, cases, arguments.rounds, 1e-3)
+            times = timed(group, cases, arguments, 1e-3)
         rows += [row("ffn", name, times[name], None, measure.flops(tokens, D, F, "backward" in name),
                      times[name.replace("reproducible", "products")]) for name in again]
     return rows
@@ -186,15 +197,16 @@ def decoder_block(group, arguments):
     sizes = arguments.seq_length, arguments.hidden_size, arguments.num_attention_heads
     cases = measure.block_product_cases(group, *sizes, arguments.dtype)
     cases |= measure.block_cases(group, *sizes, arguments.dtype)
-    times = measure.interleave(group, cases, arguments.rounds, 1e-3)
-    return [row("block", name, times[name], None, measure.block_flops(*sizes, "backward" in name),
+    times = timed(group, cases, arguments, 1e-3)
+    tile = measure.tile_of(group)
+    return [row("block", name, times[name], None, measure.block_flops(*sizes[:2], "backward" in name, tile),
                 times[f"products {name}"]) for name in ("forward", "forward+backward")]
 
 
 def one_token(group, arguments):
     sizes = arguments.seq_length, arguments.hidden_size, arguments.num_attention_heads
     cases, model = measure.decode_cases(group, *sizes, arguments.dtype)
-    times = measure.interleave(group, cases, arguments.rounds, 1e-3)
+    times = timed(group, cases, arguments, 1e-3)
     weight_bytes = sum(w.nbytes for w in model.weights.values()) * group.size
     return [row("decode", name, times[name], weight_bytes, None, times["matrix-vector products"]) for name in cases]
 
@@ -203,7 +215,7 @@ def one_token(group, arguments):
 
 def lines(result):
     yield f"mpitp {result.mpitp}: {result.ranks} ranks, {result.cores_per_rank} cores a rank, {result.mpi}"
-    yield result.machine
+    yield result.machine if result.device == "cpu" else f"{result.machine}; {result.device}"
     yield f"{result.hidden_size} -> {result.ffn_hidden_size} -> {result.hidden_size}, {result.tokens} tokens, " \
           f"{result.dtype}; {result.rounds} interleaved rounds"
     for bench in dict.fromkeys(r.bench for r in result.rows):

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..arrays import compute_dtype, module_of, sum_dtype, twin
 from ..config import DecoderConfig
 from ..decoder import Decoder
+from ..generation import RECORD_FROM, one_token
 from ..layers.block import ParallelBlock
 from ..layers.kv import KeyValues
 from ..layers.mlp import ParallelMLP
-from ..ops.attention import TILE
-from ..ops.linear import linear_backward, linear_forward
+from ..ops import attention
+from ..ops.linear import linear_backward, linear_forward, product
 
 BLOCK_HEADS = 8
 
@@ -52,6 +54,23 @@ def interleave(group, cases, rounds, least_seconds=0.0):
     return {name: [max(times) for times in zip(*(rank[name] for rank in of_ranks))] for name in cases}
 
 
+def finished(group, function):
+    """The function, and on a GPU the wait until it has done what it was told."""
+    if group.device == "cpu":
+        return function
+
+    def call():
+        function()
+        group.xp.cuda.get_current_stream().synchronize()
+    return call
+
+
+def draws(group, seed, dtype):
+    """A function of a shape: the next standard normals of this seed, where the group's arrays are."""
+    numbers = np.random.default_rng(seed)
+    return lambda *shape: group.xp.asarray(numbers.standard_normal(shape).astype(compute_dtype(dtype, group.device)))
+
+
 def timing(seconds):
     return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
@@ -64,7 +83,7 @@ def ratio(seconds, base):
 def mlp_cases(group, tokens, hidden, ffn, activation="gelu_tanh", dtype="float32", prefix=""):
     """{"forward", "forward+backward"} of a ParallelMLP without bias; gradients go into the same buffers again."""
     layer = ParallelMLP(group, hidden, ffn, activation, bias=False, dtype=dtype)
-    x, dy = (np.random.default_rng(seed).standard_normal((tokens, hidden)).astype(dtype) for seed in (1, 2))
+    x, dy = (draws(group, seed, dtype)(tokens, hidden) for seed in (1, 2))
     gradients = layer.backward(dy, layer.forward(x)[1])[1]
 
     def both():
@@ -79,12 +98,10 @@ def product_cases(group, tokens, hidden, ffn, dtype="float32"):
 
     Operands are distinct buffers: one buffer as both operands would take the slower syrk kernel.
     """
-    part = group.partition(ffn).lengths[group.rank]
-    draw = np.random.default_rng(3).standard_normal
-    x, dy = draw((tokens, hidden)).astype(dtype), draw((tokens, hidden)).astype(dtype)
-    h, dh = draw((tokens, part)).astype(dtype), draw((tokens, part)).astype(dtype)
-    up, down = draw((part, hidden)).astype(dtype), draw((hidden, part)).astype(dtype)
-    dup, ddown = np.empty_like(up), np.empty_like(down)
+    part, draw = group.partition(ffn).lengths[group.rank], draws(group, 3, dtype)
+    x, dy, h, dh = draw(tokens, hidden), draw(tokens, hidden), draw(tokens, part), draw(tokens, part)
+    up, down = draw(part, hidden), draw(hidden, part)
+    dup, ddown = (group.xp.empty(w.shape, sum_dtype(w.dtype)) for w in (up, down))
 
     def forward():
         linear_forward(x, up)
@@ -99,8 +116,15 @@ def product_cases(group, tokens, hidden, ffn, dtype="float32"):
 
 
 def read_case(group, hidden, ffn, dtype="float32"):
-    """A plain read of one rank's two weights by BLAS dot products of 1 MiB, the fastest reader that NumPy has."""
-    part = group.partition(ffn).lengths[group.rank]
+    """A plain read of one rank's two weights by BLAS dot products of 1 MiB, the fastest reader that NumPy has.
+
+    On a GPU a copy of half of them, which reads and writes as many bytes.
+    """
+    part, dtype = group.partition(ffn).lengths[group.rank], compute_dtype(dtype, group.device)
+    if group.device == "gpu":
+        source = group.xp.zeros(part * hidden, dtype)
+        target = group.xp.empty_like(source)
+        return {"read": lambda: group.xp.copyto(target, source)}
     data = np.ones(2 * part * hidden, dtype)
     other = np.ones(1 << 12, dtype)                 # stays in the first-level cache
     rows = data[:data.size // other.size * other.size].reshape(-1, other.size)
@@ -127,7 +151,7 @@ def block_data(tokens, hidden, dtype="float32"):
 def block_cases(group, tokens, hidden, heads=BLOCK_HEADS, dtype="float32", prefix=""):
     """{"forward", "forward+backward"} of a ParallelBlock; gradients go into the same buffers again."""
     block = ParallelBlock(group, block_config(hidden, heads), dtype=dtype)
-    x, dy = block_data(tokens, hidden, dtype)
+    x, dy = (group.xp.asarray(a) for a in block_data(tokens, hidden, compute_dtype(dtype, group.device)))
     gradients = block.backward(dy, block.forward(x)[1])[1]
 
     def both():
@@ -142,48 +166,58 @@ def block_product_cases(group, tokens, hidden, heads=BLOCK_HEADS, dtype="float32
 
     Backward of attention: the scores again, and the gradients of weights, value, query and key.
     """
-    draw = np.random.default_rng(3).standard_normal
+    xp, draw = group.xp, draws(group, 3, dtype)
     K, mine = hidden // heads, group.partition(heads).lengths[group.rank]
     F = group.partition(4 * hidden).lengths[group.rank]
     shapes = 3 * [(hidden, mine * K)] + [(mine * K, hidden), (hidden, F), (F, hidden)]
-    linears = [(draw((tokens, i)).astype(dtype), draw((o, i)).astype(dtype), draw((tokens, o)).astype(dtype),
-                np.empty((o, i), dtype)) for i, o in shapes]
-    q, k, v, da = (draw((mine, tokens, K)).astype(dtype) for _ in range(4))
-    p, ds = (np.empty(mine * TILE * tokens, dtype) for _ in range(2))
+    linears = [(draw(tokens, i), draw(o, i), draw(tokens, o), xp.empty((o, i), sum_dtype(compute_dtype(dtype, group.device))))
+               for i, o in shapes]
+    q, k, v, da = (draw(mine, tokens, K) for _ in range(4))
+    tile = tile_of(group)
+    p, ds = (xp.empty(mine * min(tile, tokens) * tokens, q.dtype) for _ in range(2))
 
     def scores(a, b, buffer, queries, keys):
         shape = mine, queries.stop - queries.start, keys.stop
         out = buffer[:mine * shape[1] * shape[2]].reshape(shape)
-        return np.matmul(a[:, queries], b[:, keys].swapaxes(1, 2), out=out)
+        return stacked_product(a[:, queries], b[:, keys].swapaxes(1, 2), out)
 
     def forward():
         for x, w, _, _ in linears:
             linear_forward(x, w)
-        for queries, keys in causal_tiles(tokens):
-            scores(q, k, p, queries, keys) @ v[:, keys]
+        for queries, keys in causal_tiles(tokens, tile):
+            stacked_product(scores(q, k, p, queries, keys), v[:, keys])
 
     def both():
         forward()
         for x, w, dy, dw in linears:
             linear_backward(dy, (x, w), dw)
-        for queries, keys in causal_tiles(tokens):
+        for queries, keys in causal_tiles(tokens, tile):
             weights, d_scores = scores(q, k, p, queries, keys), scores(da, v, ds, queries, keys)
-            np.matmul(weights.swapaxes(1, 2), da[:, queries])
-            np.matmul(d_scores, k[:, keys])
-            np.matmul(d_scores.swapaxes(1, 2), q[:, queries])
+            stacked_product(weights.swapaxes(1, 2), da[:, queries])
+            stacked_product(d_scores, k[:, keys])
+            stacked_product(d_scores.swapaxes(1, 2), q[:, queries])
 
     return {"products forward": forward, "products forward+backward": both}
 
 
-def causal_tiles(tokens):
+def tile_of(group):
+    """How many queries attention takes at once."""
+    return (attention if group.device == "cpu" else twin("attention")).TILE
+
+
+def stacked_product(a, b, out=None):
+    return np.matmul(a, b, out=out) if module_of(a) is np else product(a, b, out)
+
+
+def causal_tiles(tokens, tile):
     """The queries of each tile, and the keys that it sees."""
-    return [(slice(first, min(first + TILE, tokens)), slice(0, min(first + TILE, tokens)))
-            for first in range(0, tokens, TILE)]
+    return [(slice(first, min(first + tile, tokens)), slice(0, min(first + tile, tokens)))
+            for first in range(0, tokens, tile)]
 
 
-def block_flops(tokens, hidden, heads, backward):
+def block_flops(tokens, hidden, backward, tile):
     """Of the products of all ranks: 12 D^2 weights; attention's two products forward, seven with backward."""
-    scores = sum((queries.stop - queries.start) * keys.stop for queries, keys in causal_tiles(tokens))
+    scores = sum((queries.stop - queries.start) * keys.stop for queries, keys in causal_tiles(tokens, tile))
     return 2 * (12 * tokens * hidden ** 2 * (3 if backward else 1) + scores * hidden * (7 if backward else 2))
 
 
@@ -200,8 +234,10 @@ def decode_cases(group, tokens, hidden, heads=BLOCK_HEADS, dtype="float32"):
     kv = KeyValues(model, 1, tokens + 1)
     model.extend(np.arange(tokens)[None] % 8192, kv)
 
+    extend = one_token(model, kv, RECORD_FROM)              # as generation does it
+
     def decode():
-        model.extend(np.array([[1]]), kv)
+        extend(np.array([[1]]))
         kv.advance(-1)
     return {"decode": decode, "matrix-vector products": matrix_vector_products(model)}, model
 
@@ -211,10 +247,12 @@ def matrix_vector_products(model):
     weights = [w for name, w in model.weights.items() if w.ndim == 2 and not name.startswith("position")]
     if not model.config.tie_word_embeddings:                # a lookup reads one row of it
         weights = [w for w in weights if w is not model.weights["embedding.weight"]]
-    x = {w.shape[1]: np.ones((1, w.shape[1]), w.dtype) for w in weights}
-    y = {w.shape[0]: np.empty((1, w.shape[0]), w.dtype) for w in weights}
+    xp = model.group.xp
+    x = {w.shape[1]: xp.ones((1, w.shape[1]), w.dtype) for w in weights}
+    y = {w.shape[0]: xp.empty((1, w.shape[0]), w.dtype) for w in weights}
+    multiply = (lambda x, w, y: np.matmul(x, w.T, out=y)) if xp is np else linear_forward
 
     def products():
         for w in weights:
-            np.matmul(x[w.shape[1]], w.T, out=y[w.shape[0]])
+            multiply(x[w.shape[1]], w, y[w.shape[0]])
     return products
