@@ -24,7 +24,8 @@ OTHERS = {"comm.group": {"TensorParallelGroup": ("all_reduce", "all_gather", "ga
           "layers.mappings": {None: ("copy_to_ranks_backward", "reduce_from_ranks_forward", "gather_from_ranks_forward",
                                      "gather_from_ranks_backward", "scatter_to_ranks_forward",
                                      "scatter_to_ranks_backward")},
-          "generation": {"Choice": ("__call__",)}, "saving": {None: ("save_model",)}, "loading": {None: ("load_model",)}}
+          "generation": {"Choice": ("__call__",)}, "graph": {"CapturedToken": ("__init__", "__call__")},
+          "saving": {None: ("save_model",)}, "loading": {None: ("load_model",)}}
 inside = 0              # calls of the library that are under way
 
 
