@@ -16,7 +16,7 @@ from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forwar
 from ..ops.norm import norm_backward, norm_forward
 from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
 from ..parameters import ParameterSpec
-from .base import ParallelLayer, join, require_saved
+from .base import ParallelLayer, cut, join, require_saved
 from .heads import Call, Heads, as_heads, as_rows, by_group, require_mask
 from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
                        reduce_from_ranks_forward)
@@ -167,7 +167,8 @@ class ParallelAttention(ParallelLayer):
                     statistics.append(attention_forward(q, k, v, self.scale, out=a, **options))
             if kept is not None:
                 kept[block.index] = q_BSHK, normed, a_BSHK, statistics
-            y_ND, _ = linear_forward(as_rows(a_BSHK), self.parameter("out.weight")[:, rows], dtype=self.leaf_dtype)
+            y_ND, _ = linear_forward(as_rows(a_BSHK), cut(self.parameter("out.weight"), rows, axis=1),
+                                     dtype=self.leaf_dtype)
             return y_ND
 
         if kept is not None:
@@ -202,8 +203,8 @@ class ParallelAttention(ParallelLayer):
             """dq of the block's heads, and their part in dk and dv of each unit that they need."""
             q_BSHK, _, a_BSHK, statistics = kept[block.index]
             rows, statistics = self.heads.block_rows(block), iter(statistics)
-            da_NHbK, _ = linear_backward(dy_ND, (as_rows(a_BSHK), self.parameter("out.weight")[:, rows]),
-                                         dw_out=gradients[join(self.name, "out.weight")][:, rows])
+            da_NHbK, _ = linear_backward(dy_ND, (as_rows(a_BSHK), cut(self.parameter("out.weight"), rows, axis=1)),
+                                         dw_out=cut(gradients[join(self.name, "out.weight")], rows, axis=1))
             da_BSHK, dq_BSHK = da_NHbK.reshape(a_BSHK.shape), self.group.xp.empty_like(q_BSHK)
             for unit, heads in self.heads.pieces(block):
                 dkv = dkv_of[block.index, unit] = self.group.xp.empty((2, *units[unit][0].shape), self.sum_dtype)
@@ -222,10 +223,10 @@ class ParallelAttention(ParallelLayer):
                     if unit.is_shared or unit in units}
 
         def projection_backward(part, d_NHK, rows):
-            dw_HKD = gradients[join(self.name, f"{part}.weight")][rows]
+            dw_HKD = cut(gradients[join(self.name, f"{part}.weight")], rows)
             later.append(lambda: linear_weight_backward(d_NHK, x_ND, out=dw_HKD))
             if self.parameter(f"{part}.bias") is not None:
-                bias_backward(d_NHK, out=gradients[join(self.name, f"{part}.bias")][rows])
+                bias_backward(d_NHK, out=cut(gradients[join(self.name, f"{part}.bias")], rows))
 
         def key_value_backward(unit):
             """The gradients of a unit's projections, alike on every holder; dk and dv before norm and rotary."""
@@ -243,10 +244,10 @@ class ParallelAttention(ParallelLayer):
             rows = self.heads.block_rows(block)
             dq_NHbK, norm_of[block.index] = self.turn_backward("query", dq_of[block.index], kept[block.index][1], call)
             projection_backward("query", dq_NHbK, rows)
-            dx_ND = product(dq_NHbK, self.parameter("query.weight")[rows], dtype=self.leaf_dtype)
+            dx_ND = product(dq_NHbK, cut(self.parameter("query.weight"), rows), dtype=self.leaf_dtype)
             for unit in self.heads.owned_units(block):      # not every held one: f would count it once a holder
                 for part, d in zip(("key", "value"), d_units[unit]):
-                    w_uKD = self.parameter(f"{part}.weight")[self.heads.unit_rows(unit)]
+                    w_uKD = cut(self.parameter(f"{part}.weight"), self.heads.unit_rows(unit))
                     product(d, w_uKD, dx_ND, add=True)
             return dx_ND
 
@@ -279,9 +280,9 @@ class ParallelAttention(ParallelLayer):
 
     def project(self, part, x_ND, rows, call):
         """x times these rows of a projection, as (B, S, heads, K)."""
-        y_NHK, _ = linear_forward(x_ND, self.parameter(f"{part}.weight")[rows])
+        y_NHK, _ = linear_forward(x_ND, cut(self.parameter(f"{part}.weight"), rows))
         b_HK = self.parameter(f"{part}.bias")
-        add_bias(y_NHK, None if b_HK is None else b_HK[rows])
+        add_bias(y_NHK, None if b_HK is None else cut(b_HK, rows))
         return as_heads(y_NHK, call.B, call.S, self.kv_channels)
 
     def turn(self, part, x_BSHK, call):

@@ -142,6 +142,16 @@ class Composite(ParallelLayer):
         return {name: gradients[name] for name in layer.specs}
 
 
+def cut(x, at, axis=0):
+    """x[at] along axis 0, or 1; x itself where that is all of it, as a rank's one block is in ordinary mode.
+
+    (To make a view takes a GPU's host longer than to launch a kernel.)
+    """
+    if at.start == 0 and at.stop == x.shape[axis]:
+        return x
+    return x[:, at] if axis else x[at]
+
+
 def some(names):
     """A few of the names, for a message."""
     names = sorted(map(str, names))

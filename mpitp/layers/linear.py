@@ -9,7 +9,7 @@ from ..comm.ledger import Collective
 from ..errors import require_positive
 from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forward, linear_weight_backward, product
 from ..parameters import ParameterSpec
-from .base import ParallelLayer, join, require_saved
+from .base import ParallelLayer, cut, join, require_saved
 from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, gather_from_ranks_backward,
                        gather_from_ranks_forward, reduce_from_ranks_backward, reduce_from_ranks_forward,
                        scatter_to_ranks_backward, scatter_to_ranks_forward)
@@ -64,8 +64,8 @@ class ColumnParallelLinear(ParallelLayer):
         y_NOp = self.group.xp.empty((len(x_NI), self.local_features), self.dtype)
 
         def columns(block):
-            y_NOb, _ = linear_forward(x_NI, w_OpI[block.local], out=y_NOp[:, block.local])
-            add_bias(y_NOb, None if b_Op is None else b_Op[block.local])
+            y_NOb, _ = linear_forward(x_NI, cut(w_OpI, block.local), out=cut(y_NOp, block.local, axis=1))
+            add_bias(y_NOb, None if b_Op is None else cut(b_Op, block.local))
 
         for _ in self.group.each_block(columns, self.partition):
             pass
@@ -90,11 +90,11 @@ class ColumnParallelLinear(ParallelLayer):
         later = Later(self.group)
 
         def partial(block):
-            dy_NOb = dy_NOp[:, block.local]
+            dy_NOb = cut(dy_NOp, block.local, axis=1)
             if db_Op is not None:
-                bias_backward(dy_NOb, out=db_Op[block.local])
-            later.append(lambda: linear_weight_backward(dy_NOb, x_NI, out=dw_OpI[block.local]))
-            return product(dy_NOb, w_OpI[block.local], dtype=self.leaf_dtype)
+                bias_backward(dy_NOb, out=cut(db_Op, block.local))
+            later.append(lambda: linear_weight_backward(dy_NOb, x_NI, out=cut(dw_OpI, block.local)))
+            return product(dy_NOb, cut(w_OpI, block.local), dtype=self.leaf_dtype)
 
         dx_NI = copy_to_ranks_backward(partial, self.partition, self.group, x_NI.shape, self.dtype, later)
         return dx_NI.reshape(*dy.shape[:-1], self.in_features), gradients
@@ -147,7 +147,8 @@ class RowParallelLinear(ParallelLayer):
         w_OIp, b_O = self.parameter("weight"), self.parameter("bias")
 
         def partial(block):
-            y_NO, _ = linear_forward(x_NIp[:, block.local], w_OIp[:, block.local], dtype=self.leaf_dtype)
+            y_NO, _ = linear_forward(cut(x_NIp, block.local, axis=1), cut(w_OIp, block.local, axis=1),
+                                     dtype=self.leaf_dtype)
             return y_NO
 
         shape = len(x_NIp), self.out_features
@@ -169,8 +170,8 @@ class RowParallelLinear(ParallelLayer):
             bias_backward(dy_NO, out=db_O)                  # dy is complete: so is the gradient
 
         def columns(block):
-            dx_NIb, _ = linear_backward(dy_NO, (x_NIp[:, block.local], w_OIp[:, block.local]),
-                                        dw_out=dw_OIp[:, block.local])
+            dx_NIb, _ = linear_backward(dy_NO, (cut(x_NIp, block.local, axis=1), cut(w_OIp, block.local, axis=1)),
+                                        dw_out=cut(dw_OIp, block.local, axis=1))
             dx_NIp[:, block.local] = dx_NIb
 
         for _ in self.group.each_block(columns, self.partition):

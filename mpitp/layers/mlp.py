@@ -10,7 +10,7 @@ from ..errors import require, require_positive
 from ..ops.activation import ACTIVATIONS, activation_backward, activation_forward, gated_backward, gated_forward
 from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forward, linear_weight_backward, product
 from ..parameters import ParameterSpec
-from .base import ParallelLayer, join, require_saved
+from .base import ParallelLayer, cut, join, require_saved
 from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
                        reduce_from_ranks_forward)
 
@@ -83,8 +83,8 @@ class ParallelMLP(ParallelLayer):
         def project(part, block):
             """x times this block of a projection, and the bias that is still to be added."""
             w_FpD, b_Fp = self.parameter(f"{part}.weight"), self.parameter(f"{part}.bias")
-            h_NFb, _ = linear_forward(x_ND, w_FpD[block.local])
-            return h_NFb, (None if b_Fp is None else b_Fp[block.local])
+            h_NFb, _ = linear_forward(x_ND, cut(w_FpD, block.local))
+            return h_NFb, (None if b_Fp is None else cut(b_Fp, block.local))
 
         def partial(block):
             h_NFb, b_Fb = project("gate" if self.gated else "up", block)
@@ -97,7 +97,7 @@ class ParallelMLP(ParallelLayer):
                 a_NFb, of_activation = activation_forward(self.activation, h_NFb, out=h_NFb, bias=b_Fb)
             if kept is not None:
                 kept[block.index] = a_NFb, of_activation
-            y_ND, _ = linear_forward(a_NFb, down_DFp[:, block.local], dtype=self.leaf_dtype)
+            y_ND, _ = linear_forward(a_NFb, cut(down_DFp, block.local, axis=1), dtype=self.leaf_dtype)
             return y_ND
 
         return partial
@@ -128,16 +128,16 @@ class ParallelMLP(ParallelLayer):
         def project_backward(part, dh_NFb, block, dx_ND=None):
             """dx of one projection, added to dx_ND if given; its weight and bias gradients go where they belong."""
             if self.parameter(f"{part}.bias") is not None:
-                bias_backward(dh_NFb, out=gradients[join(self.name, f"{part}.bias")][block.local])
-            w_FbD = self.parameter(f"{part}.weight")[block.local]
-            dw_FbD = gradients[join(self.name, f"{part}.weight")][block.local]
+                bias_backward(dh_NFb, out=cut(gradients[join(self.name, f"{part}.bias")], block.local))
+            w_FbD = cut(self.parameter(f"{part}.weight"), block.local)
+            dw_FbD = cut(gradients[join(self.name, f"{part}.weight")], block.local)
             later.append(lambda: linear_weight_backward(dh_NFb, x_ND, out=dw_FbD))
             return product(dh_NFb, w_FbD, dx_ND, self.leaf_dtype, add=dx_ND is not None)
 
         def partial(block):
             a_NFb, of_activation = kept[block.index]
-            down_DFb = self.parameter("down.weight")[:, block.local]
-            ddown_DFb = gradients[join(self.name, "down.weight")][:, block.local]
+            down_DFb = cut(self.parameter("down.weight"), block.local, axis=1)
+            ddown_DFb = cut(gradients[join(self.name, "down.weight")], block.local, axis=1)
             da_NFb, _ = linear_backward(dy_ND, (a_NFb, down_DFb), dw_out=ddown_DFb)
             if not self.gated:
                 return project_backward("up", activation_backward(da_NFb, of_activation, out=da_NFb), block)

@@ -85,10 +85,10 @@ extern "C" __global__ void softmax_backward(const A* s, const A* dp, const A* ls
 def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=None, slopes=None, mask=None, keep=None):
     """As mpitp.ops.attention.attention_forward; scores and lse in float32 for 16-bit q."""
     (G, H, Q, K), dtype = q_GHQK.shape, q_GHQK.dtype
-    lse_GHQ = cupy.empty((G, H, Q), sum_dtype(dtype))
+    lse_GHQ = cupy.ndarray((G, H, Q), sum_dtype(dtype))
     for first, stop, seen, rules in tiles(q_GHQK, k_GSK, scale, causal, window, slopes, mask, keep):
         s_GnV = product(rows_of_heads(q_GHQK, first, stop), k_GSK[:, seen].swapaxes(1, 2), dtype=lse_GHQ.dtype)
-        p_GnV = cupy.empty(s_GnV.shape, dtype)
+        p_GnV = cupy.ndarray(s_GnV.shape, dtype)
         launch(kernel(FORWARD, "softmax", dtype), G * H * (stop - first), threads_for(s_GnV.shape[2]),
                (s_GnV, p_GnV, lse_GHQ, *rules))
         write_rows_of_heads(out, first, stop, p_GnV, v_GSK[:, seen])
@@ -100,7 +100,7 @@ def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, 
     """As mpitp.ops.attention.attention_backward; dk and dv in float32 for 16-bit q."""
     (G, H, Q, K), dtype = q_GHQK.shape, q_GHQK.dtype
     computed = sum_dtype(dtype)
-    dk_GSK, dv_GSK = (cupy.empty(k_GSK.shape, computed) if d is None else d for d in (dk, dv))
+    dk_GSK, dv_GSK = (cupy.ndarray(k_GSK.shape, computed) if d is None else d for d in (dk, dv))
     add = False
     # The last tile first: where it sees all keys it writes dk and dv, to which the others add.
     for first, stop, seen, rules in reversed(list(tiles(q_GHQK, k_GSK, scale, causal, window, slopes, mask, keep))):
@@ -111,7 +111,7 @@ def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, 
         q_GnK, dout_GnK = rows_of_heads(q_GHQK, first, stop), rows_of_heads(dout_GHQK, first, stop)
         s_GnV = product(q_GnK, k_GSK[:, seen].swapaxes(1, 2), dtype=computed)
         dp_GnV = product(dout_GnK, v_GSK[:, seen].swapaxes(1, 2), dtype=computed)
-        ds_GnV, kept_GnV = (cupy.empty(dp_GnV.shape, dtype) for _ in range(2))
+        ds_GnV, kept_GnV = (cupy.ndarray(dp_GnV.shape, dtype) for _ in range(2))
         launch(kernel(BACKWARD, "softmax_backward", dtype), G * H * (stop - first), threads_for(s_GnV.shape[2]),
                (s_GnV, dp_GnV, lse_GHQ, dout_GHQK, out, ds_GnV, kept_GnV, np.int32(K), np.int32(H),
                 *strides_of(dout_GHQK), *strides_of(out), *rules))

@@ -128,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) few_rows(
 def one_row(x_1I, w_OI, out=None, dtype=None):
     """y = x w^T of one row, to `out` or a new array of `dtype` (x's)."""
     O, I = w_OI.shape
-    y_1O = cupy.empty((1, O), x_1I.dtype if dtype is None else dtype) if out is None else out
+    y_1O = cupy.ndarray((1, O), x_1I.dtype if dtype is None else dtype) if out is None else out
     w_OI, x_1I = in_rows(w_OI), in_rows(x_1I)
     y = y_1O if y_1O.flags.c_contiguous else cupy.empty((1, O), y_1O.dtype)
     # More warps a row where rows are few, so that enough of w is under way. By the shape alone: it is part of the bits.

@@ -112,8 +112,8 @@ def last_query_forward(q_BHK, k_BCGK, v_BCGK, starts_B, scale, *, out, window=No
         return
     pieces, size = -(-C // PIECE), q_BHK.itemsize
     q_BHK = q_BHK if q_BHK.strides[2] == size else cupy.ascontiguousarray(q_BHK)
-    result = out if out.strides[2] == size else cupy.empty(out.shape, out.dtype)
-    tops, sums, parts = (cupy.empty((B * H, pieces, n), computed) for n in (1, 1, K))
+    result = out if out.strides[2] == size else cupy.ndarray(out.shape, out.dtype)
+    tops, sums, parts = (cupy.ndarray((B * H, pieces, n), computed) for n in (1, 1, K))
     window = np.int32(0 if window is None else window)
     kernel(ATTEND, "attend", q_BHK.dtype)(
         (B * H, pieces), (256,),

@@ -36,7 +36,7 @@ def product(a, b, out=None, dtype=None, add=False):
     To `out`, added to what it holds if `add`, or to a new array of `dtype` (a's).
     """
     (*stack, m, k), n = a.shape, b.shape[-1]
-    result = cupy.empty((*stack, m, n), a.dtype if dtype is None else dtype) if out is None else out
+    result = cupy.ndarray((*stack, m, n), a.dtype if dtype is None else dtype) if out is None else out
     if not (result.size and k):
         if not add:
             result.fill(0)

@@ -52,8 +52,8 @@ def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
     """As mpitp.ops.norm.norm_forward, computed in float32 for 16-bit x."""
     K = x.shape[-1]
     x_NK = cupy.ascontiguousarray(x).reshape(-1, K)
-    y_NK, xhat_NK = cupy.empty(x_NK.shape, x.dtype), cupy.empty(x_NK.shape, x.dtype)
-    rstd_N1 = cupy.empty((len(x_NK), 1), sum_dtype(x.dtype))
+    y_NK, xhat_NK = cupy.ndarray(x_NK.shape, x.dtype), cupy.ndarray(x_NK.shape, x.dtype)
+    rstd_N1 = cupy.ndarray((len(x_NK), 1), sum_dtype(x.dtype))
     launch(kernel(FORWARD, "norm_forward", x.dtype), len(x_NK) if K else 0, threads_for(K),
            (x_NK, w, w if b is None else b, xhat_NK, rstd_N1, y_NK, np.int32(K), sum_dtype(x.dtype).type(epsilon),
             np.int32(kind == "layernorm"), np.int32(zero_centered), np.int32(b is not None)))
@@ -65,7 +65,7 @@ def norm_backward(dy, saved, dw_out=None, db_out=None):
     xhat_NK, rstd_N1, w, kind, zero_centered, has_bias = saved
     K = dy.shape[-1]
     dy_NK = cupy.ascontiguousarray(dy).reshape(-1, K)
-    dx_NK = cupy.empty(dy_NK.shape, dy.dtype)
+    dx_NK = cupy.ndarray(dy_NK.shape, dy.dtype)
     launch(kernel(BACKWARD, "norm_backward", dy.dtype), len(dy_NK) if K else 0, threads_for(K),
            (dy_NK, xhat_NK, rstd_N1, w, dx_NK, np.int32(K), np.int32(kind == "layernorm"), np.int32(zero_centered)))
     dw_K = column_sum(dy_NK, xhat_NK, out=dw_out)

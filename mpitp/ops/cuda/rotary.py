@@ -31,7 +31,7 @@ extern "C" __global__ void rotary(const T* x, const A* cosine, const A* sine, co
 def rotary_forward(x, cos, sin, interleaved, starts=None, turn=1):
     """As mpitp.ops.rotary.rotary_forward; cos and sin in float32 for 16-bit x."""
     half, (S, heads, K) = cos.shape[-1], x.shape[-3:]
-    x, y = cupy.ascontiguousarray(x), cupy.empty(x.shape, x.dtype)
+    x, y = cupy.ascontiguousarray(x), cupy.ndarray(x.shape, x.dtype)
     launch(kernel(SOURCE, "rotary", x.dtype), x.size // (heads * K) if x.size else 0, threads_for(heads * half),
            (x, cos, sin, NOTHING if starts is None else starts, y, np.int32(S), np.int32(heads), np.int32(K),
             np.int32(half), np.int32(interleaved), cos.dtype.type(turn)))
