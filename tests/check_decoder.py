@@ -2,7 +2,7 @@
 import numpy as np
 
 import mpitp
-from mpitp import dense_decoder
+from mpitp import dense_decoder, dense_layers
 from mpitp.commands.layers import compare
 from mpitp.layers.loss import cross_entropy_collectives
 from mpitp.magnitude import value
@@ -34,7 +34,7 @@ def dropout_of(seed, dtype=float):
 def dense_decoder_results(configuration, weights, ids, targets, mask=None, dropout=dense_decoder.no_dropout,
                           label_smoothing=0.0):
     logits, saved = dense_decoder.decoder_forward(configuration, weights, ids, mask, dropout)
-    loss, d_logits = dense_decoder.cross_entropy(logits, targets, label_smoothing)
+    loss, d_logits = dense_layers.cross_entropy(logits, targets, label_smoothing)
     gradients = dense_decoder.decoder_backward(configuration, weights, d_logits, saved)
     return {"logits": logits, "loss": loss, "d_logits": d_logits, **gradients}
 

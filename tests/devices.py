@@ -7,7 +7,6 @@ its exit everything is on the device; and so is what forward keeps for backward.
 import functools
 import importlib
 import os
-import sys
 
 import numpy as np
 

@@ -4,7 +4,7 @@ import pytest
 
 from decoder_cases import KINDS, config
 from golden_decoder import SMOOTHING, ids_and_targets, weights_of
-from mpitp import dense_decoder
+from mpitp import dense_decoder, dense_layers
 from spmd import draw
 
 STEP = 1e-5
@@ -16,7 +16,7 @@ def gradients_and_loss(configuration, mask=None, dropout=dense_decoder.no_dropou
 
     def forward(w):
         logits, saved = dense_decoder.decoder_forward(configuration, w, ids, mask, dropout)
-        return *dense_decoder.cross_entropy(logits, targets, SMOOTHING), saved
+        return *dense_layers.cross_entropy(logits, targets, SMOOTHING), saved
     _, d_logits, saved = forward(weights)
     return (dense_decoder.decoder_backward(configuration, weights, d_logits, saved), weights,
             lambda w: float(forward(w)[0]))
@@ -107,11 +107,11 @@ def test_a_query_that_may_attend_to_nothing_gets_the_outputs_bias():
     w = dense_decoder.part(weights_of(configuration), "layers.0.attention.")
     x, mask = draw(0, 2, 7, 20), np.ones((2, 7), bool)
     mask[0, :3] = False
-    y, saved = dense_decoder.attention_forward(x, w, configuration, mask=mask)
+    y, saved = dense_layers.attention_forward(x, w, configuration, mask=mask)
     assert (y[0, :3] == w["out.bias"]).all() and (y[0, 3:] != w["out.bias"]).any() and (saved["p"][0, :, :3] == 0).all()
     dy = np.zeros_like(x)
     dy[0, :3] = 1
-    dx, gradients = dense_decoder.attention_backward(dy, saved, w, configuration)
+    dx, gradients = dense_layers.attention_backward(dy, saved, w, configuration)
     assert (dx == 0).all() and all((g == 0).all() for name, g in gradients.items() if name != "out.bias")
 
 
@@ -121,7 +121,7 @@ def test_scores_depend_on_distance_alone(kind):
     configuration = config(kind, num_layers=1)
     w = dense_decoder.part(weights_of(configuration), "layers.0.attention.")
     x = draw(1, 1, 1, 20).repeat(7, axis=1)
-    _, saved = dense_decoder.attention_forward(x, w, configuration)
+    _, saved = dense_layers.attention_forward(x, w, configuration)
     p = saved["p"][0]
     for later in range(2, 7):                               # p of two keys: their ratio is exp(difference of scores)
         np.testing.assert_allclose(p[:, later, later - 1] / p[:, later, later], p[:, 1, 0] / p[:, 1, 1], rtol=1e-12)
@@ -129,19 +129,19 @@ def test_scores_depend_on_distance_alone(kind):
 
 def test_alibi_slopes_by_hand():
     """Press et al., arXiv 2108.12409, and its code for 6 heads: those of 4, then every other one of those of 8."""
-    assert dense_decoder.slopes(1).tolist() == [2.0 ** -8]
-    assert dense_decoder.slopes(4).tolist() == [2.0 ** -2, 2.0 ** -4, 2.0 ** -6, 2.0 ** -8]
-    assert dense_decoder.slopes(6).tolist() == [2.0 ** -2, 2.0 ** -4, 2.0 ** -6, 2.0 ** -8, 2.0 ** -1, 2.0 ** -3]
+    assert dense_layers.slopes(1).tolist() == [2.0 ** -8]
+    assert dense_layers.slopes(4).tolist() == [2.0 ** -2, 2.0 ** -4, 2.0 ** -6, 2.0 ** -8]
+    assert dense_layers.slopes(6).tolist() == [2.0 ** -2, 2.0 ** -4, 2.0 ** -6, 2.0 ** -8, 2.0 ** -1, 2.0 ** -3]
 
 
 def test_cross_entropy_by_hand():
     """Logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8."""
     logits = np.log([[[1.0, 2.0, 5.0], [3.0, 3.0, 3.0]]])
-    loss, d_logits = dense_decoder.cross_entropy(logits, np.array([[2, -100]]))
+    loss, d_logits = dense_layers.cross_entropy(logits, np.array([[2, -100]]))
     assert np.isclose(loss, np.log(8 / 5)) and np.allclose(d_logits, [[[1 / 8, 2 / 8, -3 / 8], [0, 0, 0]]])
-    smooth, _ = dense_decoder.cross_entropy(logits, np.array([[2, -100]]), 0.3)
+    smooth, _ = dense_layers.cross_entropy(logits, np.array([[2, -100]]), 0.3)
     assert np.isclose(smooth, 0.7 * np.log(8 / 5) + 0.3 * (np.log(8) - np.log(10) / 3))
-    nothing, d_logits = dense_decoder.cross_entropy(logits, np.array([[7, 7]]), 0.3, ignore_index=7)
+    nothing, d_logits = dense_layers.cross_entropy(logits, np.array([[7, 7]]), 0.3, ignore_index=7)
     assert nothing == 0 and (d_logits == 0).all()
 
 
@@ -152,7 +152,7 @@ def test_inputs_are_not_changed_and_float32_stays():
         copies = {name: w.copy() for name, w in weights.items()}
         ids, targets = ids_and_targets(configuration)
         logits, saved = dense_decoder.decoder_forward(configuration, weights, ids)
-        loss, d_logits = dense_decoder.cross_entropy(logits, targets, SMOOTHING)
+        loss, d_logits = dense_layers.cross_entropy(logits, targets, SMOOTHING)
         gradients = dense_decoder.decoder_backward(configuration, weights, d_logits, saved)
         assert {a.dtype for a in (logits, loss, d_logits, *gradients.values())} == {np.dtype("f")}, kind
         assert all((weights[name] == copies[name]).all() for name in weights), kind

@@ -8,7 +8,7 @@ import pytest
 
 from decoder_cases import KINDS, config
 from golden_decoder import ids_and_targets, shapes, weights_of
-from mpitp import dense, dense_decoder
+from mpitp import dense, dense_decoder, dense_layers
 from mpitp.commands.layers import compare
 from mpitp.magnitude import Magnitude, activation, value
 from spmd import draw
@@ -39,12 +39,12 @@ def layer_case(layer, kind, seed=0, dtype="f"):
     if layer == "cross entropy":
         targets = np.random.default_rng(seed).integers(0, 20, (2, 7))
         targets[0, 1] = -100
-        return lambda w, x, dy: dict(zip(("loss", "dx"), dense_decoder.cross_entropy(x, targets, 0.1))), {}, x * 3, dy
+        return lambda w, x, dy: dict(zip(("loss", "dx"), dense_layers.cross_entropy(x, targets, 0.1))), {}, x * 3, dy
 
     def results(w, x, dy):
         if layer == "linear":
-            y = dense_decoder.linear_forward(x, w, "l")
-            dx, gradients = dense_decoder.linear_backward(dy, x, w, "l")
+            y = dense_layers.linear_forward(x, w, "l")
+            dx, gradients = dense_layers.linear_backward(dy, x, w, "l")
         else:
             y, saved = getattr(dense_decoder, f"{layer}_forward")(x, w, configuration)
             dx, gradients = getattr(dense_decoder, f"{layer}_backward")(dy, saved, w, configuration)
@@ -116,7 +116,7 @@ def test_an_error_in_any_product_of_a_decoder_is_seen_by_norms(kind, dtype, erro
 
     def results(w):
         logits, saved = dense_decoder.decoder_forward(configuration, w, ids)
-        loss, d_logits = dense_decoder.cross_entropy(logits, targets, 0.1)
+        loss, d_logits = dense_layers.cross_entropy(logits, targets, 0.1)
         return {"logits": logits, "loss": loss, **dense_decoder.decoder_backward(configuration, w, d_logits, saved)}
 
     def once(w):                                            # what `compare` asks for does not change

@@ -8,7 +8,7 @@ import pytest
 import mpitp
 from check_decoder import dense_weights
 from decoder_cases import KINDS, config
-from mpitp import dense_decoder
+from mpitp import dense_decoder, dense_layers
 from mpitp.training import loop, optimizer
 from mpitp.training.data import Tokens, order_2_bits
 from mpitp.training.loop import Settings, Trainer, TrainingStopped
@@ -45,7 +45,7 @@ def dense_steps(made, weights, steps):
         for micro in range(s.gradient_accumulation):
             ids, targets = made.tokens.batch(step * s.gradient_accumulation + micro, s.micro_batch_size)
             logits, saved = dense_decoder.decoder_forward(configuration, w, ids)
-            _, d_logits = dense_decoder.cross_entropy(logits, targets, s.label_smoothing)
+            _, d_logits = dense_layers.cross_entropy(logits, targets, s.label_smoothing)
             found = dense_decoder.decoder_backward(configuration, w, d_logits / s.gradient_accumulation, saved)
             g = {name: g[name] + found[name] for name in g}
         norm = math.sqrt(sum((array * array).sum() for array in g.values()))

@@ -187,7 +187,8 @@ class TensorParallelGroup(Collectives):
         try:
             group = TensorParallelGroup(part, device=self.device, reproducible=self.reproducible,
                                         blocks=self.blocks if self.reproducible else 8, check=self.check,
-                                        tf32=self.tf32, transport=self.transport.name, gpu=self.gpu and self.gpu.number, share_gpu=True)
+                                        tf32=self.tf32, transport=self.transport.name,
+                                        gpu=self.gpu and self.gpu.number, share_gpu=True)
         finally:
             part.Free()
         group._workers.count = self._workers.count          # the other subgroups share the cores too

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import dense, dense_decoder, rng
+from .. import dense, dense_decoder, dense_layers, rng
 from ..config import DecoderConfig, Rotary
 from ..decoder import Decoder
 from ..layers.block import ParallelBlock
@@ -149,8 +149,8 @@ class Checks:
         x, dy = self.draw("x", BATCH, SEQUENCE, layer.in_features), self.draw("dy", BATCH, SEQUENCE, layer.out_features)
 
         def results(w, x, dy):
-            dx, gradients = dense_decoder.linear_backward(dy, x, w, "l")
-            return {"y": dense_decoder.linear_forward(x, w, "l"), "dx": dx, **gradients}
+            dx, gradients = dense_layers.linear_backward(dy, x, w, "l")
+            return {"y": dense_layers.linear_forward(x, w, "l"), "dx": dx, **gradients}
         return self.forward_backward(title, layer, weights, x, dy, results)
 
     def part_of_block(self, part, title, config):
@@ -162,14 +162,14 @@ class Checks:
         def results(w, x, dy):
             inner = dense_decoder.part(w, f"{part}.") if part else w
             if part == "mlp":
-                y, saved = dense_decoder.mlp_forward(x, inner, config)
-                dx, gradients = dense_decoder.mlp_backward(dy, saved, inner, config)
+                y, saved = dense_layers.mlp_forward(x, inner, config)
+                dx, gradients = dense_layers.mlp_backward(dy, saved, inner, config)
             elif part == "attention":
-                y, saved = dense_decoder.attention_forward(x, inner, config)
-                dx, gradients = dense_decoder.attention_backward(dy, saved, inner, config)
+                y, saved = dense_layers.attention_forward(x, inner, config)
+                dx, gradients = dense_layers.attention_backward(dy, saved, inner, config)
             elif part:
-                y, saved = dense_decoder.norm_forward(x, inner, config)
-                dx, gradients = dense_decoder.norm_backward(dy, saved, inner, config)
+                y, saved = dense_layers.norm_forward(x, inner, config)
+                dx, gradients = dense_layers.norm_backward(dy, saved, inner, config)
             else:
                 y, saved = dense_decoder.block_forward(x, inner, config)
                 dx, gradients = dense_decoder.block_backward(dy, saved, inner, config)
@@ -185,7 +185,7 @@ class Checks:
         _, gradients = layer.backward(self.on_device(dy), saved)
 
         def results(w, dy):
-            hot = dense_decoder.one_hot(ids, VOCABULARY, dy.dtype).reshape(-1, VOCABULARY)
+            hot = dense_layers.one_hot(ids, VOCABULARY, dy.dtype).reshape(-1, VOCABULARY)
             return {"y": w["embedding.weight"][ids] * 3.0, "embedding.weight": hot.T @ (dy * 3.0).reshape(-1, HIDDEN)}
         return self.judge("embedding", layer, layer.collectives(ids.size), {"y": y}, gradients, results, weights, dy)
 
@@ -203,7 +203,7 @@ class Checks:
         expected = cross_entropy_collectives(BATCH * SEQUENCE, SMOOTHING, self.dtype)
 
         def results(w, logits):
-            return dict(zip(("loss", "d_logits"), dense_decoder.cross_entropy(logits, targets, SMOOTHING)))
+            return dict(zip(("loss", "d_logits"), dense_layers.cross_entropy(logits, targets, SMOOTHING)))
         return self.finish("cross entropy, label smoothing", counts, expected, found, results, {}, logits)
 
     def decoder(self, title, config):
@@ -221,7 +221,7 @@ class Checks:
 
         def results(w):
             logits, saved = dense_decoder.decoder_forward(config, w, ids)
-            loss, d_logits = dense_decoder.cross_entropy(logits, targets, SMOOTHING)
+            loss, d_logits = dense_layers.cross_entropy(logits, targets, SMOOTHING)
             return {"logits": logits, "loss": loss, **dense_decoder.decoder_backward(config, w, d_logits, saved)}
         return self.finish(title, counts, expected, found, results, weights)
 

@@ -170,8 +170,8 @@ def block_product_cases(group, tokens, hidden, heads=BLOCK_HEADS, dtype="float32
     K, mine = hidden // heads, group.partition(heads).lengths[group.rank]
     F = group.partition(4 * hidden).lengths[group.rank]
     shapes = 3 * [(hidden, mine * K)] + [(mine * K, hidden), (hidden, F), (F, hidden)]
-    linears = [(draw(tokens, i), draw(o, i), draw(tokens, o), xp.empty((o, i), sum_dtype(compute_dtype(dtype, group.device))))
-               for i, o in shapes]
+    of_gradients = sum_dtype(compute_dtype(dtype, group.device))
+    linears = [(draw(tokens, i), draw(o, i), draw(tokens, o), xp.empty((o, i), of_gradients)) for i, o in shapes]
     q, k, v, da = (draw(mine, tokens, K) for _ in range(4))
     tile = tile_of(group)
     p, ds = (xp.empty(mine * min(tile, tokens) * tokens, q.dtype) for _ in range(2))

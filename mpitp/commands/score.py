@@ -8,8 +8,6 @@ import math
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
 from .. import __version__
 from ..comm import launch
 from ..errors import require, require_positive

@@ -23,7 +23,7 @@ def append(held_BCGK, new_BSGK, starts_B):
 
 
 def last_query_forward(q_BHK, k_BCGK, v_BCGK, starts_B, scale, *, out, window=None, slopes=None):
-    """out[b] = softmax(scale q[b] k^T + slope (key - query)) v over keys 0..starts[b], the last of which is the query's.
+    """out[b] = softmax(scale q[b] k^T + slope (key - query)) v over keys 0..starts[b]; the last key is the query's own.
 
     Parameters
     ----------

@@ -25,8 +25,8 @@ struct alignas(sizeof(T) * WIDE) Vector { T at[WIDE]; };
 #define EACH _Pragma("unroll") for (int v = 0; v < WIDE; v++)
 """
 FORWARD = VECTOR + r"""
-// a = act(h + b), slope = act'(h + b), or with u: a = act(h + b) (u + c), act = act(h + b), and u + c in the place of u.
-// In rows of `columns` numbers, WIDE of which lie in one row; slope, act, u, b and c may be missing
+// a = act(h + b), slope = act'(h + b); with u: a = act(h + b) (u + c), act = act(h + b), and u + c in the place of u.
+// Rows of `columns` numbers, WIDE of which lie in one row; slope, act, u, b and c may be missing
 extern "C" __global__ void activate(T* h, T* u, T* a_out, T* act_out, T* slope, const T* b, const T* c, long long n,
                                     int columns) {
     const long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDE;
@@ -88,7 +88,7 @@ def of_pairs(name, dtype, wide):
 
 
 def over_vectors(function, arrays, *more):
-    """Launch function(wide) on arrays of one size and dtype, C-contiguous or None, and more: 16 bytes a thread, if it may.
+    """Launch function(wide) on arrays of one size and dtype, C-contiguous or None, and more; 16 bytes a thread, if it may.
     """
     given = [x for x in arrays if x is not None]
     first, pointers = given[0], 0

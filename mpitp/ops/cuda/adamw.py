@@ -5,8 +5,8 @@ from .kernel import kernel, launch
 
 THREADS, EACH = 256, 4      # numbers a thread moves
 SOURCE = r"""
-extern "C" __global__ void adamw(A* w, const A* g, A* m, A* v, T* rounded, long long n, A beta1, A beta2, A rate, A root,
-                                 A eps, A decay, A scale) {
+extern "C" __global__ void adamw(A* w, const A* g, A* m, A* v, T* rounded, long long n, A beta1, A beta2, A rate,
+                                 A root, A eps, A decay, A scale) {
     #pragma unroll
     for (int j = 0; j < EACH; j++) {
         const long long i = ((long long)blockIdx.x * EACH + j) * blockDim.x + threadIdx.x;

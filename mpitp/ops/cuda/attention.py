@@ -1,7 +1,7 @@
 """Softmax attention of one sequence on the GPU: cuBLAS for the products, one kernel for the softmax between them.
 
-As the NumPy, in tiles of queries, so that memory grows with the sequence; the query heads that share keys go through the
-products as one matrix. The number of heads in a product is part of its bits, so callers hand over as many whatever the
+As the NumPy, in tiles of queries, so that memory grows with the sequence; the query heads that share keys go through
+the products as one matrix. The number of heads in a product is part of its bits, so callers hand over as many whatever the
 number of ranks is (a block's).
 
 Dimension key: G key/value heads, H query heads of each, Q queries, S keys, K features of a head; T queries of one
@@ -19,12 +19,13 @@ TILE = 1024             # queries; fixed, since it is part of the bits
 COMMON = f"""
 #define INF ((A){INFINITY})
 """ + r"""
-// Row blockIdx.x is query t, of `queries`, of head gh, whose statistics lie in lse[gh, first + t] of Q; V keys from position `key`.
-#define RULES int queries, int V, int Q, int first, A scale, long long query, long long key, int causal, long long window, \
-              const A* slopes, const bool* mask, long long mask_pitch, const A* keep
-#define SCORE(s) score((s) * scale, blockIdx.x / queries, blockIdx.x % queries, v, query, key, causal, window, slopes, mask, \
-                       mask_pitch)
-// The score of query t of head gh for the key in column v: scaled already; biased here, -inf where it may not be attended.
+// Row blockIdx.x is query t, of `queries`, of head gh, whose statistics lie in lse[gh, first + t] of Q; V keys, the first
+// of which is at position `key`.
+#define RULES int queries, int V, int Q, int first, A scale, long long query, long long key, int causal, \
+              long long window, const A* slopes, const bool* mask, long long mask_pitch, const A* keep
+#define SCORE(s) score((s) * scale, blockIdx.x / queries, blockIdx.x % queries, v, query, key, causal, window, slopes, \
+                       mask, mask_pitch)
+// The score of query t of head gh for the key in column v: scaled already; biased, -inf where it may not be attended.
 __device__ A score(A s, int gh, int t, int v, long long query, long long key, int causal, long long window,
                    const A* slopes, const bool* mask, long long mask_pitch) {
     const long long distance = (key + v) - (query + t);                 // key - query
@@ -84,7 +85,7 @@ extern "C" __global__ void softmax_backward(const A* s, const A* dp, const A* ls
 
 def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=None, slopes=None, mask=None, keep=None):
     """As mpitp.ops.attention.attention_forward; scores and lse in float32 for 16-bit q."""
-    (G, H, Q, K), dtype = q_GHQK.shape, q_GHQK.dtype
+    (G, H, Q, _), dtype = q_GHQK.shape, q_GHQK.dtype
     lse_GHQ = cupy.ndarray((G, H, Q), sum_dtype(dtype))
     for first, stop, seen, rules in tiles(q_GHQK, k_GSK, scale, causal, window, slopes, mask, keep):
         s_GnV = product(rows_of_heads(q_GHQK, first, stop), k_GSK[:, seen].swapaxes(1, 2), dtype=lse_GHQ.dtype)
@@ -98,7 +99,7 @@ def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=N
 def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, dk=None, dv=None, causal=True,
                        window=None, slopes=None, mask=None, keep=None):
     """As mpitp.ops.attention.attention_backward; dk and dv in float32 for 16-bit q."""
-    (G, H, Q, K), dtype = q_GHQK.shape, q_GHQK.dtype
+    (G, H, _, K), dtype = q_GHQK.shape, q_GHQK.dtype
     computed = sum_dtype(dtype)
     dk_GSK, dv_GSK = (cupy.ndarray(k_GSK.shape, computed) if d is None else d for d in (dk, dv))
     add = False

@@ -8,7 +8,6 @@ import cupy
 import numpy as np
 
 from ...rng import key
-from .kernel import elementwise
 
 ROUND = """
 __device__ unsigned long long philox_word(unsigned long long index, unsigned long long k0, unsigned long long k1) {

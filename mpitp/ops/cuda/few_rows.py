@@ -1,7 +1,7 @@
 """y = x w^T of one row, or a few, on the GPU: what it costs is reading w once.
 
-Kernels of our own, since they can be recorded as a graph, where CuPy refuses cuBLAS, and since cuBLAS takes twice the
-time of the reading for 2 to 16 rows of float32. Which thread adds what does not depend on the number of rows or outputs.
+Kernels of our own, since they can be recorded as a graph, where CuPy refuses cuBLAS, and since cuBLAS takes up to twice
+the time of the reading for 2 to 16 rows of float32. Which thread adds what does not depend on the number of rows.
 
 Dimension key: N rows (tokens), I in features, O out features.
 """
@@ -58,8 +58,8 @@ extern "C" __global__ void gemv(const T* w, const T* x, Y* y, int O, int I, long
 }
 """
 FEW = r"""
-// y[n, o] = sum over i of w[o, i] x[n, i]: a warp for R rows of w, a lane 4 numbers of each. x goes through shared memory,
-// CHUNK columns at a time, the next ones of which are under way while these are used; so are the next numbers of w.
+// y[n, o] = sum over i of w[o, i] x[n, i]: a warp for R rows of w, a lane 4 numbers of each. x goes through shared
+// memory, CHUNK columns at a time, the next ones of which are under way while these are used; so are those of w.
 struct alignas(16) Vector { float at[4]; };
 __device__ void copy_to_shared(Vector* to, const float* from) {
 #if __CUDA_ARCH__ >= 800

@@ -80,16 +80,3 @@ def launch(function, blocks, threads, arguments):
     """Start a kernel, unless there is nothing to do: a grid of no blocks is an error."""
     if blocks:
         function((blocks,), (threads,), arguments)
-
-
-ELEMENT = """
-template <typename T> struct computed_in { typedef float A; };
-template <> struct computed_in<double> { typedef double A; };
-"""
-
-
-@lru_cache(maxsize=None)
-def elementwise(inputs, outputs, body, name):
-    """An ElementwiseKernel whose body may use A, the type to compute in, of its first type T."""
-    return cupy.ElementwiseKernel(inputs, outputs, "typedef typename computed_in<T>::A A;\n" + body, name,
-                                  preamble=ELEMENT)

@@ -17,7 +17,8 @@ APPEND = r"""
 // held[b, starts[b] + s] = new[b, s], of keys and of values; one block of threads a new position, n numbers each
 extern "C" __global__ void append(T* keys, const T* new_keys, T* values, const T* new_values, const long long* starts,
                                   int S, int n, long long capacity) {
-    const long long b = blockIdx.x / S, to = (b * capacity + starts[b] + blockIdx.x % S) * n, from = blockIdx.x * (long long)n;
+    const long long b = blockIdx.x / S, to = (b * capacity + starts[b] + blockIdx.x % S) * n;
+    const long long from = blockIdx.x * (long long)n;
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         keys[to + i] = new_keys[from + i];
         values[to + i] = new_values[from + i];
@@ -28,9 +29,9 @@ ATTEND = rf"""
 #define PIECE {PIECE}
 """ + r"""
 // Of one query head and one piece of its keys: the largest score, the sum of e^(score - largest), and that of e^... v.
-extern "C" __global__ void attend(const T* q, const T* k, const T* v, const long long* starts, A* tops, A* sums, A* parts,
-                                  A scale, const A* slopes, int H, int share, int K, int window, long long q_b,
-                                  long long q_h, long long k_b, long long k_c, long long k_g) {
+extern "C" __global__ void attend(const T* q, const T* k, const T* v, const long long* starts, A* tops, A* sums,
+                                  A* parts, A scale, const A* slopes, int H, int share, int K, int window,
+                                  long long q_b, long long q_h, long long k_b, long long k_c, long long k_g) {
     __shared__ A s[PIECE], of_warp[8][128];
     const int head = blockIdx.x % H, b = blockIdx.x / H, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const long long length = starts[b] + 1, first = window > 0 && window < length ? length - window : 0;
@@ -80,8 +81,8 @@ extern "C" __global__ void attend(const T* q, const T* k, const T* v, const long
     }
 }
 // out = sum of the pieces' e^(top - largest top) part, over the same sum of their sums
-extern "C" __global__ void add_pieces(const A* tops, const A* sums, const A* parts, const long long* starts, T* out, int H,
-                                      int K, int window, int pieces, long long out_b, long long out_h) {
+extern "C" __global__ void add_pieces(const A* tops, const A* sums, const A* parts, const long long* starts, T* out,
+                                      int H, int K, int window, int pieces, long long out_b, long long out_h) {
     const int head = blockIdx.x % H, b = blockIdx.x / H;
     const long long length = starts[b] + 1, first = window > 0 && window < length ? length - window : 0;
     const int from = first / PIECE, to = (length - 1) / PIECE + 1;
@@ -100,7 +101,7 @@ extern "C" __global__ void add_pieces(const A* tops, const A* sums, const A* par
 def append(held_BCGK, new_BSGK, starts_B):
     """As mpitp.ops.keys_values.append, of a pair of arrays each."""
     (keys, values), (new_keys, new_values) = held_BCGK, (cupy.ascontiguousarray(new) for new in new_BSGK)
-    (B, S, G, K), n = new_keys.shape, new_keys.shape[2] * new_keys.shape[3]
+    (B, S), n = new_keys.shape[:2], new_keys.shape[2] * new_keys.shape[3]
     launch(kernel(APPEND, "append", keys.dtype), B * S if n else 0, threads_for(n),
            (keys, new_keys, values, new_values, starts_B, np.int32(S), np.int32(n), np.int64(keys.shape[1])))
 

@@ -127,5 +127,6 @@ def cuda_type(dtype):
 def numbers(dtype):
     """What products of a dtype are computed in, and where its 1 and 0 are."""
     computed = sum_dtype(dtype)
-    at = NUMBERS[computed].ctypes.data
-    return cublas.CUBLAS_COMPUTE_64F if computed == np.float64 else cublas.CUBLAS_COMPUTE_32F, at + computed.itemsize, at
+    compute = cublas.CUBLAS_COMPUTE_64F if computed == np.float64 else cublas.CUBLAS_COMPUTE_32F
+    zero = NUMBERS[computed].ctypes.data
+    return compute, zero + computed.itemsize, zero

@@ -15,7 +15,8 @@ extern "C" __global__ void rotary(const T* x, const A* cosine, const A* sine, co
     const long long n = blockIdx.x, row = n * heads * K, at = (starts ? starts[n / S] : 0) + n % S;
     for (int i = threadIdx.x; i < heads * half; i += blockDim.x) {
         const int head = i / half, pair = i % half;
-        const long long first = row + head * K + (interleaved ? 2 * pair : pair), second = first + (interleaved ? 1 : half);
+        const long long first = row + head * K + (interleaved ? 2 * pair : pair);
+        const long long second = first + (interleaved ? 1 : half);
         A u = up(x[first]), v = up(x[second]), c = cosine[at * half + pair], s = turn * sine[at * half + pair];
         y[first] = down(u * c - v * s);
         y[second] = down(v * c + u * s);
