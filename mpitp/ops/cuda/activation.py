@@ -26,7 +26,7 @@ struct alignas(sizeof(T) * WIDE) Vector { T at[WIDE]; };
 """
 FORWARD = VECTOR + r"""
 // a = act(h + b), slope = act'(h + b); with u: a = act(h + b) (u + c), act = act(h + b), and u + c in the place of u.
-// Rows of `columns` numbers, WIDE of which lie in one row; slope, act, u, b and c may be missing
+// Rows of `columns` numbers, WIDE of which lie in one row; act, u, b and c may be missing, and without SLOPE slope is
 extern "C" __global__ void activate(T* h, T* u, T* a_out, T* act_out, T* slope, const T* b, const T* c, long long n,
                                     int columns) {
     const long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDE;
@@ -37,9 +37,9 @@ extern "C" __global__ void activate(T* h, T* u, T* a_out, T* act_out, T* slope, 
         A x = up(in.at[v]) + (b ? up(b[column + v]) : (A)0);
         BODY
         out.at[v] = down(a);
-        derivative.at[v] = down(d);
+        if (SLOPE) derivative.at[v] = down(d);
     }
-    if (slope) AT(slope) = derivative;
+    if (SLOPE) AT(slope) = derivative;
     if (u) {
         Vector gate = AT(u);
         if (act_out) AT(act_out) = out;
@@ -78,8 +78,9 @@ NOTHING = np.uint64(0)      # a null pointer
 
 
 @lru_cache(maxsize=None)
-def activate(name, dtype, wide):
-    return kernel(FORWARD.replace("BODY", BODIES[name]), "activate", dtype, (f"-DWIDE={wide}",))
+def activate(name, dtype, with_slope, wide):
+    return kernel(FORWARD.replace("BODY", BODIES[name]), "activate", dtype,
+                  (f"-DWIDE={wide}", f"-DSLOPE={int(with_slope)}"))
 
 
 @lru_cache(maxsize=None)
@@ -88,7 +89,8 @@ def of_pairs(name, dtype, wide):
 
 
 def over_vectors(function, arrays, *more):
-    """Launch function(wide) on arrays of one size and dtype, C-contiguous or None, and more; 16 bytes a thread, if it may.
+    """Launch function(wide) on arrays of one size and dtype, C-contiguous or None, and more; 16 bytes a thread where
+    rows and addresses allow it.
     """
     given = [x for x in arrays if x is not None]
     first, pointers = given[0], 0
@@ -104,8 +106,8 @@ def over_vectors(function, arrays, *more):
 def activation_forward(name, h, out=None, derivative=None, bias=None):
     """As mpitp.ops.activation.activation_forward."""
     out = cupy.empty_like(h) if out is None else out
-    over_vectors(partial(activate, name, h.dtype), (h, None, out, None, derivative), bias, None, np.int64(h.size),
-                 np.int32(h.shape[-1]))
+    over_vectors(partial(activate, name, h.dtype, derivative is not None), (h, None, out, None, derivative),
+                 bias, None, np.int64(h.size), np.int32(h.shape[-1]))
     return out, derivative
 
 
@@ -119,7 +121,7 @@ def activation_backward(da, saved, out=None):
 def gated_forward(name, h, up, bias=None, up_bias=None, saved=True):
     """As mpitp.ops.activation.gated_forward."""
     a, act, slope = (cupy.empty_like(h), cupy.empty_like(h), h) if saved else (h, None, None)
-    over_vectors(partial(activate, name, h.dtype), (h, up, a, act, slope), bias, up_bias, np.int64(h.size),
+    over_vectors(partial(activate, name, h.dtype, saved), (h, up, a, act, slope), bias, up_bias, np.int64(h.size),
                  np.int32(h.shape[-1]))
     return a, ((act, slope, up) if saved else None)
 

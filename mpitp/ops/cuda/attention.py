@@ -1,8 +1,8 @@
 """Softmax attention of one sequence on the GPU: cuBLAS for the products, one kernel for the softmax between them.
 
 As the NumPy, in tiles of queries, so that memory grows with the sequence; the query heads that share keys go through
-the products as one matrix. The number of heads in a product is part of its bits, so callers hand over as many whatever the
-number of ranks is (a block's).
+the products as one matrix. The number of heads in a product is part of its bits, so callers hand over as many whatever
+the number of ranks is (a block's).
 
 Dimension key: G key/value heads, H query heads of each, Q queries, S keys, K features of a head; T queries of one
 tile, V the keys that it sees.
@@ -19,8 +19,8 @@ TILE = 1024             # queries; fixed, since it is part of the bits
 COMMON = f"""
 #define INF ((A){INFINITY})
 """ + r"""
-// Row blockIdx.x is query t, of `queries`, of head gh, whose statistics lie in lse[gh, first + t] of Q; V keys, the first
-// of which is at position `key`.
+// Row blockIdx.x is query t, of `queries`, of head gh, whose statistics lie in lse[gh, first + t] of Q; V keys, the
+// first of which is at position `key`.
 #define RULES int queries, int V, int Q, int first, A scale, long long query, long long key, int causal, \
               long long window, const A* slopes, const bool* mask, long long mask_pitch, const A* keep
 #define SCORE(s) score((s) * scale, blockIdx.x / queries, blockIdx.x % queries, v, query, key, causal, window, slopes, \

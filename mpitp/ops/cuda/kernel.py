@@ -20,9 +20,13 @@ ROUND = {
         typedef unsigned short T; typedef float A;
         __device__ A up(T x) { return __uint_as_float((unsigned)x << 16); }
         __device__ T down(A x) {
+        #if __CUDA_ARCH__ >= 800
+            T y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y;
+        #else
             unsigned bits = __float_as_uint(x);
             if (x != x) return 0x7fff;                                      // NaN stays one
             return (T)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+        #endif
         }""",
 }
 # Of 16 bits a result keeps 8 or 11: there the GPU's own exponential and division are exact enough, and twice as fast.
