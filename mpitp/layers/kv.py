@@ -14,7 +14,8 @@ class LayerKeyValues:
     """Those of one ParallelAttention.
 
     lengths, starts : KeyValues', shared by all layers
-    cos, sin : rotary tables of all positions; None without rotary
+    tables : rotary's cos and sin of all positions; () without rotary
+    units : {unit: [keys, values]}, (B, C, u, K) each
     """
 
     def __init__(self, layer, lengths, starts, capacity):
