@@ -235,3 +235,10 @@ def test_the_same_bits_on_a_stand_in():
     one, three = (job(ranks, "tests/hashes.py", "--device", "stand-in", timeout=120) for ranks in (1, 3))
     assert one.returncode == three.returncode == 0, one.stderr + three.stderr
     assert one.stdout == three.stdout and sum("bfloat16" in line for line in one.stdout.splitlines()) > 500
+
+
+@pytest.mark.launcher
+def test_what_cublas_is_told():
+    """Transposed or not, pitch, gaps between matrices, copies: for arrays that lie in memory in many ways."""
+    done = job(1, "tests/layout_job.py")
+    assert done.returncode == 0 and int(done.stdout.split()[0]) > 1000, done.stdout + done.stderr

@@ -41,8 +41,9 @@ def product(a, b, out=None, dtype=None, add=False):
         if not add:
             result.fill(0)
         return result
-    c, c_turned, c_pitch, c_apart = result, *layout(result)[1:]
-    if c_turned or not layout(result)[0]:
+    in_place, c_turned, c_pitch, c_apart = layout(result)
+    c = result
+    if c_turned or not in_place:
         c, c_pitch, c_apart = cupy.empty(result.shape, result.dtype), n, m * n
     a, a_turned, a_pitch, a_apart = operand(a)
     b, b_turned, b_pitch, b_apart = operand(b)
