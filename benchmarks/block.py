@@ -23,7 +23,8 @@ import torch.distributed as distributed
 import torch.nn.functional as functional
 
 import mpitp
-from mpitp.commands import measure, report
+from mpitp import measure
+from mpitp.commands import report
 from mpitp.comm.guard import guarded
 from mpitp.ops.activation import activation_backward, activation_forward
 from mpitp.ops.attention import attention_backward, attention_forward

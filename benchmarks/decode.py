@@ -38,7 +38,7 @@ def mpitp_role(model_path):
     launch.keep_freed_memory()
     import numpy as np
     import mpitp
-    from mpitp.commands import measure
+    from mpitp import measure
 
     with mpitp.TensorParallelGroup() as group:
         model = mpitp.load_model(model_path, group)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as distributed
 
 import mpitp
-from mpitp.commands import measure
+from mpitp import measure
 from mpitp.comm.guard import guarded
 from mpitp.ops.activation import activation_backward, activation_forward
 

@@ -31,7 +31,8 @@ import gpu_decoder
 import gpu_sums
 import mpitp
 from gpu_common import TORCH, as_torch, draw, finished, randomise, relative_difference, torch_graph
-from mpitp.commands import measure, report
+from mpitp import measure
+from mpitp.commands import report
 from mpitp.comm import launch
 from mpitp.comm.guard import guarded
 from mpitp.errors import require

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import mpitp
 from gpu_common import as_torch, norm_difference, randomise, torch_graph
-from mpitp.graph import CapturedToken, can_record
-from mpitp.layers.kv import KeyValues
+from mpitp.inference.graph import CapturedToken, can_record
+from mpitp.inference.kv import KeyValues
 from mpitp.training.optimizer import AdamW
 
 LAYERS, D, HEADS, FFN, V, TOKENS, CONTEXT = 12, 2048, 16, 5632, 32000, 1024, 512

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as functional
 
 import mpitp
-from mpitp.commands import measure
+from mpitp import measure
 from mpitp.comm.guard import guarded
 from mpitp.ops.rotary import rotary_tables
 from mpitp.training.data import Tokens

@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "TensorParallelGroup": "comm.group",
-    "Partition": "partition",
-    "ParameterSpec": "parameters",
+    "Partition": "sharding.partition",
+    "ParameterSpec": "sharding.parameters",
     "InputError": "errors",
     "ColumnParallelLinear": "layers.linear",
     "RowParallelLinear": "layers.linear",
@@ -22,13 +22,13 @@ _HOMES = {
     "PositionEmbedding": "layers.embedding",
     "vocab_parallel_cross_entropy_forward": "layers.loss",
     "vocab_parallel_cross_entropy_backward": "layers.loss",
-    "Decoder": "decoder",
-    "generate": "generation",
+    "Decoder": "layers.decoder",
+    "generate": "inference.generation",
     "DecoderConfig": "config",
     "Rotary": "config",
-    "load_model": "loading",
-    "save_model": "saving",
-    "Captured": "graph",
+    "load_model": "checkpoints.loading",
+    "save_model": "checkpoints.saving",
+    "Captured": "inference.graph",
 }
 __all__ = sorted(_HOMES)
 

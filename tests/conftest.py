@@ -14,6 +14,8 @@ import time
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "support"))       # what tests share
+
 import pytest
 from mpi4py import MPI
 

@@ -6,6 +6,9 @@ On a GPU in its 16-bit types, too.
 """
 import hashlib
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import numpy as np
 

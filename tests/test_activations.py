@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from mpitp import dense
+from mpitp.oracle import feed_forward as dense
 from mpitp.errors import InputError
 from mpitp.ops import activation
 from mpitp.ops.activation import ACTIVATIONS, activation_backward, activation_forward

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mpitp.commands import measure
+from mpitp import measure
 from spmd import job
 
 SMALL = ("--hidden-size", 32, "--seq-length", 8, "--rounds", 3, "--max-bytes", 600)

@@ -10,8 +10,7 @@ import pytest
 
 from mpitp.arrays import GPU_DTYPES, compute_dtype, sum_dtype
 from mpitp.config import Rotary
-from mpitp.ops import (activation, adamw, attention, cross_entropy, dropout, embedding, keys_values, linear, norm,
-                       rotary)
+from mpitp.ops import activation, adamw, attention, cross_entropy, dropout, embedding, keys_values, linear, norm, rotary
 
 
 def has_gpu():
@@ -351,8 +350,8 @@ def test_a_recorded_token_is_the_called_one(dtype, batch):
     """Bit by bit, at every position, of each kind of decoder whose products are read in vectors."""
     import mpitp
     from decoder_cases import KINDS, config
-    from mpitp.graph import CapturedToken, can_record
-    from mpitp.layers.kv import KeyValues
+    from mpitp.inference.graph import CapturedToken, can_record
+    from mpitp.inference.kv import KeyValues
     for kind in KINDS:
         with mpitp.TensorParallelGroup(mpitp_comm_self(), device="gpu") as group:
             even = dict(hidden_size=32, kv_channels=8, ffn_hidden_size=48) if batch > 1 else {}

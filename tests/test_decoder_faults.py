@@ -8,7 +8,7 @@ import pytest
 import mpitp
 from check_decoder import decoder_problems
 from decoder_cases import config
-from mpitp import parameters
+from mpitp.sharding import parameters
 from mpitp.layers.attention import ParallelAttention
 from mpitp.layers.base import ParallelLayer
 from mpitp.layers.heads import Call, Heads

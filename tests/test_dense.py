@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from make_golden_mlp import ACTIVATIONS, FILE, inputs
-from mpitp import dense
+from mpitp.oracle import feed_forward as dense
 from spmd import draw
 
 GOLDEN = {(case["activation"], case["gated"]): case for case in json.loads(FILE.read_text())["cases"]}

@@ -4,7 +4,7 @@ import pytest
 
 from decoder_cases import KINDS, config
 from golden_decoder import SMOOTHING, ids_and_targets, weights_of
-from mpitp import dense_decoder, dense_layers
+from mpitp.oracle import decoder as dense_decoder, layers as dense_layers
 from spmd import draw
 
 STEP = 1e-5

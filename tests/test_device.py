@@ -8,9 +8,9 @@ import pytest
 
 import mpitp
 from mpitp import InputError
-from mpitp.comm import device, staged, transport
+from mpitp.comm.gpu import aware as device, staged, choose as transport
 from mpitp.comm.mpi import MpiTransport
-from mpitp.comm.staged import StagedTransport
+from mpitp.comm.gpu.staged import StagedTransport
 from spmd import draw, job, same_bytes
 
 # --- what the MPI says ---------------------------------------------------------------------------------------
@@ -240,5 +240,5 @@ def test_the_same_bits_on_a_stand_in():
 @pytest.mark.launcher
 def test_what_cublas_is_told():
     """Transposed or not, pitch, gaps between matrices, copies: for arrays that lie in memory in many ways."""
-    done = job(1, "tests/layout_job.py")
+    done = job(1, "tests/support/layout_job.py")
     assert done.returncode == 0 and int(done.stdout.split()[0]) > 1000, done.stdout + done.stderr

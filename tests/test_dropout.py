@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpitp import rng
+from mpitp.sharding import rng
 from mpitp.ops import dropout
 from mpitp.ops.dropout import dropout_scale
-from mpitp.partition import Partition
+from mpitp.sharding.partition import Partition
 from spmd import same_bytes
 
 SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=150)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpitp
-from mpitp import dense
+from mpitp.oracle import feed_forward as dense
 from mpitp.layers import embedding
 from mpitp.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from mpitp.ops.embedding import embedding_backward

@@ -7,7 +7,7 @@ import pytest
 
 import mpitp
 from check_layers import linear_problems, mlp_problems
-from mpitp import parameters, rng
+from mpitp.sharding import parameters, rng
 from mpitp.comm.group import TensorParallelGroup
 from mpitp.layers import linear, mlp
 

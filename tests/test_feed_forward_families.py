@@ -10,8 +10,8 @@ import checkpoints
 import mpitp
 from check_layers import over_the_limit
 from mpitp import InputError
-from mpitp.families.feed_forward import activation_of, feed_forward, text_config
-from mpitp.storage.safetensors import Checkpoint
+from mpitp.checkpoints.families.feed_forward import activation_of, feed_forward, text_config
+from mpitp.checkpoints.safetensors import Checkpoint
 from spmd import draw, job
 
 

@@ -11,7 +11,7 @@ import pytest
 import make_tiny_checkpoints as tiny
 import mpitp
 from mpitp.commands import text
-from spmd import ROOT, job, job_environment
+from spmd import ROOT, SUPPORT, job, job_environment
 
 GOLDEN = tiny.load("gemma3_text")
 IDS = ",".join(map(str, GOLDEN["ids"]))
@@ -182,7 +182,7 @@ def test_bad_input(folder, arguments, said):
 @pytest.mark.launcher
 def test_text_without_a_tokenizer(folder, tmp_path):
     (tmp_path / "tokenizers.py").write_text("raise ImportError")
-    without = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    without = {"PYTHONPATH": f"{tmp_path}:{ROOT}:{SUPPORT}"}
     done = command(2, folder, "--ids", IDS, "--max-new-tokens", 2, environment=without)
     assert done.returncode == 0, done.stderr
     tiny.write(tmp_path / "model", GOLDEN)

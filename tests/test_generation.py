@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import mpitp
 from decoder_cases import KINDS, config
-from mpitp import generation
+from mpitp.inference import generation
 from mpitp.comm.ledger import Collective
 from mpitp.config import DecoderConfig
 from spmd import everywhere, job
@@ -128,7 +128,7 @@ def test_split_logits_draw_as_whole_ones(model, options):
         logits_BV = np.random.default_rng(step).integers(0, 3, (2, 11)).astype(np.float32)
         found = choice(split(model, logits_BV), step)
         for b, logits_V in enumerate(logits_BV):
-            number = (int(mpitp.rng.words(choice.keys[b], step, step + 1)[0]) >> 11) / 2 ** 53
+            number = (int(mpitp.sharding.rng.words(choice.keys[b], step, step + 1)[0]) >> 11) / 2 ** 53
             cumulative = np.cumsum(probabilities(logits_V, 0.8, top_k, top_p)[by_definition(logits_V, top_k, top_p)])
             at = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
             assert found[b] == by_definition(logits_V, top_k, top_p)[at]
@@ -204,7 +204,7 @@ import sys, hashlib; sys.path.insert(0, "tests")
 import numpy as np, mpitp
 from decoder_cases import KINDS
 from test_kv import IDS, decoder, extend
-from mpitp.layers.kv import KeyValues
+from mpitp.inference.kv import KeyValues
 with mpitp.TensorParallelGroup(reproducible=True) as group:
     for kind in KINDS:
         model = decoder(group, kind, "float32")

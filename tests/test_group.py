@@ -9,7 +9,7 @@ from check_collectives import broadcast_problems, of_rank, partition_problems, r
 from mpitp import InputError
 from mpitp.comm import guard
 from mpitp.comm.ledger import Collective
-from mpitp.partition import Partition
+from mpitp.sharding.partition import Partition
 from spmd import same_bytes
 
 DTYPES = ["float32", "float64", "int32", "int64", "float16", ml_dtypes.bfloat16]

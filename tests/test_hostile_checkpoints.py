@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 import make_tiny_checkpoints as tiny
 import mpitp
 from mpitp import InputError
-from mpitp.families.layout import View
+from mpitp.checkpoints.families.layout import View
 from spmd import everywhere
 
 QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=60 if MPI.COMM_WORLD.size == 1 else 20,
@@ -194,7 +194,7 @@ def test_more_layers_than_there_are(group, tmp_path):
 
 def test_a_file_that_is_cut_short_while_it_is_read(group, tmp_path):
     tiny.write(tmp_path, tiny.load("llama"))
-    from mpitp import loading
+    from mpitp.checkpoints import loading
     looked = loading.open_source(tmp_path)
     content = (tmp_path / FILE).read_bytes()
     with open(tmp_path / FILE, "r+b") as file:

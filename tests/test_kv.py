@@ -5,7 +5,7 @@ from mpi4py import MPI
 
 import mpitp
 from decoder_cases import KINDS, config
-from mpitp.layers.kv import KeyValues
+from mpitp.inference.kv import KeyValues
 from spmd import draw, everywhere, same_bytes
 
 IDS = np.array([[3, 1, 4, 1, 5, 9, 2], [26, 5, 3, 5, 8, 9, 7]])

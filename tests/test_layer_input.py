@@ -4,7 +4,7 @@ import pytest
 
 import mpitp
 from mpitp import InputError, ParameterSpec
-from mpitp.parameters import by_name
+from mpitp.sharding.parameters import by_name
 
 pytestmark = pytest.mark.host       # NumPy arrays, as wrong as they can be
 

@@ -13,12 +13,13 @@ from safetensors.numpy import load_file, save_file
 import decoder_cases
 import make_tiny_checkpoints as tiny
 import mpitp
-from mpitp import InputError, loading
-from mpitp.decoder_parameters import decoder_parameters
-from mpitp.families import MODULES, family_named
-from mpitp.families.keys import REFUSED, Keys
-from mpitp.families.layout import Fused, Place
-from mpitp.loading import open_source
+from mpitp import InputError
+from mpitp.checkpoints import loading
+from mpitp.layers.decoder_parameters import decoder_parameters
+from mpitp.checkpoints.families import MODULES, family_named
+from mpitp.checkpoints.families.keys import REFUSED, Keys
+from mpitp.checkpoints.families.layout import Fused, Place
+from mpitp.checkpoints.loading import open_source
 from spmd import everywhere
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

@@ -8,9 +8,9 @@ import pytest
 
 from decoder_cases import KINDS, config
 from golden_decoder import ids_and_targets, shapes, weights_of
-from mpitp import dense, dense_decoder, dense_layers
+from mpitp.oracle import feed_forward as dense, decoder as dense_decoder, layers as dense_layers
 from mpitp.commands.layers import compare
-from mpitp.magnitude import Magnitude, activation, value
+from mpitp.oracle.magnitude import Magnitude, activation, value
 from spmd import draw
 
 LIMIT = 4                                   # of dense.limit, where the dense run itself is good

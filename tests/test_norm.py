@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpitp
-from mpitp import dense
+from mpitp.oracle import feed_forward as dense
 from mpitp.layers.norm import Norm
 from mpitp.ops import norm
 from mpitp.ops.norm import KINDS, norm_backward, norm_forward

@@ -2,7 +2,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpitp.partition import Partition, key_value_units, ranges
+from mpitp.sharding.partition import Partition, key_value_units, ranges
 
 SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 SIZES = st.integers(1, 70)

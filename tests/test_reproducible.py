@@ -4,7 +4,7 @@ import re
 import pytest
 
 from mpitp.comm.workers import Workers, one_blas_thread
-from spmd import ROOT, job
+from spmd import ROOT, SUPPORT, job
 
 pytestmark = pytest.mark.launcher
 SCRIPT = ROOT / "tests" / "hashes.py"
@@ -71,7 +71,7 @@ def test_without_threadpoolctl(tmp_path):
     """Then the environment must have said one thread before NumPy was imported."""
     (tmp_path / "threadpoolctl.py").write_text("raise ImportError('hidden')")
     program = "import mpitp; mpitp.TensorParallelGroup(reproducible=True); print('made')"
-    hidden = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+    hidden = {"PYTHONPATH": f"{tmp_path}:{ROOT}:{SUPPORT}", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
     done = job(1, "-c", program, environment=hidden)
     assert done.returncode != 0 and "InputError: found no threadpoolctl, expected it for reproducible=True" in done.stderr
     half = job(1, "-c", program, environment={**hidden, "OMP_NUM_THREADS": "1"})       # OpenBLAS goes by its own: 2

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpitp import rng
+from mpitp.sharding import rng
 
 SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mpitp.errors import InputError
-from mpitp.storage.safetensors import Checkpoint, SafetensorsFile
+from mpitp.checkpoints.safetensors import Checkpoint, SafetensorsFile
 
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.int8, np.uint8, np.bool_]
 

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file
 
 import make_tiny_checkpoints as tiny
 import mpitp
-from mpitp import InputError, saving
-from mpitp.loading import open_source
-from mpitp.storage.tensor_writer import narrowed
+from mpitp import InputError
+from mpitp.checkpoints import saving
+from mpitp.checkpoints.loading import open_source
+from mpitp.checkpoints.tensor_writer import narrowed
 from spmd import everywhere
 from test_load_model import LARGER, write_larger
 

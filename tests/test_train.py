@@ -8,7 +8,7 @@ import pytest
 import mpitp
 from check_decoder import dense_weights
 from decoder_cases import KINDS, config
-from mpitp import dense_decoder, dense_layers
+from mpitp.oracle import decoder as dense_decoder, layers as dense_layers
 from mpitp.training import loop, optimizer
 from mpitp.training.data import Tokens, order_2_bits
 from mpitp.training.loop import Settings, Trainer, TrainingStopped
@@ -242,7 +242,7 @@ def test_schedule():
 
 def test_against_torch():
     """Five steps of torch.optim.AdamW, whose values and version lie in golden_adamw.json."""
-    golden = json.loads((ROOT / "tests" / "golden_adamw.json").read_text())
+    golden = json.loads((ROOT / "tests" / "data" / "golden_adamw.json").read_text())
     spec = mpitp.ParameterSpec("w", (5,), None)
 
     class Layer:

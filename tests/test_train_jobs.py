@@ -16,7 +16,7 @@ from spmd import ROOT, job, job_environment, mpirun
 pytestmark = pytest.mark.launcher
 SMALL = ("--hidden-size", 20, "--num-layers", 1, "--num-attention-heads", 5, "--num-query-groups", 1,
          "--seq-length", 16, "--micro-batch-size", 2, "--eval-interval", 0, "--eval-batches", 1,
-         "--data", ROOT / "tests" / "golden_decoder.json", "--reproducible")
+         "--data", ROOT / "tests" / "data" / "golden_decoder.json", "--reproducible")
 DROPOUT = ("--hidden-dropout", 0.1, "--attention-dropout", 0.2, "--gradient-accumulation", 2)
 MOMENTS = int(os.environ.get("MPITP_KILLS", "4"))
 

@@ -7,8 +7,9 @@ import pytest
 
 import mpitp
 from mpitp import InputError
-from mpitp.comm import guard, staged, transport
-from mpitp.comm.gpu import TF32_TENSOR_OP_MATH
+from mpitp.comm import guard
+from mpitp.comm.gpu import staged, choose as transport
+from mpitp.comm.gpu.binding import TF32_TENSOR_OP_MATH
 from spmd import draw, same_bytes
 
 NO_NCCL = "a CuPy without NCCL"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import mpitp
 from mpitp.comm import tree
-from mpitp.partition import Partition
+from mpitp.sharding.partition import Partition
 from spmd import draw, same_bytes
 
 SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=150)

@@ -9,7 +9,7 @@ import mpi4py
 from mpi4py import MPI
 
 from . import launch
-from .device import cuda_aware
+from .gpu.aware import cuda_aware
 
 VARIABLES = ("OPENBLAS_CORETYPE", "MKL_ENABLE_INSTRUCTIONS", "MPI4PY_LIBMPI", "MPITP_CUDA_AWARE")
 

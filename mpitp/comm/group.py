@@ -7,13 +7,13 @@ from mpi4py import MPI
 
 from ..arrays import COMPUTE_DTYPES, GPU_DTYPES, sum_dtype
 from ..errors import InputError, require, require_positive
-from ..partition import Partition
+from ..sharding.partition import Partition
 from . import agreement, guard, launch, tree
 from .collectives import Collectives, dtype_name
-from .device import array_module
-from .gpu import bind
+from .gpu.aware import array_module
+from .gpu.binding import bind
 from .ledger import Collective, Ledger, wire_bytes
-from .transport import choose_transport, requested
+from .gpu.choose import choose_transport, requested
 from .workers import Workers, do_nothing, one_blas_thread
 
 

@@ -17,7 +17,7 @@ holds nothing is absent, never a zero: -0.0 + 0.0 would be +0.0.
 from functools import lru_cache
 
 from ..arrays import module_of
-from ..partition import ranges
+from ..sharding.partition import ranges
 from .mpi import pieces
 
 

@@ -16,7 +16,8 @@ from ..arrays import compute_dtype
 from ..comm import launch
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
-from . import device, measure, report
+from . import device, report
+from .. import measure
 
 BENCHES = ("allreduce", "matmul", "ffn", "block", "decode")
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .. import dense, rng
+from ..oracle import feed_forward as dense
+from ..sharding import rng
 from ..errors import InputError, require_positive
 from ..layers.mlp import ParallelMLP
 from ..ops.linear import linear_forward
-from ..parameters import initialise
+from ..sharding.parameters import initialise
 from .layers import Ratio, on_host
 
 REPEATS = 3         # of the timed passes; the median is reported
@@ -99,8 +100,8 @@ def random_layer(group, arguments):
 
 def checkpoint_layer(group, arguments):
     """The block of one layer of a checkpoint, what it is, and on rank 0 the bytes that each rank read: its slices."""
-    from ..families.feed_forward import feed_forward
-    from ..storage.safetensors import Checkpoint
+    from ..checkpoints.families.feed_forward import feed_forward
+    from ..checkpoints.safetensors import Checkpoint
 
     def find():
         checkpoint = Checkpoint(arguments.model)

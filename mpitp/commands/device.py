@@ -1,6 +1,6 @@
 """The options that say where and how to compute, and the group that they ask for."""
 from ..comm.group import TensorParallelGroup
-from ..comm.transport import NAMES
+from ..comm.gpu.choose import NAMES
 
 DTYPES = "float32 (the default), float64; on a GPU float16 and bfloat16 too"
 

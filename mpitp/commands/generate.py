@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from .. import __version__
 from ..comm import launch
 from ..errors import require, require_positive
-from ..generation import ENDED, generate
-from ..loading import load_model
+from ..inference.generation import ENDED, generate
+from ..checkpoints.loading import load_model
 from . import device, report, text
 
 

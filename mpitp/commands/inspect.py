@@ -11,8 +11,8 @@ import numpy as np
 
 from ..comm.launch import is_first_rank
 from ..errors import require, require_positive
-from ..loading import open_source
-from ..storage.safetensors import STORED
+from ..checkpoints.loading import open_source
+from ..checkpoints.safetensors import STORED
 from . import report
 
 MOST = 1 << 14

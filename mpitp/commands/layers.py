@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import dense, dense_decoder, dense_layers, rng
+from ..oracle import feed_forward as dense, decoder as dense_decoder, layers as dense_layers
+from ..sharding import rng
 from ..config import DecoderConfig, Rotary
-from ..decoder import Decoder
+from ..layers.decoder import Decoder
 from ..layers.block import ParallelBlock
 from ..layers.embedding import VocabParallelEmbedding
 from ..layers.linear import ColumnParallelLinear, RowParallelLinear
 from ..layers.loss import (cross_entropy_collectives, vocab_parallel_cross_entropy_backward,
                            vocab_parallel_cross_entropy_forward)
-from ..magnitude import Magnitude
+from ..oracle.magnitude import Magnitude
 
 BATCH, SEQUENCE, HIDDEN, FFN, VOCABULARY = 2, 24, 60, 161, 501        # nothing that ranks divide evenly
 SMOOTHING = 0.1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .. import __version__
 from ..comm import launch
 from ..errors import require, require_positive
-from ..loading import load_model
+from ..checkpoints.loading import load_model
 from . import device, report, text
 from .generate import count, last_line
 

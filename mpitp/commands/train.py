@@ -10,7 +10,7 @@ import sys
 from ..comm.agreement import require_agreement
 from ..config import DecoderConfig
 from ..errors import InputError, require_positive
-from ..storage import checkpoint
+from ..checkpoints import steps as checkpoint
 from ..training.data import Tokens, order_2_bits
 from ..training.loop import Settings, Trainer, TrainingStopped, read_log
 from . import device, report

@@ -15,7 +15,7 @@ from ..ops.keys_values import last_query_forward
 from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forward, linear_weight_backward, product
 from ..ops.norm import norm_backward, norm_forward
 from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
-from ..parameters import ParameterSpec
+from ..sharding.parameters import ParameterSpec
 from .base import ParallelLayer, cut, join, require_saved
 from .heads import Call, Heads, as_heads, as_rows, by_group, require_mask
 from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,

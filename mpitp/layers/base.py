@@ -4,7 +4,7 @@ from math import prod
 
 from ..arrays import compute_dtype, module_of, sum_dtype
 from ..errors import InputError, is_integer, require
-from ..parameters import by_name, check_dense, initialise
+from ..sharding.parameters import by_name, check_dense, initialise
 
 MANY = 12       # parameters; a message does not list as many
 

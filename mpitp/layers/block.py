@@ -8,7 +8,7 @@ from ..arrays import scaled
 from ..comm.ledger import Collective
 from ..ops.activation import add_to
 from ..ops.dropout import dropout_scale
-from ..partition import Partition
+from ..sharding.partition import Partition
 from .attention import ParallelAttention
 from .base import Composite, join, require_saved
 from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,

@@ -12,7 +12,7 @@ from ..arrays import module_of, scaled
 from ..comm.ledger import Collective
 from ..errors import InputError, is_integer, require, require_positive
 from ..ops.embedding import embedding_backward, embedding_forward
-from ..parameters import ParameterSpec
+from ..sharding.parameters import ParameterSpec
 from .base import ParallelLayer, join, require_saved
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..errors import require
 from ..ops.dropout import dropout_scale
-from ..partition import key_value_units
+from ..sharding.partition import key_value_units
 from .base import join
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from ..comm.ledger import Collective
 from ..errors import require_positive
 from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forward, linear_weight_backward, product
-from ..parameters import ParameterSpec
+from ..sharding.parameters import ParameterSpec
 from .base import ParallelLayer, cut, join, require_saved
 from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, gather_from_ranks_backward,
                        gather_from_ranks_forward, reduce_from_ranks_backward, reduce_from_ranks_forward,

@@ -9,7 +9,7 @@ from ..comm.ledger import Collective
 from ..errors import require, require_positive
 from ..ops.activation import ACTIVATIONS, activation_backward, activation_forward, gated_backward, gated_forward
 from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forward, linear_weight_backward, product
-from ..parameters import ParameterSpec
+from ..sharding.parameters import ParameterSpec
 from .base import ParallelLayer, cut, join, require_saved
 from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
                        reduce_from_ranks_forward)

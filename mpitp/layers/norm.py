@@ -6,7 +6,7 @@ from collections import Counter
 
 from ..errors import require, require_positive
 from ..ops.norm import KINDS, norm_backward, norm_forward
-from ..parameters import ParameterSpec
+from ..sharding.parameters import ParameterSpec
 from .base import ParallelLayer, join, require_saved
 
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from ..arrays import twin
-from ..rng import key, words
+from ..sharding.rng import key, words
 
 PIECE = 1 << 15     # words at a time: the temporaries stay in cache
 NEAR = 1 << 11      # to draw so many words and not use them is as fast as to start a stream anew (measured)

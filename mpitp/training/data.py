@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-from .. import rng
+from ..sharding import rng
 from ..errors import InputError, require_positive
 
 STANDARD_BYTES = 1 << 22        # of the standard library's sources

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from ..arrays import on_host
-from ..decoder import Decoder
+from ..layers.decoder import Decoder
 from ..errors import InputError, require, require_positive
-from ..storage import checkpoint
+from ..checkpoints import steps as checkpoint
 from .optimizer import AdamW, gradient_norm, learning_rate, non_finite
 
 

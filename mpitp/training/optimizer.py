@@ -6,7 +6,7 @@ import numpy as np
 from ..arrays import module_of, sum_dtype
 from ..errors import require
 from ..ops.adamw import adamw_step
-from ..partition import Partition
+from ..sharding.partition import Partition
 
 
 class AdamW:

@@ -7,7 +7,7 @@ import math
 import cupy
 import numpy as np
 
-from ...rng import key
+from ...sharding.rng import key
 
 ROUND = """
 __device__ unsigned long long philox_word(unsigned long long index, unsigned long long k0, unsigned long long k1) {

@@ -1,0 +1,50 @@
+"""Families of checkpoints, one small table each: config keys, tensor names, fused layouts."""
+from dataclasses import asdict
+from importlib import import_module
+from math import isclose
+
+from ...errors import InputError
+from .keys import Keys, short
+
+MODULES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama",
+           "gemma3_text": "gemma3", "gpt_neox": "gpt_neox", "falcon": "falcon", "bloom": "bloom"}
+OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_method_std")        # no part of what a checkpoint computes
+
+
+def family_named(model_type):
+    """The Family of a config.json's model_type. Raises InputError for one that is not known."""
+    if not isinstance(model_type, str) or model_type not in MODULES:
+        raise InputError(f"config.json: found model_type {str(model_type)[:80]!r}, expected one of "
+                         f"{', '.join(MODULES)}")
+    module = import_module(f".{MODULES[model_type]}", __name__)
+    return next(family for family in module.FAMILIES if family.model_type == model_type)
+
+
+def config_json(config, of):
+    """The config.json of a DecoderConfig as a Family has it.
+
+    Raises InputError naming the first choice that the family cannot express: what is written is read again.
+    """
+    keys = {"architectures": [of.architecture], "model_type": of.model_type, **of.write(config)}
+    if keys.get("max_position_embeddings") is None and "n_positions" not in keys:
+        keys["max_position_embeddings"] = config.max_position_embeddings or 2048
+    said, asked = described(of.read(Keys(keys))), described(config)
+    for name, value in asked.items():
+        if said[name] != value and not (isinstance(value, float) and isclose(said[name], value, rel_tol=1e-12)):
+            raise InputError(f"found {name} = {short(value)}, expected {short(said[name])}, as model_type "
+                             f"{of.model_type} has it")
+    return keys
+
+
+def described(config):
+    """A config with nothing left open, so that two that mean the same are equal."""
+    layers = range(config.num_layers)
+    found = {name: value for name, value in vars(config).items() if name not in OF_TRAINING}
+    found.update(num_query_groups=config.query_groups, kv_channels=config.head_dim, ffn_hidden_size=config.ffn_size,
+                 attention_scale=config.scale, norm_bias=config.has_norm_bias,
+                 sliding_window=[config.window(i) for i in layers],
+                 rotary=[dict(asdict(turns), dim=turns.dim or config.head_dim) if turns else None
+                         for turns in map(config.rotary_of, layers)])
+    if config.position_embedding != "learned":
+        found.pop("max_position_embeddings")
+    return found

@@ -1,0 +1,82 @@
+"""Which array module a device has, and whether the MPI may be handed its buffers.
+
+Never a guess: a device pointer given to an MPI that is not CUDA-aware is a segmentation fault.
+"""
+import ctypes
+import os
+
+from mpi4py import MPI
+
+from ...errors import InputError
+from .. import agreement
+
+MPIX_GPU_SUPPORT_CUDA = 0       # a constant of MPICH's mpi.h
+
+
+def cuda_aware(comm):
+    """Whether this MPI takes CUDA buffers, and how that was found: (bool, str).
+
+    In this order: the environment variable MPITP_CUDA_AWARE (0 or 1) that overrides;
+    MPIX_Query_cuda_support() (Open MPI, Intel MPI); MPIX_GPU_query_support() (MPICH); "cuda" in the
+    communicator's info key mpi_memory_alloc_kinds (MPI 4.1).
+    """
+    override = os.environ.get("MPITP_CUDA_AWARE")
+    if override is not None:
+        if override not in ("0", "1"):
+            raise InputError(f"found MPITP_CUDA_AWARE={override!r}, expected 0 or 1")
+        return override == "1", f"MPITP_CUDA_AWARE={override}"
+    library = ctypes.CDLL(MPI.__file__)         # finds the symbols of the MPI library that it is linked to
+    found = []
+    if hasattr(library, "MPIX_Query_cuda_support"):
+        yes = library.MPIX_Query_cuda_support() == 1
+        if yes:
+            return True, "MPIX_Query_cuda_support() = 1"
+        found.append("MPIX_Query_cuda_support() = 0")
+    if hasattr(library, "MPIX_GPU_query_support"):
+        answer = ctypes.c_int(0)
+        failed = library.MPIX_GPU_query_support(MPIX_GPU_SUPPORT_CUDA, ctypes.byref(answer))
+        if not failed and answer.value:
+            return True, "MPIX_GPU_query_support(CUDA) = 1"
+        found.append("MPIX_GPU_query_support(CUDA) = 0")
+    info = comm.Get_info()
+    kinds = info.get("mpi_memory_alloc_kinds")
+    info.Free()
+    if kinds and takes_device(kinds):
+        return True, f"mpi_memory_alloc_kinds = {kinds}"
+    found.append(f"mpi_memory_alloc_kinds = {kinds}" if kinds else "no mpi_memory_alloc_kinds")
+    return False, "; ".join(found)
+
+
+def takes_device(kinds):
+    """Whether "cuda", or "cuda:device" with or without other restrictors, is among comma-separated kinds (MPI 4.1)."""
+    for kind in kinds.split(","):
+        name, *restrictors = kind.strip().split(":")
+        if name == "cuda" and (not restrictors or "device" in restrictors):
+            return True
+    return False
+
+
+def array_module(device):
+    """numpy for "cpu", cupy for "gpu"."""
+    if device == "cpu":
+        import numpy
+        return numpy
+    if device != "gpu":
+        raise InputError(f"found device {device!r}, expected 'cpu' or 'gpu'")
+    try:
+        import cupy
+    except ImportError as error:
+        raise InputError(f"found no CuPy ({error}), expected one for device 'gpu': "
+                         "pip install 'mpitp[cuda12]' or 'mpitp[cuda13]'") from None
+    return cupy
+
+
+def cuda_aware_everywhere(comm):
+    """cuda_aware(), which every rank must answer alike. Collective."""
+    found = []
+
+    def look():
+        found.append(cuda_aware(comm))
+        return "{} ({})".format(*found[0])
+    agreement.require_everywhere(comm, "whether MPI takes device buffers", look)
+    return found[0]

@@ -1,0 +1,107 @@
+"""Transport: NCCL on device arrays, through CuPy, set up over MPI. Nothing waits on the host.
+
+Calls are put on CuPy's current stream, behind the kernels that make what they send. Arrays are flat or C-contiguous;
+counts are elements per rank. Every call is collective.
+"""
+from ..mpi import cut
+
+# NCCL moves bytes in these too, so that 16-bit arrays may come under the dtype that MPI knows for them, uint16.
+TYPES = {"float32": "NCCL_FLOAT32", "float64": "NCCL_FLOAT64", "int32": "NCCL_INT32", "int64": "NCCL_INT64",
+         "uint16": "NCCL_FLOAT16"}
+OPERATIONS = {"sum": "NCCL_SUM", "max": "NCCL_MAX", "min": "NCCL_MIN"}
+
+
+class NcclTransport:
+    name = "nccl"
+    overlaps = True
+    piece_bytes = 1 << 62       # nothing is too long: NCCL counts in 64 bits
+
+    def __init__(self, comm, cupy):
+        """Collective over comm, an mpi4py communicator of ranks with a GPU each."""
+        from cupy.cuda import nccl
+        self.nccl, self.cupy, self.rank, self.size = nccl, cupy, comm.rank, comm.size
+        identity = comm.bcast(nccl.get_unique_id() if comm.rank == 0 else None)
+        self.comm = nccl.NcclCommunicator(comm.size, identity, comm.rank)
+        self.beside = None      # the stream of sums that are under way while the device computes
+
+    def arguments(self, x, count=None):
+        """(pointer, elements, type) of an array."""
+        return x.data.ptr, x.size if count is None else count, getattr(self.nccl, TYPES[x.dtype.name])
+
+    def stream(self):
+        return self.cupy.cuda.get_current_stream().ptr
+
+    def all_reduce(self, x, op):
+        """x becomes the sum (max, min) over the ranks, in place."""
+        pointer, count, kind = self.arguments(x)
+        if count:
+            self.comm.allReduce(pointer, pointer, count, kind, getattr(self.nccl, OPERATIONS[op]), self.stream())
+
+    def begin_all_reduce(self, x, op):
+        """Start all_reduce(x, op) on a stream of its own; returns a function after which the current one may use x."""
+        if self.beside is None:
+            self.beside = self.cupy.cuda.Stream(non_blocking=True)
+        self.beside.wait_event(self.cupy.cuda.get_current_stream().record())
+        with self.beside:
+            self.all_reduce(x, op)
+        done = self.beside.record()
+        return lambda: self.cupy.cuda.get_current_stream().wait_event(done)
+
+    def all_gather(self, send, receive, counts):
+        """receive = the send arrays of all ranks, one after the other."""
+        if len(set(counts)) == 1:
+            pointer, count, kind = self.arguments(send)
+            if count:
+                self.comm.allGather(pointer, receive.data.ptr, count, kind, self.stream())
+            return
+        self.exchange([send] * self.size, cut(receive, counts))
+
+    def gather(self, send, receive, counts, root):
+        """receive on root = the send arrays of all ranks, one after the other; receive is None elsewhere."""
+        nothing = send[:0]
+        parts = cut(receive, counts) if self.rank == root else [nothing] * self.size
+        self.exchange([send if p == root else nothing for p in range(self.size)], parts)
+
+    def reduce_scatter(self, send, receive, counts, op):
+        """receive = this rank's run of the sum (max, min) of the send arrays, cut by counts."""
+        operation, stream = getattr(self.nccl, OPERATIONS[op]), self.stream()
+        if len(set(counts)) == 1:
+            pointer, _, kind = self.arguments(send)
+            if counts[0]:
+                self.comm.reduceScatter(pointer, receive.data.ptr, counts[0], kind, operation, stream)
+            return
+        self.nccl.groupStart()
+        for root, part in enumerate(cut(send, counts)):
+            if part.size:
+                pointer, count, kind = self.arguments(part)
+                target = receive.data.ptr if root == self.rank else 0
+                self.comm.reduce(pointer, target, count, kind, operation, root, stream)
+        self.nccl.groupEnd()
+
+    def all_to_all(self, send, send_counts, receive, receive_counts):
+        """Run p of send goes to rank p; receive = what every rank sent here, one after the other."""
+        self.exchange(cut(send, send_counts), cut(receive, receive_counts))
+
+    def exchange(self, outgoing, incoming):
+        """outgoing[p] goes to rank p, incoming[p] comes from it; one group of sends and receives."""
+        stream = self.stream()
+        if outgoing[self.rank].size:
+            incoming[self.rank][...] = outgoing[self.rank]
+        self.nccl.groupStart()
+        for p in range(self.size):
+            if p != self.rank and outgoing[p].size:
+                self.comm.send(*self.arguments(outgoing[p]), p, stream)
+            if p != self.rank and incoming[p].size:
+                self.comm.recv(*self.arguments(incoming[p]), p, stream)
+        self.nccl.groupEnd()
+
+    def broadcast(self, x, root):
+        """x becomes root's x, in place."""
+        pointer, count, kind = self.arguments(x)
+        if count:
+            self.comm.broadcast(pointer, pointer, count, kind, root, self.stream())
+
+    def close(self):
+        """Give the communicator back. Collective."""
+        self.cupy.cuda.get_current_stream().synchronize()
+        self.comm.destroy()

@@ -1,0 +1,1 @@
+"""Generation: keys and values, sampling, recorded tokens."""

@@ -1,0 +1,204 @@
+"""Text, a token at a time: the prompts in one pass, then one new token of every sequence a step.
+
+Dimension key: B sequences, S positions, V vocabulary, C candidates; p marks the axis that is split over the ranks.
+"""
+import numpy as np
+
+from ..sharding import rng
+from ..arrays import on_host
+from ..errors import is_integer, require, require_positive
+from .graph import CapturedToken, can_record
+from .kv import KeyValues
+from ..sharding.partition import Partition
+
+RECORD_FROM = 16    # new tokens, from which recording one on a GPU costs less than it saves (3 calls of about 10)
+ENDED = -1      # what generate yields for a sequence that has come to its end, and what no vocabulary has
+
+
+def generate(model, ids, *, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=0, stop=(), lengths=None):
+    """Continue the prompts; an iterator over the new tokens, one of every sequence a step.
+
+    Parameters
+    ----------
+    model : Decoder
+    ids : (B, S) integers, the prompts, the same on every rank
+    max_new_tokens : how many steps at most
+    temperature : 0: the token of the largest logit, of equal ones the lowest id. Above: one drawn from
+        softmax(logits / temperature)
+    top_k : draw from the k most probable tokens (of equally probable ones, the lowest ids). None: all
+    top_p : draw from the fewest most probable tokens (of those top_k) whose probabilities sum up to p (Holtzman et
+        al., arXiv 1904.09751). None: all
+    seed : of what is drawn: token t of sequence b takes number t of the stream (seed, "generate/b"), so that equal
+        logits give equal text on any number of ranks
+    stop : an id, or several, that end a sequence
+    lengths : (B,) how many tokens of each row are the prompt, when they differ; None: all
+
+    Yields
+    ------
+    tokens : (B,) int64, the same on every rank. A sequence yields its end token too, then ENDED (-1). All over when all
+        sequences are.
+
+    Notes
+    -----
+    Collectives of a step beside those of Decoder.extend: temperature 0 one all-gather of P x B x 2 float64 (the
+    largest logit of each rank, and its id); else one gather on rank 0, of B x V logits or, with top_k, of
+    P x B x k x 2 float64, and one broadcast of B int64, the tokens that rank 0 drew.
+    On one GPU a step of one sequence, or of a few in float32, is a CUDA graph: recorded once, then replayed.
+    Keys and values: 2 x layers x B x (S + max_new_tokens - 1) x (key/value heads of the rank) x (features of a head).
+
+    Raises InputError, before the first step, for prompts, numbers and choices that do not fit, and in any step for
+    logits that are not finite; on every rank.
+    """
+    ids, lengths = as_prompts(model, ids, lengths)
+    require_positive(max_new_tokens=max_new_tokens)
+    capacity = ids.shape[1] + max_new_tokens - 1            # the last new token is not looked at
+    if model.position:
+        most = model.position.max_positions
+        require(capacity <= most, f"{ids.shape[1]} tokens of a prompt and {max_new_tokens} new ones",
+                f"at most {most + 1} together, of the model's {most} learned positions")
+    stop = np.atleast_1d(np.asarray(stop, None if np.size(stop) else np.int64))
+    require(stop.ndim == 1 and stop.dtype.kind in "iu", f"stop {stop.tolist()}", "token ids")
+    choose = Choice(model, len(ids), temperature, top_k, top_p, seed)
+    return steps(model, ids, lengths, choose, KeyValues(model, len(ids), capacity), max_new_tokens, stop)
+
+
+def steps(model, ids, lengths, choose, kv, max_new_tokens, stop):
+    """What generate returns, once its arguments are known to be good."""
+    logits_BVp, running_B, extend = model.extend(ids, kv, lengths), np.ones(len(ids), bool), None
+    for step in range(max_new_tokens):
+        tokens_B = choose(logits_BVp, step)
+        yield np.where(running_B, tokens_B, ENDED)
+        running_B &= ~np.isin(tokens_B, stop)
+        if not running_B.any() or step + 1 == max_new_tokens:
+            return
+        extend = extend or one_token(model, kv, max_new_tokens)
+        logits_BVp = extend(tokens_B[:, None])
+
+
+def one_token(model, kv, tokens):
+    """The function that continues kv by one token of each sequence: recorded where it can be and pays."""
+    if tokens >= RECORD_FROM and can_record(model, len(kv.lengths)):
+        return CapturedToken(model, kv)
+    return lambda ids_B1: model.extend(ids_B1, kv)
+
+
+def as_prompts(model, ids, lengths):
+    """ids (B, S) and lengths (B,) as int64, 0 behind the end of a prompt; S is the longest. Raises InputError."""
+    try:
+        ids = np.asarray(ids)
+    except ValueError:                                      # rows of unequal length
+        ids = np.empty(0, object)
+    require(ids.ndim == 2 and ids.size and ids.dtype.kind in "iu", f"ids {ids.dtype} of shape {ids.shape}",
+            "integers (batch, tokens), at least one of each, with lengths where prompts differ")
+    B, S = ids.shape
+    lengths = np.full(B, S) if lengths is None else np.asarray(lengths)
+    good = lengths.shape == (B,) and lengths.dtype.kind in "iu" and (lengths >= 1).all() and (lengths <= S).all()
+    require(good, f"lengths {lengths.tolist()}", f"{B} integers from 1 to {S}")
+    ids = np.where(np.arange(S) < lengths[:, None], ids, 0)[:, :lengths.max()]
+    V = model.config.vocab_size
+    for b, position in np.argwhere((ids < 0) | (ids >= V))[:1]:
+        require(False, f"token id {ids[b, position]} in prompt {b}", f"0 to {V - 1}")
+    return ids.astype(np.int64), lengths.astype(np.int64)
+
+
+class Choice:
+    """The next token of each sequence, out of logits that are split over the ranks. Arguments as generate's."""
+
+    def __init__(self, model, batch, temperature, top_k, top_p, seed):
+        require(is_number(temperature) and 0 <= temperature < np.inf, f"temperature {temperature!r}",
+                "a number, at least 0")
+        require(top_k is None or is_integer(top_k) and top_k > 0, f"top_k {top_k!r}", "a positive integer, or None")
+        require(top_p is None or is_number(top_p) and 0 < top_p <= 1, f"top_p {top_p!r}",
+                "a number above 0, up to 1, or None")
+        require(temperature > 0 or top_k is None and top_p is None, "top_k or top_p with temperature 0",
+                "a temperature above 0, to draw with")
+        require(is_integer(seed), f"seed {seed!r}", "an integer")
+        self.group, self.partition = model.group, model.partition
+        self.ranks = Partition(model.group.size, model.group.size, model.group.size)    # one row a rank
+        self.temperature, self.top_p = temperature, None if top_p == 1 else top_p
+        self.top_k = top_k if top_k is not None and top_k < model.config.vocab_size else None
+        self.keys = [rng.key(seed, f"generate/{b}") for b in range(batch)]
+
+    def __call__(self, logits_BVp, step):
+        """The (B,) tokens. Collective; see generate."""
+        tokens_B = self.drawn(logits_BVp, step) if self.temperature else self.greatest(logits_BVp)
+        require((tokens_B >= 0).all(), "logits that are not finite", "finite ones: a weight is damaged, or float32 "
+                                                                    "overflows")
+        return tokens_B
+
+    def greatest(self, logits_BVp):
+        """The id of the largest logit, of equal ones the lowest; -1 where it is not finite."""
+        of_ranks = on_host(self.group.all_gather(self.best(logits_BVp, 1), self.ranks, axis=0))[:, :, 0]
+        rank_B = of_ranks[..., 0].argmax(axis=0)            # the first of equal ones, so the lowest id; NaN before all
+        values_B, ids_B = of_ranks[rank_B, np.arange(len(rank_B))].T
+        return np.where(np.isfinite(values_B), ids_B, ENDED).astype(np.int64)
+
+    def drawn(self, logits_BVp, step):
+        """Ids that rank 0 drew; -1 where the largest logit is not finite."""
+        group, tokens_B = self.group, np.empty(len(logits_BVp), np.int64)
+        if self.top_k is None:
+            values_BC = group.gather(logits_BVp, self.partition, axis=-1)
+            ids_BC = np.broadcast_to(np.arange(self.partition.size), (len(logits_BVp), self.partition.size))
+        else:
+            found = group.gather(self.best(logits_BVp, self.top_k), self.ranks, axis=0)
+            if found is not None:                           # (P, B, k, 2) -> for each sequence rank after rank
+                found = found.transpose(3, 1, 0, 2).reshape(2, len(logits_BVp), -1)
+                values_BC, ids_BC = found[0], on_host(found[1]).astype(np.int64)
+        if group.rank == 0:
+            for b, values_C in enumerate(on_host(values_BC)):
+                number = (int(rng.words(self.keys[b], step, step + 1)[0]) >> 11) * 2.0 ** -53
+                tokens_B[b] = draw(values_C, ids_BC[b], number, self.temperature, self.top_k, self.top_p)
+        return on_host(group.broadcast(group.xp.asarray(tokens_B)))
+
+    def best(self, logits_BVp, k):
+        """The k largest logits of this rank and their ids (1, B, k, 2), float64 both; -inf where it has fewer."""
+        xp, (B, Vp) = self.group.xp, logits_BVp.shape
+        best_BC2 = xp.zeros((1, B, k, 2))
+        best_BC2[..., 0] = -np.inf
+        first, k = self.partition.bounds[self.group.rank], min(k, Vp)
+        for b, logits_V in enumerate(logits_BVp if Vp else ()):
+            local_C = logits_V.argmax()[None] if k == 1 else largest(xp, logits_V, k)
+            best_BC2[0, b, :k, 0], best_BC2[0, b, :k, 1] = logits_V[local_C], local_C + first
+        return best_BC2
+
+
+def largest(xp, x, k):
+    """The positions of the k largest numbers, the largest first, of equal ones the first first; of a NaN alone."""
+    if xp.isnan(x.max()):
+        return x.argmax()[None]
+    least = xp.partition(x, len(x) - k)[len(x) - k]
+    found = xp.flatnonzero(x >= least)                      # more than k where several are equal to it
+    return found[xp.argsort(-x[found], kind="stable")][:k]
+
+
+def draw(values_C, ids_C, number, temperature, top_k=None, top_p=None):
+    """The id at `number`, in [0, 1), of the cumulative distribution softmax(values / temperature), in float64.
+
+    values_C, ids_C : candidates, of which equal ones come by their ids
+    top_k, top_p : as generate's
+    """
+    values_C = values_C.astype(np.float64)
+    if not np.isfinite(values_C.max()):
+        return ENDED
+    with np.errstate(under="ignore", over="ignore"):        # what vanishes beside the largest is 0
+        weight_C = np.exp((values_C - values_C.max()) / temperature)
+    total = weight_C.sum()
+    if top_k is None and top_p is not None:
+        # The last token of the nucleus and the fewer than C ones behind it sum up to more than 1 - p, so it has more
+        # than (1 - p) / C: most of a large vocabulary need not be sorted.
+        kept = np.flatnonzero(weight_C * len(weight_C) >= (1 - top_p) * total)
+        values_C, weight_C, ids_C = values_C[kept], weight_C[kept], ids_C[kept]
+    if top_k is not None or top_p is not None:
+        order = np.argsort(-values_C, kind="stable")[:top_k]
+        weight_C, ids_C = weight_C[order], ids_C[order]
+    cumulative_C = np.cumsum(weight_C)
+    if top_p is not None:
+        total = total if top_k is None else cumulative_C[-1]
+        cumulative_C = cumulative_C[:np.searchsorted(cumulative_C, top_p * total) + 1]
+    at = np.searchsorted(cumulative_C, number * cumulative_C[-1], side="right")
+    last = np.searchsorted(cumulative_C, cumulative_C[-1])  # which the product may round up to
+    return int(ids_C[min(at, last)])
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

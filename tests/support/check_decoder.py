@@ -1,0 +1,75 @@
+"""The checks of the decoder and its layers against dense, as functions: tests call them, and so do planted faults."""
+import numpy as np
+
+import mpitp
+from mpitp.oracle import decoder as dense_decoder, layers as dense_layers
+from mpitp.commands.layers import compare
+from mpitp.layers.loss import cross_entropy_collectives
+from mpitp.oracle.magnitude import value
+from mpitp.ops.dropout import dropout_scale
+from spmd import draw
+
+STEP = 3
+
+
+def dense_weights(specs, seed=0):
+    """Random dense weights, biases and norms away from where they start, in float32's numbers, so exact in both."""
+    weights = {}
+    for number, (name, spec) in enumerate(specs.items()):
+        scale = spec.shape[-1] ** -0.5 if len(spec.shape) == 2 else 0.3
+        centre = 1.0 if len(spec.shape) == 1 and name.endswith("weight") else 0.0
+        weights[name] = draw(seed + number, *spec.shape, dtype="f").astype(float) * np.float32(scale) + centre
+    return {name: w.astype("f").astype(float) for name, w in weights.items()}
+
+
+def dropout_of(seed, dtype=float):
+    """The dense decoder's dropout: the numbers that the layers' addresses say, of the whole array."""
+    def scale(name, shape, probability):
+        if not probability:
+            return 1
+        return dropout_scale(seed, name, STEP, probability, shape, tuple(slice(0, n) for n in shape), dtype)
+    return scale
+
+
+def dense_decoder_results(configuration, weights, ids, targets, mask=None, dropout=dense_decoder.no_dropout,
+                          label_smoothing=0.0):
+    logits, saved = dense_decoder.decoder_forward(configuration, weights, ids, mask, dropout)
+    loss, d_logits = dense_layers.cross_entropy(logits, targets, label_smoothing)
+    gradients = dense_decoder.decoder_backward(configuration, weights, d_logits, saved)
+    return {"logits": logits, "loss": loss, "d_logits": d_logits, **gradients}
+
+
+def over_the_limit(found, results, weights, *inputs):
+    """Names of what lies further from exact than the accuracy formula allows; see commands.layers.compare."""
+    return [ratio.name for ratio in compare(found, results, weights, *inputs) if not (ratio.good and ratio.near)]
+
+
+def decoder_problems(group, configuration, shape=(2, 7), dtype="float64", dropout=False, mask=False,
+                     label_smoothing=0.0, seed=0, make=mpitp.Decoder):
+    """What is wrong with Decoder against dense: names of results over the limit, and what else was expected."""
+    model = make(group, configuration, dtype=dtype, seed=seed)
+    weights = dense_weights(model.specs, seed)
+    model.load_dense(weights)
+    numbers = np.random.default_rng(seed)
+    ids, targets = numbers.integers(0, configuration.vocab_size, (2, *shape))
+    targets[..., -2] = -100
+    may_see = numbers.random((*shape, shape[1])) < 0.7 if mask else None
+    step = STEP if dropout else None
+    group.ledger.clear()
+    logits, saved = model.forward(ids, mask=may_see, step=step)
+    loss, saved_loss = model.loss(logits, targets, label_smoothing=label_smoothing)
+    d_logits = model.loss_backward(saved_loss)
+    gradients = model.backward(d_logits, saved)
+    counts = group.ledger.counts()
+    expected = sum(model.collectives(ids.size), cross_entropy_collectives(ids.size, label_smoothing, model.dtype))
+    problems = [] if counts == expected else [f"ledger {dict(counts)}, expected {dict(expected)}"]
+    whole = {"logits": model.gather_logits(logits), "d_logits": model.gather_logits(d_logits)}
+    found = {"logits": whole["logits"], "loss": np.asarray(loss, model.dtype), "d_logits": whole["d_logits"],
+             **group.comm.bcast(model.gather(gradients))}
+
+    def results(w):
+        dtype_of_w = value(next(iter(w.values()))).dtype
+        scales = dropout_of(seed, dtype_of_w) if dropout else dense_decoder.no_dropout
+        return dense_decoder_results(configuration, w, ids, targets, may_see, scales, label_smoothing)
+
+    return problems + over_the_limit(found, results, weights)

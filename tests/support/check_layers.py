@@ -1,0 +1,100 @@
+"""The checks of the parallel layers against dense, as functions: the tests call them, and so do the planted faults."""
+import numpy as np
+
+import mpitp
+from mpitp.oracle import feed_forward as dense
+from spmd import draw
+
+
+def dense_weights(specs, seed, dtype):
+    """Random dense weights for every parameter, biases included, by their names inside the layer."""
+    weights = {}
+    for number, (name, spec) in enumerate(specs.items()):
+        scale = spec.shape[-1] ** -0.5 if len(spec.shape) == 2 else 1.0
+        weights[name] = (draw(seed + 1 + number, *spec.shape) * scale).astype(dtype)
+    return weights
+
+
+def mlp_problems(group, hidden, ffn, activation="gelu_tanh", gated=False, bias=True, dtype="float64", lead=(3, 2),
+                 seed=0, load=None):
+    """What is wrong with ParallelMLP against dense: names of results over the limit, and what else was expected."""
+    layer = mpitp.ParallelMLP(group, hidden, ffn, activation, gated, bias, dtype=dtype, seed=seed)
+    weights = dense_weights(layer.specs, seed, dtype)
+    (load or mpitp.ParallelMLP.load_dense)(layer, weights)
+    x, dy = draw(seed + 90, *lead, hidden, dtype=dtype), draw(seed + 91, *lead, hidden, dtype=dtype)
+    before = [a.tobytes() for a in (x, dy, *layer.weights.values())]
+    group.ledger.clear()
+    y, saved = layer.forward(x)
+    forward_counts = group.ledger.counts()
+    dx, gradients = layer.backward(dy, saved)
+    counts = group.ledger.counts()
+    problems = []
+    if [a.tobytes() for a in (x, dy, *layer.weights.values())] != before:
+        problems.append("an input was changed")
+    tokens = int(np.prod(lead))
+    expected_forward, expected_backward = layer.collectives(tokens)
+    if forward_counts != expected_forward or counts != expected_forward + expected_backward:
+        problems.append(f"ledger {dict(counts)}")
+    if y.shape != x.shape or dx.shape != x.shape or y.dtype != x.dtype or dx.dtype != x.dtype:
+        problems.append("shape or dtype")
+    y_again, nothing = layer.forward(x, saved=False)
+    if nothing is not None or not np.array_equal(y, y_again):
+        problems.append("forward(saved=False) differs")
+    gradients = group.comm.bcast(layer.gather(gradients))
+    found = {"y": y.reshape(-1, hidden), "dx": dx.reshape(-1, hidden), **gradients}
+    return problems + over_the_limit(found, x.reshape(-1, hidden), dy.reshape(-1, hidden), weights, activation, gated)
+
+
+def over_the_limit(found, x, dy, weights, activation, gated):
+    def compute(dtype):
+        w = {name: value.astype(dtype) for name, value in weights.items()}
+        y, saved = dense.mlp_forward(x.astype(dtype), w, activation, gated)
+        dx, gradients = dense.mlp_backward(dy.astype(dtype), saved, w, activation, gated)
+        return {"y": y, "dx": dx, **gradients}
+
+    exact, same_dtype = compute(np.float64), compute(x.dtype)
+    magnitude = dense.mlp_magnitudes(x.astype(float), dy.astype(float),
+                                     {n: w.astype(float) for n, w in weights.items()}, activation, gated)
+    return [name for name, value in found.items()
+            if not dense.error_ratio(value, exact[name], magnitude[name])
+            <= dense.limit(dense.error_ratio(same_dtype[name], exact[name], magnitude[name]))]
+
+
+def linear_problems(group, kind, in_features, out_features, bias=True, whole=False, dtype="float64", lead=(5,), seed=0):
+    """What is wrong with a parallel linear. whole: gather_output, or input_is_parallel=False."""
+    if kind == "column":
+        layer = mpitp.ColumnParallelLinear(group, in_features, out_features, bias, whole, dtype=dtype, name="l")
+    else:
+        layer = mpitp.RowParallelLinear(group, in_features, out_features, bias, not whole, dtype=dtype, name="l")
+    weights = dense_weights(layer.specs, seed, dtype)
+    layer.load_dense(weights)
+    x, dy = draw(seed + 90, *lead, in_features, dtype=dtype), draw(seed + 91, *lead, out_features, dtype=dtype)
+    mine = layer.partition.range(group.rank)
+    x_given = np.ascontiguousarray(x[..., mine]) if kind == "row" and not whole else x
+    dy_given = np.ascontiguousarray(dy[..., mine]) if kind == "column" and not whole else dy
+    before = [a.tobytes() for a in (x_given, dy_given, *layer.weights.values())]
+    group.ledger.clear()
+    y, saved = layer.forward(x_given)
+    dx, gradients = layer.backward(dy_given, saved)
+    counts = group.ledger.counts()
+    problems = []
+    if [a.tobytes() for a in (x_given, dy_given, *layer.weights.values())] != before:
+        problems.append("an input was changed")
+    forward, backward = layer.collectives(int(np.prod(lead)))
+    if counts != forward + backward:
+        problems.append(f"ledger {dict(counts)}")
+    if kind == "column" and not whole:
+        y = group.all_gather(y, layer.partition)
+    if kind == "row" and not whole:
+        dx = group.all_gather(dx, layer.partition)
+    gradients = group.comm.bcast(layer.gather(gradients))
+    w, b = weights["l.weight"].astype(float), weights.get("l.bias", np.zeros(out_features)).astype(float)
+    x2, dy2 = x.reshape(-1, in_features).astype(float), dy.reshape(-1, out_features).astype(float)
+    exact = {"y": x2 @ w.T + b, "dx": dy2 @ w, "l.weight": dy2.T @ x2, "l.bias": dy2.sum(0)}
+    magnitude = {"y": abs(x2) @ abs(w).T + abs(b), "dx": abs(dy2) @ abs(w), "l.weight": abs(dy2).T @ abs(x2),
+                 "l.bias": abs(dy2).sum(0)}
+    found = {"y": y.reshape(-1, out_features), "dx": dx.reshape(-1, in_features), **gradients}
+    if y.shape != (*lead, out_features) or dx.shape != (*lead, in_features):
+        problems.append("shape")
+    return problems + [name for name, value in found.items()
+                       if not dense.error_ratio(value, exact[name], magnitude[name]) <= 4]

@@ -1,0 +1,82 @@
+"""The split cross entropy against the plain one, as a function: the tests call it, and so do the planted faults."""
+import math
+
+import numpy as np
+
+from mpitp.oracle import feed_forward as dense
+from mpitp.layers import loss as loss_module
+from mpitp.layers.loss import cross_entropy_collectives
+from spmd import draw
+
+
+def draw_targets(vocab, lead, ignore_index=-100, ignored=True):
+    """The first and the last token among them, where there is room, and some that do not count."""
+    targets = np.random.default_rng(7).integers(0, vocab, lead)
+    flat = targets.reshape(-1)
+    flat[:2] = (vocab - 1, 0)[:flat.size]
+    if ignored:
+        flat[2::3] = ignore_index
+    return targets
+
+
+def plain_loss(z, targets, label_smoothing, ignore_index):
+    """The mean loss and its gradient, token by token, from the whole logits in float64."""
+    z = z.astype(float)
+    rows, loss, dz = z.reshape(-1, z.shape[-1]), 0.0, np.zeros((targets.size, z.shape[-1]))
+    count = (targets != ignore_index).sum()
+    for n, target in enumerate(targets.reshape(-1)):
+        if target != ignore_index:
+            shifted = rows[n] - rows[n].max()
+            log_p = shifted - np.log(np.exp(shifted).sum())
+            q = np.full(len(log_p), label_smoothing / len(log_p))   # the smoothed labels
+            q[target] += 1 - label_smoothing
+            loss -= (q * log_p).sum() / count
+            dz[n] = (np.exp(log_p) - q) / count
+    return loss, dz.reshape(z.shape)
+
+
+def whole_and_part(group, vocab, lead, dtype="float64", scale=1.0, seed=1):
+    partition = group.partition(vocab)
+    z = (draw(seed, *lead, vocab) * scale).astype(dtype)
+    return partition, z, np.ascontiguousarray(z[..., partition.range(group.rank)])
+
+
+def problems(group, vocab, label_smoothing=0.0, lead=(3, 4), dtype="float64", ignore_index=-100, ignored=True,
+             scale=1.0, d_loss=1.0):
+    """Names of what the split cross entropy does otherwise than the plain one."""
+    partition, z, mine = whole_and_part(group, vocab, lead, dtype, scale)
+    targets = draw_targets(vocab, lead, ignore_index, ignored)
+    before = mine.tobytes(), targets.tobytes()
+    group.ledger.clear()
+    loss, saved = loss_module.vocab_parallel_cross_entropy_forward(
+        mine, targets, group, partition, label_smoothing=label_smoothing, ignore_index=ignore_index)
+    dz = loss_module.vocab_parallel_cross_entropy_backward(saved, d_loss)
+    found = []
+    if group.ledger.counts() != cross_entropy_collectives(targets.size, label_smoothing, dtype):
+        found.append(f"ledger {dict(group.ledger.counts())}")
+    if before != (mine.tobytes(), targets.tobytes()):
+        found.append("an input was changed")
+    if dz.dtype != mine.dtype or dz.shape != mine.shape or type(loss) is not float:
+        found.append("shape or dtype")
+    exact, dz_exact = plain_loss(z, targets, label_smoothing, ignore_index)
+    eps, size = np.finfo(dtype).eps, 1 + 2 * np.abs(z).max(initial=0)
+    if not abs(loss - exact) <= 4 * eps * (size + math.log(vocab)):
+        found.append("loss")
+    count, counted = max(1, (targets != ignore_index).sum()), (targets != ignore_index)[..., None]
+    terms = np.exp(z.astype(float) - z.max(-1, keepdims=True)) + (np.arange(vocab) == targets[..., None])
+    underflow = np.finfo(dtype).tiny / eps
+    dz_size = abs(d_loss) * (np.abs(dz_exact) * size + counted * (terms + label_smoothing / vocab) / count) + underflow
+    part = partition.range(group.rank)
+    if not dense.error_ratio(dz, d_loss * dz_exact[..., part], dz_size[..., part]) <= 4:
+        found.append("gradient")
+    return found
+
+
+def require_none(found, group):
+    found = group.comm.allgather(found)
+    assert not any(found), f"problems by rank: {found}"
+
+
+def seen_everywhere(group, found, *names):
+    everywhere = set.intersection(*map(set, group.comm.allgather(found)))
+    assert set(names) <= everywhere, f"expected {names} to fail, found {everywhere}"
