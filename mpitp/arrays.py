@@ -7,6 +7,9 @@ import numpy as np
 
 from .errors import require
 
+# What annotations call an array: NumPy's, or on a GPU CuPy's, which has the same methods.
+Array = np.ndarray
+
 COMPUTE_DTYPES = ("float32", "float64")     # CPU; 16-bit types are storage there (no fast 16-bit BLAS)
 HALF_DTYPES = ("float16", "bfloat16")       # the GPU multiplies them too, and adds up in float32
 GPU_DTYPES = COMPUTE_DTYPES + HALF_DTYPES
