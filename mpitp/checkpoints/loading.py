@@ -8,7 +8,7 @@ from ..arrays import compute_dtype
 from ..comm.agreement import require_everywhere
 from ..config import DecoderConfig
 from ..layers.decoder import Decoder
-from ..layers.decoder_parameters import decoder_parameters
+from ..sharding.specs import decoder_specs
 from ..errors import InputError
 from .families import family_named
 from .families.family import Family
@@ -54,7 +54,7 @@ def open_source(path):
     if config.position_embedding == "learned":
         require_shape(checkpoint, prefix + of.tensors(config)["position"] + ".weight",
                       (config.max_position_embeddings, config.hidden_size))
-    specs = decoder_parameters(config)          # which makes its norms, so not before it is known what they may cost
+    specs = decoder_specs(config)
     places = of.places(config, specs, prefix)
     needed = {place.name for place in places.values()}
     require_tensors(checkpoint, needed, {name for name in names if name not in needed and
@@ -130,7 +130,7 @@ def read_slices(source, model):
     group = model.group
     try:
         for name, spec in model.specs.items():
-            window = spec.window(group.rank, group.size, group.blocks)
+            window = spec.window(group.place)
             read_slice(source.views[name], window, model.weights[name], group.xp)
     except OSError as error:
         raise InputError(f"{source.checkpoint.folder}: found {error.strerror}, expected to read it") from None

@@ -96,16 +96,16 @@ def prepare(group, path, keys, companions_from, places, stored):
 def write_slices(model, file, places):
     """Write what this rank owns into the file; when it returns that is on disk."""
     group = model.group
-    where = (group.rank, group.size, group.blocks)
+    place_of_rank = group.place
     try:
         writer = TensorWriter(file, SafetensorsFile(file).tensors)
         for name, spec in model.specs.items():
-            if spec.axis is None and group.rank != spec.owner(group.size):
+            if spec.axis is None and group.rank != spec.owner():
                 continue
             window = [slice(0, n) for n in spec.shape]
             if spec.axis is not None:
-                window[spec.axis] = spec.partition(*where[1:]).range(group.rank)
-            mine, place = model.weights[name][spec.owned(*where)], places[name]
+                window[spec.axis] = spec.partition(place_of_rank).range(group.rank)
+            mine, place = model.weights[name][spec.owned(place_of_rank)], places[name]
             for part, theirs in place.pieces(window):
                 values = on_host(mine[part])
                 writer.write(place.name, theirs, values.T if place.transposed else values)

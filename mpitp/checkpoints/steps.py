@@ -79,18 +79,17 @@ def reserve(path, size):
 
 def write(group, partial, files):
     """Write what this rank owns; when it returns that is on disk."""
-    where = (group.rank, group.size, group.blocks)
     try:
         for file, tensors in files.items():
             path = os.path.join(partial, file)
             writer = TensorWriter(path, SafetensorsFile(path).tensors)
             for name, (spec, array) in tensors.items():
-                if spec.axis is None and group.rank != spec.owner(group.size):
+                if spec.axis is None and group.rank != spec.owner():
                     continue
                 window = [slice(0, n) for n in spec.shape]
                 if spec.axis is not None:
-                    window[spec.axis] = spec.partition(*where[1:]).range(group.rank)
-                mine = array[spec.owned(*where)]
+                    window[spec.axis] = spec.partition(group.place).range(group.rank)
+                mine = array[spec.owned(group.place)]
                 writer.write(name, tuple(window), on_host(mine))
             writer.close()
     except OSError as error:
@@ -157,5 +156,5 @@ def load(group, folder, step, files):
 
     for file, stored in group.root_first(look).items():
         for name, (spec, array) in files[file].items():
-            window = spec.window(group.rank, group.size, group.blocks)
+            window = spec.window(group.place)
             array[...] = group.xp.asarray(stored[name][window])
