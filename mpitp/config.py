@@ -1,10 +1,9 @@
 """What an attention layer and a decoder are: every choice of architecture, in the field's names. No arrays, no MPI."""
 from dataclasses import dataclass
-from math import isfinite
 
-from .errors import InputError, is_integer, require, require_positive
+from .errors import is_integer, one_of, require, require_number, require_positive, require_probability
 
-ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "identity")
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "identity")         # of ops/activation.py, a test compares
 POSITIONS = ("rotary", "learned", "alibi", "none")
 NORMALIZATIONS = ("layernorm", "rmsnorm")
 NORM_PLACEMENTS = ("before", "after", "after_residual", "both")
@@ -354,22 +353,3 @@ def require_rotary(rotary: Rotary | None, head_dim: int) -> None:
     dim = head_dim if rotary.dim is None else rotary.dim
     require(dim % 2 == 0 and dim <= head_dim, f"rotary dim {dim}",
             f"an even number up to {head_dim}, the features of a head")
-
-
-def require_probability(name: str, value: float) -> None:
-    """Raise InputError unless value is a probability below 1."""
-    require_number(name, value)
-    require(0 <= value < 1, f"{name} = {value}", "a probability below 1")
-
-
-def require_number(name: str, value: float, above: float | None = None) -> None:
-    """Raise InputError unless value is a finite number, above a limit if one is given."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-    require(good and (above is None or value > above), f"{name} = {value!r}",
-            "a number" if above is None else f"a number above {above}")
-
-
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise InputError unless value is one of the choices."""
-    if not isinstance(value, str) or value not in choices:
-        raise InputError(f"found {name} {value!r}, expected one of {', '.join(choices)}")

@@ -15,7 +15,7 @@ import make_tiny_checkpoints as tiny
 import mpitp
 from mpitp import InputError
 from mpitp.checkpoints import loading
-from mpitp.sharding.specs import decoder_specs
+from mpitp.sharding.decoder_specs import decoder_specs
 from mpitp.checkpoints.families import MODULES, family_named
 from mpitp.checkpoints.families.keys import REFUSED, Keys
 from mpitp.checkpoints.families.layout import Fused, Place

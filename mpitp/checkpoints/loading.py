@@ -8,7 +8,7 @@ from ..arrays import compute_dtype
 from ..comm.agreement import require_everywhere
 from ..config import DecoderConfig
 from ..layers.decoder import Decoder
-from ..sharding.specs import decoder_specs
+from ..sharding.decoder_specs import decoder_specs
 from ..errors import InputError
 from .families import family_named
 from .families.family import Family

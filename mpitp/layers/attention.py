@@ -19,9 +19,10 @@ from ..ops.keys_values import last_query_forward
 from ..ops.linear import add_bias, bias_backward, linear_weight_backward, product
 from ..ops.norm import norm_backward, norm_forward
 from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
+from ..sharding.decoder_specs import attention_specs
 from ..sharding.heads import KeyValueUnit
 from ..sharding.partition import Block
-from ..sharding.specs import attention_specs, join
+from ..sharding.specs import join
 from .base import ParallelLayer, require_saved
 from .heads import AttentionCall, Heads, as_heads, as_rows, by_group, require_mask
 from .products import (column_parallel_backward, column_parallel_forward, copy_to_ranks_backward, copy_to_ranks_forward,

@@ -1,5 +1,5 @@
 """What every parallel layer has: parameters that it holds its slices of, and rows that it takes."""
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -148,25 +148,6 @@ class ParallelLayer:
                                  f"{len(self.specs)} names of the model's parameters")
             raise InputError(f"{what}: found names {', '.join(map(str, arrays)) or '(none)'}, "
                              f"expected {', '.join(self.specs)}")
-
-
-class Composite(ParallelLayer):
-    """A layer made of layers: its parameters are theirs, under the same names and in the same arrays.
-
-    A parameter that two of them share (tied embeddings) is one.
-    """
-
-    def __init__(self, group: TensorParallelGroup, layers: Sequence[ParallelLayer], dtype: str, name: str):
-        self.group, self.name = group, name
-        self.set_dtype(group, dtype)
-        named = {id(spec): spec for layer in layers for spec in layer.specs.values()}
-        self.specs = by_name(named.values())
-        self.weights = {name: layer.weights[name] for layer in layers for name in layer.specs}
-        self.set_own()
-
-    def gradients_of(self, layer: ParallelLayer, gradients: dict[str, Array]) -> dict[str, Array]:
-        """Return the gradients of one of its layers."""
-        return {name: gradients[name] for name in layer.specs}
 
 
 def some(names: Iterable[object]) -> str:

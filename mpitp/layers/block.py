@@ -12,10 +12,12 @@ from ..comm.sums import Sum
 from ..config import DecoderConfig
 from ..ops.activation import add_to
 from ..ops.dropout import dropout_scale
+from ..sharding.decoder_specs import norm_names, output_init_std
 from ..sharding.partition import Block
-from ..sharding.specs import join, norm_names, output_init_std
+from ..sharding.specs import join
 from .attention import ParallelAttention
-from .base import Composite, require_saved
+from .base import require_saved
+from .composite import Composite
 from .mlp import ParallelMLP
 from .norm import hidden_norm
 from .products import (copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,

@@ -12,8 +12,9 @@ from ..arrays import Array, scaled
 from ..comm.group import TensorParallelGroup
 from ..config import DecoderConfig
 from ..errors import require
-from .base import Composite, require_saved
+from .base import require_saved
 from .block import ParallelBlock, hidden_dropout
+from .composite import Composite
 from .embedding import PositionEmbedding, VocabParallelEmbedding
 from .heads import require_mask
 from .linear import ColumnParallelLinear

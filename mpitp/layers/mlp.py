@@ -10,9 +10,8 @@ from ..arrays import Array
 from ..comm.group import TensorParallelGroup
 from ..comm.ledger import Collective
 from ..comm.sums import Sum
-from ..config import ACTIVATIONS, one_of
-from ..errors import require_positive
-from ..ops.activation import activation_backward, activation_forward, gated_backward, gated_forward
+from ..errors import one_of, require_positive
+from ..ops.activation import ACTIVATIONS, activation_backward, activation_forward, gated_backward, gated_forward
 from ..ops.linear import add_bias, bias_backward
 from ..sharding.partition import Block
 from ..sharding.specs import join, mlp_specs
@@ -68,7 +67,7 @@ class ParallelMLP(ParallelLayer):
         require_positive(hidden_size=hidden_size)
         ffn_hidden_size = 4 * int(hidden_size) if ffn_hidden_size is None else ffn_hidden_size
         require_positive(ffn_hidden_size=ffn_hidden_size)
-        one_of("activation", activation, ACTIVATIONS)
+        one_of("activation", activation, tuple(ACTIVATIONS))
         D, F = int(hidden_size), int(ffn_hidden_size)           # NumPy's integers would overflow
         super().__init__(group, mlp_specs(D, F, gated, bias, init_std, output_init_std, name), dtype, seed, name)
         self.hidden_size, self.ffn_hidden_size, self.activation, self.gated = D, F, activation, gated

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..arrays import Array
 from ..comm.group import TensorParallelGroup
-from ..config import NORMALIZATIONS, DecoderConfig, one_of
-from ..errors import require, require_positive
+from ..config import NORMALIZATIONS, DecoderConfig
+from ..errors import one_of, require, require_positive
 from ..ops.norm import norm_backward, norm_forward
 from ..sharding.specs import join, norm_specs
 from .base import ParallelLayer, require_saved
