@@ -132,6 +132,7 @@ class Twin:
         function = getattr(self.module, name)
         if not callable(function):
             return function
+        function = getattr(function, "__wrapped__", function)               # on NumPy arrays, without cuda_twin
 
         def call(*arguments, **options):
             refuse_host([*arguments, *options.values()], name)
