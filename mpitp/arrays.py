@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .errors import InputError, require
+from .errors import InputError
 
 # What annotations call an array: NumPy's, or on a GPU CuPy's, which has the same methods.
 Array = np.ndarray
@@ -45,7 +45,7 @@ def array_module(device: str) -> ModuleType:
     return cupy
 
 
-def compute_dtype(dtype: DTypeLike, device: str = "cpu") -> np.dtype:
+def compute_dtype(dtype: DTypeLike | None, device: str = "cpu") -> np.dtype:
     """Find the NumPy dtype that `dtype` names.
 
     Raises
@@ -61,12 +61,12 @@ def compute_dtype(dtype: DTypeLike, device: str = "cpu") -> np.dtype:
             dtype = ml_dtypes.bfloat16
         found = None if dtype is None else np.dtype(dtype)      # NumPy takes None for float64
     except ImportError:
-        require(False, "no ml_dtypes", "it, for dtype 'bfloat16': pip install ml_dtypes")
+        raise InputError("found no ml_dtypes, expected it, for dtype 'bfloat16': pip install ml_dtypes") from None
     except (TypeError, ValueError):
         found = None
-    good = found is not None and found.name in known and found.isnative
-    require(good, f"dtype {dtype!r} on device {device!r}" if dtype in HALF_DTYPES else f"dtype {dtype!r}",
-            f"one of {', '.join(known)}")
+    if found is None or found.name not in known or not found.isnative:
+        where = f" on device {device!r}" if dtype in HALF_DTYPES else ""
+        raise InputError(f"found dtype {dtype!r}{where}, expected one of {', '.join(known)}")
     return found
 
 
@@ -85,7 +85,7 @@ def scaled(x: Array, scale: float | Array | None, out: Array | None = None) -> A
     """Compute x * scale in the dtype of x, to `out` or a new array; return x itself where scale is None."""
     if scale is None:
         return x
-    xp = module_of(x)
+    xp = module_of(x) or np
     return xp.multiply(x, scale, out=xp.empty_like(x) if out is None else out)
 
 

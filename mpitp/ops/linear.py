@@ -14,7 +14,7 @@ NARROW = 16     # rows or columns: up to here a product is computed on arrays wi
 
 @cuda_twin(by="x_NI")
 def linear_forward(x_NI: Array, w_OI: Array, out: Array | None = None,
-                   dtype: DTypeLike = None) -> tuple[Array, tuple[Array, Array]]:
+                   dtype: DTypeLike | None = None) -> tuple[Array, tuple[Array, Array]]:
     """Compute y = x w^T.
 
     Parameters
@@ -40,7 +40,7 @@ def linear_forward(x_NI: Array, w_OI: Array, out: Array | None = None,
 
 
 def linear_backward(dy_NO: Array, saved: tuple[Array, Array], dw_out: Array | None = None,
-                    dtype: DTypeLike = None) -> tuple[Array, Array]:
+                    dtype: DTypeLike | None = None) -> tuple[Array, Array]:
     """Compute dx = dy w and dw = dy^T x.
 
     Parameters
@@ -81,7 +81,7 @@ def bias_backward(dy_NO: Array, out: Array | None = None) -> Array:
 
 
 @cuda_twin(by="a")
-def product(a: Array, b: Array, out: Array | None = None, dtype: DTypeLike = None, add: bool = False) -> Array:
+def product(a: Array, b: Array, out: Array | None = None, dtype: DTypeLike | None = None, add: bool = False) -> Array:
     """Compute a @ b, with bits that do not depend on what lies beside a block in the memory of its rank.
 
     Parameters
