@@ -36,7 +36,7 @@ class TensorWriter:
     """
 
     def __init__(self, path, tensors):
-        self.tensors, self.bytes_written = tensors, 0
+        self.tensors = tensors
         self.descriptor = os.open(path, os.O_WRONLY)
         self.close_once = weakref.finalize(self, os.close, self.descriptor)
 
@@ -60,7 +60,6 @@ class TensorWriter:
 
     def write_all(self, array, offset):
         left = memoryview(array.reshape(-1).view(np.uint8))
-        self.bytes_written += len(left)
         while left:
             count = os.pwrite(self.descriptor, left, offset)
             left, offset = left[count:], offset + count

@@ -100,7 +100,7 @@ def random_layer(group, arguments):
 
 def checkpoint_layer(group, arguments):
     """The block of one layer of a checkpoint, what it is, and on rank 0 the bytes that each rank read: its slices."""
-    from ..checkpoints.families.feed_forward import feed_forward
+    from ..checkpoints.loading import feed_forward
     from ..checkpoints.safetensors import Checkpoint
 
     def find():

@@ -74,8 +74,8 @@ def run(arguments):
         started = time.perf_counter()
         model = load_model(arguments.model, group, arguments.dtype)
         load_seconds = time.perf_counter() - started
-        source = group.root_first(lambda: Source(arguments, *given) if first else None)
-        ids, lengths = text.give_to_all(group, source.prompts if first else None)
+        continued = group.root_first(lambda: Continuations(arguments, *given) if first else None)
+        ids, lengths = text.give_to_all(group, continued.prompts if first else None)
         steps = generate(model, ids, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
                          top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
                          stop=() if arguments.ignore_eos else stop, lengths=lengths)
@@ -83,12 +83,12 @@ def run(arguments):
         for tokens in steps:
             run.add(tokens)
             if first:
-                source.push(tokens)
+                continued.push(tokens)
         run.end()
         cores, of_ranks = launch.share_of_cores(group.comm), group.report((model.bytes_read, run.shares))
         if first:
-            source.finish()
-            result = summary(arguments, group, cores, source, run, load_seconds, of_ranks)
+            continued.finish()
+            result = summary(arguments, group, cores, continued, run, load_seconds, of_ranks)
             print("\n".join(["", *lines(result)]), flush=True)
             if arguments.json:
                 report.write_json(arguments.json, "mpitp.generate/1", result)
@@ -117,8 +117,8 @@ def look_first(arguments):
     return texts, None
 
 
-class Source:
-    """Prompts, and what becomes of them, on rank 0: printed as it comes where there is one, else at the end."""
+class Continuations:
+    """The prompts and their continuations, on rank 0: one is printed as it comes, several at the end."""
 
     def __init__(self, arguments, texts, ids):
         self.texts, self.prompts, self.decode = texts, ids, None
@@ -203,15 +203,15 @@ def age_of_process():
         return None
 
 
-def summary(arguments, group, cores, source, run, load_seconds, of_ranks):
+def summary(arguments, group, cores, continued, run, load_seconds, of_ranks):
     def mean(part):
         shares = [shares[part] for _, shares in of_ranks]
         return None if None in shares else sum(shares) / len(shares)
-    sequences = [Sequence(prompt, new, source.texts and source.texts[b], source.text(b))
-                 for b, (prompt, new) in enumerate(zip(source.prompts, source.new_ids))]
+    sequences = [Sequence(prompt, new, continued.texts and continued.texts[b], continued.text(b))
+                 for b, (prompt, new) in enumerate(zip(continued.prompts, continued.new_ids))]
     return Report(__version__, launch.machine(), launch.library_name(), group.size, cores, arguments.model,
                   arguments.dtype, group.reproducible, sequences, run.first_token_seconds, load_seconds,
-                  [count for count, _ in of_ranks], sum(map(len, source.prompts)), run.prefill_seconds, run.tokens,
+                  [count for count, _ in of_ranks], sum(map(len, continued.prompts)), run.prefill_seconds, run.tokens,
                   run.decode_seconds, mean(0), mean(1))
 
 

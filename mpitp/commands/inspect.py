@@ -11,7 +11,7 @@ import numpy as np
 
 from ..comm.launch import is_first_rank
 from ..errors import require, require_positive
-from ..checkpoints.loading import open_source
+from ..checkpoints.loading import open_folder
 from ..checkpoints.safetensors import STORED
 from . import report
 
@@ -82,12 +82,12 @@ def run(arguments):
 
 def inspect(arguments):
     """The Report."""
-    source, ranks = open_source(arguments.model), arguments.ranks
+    folder, ranks = open_folder(arguments.model), arguments.ranks
     where = (ranks, arguments.blocks if arguments.reproducible else ranks)
     size = np.dtype(arguments.dtype).itemsize
     kinds, held, read = {}, [0] * ranks, [0] * ranks
-    for name, spec in source.specs.items():
-        stored = source.views[name].dtype
+    for name, spec in folder.specs.items():
+        stored = folder.views[name].dtype
         elements = [prod(spec.local_shape(rank, *where)) for rank in range(ranks)]
         for rank, n in enumerate(elements):
             held[rank] += n * size
@@ -95,13 +95,13 @@ def inspect(arguments):
         kind = re.sub(r"\d+", "*", name, count=1)
         of_kind = kinds.get(kind)
         if of_kind is None:
-            of_kind = kinds[kind] = Parameter(kind, re.sub(r"\.\d+\.", ".*.", source.places[name].name, count=1),
+            of_kind = kinds[kind] = Parameter(kind, re.sub(r"\.\d+\.", ".*.", folder.layouts[name].name, count=1),
                                               spec.shape, 0, {None: "no", 0: "rows", 1: "columns"}[spec.axis],
                                               stored, 0, [0] * ranks)
         of_kind.count += 1
         of_kind.stored_bytes += prod(spec.shape) * np.dtype(STORED[stored]).itemsize
         of_kind.hold_bytes_of_ranks = [a + n * size for a, n in zip(of_kind.hold_bytes_of_ranks, elements)]
-    config, specs = source.config, source.specs
+    config, specs = folder.config, folder.specs
     of_ranks = []
     for rank in range(ranks):
         rows = {part: specs[name].local_shape(rank, *where)[0] for part, name in (
@@ -109,10 +109,10 @@ def inspect(arguments):
             ("up", "layers.0.mlp.up.weight"), ("vocabulary", "embedding.weight"))}
         of_ranks.append(Rank(rank, rows["query"] // config.head_dim, rows["key"] // config.head_dim, rows["up"],
                              rows["vocabulary"], held[rank], read[rank]))
-    return Report(source.checkpoint.folder, source.family.model_type, config, arguments.dtype, arguments.reproducible,
-                  len(source.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
+    return Report(folder.checkpoint.folder, folder.family.model_type, config, arguments.dtype, arguments.reproducible,
+                  len(folder.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
                   sum(kind.stored_bytes for kind in kinds.values()), of_ranks, list(kinds.values()),
-                  source.other_keys)
+                  folder.other_keys)
 
 
 def lines(found):

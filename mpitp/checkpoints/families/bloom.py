@@ -24,7 +24,7 @@ def read(keys):
     return DecoderConfig(
         vocab_size=keys.size("vocab_size"), hidden_size=keys.size("n_embed", "hidden_size"),
         num_layers=keys.layers("n_layer", "num_hidden_layers"),
-        num_attention_heads=keys.size("n_head", "num_attention_heads"), activation=keys.activation(),
+        num_attention_heads=keys.size("n_head", "num_attention_heads"), activation="gelu_tanh",
         position_embedding="alibi", embedding_norm=True,
         norm_epsilon=keys.number("layer_norm_epsilon", default=1e-5, above=0),
         tie_word_embeddings=keys.flag("tie_word_embeddings", default=True),

@@ -4,8 +4,8 @@
 heads, a norm for each branch. 11B: several key/value heads, one norm.
 """
 from ...config import DecoderConfig
+from .activations import THEIR_ACTIVATIONS
 from .family import Family
-from .feed_forward import THEIR_ACTIVATIONS
 from .layout import Fused
 from .rope import rope_keys, rotary
 
@@ -41,7 +41,7 @@ def read(keys):
     return DecoderConfig(
         vocab_size=keys.size("vocab_size"), hidden_size=hidden, num_layers=keys.layers("num_hidden_layers", "n_layer"),
         num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=keys.size("ffn_hidden_size", default=None),
-        activation=keys.activation(), rotary=rotary(keys, hidden // heads),
+        activation=keys.activation("activation", default="gelu"), rotary=rotary(keys, hidden // heads),
         norm_epsilon=keys.number("layer_norm_epsilon", default=1e-5, above=0), parallel_residual=side_by_side,
         shared_norm=side_by_side and not (new and norms in (None, 2)), qkv_bias=bias, attention_bias=bias,
         mlp_bias=bias, tie_word_embeddings=keys.flag("tie_word_embeddings", default=True),

@@ -3,7 +3,7 @@ import re
 from dataclasses import dataclass
 from typing import Callable
 
-from .layout import Place
+from .layout import Layout
 
 OF_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
@@ -35,15 +35,15 @@ class Family:
     transposed: tuple = ()
     ignored: str = "(?!)"
 
-    def places(self, config, specs, prefix):
-        """{name of ours: Place} of all parameters."""
+    def layouts(self, config, specs, prefix):
+        """{name of ours: Layout} of all parameters."""
         tensors, fused, found = self.tensors(config), self.fused(config), {}
         for name, spec in specs.items():
             of_layer = OF_LAYER.fullmatch(name)
             layer, inside = of_layer.groups() if of_layer else (None, name)
             module, kind = inside.rsplit(".", 1)
             theirs = tensors[module].format(layer)
-            found[name] = Place(f"{theirs if module == 'head' else prefix + theirs}.{kind}", spec.shape,
+            found[name] = Layout(f"{theirs if module == 'head' else prefix + theirs}.{kind}", spec.shape,
                                 kind == "weight" and module in self.transposed, fused.get(module))
         return found
 

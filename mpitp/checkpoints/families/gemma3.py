@@ -12,7 +12,7 @@ NORMS = {
 
 
 def read(keys):
-    found = sizes(keys, head_dim=256, tied=True)
+    found = sizes(keys, head_dim=256, tied=True, activation=("hidden_activation", "gelu_pytorch_tanh"))
     layers = found["num_layers"]
     bias = keys.flag("attention_bias", default=False)
     every = keys.count("sliding_window_pattern", default=6)

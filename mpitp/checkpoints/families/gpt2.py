@@ -1,8 +1,8 @@
 """GPT-2 (Radford et al., 2019): learned positions; weights stored [in, out]; q, k and v in one tensor."""
 from ...config import DecoderConfig
 from ...errors import InputError
+from .activations import THEIR_ACTIVATIONS
 from .family import Family
-from .feed_forward import THEIR_ACTIVATIONS
 from .layout import Fused
 
 TENSORS = {
@@ -33,7 +33,7 @@ def read(keys):
         num_layers=keys.layers("n_layer", "num_hidden_layers"),
         num_attention_heads=keys.size("n_head", "num_attention_heads"),
         ffn_hidden_size=keys.size("n_inner", default=None),
-        activation=keys.activation(), position_embedding="learned",
+        activation=keys.activation("activation_function", default="gelu_new"), position_embedding="learned",
         max_position_embeddings=keys.size("n_positions", "max_position_embeddings"),
         norm_epsilon=keys.number("layer_norm_epsilon", default=1e-5, above=0),
         attention_scale=None if keys.flag("scale_attn_weights", default=True) else 1.0,

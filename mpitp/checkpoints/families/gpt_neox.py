@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia (arXiv 2204.06745): attention and feed-forward side by side; q, k and v head by head."""
 from ...config import DecoderConfig
+from .activations import THEIR_ACTIVATIONS
 from .family import Family
-from .feed_forward import THEIR_ACTIVATIONS
 from .layout import Fused
 from .rope import rope_keys, rotary
 
@@ -28,7 +28,7 @@ def read(keys):
         keys.refuse(hidden_dropout=0)           # theirs drops the two branches apart, ours their sum
     return DecoderConfig(
         vocab_size=keys.size("vocab_size"), hidden_size=hidden, num_layers=keys.layers("num_hidden_layers"),
-        num_attention_heads=heads, ffn_hidden_size=keys.size("intermediate_size"), activation=keys.activation(),
+        num_attention_heads=heads, ffn_hidden_size=keys.size("intermediate_size"), activation=keys.activation("hidden_act", default="gelu"),
         rotary=rotary(keys, hidden // heads, theta_key="rotary_emb_base", part=0.25, part_key="rotary_pct"),
         norm_epsilon=keys.number("layer_norm_eps", default=1e-5, above=0), parallel_residual=side_by_side,
         qkv_bias=bias, attention_bias=bias, tie_word_embeddings=keys.flag("tie_word_embeddings", default=False),

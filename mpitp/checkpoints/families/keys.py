@@ -2,7 +2,7 @@
 from math import isfinite
 
 from ...errors import InputError, is_integer
-from .feed_forward import activation_of
+from .activations import ACTIVATIONS
 
 REQUIRED = object()
 MOST = 1 << 40                  # no model has as many of anything
@@ -86,9 +86,12 @@ class Keys:
             self.fail(names, value, "true or false")
         return value
 
-    def activation(self):
-        self.looked_at.update(("hidden_activation", "hidden_act", "activation_function", "activation"))
-        return activation_of(self.values)
+    def activation(self, name, default):
+        """DecoderConfig's activation by the family's name for it."""
+        value = self.get(name, default=default)
+        if not isinstance(value, str) or value not in ACTIVATIONS:
+            self.fail([name], value, f"one of {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[value]
 
     def refuse(self, **neutral):
         """Raise InputError for a key whose value is not this one (nor null): it would change the results."""

@@ -1,7 +1,7 @@
 """Llama (arXiv 2302.13971), and those that follow it: Mistral (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388)."""
 from ...config import DecoderConfig
+from .activations import THEIR_ACTIVATIONS
 from .family import Family
-from .feed_forward import THEIR_ACTIVATIONS
 from .rope import rope_keys, rotary
 
 TENSORS = {
@@ -23,14 +23,18 @@ TENSORS = {
 INVERSE_FREQUENCIES = r".*\.rotary_emb\.inv_freq"       # old checkpoints have them
 
 
-def sizes(keys, head_dim=None, tied=False):
-    """What all families of this kind say alike."""
+def sizes(keys, head_dim=None, tied=False, activation=("hidden_act", "silu")):
+    """The fields of DecoderConfig that all families of this kind have under the same keys.
+
+    head_dim, tied : what the family has where config.json does not say it
+    activation : the family's key of it, and what it has without
+    """
     return dict(
         vocab_size=keys.size("vocab_size"), hidden_size=keys.size("hidden_size"),
         num_layers=keys.layers("num_hidden_layers"), num_attention_heads=keys.size("num_attention_heads"),
         num_query_groups=keys.size("num_key_value_heads", default=None),
         kv_channels=keys.size("head_dim", default=head_dim), ffn_hidden_size=keys.size("intermediate_size"),
-        activation=keys.activation(), gated=True, normalization="rmsnorm",
+        activation=keys.activation(*activation), gated=True, normalization="rmsnorm",
         norm_epsilon=keys.number("rms_norm_eps", default=1e-6, above=0),
         tie_word_embeddings=keys.flag("tie_word_embeddings", default=tied),
         attention_dropout=keys.number("attention_dropout", default=0.0),
