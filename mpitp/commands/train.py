@@ -10,9 +10,11 @@ import sys
 from ..comm.agreement import require_agreement
 from ..config import DecoderConfig
 from ..errors import InputError, require_positive
-from ..checkpoints import steps as checkpoint
+from ..checkpoints import steps as step_folders
 from ..training.data import Tokens, order_2_bits
-from ..training.loop import Settings, Trainer, TrainingStopped, read_log
+from ..training.log import read_log
+from ..training.loop import Trainer, TrainingStopped
+from ..training.settings import Settings
 from . import device, report
 
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
@@ -115,7 +117,7 @@ def prepare(arguments):
         raise InputError(f"{arguments.out}: found {error.strerror}, expected a folder to write to") from None
     if not os.access(arguments.out, os.W_OK):
         raise InputError(f"{arguments.out}: found a folder that cannot be written to, expected one that can")
-    steps = checkpoint.steps(arguments.out)
+    steps = step_folders.steps(arguments.out)
     if steps and not arguments.resume:
         raise InputError(f"{arguments.out}: found step folders up to {steps[-1]}, expected --resume or another folder")
 
