@@ -123,7 +123,7 @@ def write_larger(folder, case, dtype=ml_dtypes.bfloat16):
     golden = tiny.load(case)
     config = {**golden["config"], **LARGER[case]}
     of = family_named(config["model_type"])
-    read = of.read(Keys(config))
+    read = of.config(Keys(config))
     layouts = of.layouts(read, decoder_parameters(read), of.prefix)
     golden["tensors"] = {layout.name: layout.stored_shape for layout in layouts.values()}
     tiny.write(folder, golden, dtype, config=config)
@@ -225,7 +225,7 @@ ROPE = dict(rope_theta=1e4, rope_type="yarn", factor=2.0, original_max_position_
 @pytest.mark.parametrize("case, changes, said", [
     ("llama", dict(model_type="mamba"), "found model_type 'mamba', expected one of gpt2, llama"),
     ("llama", dict(model_type=None), "found model_type 'None'"), ("llama", dict(model_type=[]), "model_type '[]'"),
-    *[(case, {key: 3.5}, f"found {key} = 3.5, expected {'none' if neutral is None else repr(neutral)}: it changes the "
+    *[(case, {key: 3.5}, f"found {key} = 3.5, expected {repr(neutral[-1]) if neutral else 'none'}: it changes the "
                          f"results and is not supported")
       for key, neutral in REFUSED.items() for case in ("llama", "gpt2")],
     ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True, expected False"),

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from ..arrays import Array, compute_dtype
 from ..comm.agreement import require_everywhere
 from ..comm.group import TensorParallelGroup
+from ..comm.launch import is_first_rank
 from ..config import DecoderConfig
 from ..errors import InputError, require
 from ..layers.decoder import Decoder
@@ -19,13 +21,18 @@ from ..layers.decoder_parameters import decoder_parameters
 from ..sharding.parameters import ParameterSpec
 from .families import family_named
 from .families.family import Family
-from .families.keys import REFUSED, Keys
+from .families.keys import Keys, short
 from .families.layout import Layout, View
+from .left_out import differ, is_computed
 from .safetensors import Checkpoint
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 UNVERIFIED_SIZE = 1 << 16       # the largest size that config.json may claim beyond those of the stored tensors
 PIECE = 1 << 22         # elements that go to a device, or change their dtype, at a time
+
+
+class CheckpointWarning(UserWarning):
+    """Something in a checkpoint folder that is left out of the model; the text names it."""
 
 
 @dataclass
@@ -36,7 +43,9 @@ class ModelFolder:
     family : Family
     config : DecoderConfig
     specs, layouts, views : {name of a parameter: ParameterSpec, Layout, View}
-    other_keys : keys of config.json that the family does not read
+    own_head : whether the head is the stored one although config.json says that it is tied, because the two differ
+    other_keys : keys of config.json that are neither read nor known to change nothing
+    left_out : stored buffers whose values are not those that the model computes
     """
     checkpoint: Checkpoint
     family: Family
@@ -44,40 +53,87 @@ class ModelFolder:
     specs: dict[str, ParameterSpec]
     layouts: dict[str, Layout]
     views: dict[str, View]
+    own_head: bool
     other_keys: list[str]
+    left_out: list[str]
+
+    def warnings(self) -> list[str]:
+        """One line for each kind of thing in the folder that the model leaves out or that contradicts the rest."""
+        found = []
+        if self.other_keys:
+            found.append(f"found {', '.join(map(short, self.other_keys))}, expected keys that model_type "
+                         f"{self.family.model_type} has: left out")
+        if self.own_head:
+            found.append(f"found tie_word_embeddings = True, but {self.family.head(self.config)} differs from the "
+                         f"embedding: the head is used as it is stored")
+        if self.left_out:
+            found.append(f"found {summary(self.left_out)} with values of its own, expected those that the model "
+                         f"computes: left out")
+        return found
+
+    def warn(self) -> None:
+        """Issue the warnings, as CheckpointWarning, in the name of config.json."""
+        for text in self.warnings():
+            warnings.warn_explicit(text, CheckpointWarning, os.path.join(self.checkpoint.folder, "config.json"), 0)
 
 
-def open_folder(path: str | os.PathLike) -> ModelFolder:
-    """Check a checkpoint folder by its headers and its config.json; no weight is read.
+def open_folder(path: str | os.PathLike, *, strict: bool = False, own_head: bool | None = None) -> ModelFolder:
+    """Check a checkpoint folder by its headers and its config.json.
+
+    Parameters
+    ----------
+    path : str or path
+    strict : bool, optional
+        Whether a key of config.json that the family does not know is an error.
+    own_head : bool, optional
+        Whether a head that is stored beside tied embeddings differs from them. None: read both, and the stored buffers,
+        to find out. Otherwise no weight is read.
 
     Raises
     ------
     InputError
         For anything that is not as it should be.
     """
-    return examine(Checkpoint(path))
+    folder = examine(Checkpoint(path), own_head)
+    if strict and folder.other_keys:
+        raise InputError(f"{os.path.join(folder.checkpoint.folder, 'config.json')}: {folder.warnings()[0]}")
+    return folder
 
 
-def examine(checkpoint: Checkpoint) -> ModelFolder:
-    """Check an opened checkpoint against its config.json. Raises InputError where they do not fit."""
+def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder:
+    """Check an opened checkpoint against its config.json. Raises InputError where they do not fit.
+
+    own_head : as open_folder's
+    """
     names = checkpoint.names()
     sizes = [n for file in checkpoint.files.values() for _, shape, *_ in file.tensors.values() for n in shape]
     keys = Keys(checkpoint.config, most_layers=max(1, len(names)), most_features=max(UNVERIFIED_SIZE, *sizes, 0))
     family = family_named(keys.get("model_type", default=None))
-    keys.refuse(**REFUSED)
-    config = family.read(keys)
-    prefix = family.prefix_in(names)
+    config = family.config(keys)
+    prefix = family.prefix_in(names, config)
+    embedding, head = family.embedding(config, prefix), family.head(config)
+    if config.tie_word_embeddings and embedding not in checkpoint.where and head in checkpoint.where:
+        embedding = head                        # tied, and stored under the other name
     # The two sizes that memory is made of when the parameters are listed: first compared with what is stored.
-    require_shape(checkpoint, prefix + family.tensors(config)["embedding"] + ".weight",
-                  (config.vocab_size, config.hidden_size))
+    require_shape(checkpoint, embedding, (config.vocab_size, config.hidden_size))
     if config.position_embedding == "learned":
         require_shape(checkpoint, prefix + family.tensors(config)["position"] + ".weight",
                       (config.max_position_embeddings, config.hidden_size))
+    look = own_head is None
+    if config.tie_word_embeddings and head in checkpoint.where and head != embedding:
+        require_shape(checkpoint, head, (config.vocab_size, config.hidden_size))
+        own_head = differ(checkpoint[head], checkpoint[embedding]) if look else own_head
+        config = replace(config, tie_word_embeddings=not own_head)
+    else:
+        own_head = False
     specs = decoder_parameters(config)
     layouts = family.layouts(config, specs, prefix)
+    layouts["embedding.weight"] = replace(layouts["embedding.weight"], name=embedding)
     needed = {layout.name for layout in layouts.values()}
-    require_tensors(checkpoint, needed, {name for name in names if name not in needed and
-                                         not family.is_no_parameter(name, config)})
+    beside = {name for name in names if name not in needed and not (name == head and config.tie_word_embeddings)}
+    buffers = {name for name in beside if family.is_buffer(name)}
+    require_tensors(checkpoint, needed, beside - buffers)
+    left_out = sorted(name for name in buffers if look and not is_computed(checkpoint[name], config))
     views = {}
     for name, layout in layouts.items():
         tensor = checkpoint[layout.name]
@@ -86,7 +142,7 @@ def examine(checkpoint: Checkpoint) -> ModelFolder:
                              f"out of scope)")
         require_shape(checkpoint, layout.name, layout.stored_shape)
         views[name] = View(tensor, layout)
-    return ModelFolder(checkpoint, family, config, specs, layouts, views, keys.others())
+    return ModelFolder(checkpoint, family, config, specs, layouts, views, own_head, keys.unknown(), left_out)
 
 
 def require_shape(checkpoint: Checkpoint, name: str, shape: tuple) -> None:
@@ -145,7 +201,8 @@ class LoadedDecoder(Decoder):
         return self.folder.checkpoint.bytes_read
 
 
-def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str | None = None) -> LoadedDecoder:
+def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str | None = None, *,
+               strict: bool = False) -> LoadedDecoder:
     """Load the decoder in a checkpoint folder saved from the Hugging Face hub, each rank reading only its slices.
 
     Parameters
@@ -155,6 +212,8 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
     group : TensorParallelGroup
     dtype : str, optional
         To compute in, "float32" (None) or "float64"; on a GPU "float16" and "bfloat16" too.
+    strict : bool, optional
+        Whether a key of config.json that the family does not know is an error instead of a warning.
 
     Returns
     -------
@@ -167,13 +226,29 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
         On every rank, for a damaged folder, an unknown family, a key that changes the results and is not supported,
         and missing or unexpected tensors.
 
+    Warns
+    -----
+    CheckpointWarning
+        On rank 0, for keys of config.json that the family does not know, and for what else is left out.
+
     Notes
     -----
     Collective: root_first and one verdict, no data. Rank 0 checks everything (headers, offsets, shapes, names) before
-    any rank makes an array. A rank's memory: its slices; what is read is widened in pieces of 128 KiB on its way there.
+    any rank makes an array. A head that is stored beside tied embeddings is compared with them, as transformers does:
+    where the two differ, the head is not tied. A rank's memory: its slices; what is read is widened in pieces of 128 KiB on its way there.
     """
     dtype = compute_dtype("float32" if dtype is None else dtype, group.device)
-    return LoadedDecoder(group, group.root_first(lambda: open_folder(path)), dtype)
+    return LoadedDecoder(group, open_on_all(group, path, strict), dtype)
+
+
+def open_on_all(group: TensorParallelGroup, path: str | os.PathLike, strict: bool = False) -> ModelFolder:
+    """Check a folder on rank 0, then open it on the others, which trust its verdict on the head. Collective."""
+    folder = group.root_first(lambda: open_folder(path, strict=strict) if group.rank == 0 else None)
+    own_head = group.comm.bcast(folder.own_head if group.rank == 0 else None)
+    if group.rank != 0:
+        return open_folder(path, own_head=own_head)
+    folder.warn()
+    return folder
 
 
 def read_slices(folder: ModelFolder, model: Decoder) -> str:
@@ -220,7 +295,9 @@ def feed_forward(checkpoint: Checkpoint, layer: int) -> FeedForward:
 
     Raises InputError for a layer that does not exist, and for whatever load_model refuses.
     """
-    folder = examine(checkpoint)
+    folder = examine(checkpoint, own_head=False)        # no matter: the head is no part of the block
+    if is_first_rank():
+        folder.warn()
     config, prefix = folder.config, f"layers.{layer}.mlp."
     require(0 <= layer < config.num_layers, f"layer {layer}", f"0 to {config.num_layers - 1}, the layers of "
                                                               f"{checkpoint.folder}")

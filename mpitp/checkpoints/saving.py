@@ -49,6 +49,8 @@ def save_model(model: Decoder, path: str | os.PathLike, dtype: str | None = None
         keys, companions = config_json(model.config, target), []
     else:
         keys, companions = dict(loaded.checkpoint.config), companions_of(loaded.checkpoint.folder)
+        if loaded.own_head:
+            keys["tie_word_embeddings"] = False
     keys["torch_dtype" if "torch_dtype" in keys else "dtype"] = dtype or model.dtype.name
     path = os.path.abspath(os.fspath(path))
     model.group.root_first(lambda: require_new(path) if model.group.rank == 0 else None)

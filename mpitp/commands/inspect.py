@@ -1,29 +1,34 @@
-"""What each of P ranks would hold and read of a Hugging Face checkpoint folder. Needs no mpirun and reads no weights.
+"""What each of P ranks would hold and read of a Hugging Face checkpoint folder. Needs no mpirun.
 
-Everything that loading looks at is looked at: headers, names, shapes, config.json. Exits with 2 where that finds a
-fault.
+All that loading checks is checked: headers, names, shapes, config.json. Weights are not read, but for a head that is
+stored beside tied embeddings and stored buffers, which are compared. Exits with 2 where a fault is found.
 """
+from __future__ import annotations
+
+import argparse
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
-from ..comm.launch import is_first_rank
-from ..errors import require, require_positive
 from ..checkpoints.loading import open_folder
 from ..checkpoints.safetensors import STORED
-from . import report
+from ..comm.launch import is_first_rank
+from ..errors import require, require_positive
+from . import model, report, text
 
 MOST = 1 << 14
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="checkpoint folder: config.json, model.safetensors or its shards")
     parser.add_argument("-n", "--ranks", type=int, default=1, metavar="P", help="how many ranks (1)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="computed in (float32)")
     parser.add_argument("--reproducible", action="store_true", help="as it would be split in reproducible mode")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of a dimension in reproducible mode (8)")
+    model.add_strict(parser)
     parser.add_argument("--json", metavar="FILE", help="write the report there, too")
 
 
@@ -66,10 +71,12 @@ class Report:
     other_keys: list
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """The command on this rank: 0."""
     require_positive(ranks=arguments.ranks, blocks=arguments.blocks)
     require(max(arguments.ranks, arguments.blocks) <= MOST, f"{arguments.ranks} ranks, {arguments.blocks} blocks",
             f"at most {MOST}")
+    text.print_any_character()
     if arguments.json:
         report.require_writable(arguments.json)
     if is_first_rank():
@@ -80,9 +87,10 @@ def run(arguments):
     return 0
 
 
-def inspect(arguments):
-    """The Report."""
-    folder, ranks = open_folder(arguments.model), arguments.ranks
+def inspect(arguments: argparse.Namespace) -> Report:
+    """Open the folder and count what each rank would hold and read."""
+    folder, ranks = open_folder(arguments.model, strict=arguments.strict), arguments.ranks
+    folder.warn()
     where = (ranks, arguments.blocks if arguments.reproducible else ranks)
     size = np.dtype(arguments.dtype).itemsize
     kinds, held, read = {}, [0] * ranks, [0] * ranks
@@ -115,7 +123,8 @@ def inspect(arguments):
                   folder.other_keys)
 
 
-def lines(found):
+def lines(found: Report) -> Iterator[str]:
+    """Yield the lines that are printed."""
     config = found.config
     yield found.model
     yield f"  {found.family}: {count(found.parameters)} parameters, {report.size(found.stored_bytes)} in " \
@@ -138,19 +147,23 @@ def lines(found):
           span(kind.hold_bytes_of_ranks)) for kind in found.tensors])
     if found.other_keys:
         yield ""
-        yield from wrapped("NOTE: keys of config.json that nothing here looks at: ", found.other_keys)
+        yield from wrapped("NOTE: keys of config.json that this family does not have: ", found.other_keys)
 
 
-def count(number):
+def count(number: int) -> str:
+    """A number with commas."""
     return f"{number:,}"
 
 
-def span(sizes):
+def span(sizes: list[int]) -> str:
+    """The least and the largest of some numbers of bytes."""
     least, most = report.size(min(sizes)), report.size(max(sizes))
     return most if least == most else f"{least} to {most}"
 
 
-def wrapped(head, words, width=98):
+def wrapped(head: str, words: Iterable[str], width: int = 98) -> Iterator[str]:
+    """Yield lines of words with commas between them, behind a head."""
+    words = list(words)
     line = head
     for i, word in enumerate(words):
         word += "" if i == len(words) - 1 else ","
