@@ -5,7 +5,7 @@
         y, saved = mlp.forward(x)
         dx, gradients = mlp.backward(dy, saved)
 """
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "TensorParallelGroup": "comm.group",
