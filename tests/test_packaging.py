@@ -24,12 +24,17 @@ except importlib.metadata.PackageNotFoundError:
 
 pytestmark = [
     pytest.mark.launcher,
-    pytest.mark.skipif(SETUPTOOLS < 77, reason="found no setuptools from 77 on in this environment: pip install '.[dev]'"),
+    pytest.mark.skipif(SETUPTOOLS < 77, reason="found no setuptools >= 77 in this environment: pip install '.[dev]'"),
     pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what belongs into the sdist is asked of git"),
 ]
 
 # As pip does it; that NumPy cannot be imported proves that the version is read without it.
-BUILD_SDIST = "import sys; sys.modules['numpy'] = None; from setuptools import build_meta; build_meta.build_sdist('dist')"
+BUILD_SDIST = """
+import sys
+sys.modules["numpy"] = None
+from setuptools import build_meta
+build_meta.build_sdist("dist")
+"""
 USE = """
 import importlib.resources, sys, mpitp
 for name in mpitp.__all__:
@@ -41,10 +46,11 @@ print(mpitp.__version__, mpitp.__file__)
 
 def run(*command, cwd):
     environment = {k: v for k, v in job_environment().items() if k != "PYTHONPATH"}
-    libraries = sorted(Path(sys.prefix, "lib").glob("libmpi.so.*"))         # where mpi4py looks, in another environment
-    if libraries:
+    libraries = sorted(Path(sys.prefix, "lib").glob("libmpi.so.*"))
+    if libraries:                                               # mpi4py would look for it in the new environment
         environment.setdefault("MPI4PY_LIBMPI", str(libraries[0]))
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, text=True, capture_output=True, timeout=120)
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, text=True, capture_output=True,
+                          timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -87,8 +93,8 @@ def unpacked(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(unpacked, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder,
-        unpacked, cwd=folder)
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation",
+        "-w", folder, unpacked, cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
 
