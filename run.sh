@@ -35,7 +35,8 @@ while [ $# -gt 0 ]; do
     case $1 in
         -n) [ $# -gt 1 ] || die "found -n without a number, expected ranks: -n 4"
             ranks=$2; shift 2 ;;
-        -h|--help) usage; exit 0 ;;
+        -h|--help) [ -z "$ranks" ] || break         # after -n P it is a question to mpitp
+            usage; exit 0 ;;
         *) break ;;
     esac
 done

@@ -133,6 +133,14 @@ def test_a_program_of_ones_own(site, tmp_path):
     done = site.run("-n", 3, program, "a b")
     assert done.stdout == "3 ['a b']\n", done.stderr
 
+@pytest.mark.parametrize("arguments, before", [([], True), (["-n", 3], False)])
+def test_help(site, arguments, before):
+    """Before -n it is run.sh's own; after it, a question to mpitp, which lists the commands."""
+    site.real_launcher()
+    done = site.run(*arguments, "--help")
+    assert done.returncode == 0 and ("MPITP_VENV=DIR" in done.stdout) == before, done.stderr
+    assert ("check that the parallel feed-forward block" in done.stdout) != before and done.stdout.count("usage:") == (not before)
+
 
 @pytest.mark.parametrize("arguments, said", [(["-n"], "-n without a number"), (["-n", "0"], "'0'"), (["-n", "x"], "'x'"),
                                              (["-n", "-2"], "'-2'")])

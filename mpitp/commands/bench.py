@@ -1,10 +1,11 @@
-"""Collectives, matrix products and the feed-forward block on the ranks at hand, each beside its limit.
+"""Time collectives, matrix products and the blocks on the ranks at hand, each beside its limit.
 
     allreduce   latency and bandwidth of the collectives by size
-    matmul      matrix products of a rank's share, and reading of weights, with all ranks active
+    matmul      matrix products of a rank's share, and reading of weights, all ranks at once
     ffn         the feed-forward block, forward and backward, as a share of those limits
-    block       a decoder block (layer norms, causal attention, tanh-GELU) as a share of its products
-    decode      one token behind a prompt, of a decoder of 2 layers, as a share of its matrix-vector products
+    block       a decoder block (layer norms, causal attention, GELU) as a share of its products
+    decode      one token after a prompt, 2 layers, as a share of the matrix-vector products
+
 Medians of interleaved rounds, with the fastest and the slowest; a time is that of the slowest rank.
 """
 import csv

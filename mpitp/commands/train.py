@@ -65,7 +65,7 @@ def run(arguments):
             trainer.resume()
         show = Progress(trainer)
         if group.rank == 0:
-            print_line(opening(trainer, arguments))
+            print_line(opening(trainer, arguments).replace("; ", "\n"))
         try:
             trainer.run(show)
         except TrainingStopped as stopped:
@@ -129,7 +129,7 @@ def opening(trainer, arguments):
     tokens, group = trainer.tokens, trainer.group
     return f"{count:,} parameters on {group.size} rank{'s' if group.size > 1 else ''}, {trainer.model.dtype}" \
            f"{', reproducible' if group.reproducible else ''}; {len(tokens.training):,} tokens of {tokens.name}, " \
-           f"{len(tokens.validation):,} held out"
+           f"{len(tokens.validation):,} held out for validation"
 
 
 class Progress:
@@ -149,9 +149,9 @@ class Progress:
         self.note(step, figures)
         settings = self.trainer.settings
         tokens = settings.micro_batch_size * settings.gradient_accumulation * self.trainer.tokens.seq_length
-        text = f"step {step:6d}/{settings.train_iters}  {self.curve[-1][1]:7.4f} bits a token  " \
-               f"lr {figures['lr']:.2e}  gradient {figures['gradient_norm']:8.3f}  " \
-               f"{tokens / figures['seconds']:8.0f} tokens/s"
+        text = f"step {step:6d}/{settings.train_iters}  {self.curve[-1][1]:7.4f} bits  " \
+               f"lr {figures['lr']:.2e}  gradient {figures['gradient_norm']:6.3f}  " \
+               f"{tokens / figures['seconds']:6.0f} tokens/s"
         if "validation_loss" in figures:
             text += f"  validation {self.validation[-1][1]:.4f}"
         if self.is_terminal:

@@ -70,7 +70,8 @@ def lines(result):
                       f"the norm, limit {number(ratio.limit_of_norm)}"
     if result.reproducible:
         yield ""
-        yield from (f"  sha256 {layer.sha256}  {layer.title}" for layer in result.layers)
+        yield "SHA-256 of the results of each layer, the same for any number of ranks:"
+        yield from (f"{layer.sha256} {layer.title}" for layer in result.layers)
     yield ""
     yield "every check holds, and every count of collectives is the closed form's" if result.good else \
         "FAILED: see the lines marked FAILED"

@@ -1,0 +1,80 @@
+"""The command line as a newcomer meets it: help that fits and lists everything, examples that run, tables that fit."""
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import make_tiny_checkpoints as tiny
+from mpitp import commands
+from mpitp.commands import COMMANDS, WIDTH
+from spmd import job, job_environment
+
+pytestmark = pytest.mark.launcher
+EXAMPLES = [(name, line) for name, command in COMMANDS.items() for line, _ in command.examples]
+
+
+def help_of(*words, columns=300):
+    done = subprocess.run([sys.executable, "-m", "mpitp", *words, "--help"], text=True, capture_output=True, timeout=60,
+                          env=job_environment(COLUMNS=str(columns)))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout
+
+
+def widest(text):
+    return max(text.splitlines(), key=len)
+
+
+def test_help_lists_every_command_with_one_line_each():
+    lines = help_of().splitlines()
+    assert all(f"  {name:<10}{command.summary}" in lines for name, command in COMMANDS.items())
+    files = Path(commands.__file__).parent.glob("*.py")
+    assert set(COMMANDS) == {file.stem for file in files if "\ndef run(arguments" in file.read_text()} - {"verify_all"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_and_ends_with_two_examples(name):
+    text = help_of(name)
+    assert len(widest(text)) <= WIDTH, widest(text)
+    end = text[text.index("\nexamples:\n"):].splitlines()[2:]
+    assert len(end) == 4 and [line.strip() for line in end] == [part for pair in COMMANDS[name].examples for part in pair]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the examples name: a tiny checkpoint, a text, and token ids."""
+    folder = tmp_path_factory.mktemp("examples")
+    tiny.write(folder / "my-model", tiny.load("gemma3_text"))
+    (folder / "book.txt").write_text(400 * "once upon a time there was a row of a matrix ")
+    (folder / "ids.txt").write_text(" ".join(str(i % 37) for i in range(60)))
+    return folder
+
+
+def add_tokenizer(folder):
+    """Write a tokenizer of letters and the space, which are within the 37 tokens of the tiny model."""
+    tokenizers = pytest.importorskip("tokenizers")
+    parts = "abcdefghijklmnopqrstuvwxyz "
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({part: i for i, part in enumerate(parts)}, []))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name, line", EXAMPLES, ids=[line.split("mpitp ")[1] for _, line in EXAMPLES])
+def test_examples_run_and_their_tables_fit(folder, tmp_path, name, line, ranks):
+    """Each example on 1 and on 2 ranks; files that it writes go to a folder of its own."""
+    if "--prompt" in line or "--text" in line:
+        add_tokenizer(folder / "my-model")
+    words = shlex.split(line)
+    words = words[words.index("-m"):]
+    assert words[:3] == ["-m", "mpitp", name]
+    for given in ("my-model", "book.txt", "ids.txt"):
+        (tmp_path / given).symlink_to(folder / given)
+    done = job(ranks, *words, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0 or name == "doctor", done.stdout + done.stderr
+    table = done.stdout.split("\n\n", 1)[1] if name == "generate" else done.stdout     # without the text itself
+    assert len(widest(table)) <= WIDTH, widest(table)
+    assert done.stderr == ""
+    for written in (word for word in words if word.endswith(".json")):
+        assert json.loads((tmp_path / written).read_text())["schema"] == f"mpitp.{name}/1"
