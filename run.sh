@@ -13,6 +13,7 @@ PATH if a job of two ranks proves that mpi4py uses the same library, else one fr
   MPITP_VENV=DIR       use this virtual environment and install nothing
   MPI4PY_LIBMPI=FILE   the MPI library that mpi4py shall use
   PYTHON=FILE          the Python (3.10 or newer) that .venv is made with
+  MPITP_PROGRESS=0     no progress bar (1: one, 0 wherever the output is no terminal)
 TEXT
 }
 set -euo pipefail
@@ -105,10 +106,10 @@ update_venv() {
     [ "$(cat "$venv/mpitp-installed" 2>/dev/null)" = "$installed" ] && return
     if [ -e "$venv/mpitp-installed" ] && [ -x "$python" ]; then
         echo "run.sh: setup.cfg has changed, installing again" >&2
-        install -e "$here[threads]"
+        install -e "$here[threads,progress]"
     else
         make_venv
-        install -e "$here[threads]"
+        install -e "$here[threads,progress]"
     fi
     echo "$installed" > "$venv/mpitp-installed"
 }
@@ -238,6 +239,9 @@ if [ "${1:-}" = test ]; then
     done
     exit
 fi
+# A rank cannot see this terminal: MPICH gives it pipes, and Open MPI gives rank 0 a pseudo-terminal even for a file.
+if [ -t 1 ] && [ -t 2 ]; then MPITP_PROGRESS=${MPITP_PROGRESS:-1}; fi
+export MPITP_PROGRESS=${MPITP_PROGRESS:-0}
 case ${1:-} in
     *.py) set -- -m mpi4py "$@" ;;              # as a program of one's own: an exception ends all ranks
     *) set -- -m mpitp "$@" ;;

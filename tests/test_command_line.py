@@ -1,5 +1,6 @@
 """The command line as a newcomer meets it: help that fits and lists everything, examples that run, tables that fit."""
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -78,3 +79,74 @@ def test_examples_run_and_their_tables_fit(folder, tmp_path, name, line, ranks):
     assert done.stderr == ""
     for written in (word for word in words if word.endswith(".json")):
         assert json.loads((tmp_path / written).read_text())["schema"] == f"mpitp.{name}/1"
+
+
+# --- progress ----------------------------------------------------------------------------------------------------
+
+SLOW = """
+import sys, time
+from mpitp.commands.progress import Progress, progress
+with Progress("nothing to see"):
+    pass
+print("tqdm" in sys.modules)
+with Progress("loading", 2) as bar:
+    time.sleep(1.2)
+    bar.advance("checking")
+    time.sleep(1.1)
+print(list(progress(range(3), 3, "windows")))
+"""
+
+
+def in_a_terminal(*arguments, stdout=True, stderr=True, **environment):
+    """(what a program writes to a pseudo-terminal, to pipes) where its streams are the one or the other."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, *arguments], text=True, env=job_environment(**environment),
+                               stdout=theirs if stdout else subprocess.PIPE, stderr=theirs if stderr else subprocess.PIPE)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:                         # Linux: all who could write are gone
+        pass
+    os.close(ours)
+    pipes = [stream for stream in process.communicate(timeout=60) if stream]
+    assert process.returncode == 0, shown
+    return shown.decode(), "".join(pipes)
+
+
+def test_a_bar_in_a_terminal():
+    """It comes after a second, names what runs, and leaves no trace; tqdm is not imported for what is short."""
+    pytest.importorskip("tqdm")
+    shown, _ = in_a_terminal("-c", SLOW)
+    assert shown.startswith("False\r\n") and "\rloading  0/2 " in shown and "\rchecking  1/2 " in shown
+    assert shown.rstrip().split("\r")[-1] == "[0, 1, 2]" and "nothing" not in shown and "windows" not in shown
+    assert all(len(line) <= WIDTH for line in shown.split("\r"))
+
+
+def test_a_line_without_tqdm():
+    shown, _ = in_a_terminal("-c", "import sys; sys.modules['tqdm'] = None\n" + SLOW)
+    assert shown.count("loading ...\r\n") == 1 and shown.count("\r") == shown.count("\r\n")
+
+
+@pytest.mark.parametrize("streams, environment", [
+    (dict(stdout=False), {}), (dict(stderr=False), {}),     # the second: rank 0 of Open MPI, with output to a file
+    ({}, dict(MPITP_PROGRESS="0"))])
+def test_no_bar_in_logs(streams, environment):
+    shown, piped = in_a_terminal("-c", SLOW, **streams, **environment)
+    assert "loading" not in shown + piped and "[0, 1, 2]" in shown + piped
+
+
+def test_the_variable_decides_for_ranks_whose_streams_are_pipes():
+    """Rank 0 alone; the bar is wiped out before the table."""
+    pytest.importorskip("tqdm")
+    for wanted in ("0", "1"):
+        done = job(2, "-c", SLOW, environment=dict(MPITP_PROGRESS=wanted))
+        assert done.returncode == 0 and done.stderr.count("checking  1/2") == int(wanted), done.stderr
+
+
+def test_training_in_a_terminal_moves_one_line_and_in_a_log_none():
+    small = "-m mpitp train --train-iters 3 --hidden-size 16 --num-layers 1 --eval-interval 3".split()
+    assert "\rstep      2/3" in in_a_terminal(*small)[0]
+    shown, _ = in_a_terminal(*small, stderr=False)          # Open MPI's rank 0 with output to a file
+    assert "\rstep" not in shown.replace("\r\n", "\n") and "step      2/3" in shown

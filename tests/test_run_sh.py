@@ -225,6 +225,7 @@ def test_open_mpi_gets_what_it_needs(site):
     assert given["OMPI_ALLOW_RUN_AS_ROOT"] == given["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] == "1"
     assert given["PRTE_MCA_rmaps_default_mapping_policy"] == ":oversubscribe"
     assert given["PRTE_MCA_hwloc_default_binding_policy"] == given["OMPI_MCA_hwloc_base_binding_policy"] == "none"
+    assert given["MPITP_PROGRESS"] == "0"                       # these streams are pipes
     assert given["OMPI_MCA_btl"] == "self,sm" and given["OMPI_MCA_pml"] == "ucx"       # the user's stays
 
 

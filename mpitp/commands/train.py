@@ -13,7 +13,7 @@ from ..errors import InputError, require_positive
 from ..checkpoints import steps as checkpoint
 from ..training.data import Tokens, order_2_bits
 from ..training.loop import Settings, Trainer, TrainingStopped, read_log
-from . import device, report
+from . import device, progress, report
 
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
@@ -140,7 +140,7 @@ class Progress:
         if trainer.step and trainer.group.rank == 0:            # resumed: the curve begins where the run did
             for line in read_log(trainer.folder):
                 self.note(line["step"], line)
-        self.is_terminal = trainer.group.rank == 0 and sys.stdout.isatty()
+        self.is_terminal = trainer.group.rank == 0 and progress.is_watched()
         self.every = max(1, trainer.settings.train_iters // 20)
 
     def __call__(self, step, figures):
