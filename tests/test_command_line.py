@@ -40,7 +40,8 @@ def test_help_fits_and_ends_with_two_examples(name):
     text = help_of(name)
     assert len(widest(text)) <= WIDTH, widest(text)
     end = text[text.index("\nexamples:\n"):].splitlines()[2:]
-    assert len(end) == 4 and [line.strip() for line in end] == [part for pair in COMMANDS[name].examples for part in pair]
+    (first, of_first), (second, of_second) = COMMANDS[name].examples
+    assert [line.strip() for line in end] == [first, of_first, second, of_second]
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +101,9 @@ print(list(progress(range(3), 3, "windows")))
 def in_a_terminal(*arguments, stdout=True, stderr=True, **environment):
     """(what a program writes to a pseudo-terminal, to pipes) where its streams are the one or the other."""
     ours, theirs = os.openpty()
+    stdout, stderr = (theirs if terminal else subprocess.PIPE for terminal in (stdout, stderr))
     process = subprocess.Popen([sys.executable, *arguments], text=True, env=job_environment(**environment),
-                               stdout=theirs if stdout else subprocess.PIPE, stderr=theirs if stderr else subprocess.PIPE)
+                               stdout=stdout, stderr=stderr)
     os.close(theirs)
     shown = b""
     try:
