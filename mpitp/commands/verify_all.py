@@ -65,7 +65,8 @@ def lines(found: LayersReport) -> Iterator[str]:
                     if not (comparison.good and comparison.near))
     if found.reproducible:
         yield ""
-        yield from (f"  sha256 {layer.sha256}  {layer.title}" for layer in found.layers)
+        yield "SHA-256 of the results of each layer, the same for any number of ranks:"
+        yield from (f"{layer.sha256} {layer.title}" for layer in found.layers)
     yield ""
     yield "every check holds, and every count of collectives is the closed form's" if found.good else \
         "FAILED: see the lines marked FAILED"
