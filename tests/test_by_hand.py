@@ -43,7 +43,7 @@ def test_it_agrees_with_dense(tmp_path, ranks, features):
 def test_the_summands_add_up_to_y(tmp_path):
     """Without the bias of the second product y is the sum of what the ranks print."""
     done = run(tmp_path, 3, "return y_ND + down_bias_D, h_NFp", "return y_ND + 0 * down_bias_D, h_NFp",
-               "return (h_NF @ down_DF.T + down_bias_D,", "return (h_NF @ down_DF.T,")
+               "return h_NF @ down_DF.T + down_bias_D,", "return h_NF @ down_DF.T,")
     assert done.returncode == 0, done.stderr
     found = lines(done)
     assert abs(sum(float(line[3]) for line in found) - float(found[0][4])) < 3e-6
