@@ -12,11 +12,10 @@ author = "The mpitp developers"
 copyright = author                                              # noqa: A001
 release = version = mpitp.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.viewcode", "numpydoc"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 exclude_patterns = ["packaging"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.xref_missing"]
 
 templates_path = ["_templates"]
 autosummary_generate = True
@@ -25,6 +24,8 @@ autodoc_typehints = "none"                                      # the docstrings
 numpydoc_show_class_members = False                             # autodoc lists them
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_title = f"mpitp {release}"
 html_copy_source = False
 html_show_sphinx = False

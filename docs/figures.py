@@ -17,14 +17,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.S)
 
 ROWS = {    # name in a result file, without its kind: name in a table
-    "products": "bare products of a rank's share: the limit",
-    "read": "a plain read of a rank's weights: the limit",
+    "products": "bare products (the limit)",
+    "read": "a plain read of the weights (the limit)",
     "mpitp": "**mpitp**",
     "reproducible": "mpitp, reproducible",
     "torch gloo": "torch + gloo",
-    "dense NumPy": "dense NumPy, one process, 2 threads",
-    "dense torch": "dense torch, one process, 2 threads",
-    "torch eager": "torch eager, one process, 2 threads",
+    "dense NumPy": "dense NumPy",
+    "dense torch": "dense torch",
+    "torch eager": "torch eager",
     "torch fused": "torch eager with its fused AdamW",
 }
 
@@ -45,12 +45,6 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:#.3g}".rstrip(".") if seconds < 0.9995 else f"{seconds * 1e3:.0f}"
 
 
-def spread(row: dict) -> str:
-    """Return the median of a row and, in brackets, its fastest and slowest round, in milliseconds."""
-    return (f"{milliseconds(row['median_seconds'])} ({milliseconds(row['least_seconds'])} to "
-            f"{milliseconds(row['most_seconds'])})")
-
-
 def where(found: dict) -> str:
     """Return one line that names the machine, the libraries, and the command of a result file."""
     torch = f", torch {found['torch']}" if "torch" in found else ""
@@ -66,9 +60,10 @@ def interleaved(name: str) -> str:
     rows = []
     for full_name, row in found["rows"].items():
         known = ROWS[full_name.removesuffix(f" {row['kind']}")]
-        rows.append([row["kind"], known, spread(row), f"{row['over_limit']:.2f}", f"{row[over_this]:.2f}"])
+        rows.append([row["kind"], known, *(milliseconds(row[f"{which}_seconds"]) for which in ("median", "least", "most")),
+                     f"{row['over_limit']:.2f}", f"{row[over_this]:.2f}"])
     limit = "over torch eager" if base == "torch eager" else "over the limit"
-    return table(["", "", "milliseconds", limit, f"{base} over this"], rows, left=2) + f"\n\n{where(found)}"
+    return table(["", "", "ms", "fastest", "slowest", limit, f"{base} over this"], rows, left=2) + f"\n\n{where(found)}"
 
 
 def decode() -> str:

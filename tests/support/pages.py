@@ -9,9 +9,10 @@ A page's fenced blocks are read in order:
 An HTML comment above a block, which no reader sees, says what else is true of it:
 
     <!-- rounding -->           another BLAS gives other last digits: see `require_alike`
-    <!-- not run: reason -->    the block is shown only, and the reason is good enough for the reader to be told
-    <!-- machine -->            the digits are this type of machine's: the same lines but for hexadecimal numbers
-    <!-- fails -->              the command's exit status is not 0, and what it prints includes stderr
+    <!-- verdicts -->           of the lines that end in ok: their names, and what stands in their last two columns
+    <!-- machine -->            hexadecimal numbers are this type of machine's; everything else is exact
+    <!-- fails -->              the command's exit status is not 0
+    <!-- not run: reason -->    the block is shown only
     <!-- shown in FILE -->      the block is part of that file, word for word
 """
 import contextlib
@@ -68,8 +69,8 @@ def comparable(text):
 def require_alike(found, expected):
     """The same words and whole numbers; fractions as near as rounding leaves them on another processor.
 
-    That is half a unit of an error ratio (a line that ends in ok), 1e-6 of a difference that is rounding alone, and
-    one thousandth of everything else.
+    That is half a unit of an error ratio (a line that ends in ok), a twentieth of a loss (many steps lie behind it),
+    1e-6 of a difference that is rounding alone, and one thousandth of everything else.
     """
     found, expected = comparable(found), comparable(expected)
     assert len(found) == len(expected), "\n".join(found)
@@ -77,10 +78,30 @@ def require_alike(found, expected):
         assert re.sub(r"\s+", " ", NUMBER.sub("#", a)) == re.sub(r"\s+", " ", NUMBER.sub("#", b)), (a, b)
         for x, y in zip(NUMBER.findall(a), NUMBER.findall(b)):
             if "." in x or "e" in x:
-                noise = 0.5 if a.endswith(" ok") else 1e-6
-                assert abs(float(x) - float(y)) <= max(1e-3 * abs(float(y)), noise), (a, b)
+                relative, noise = (0.05 if "loss" in a else 1e-3), (0.5 if a.endswith(" ok") else 1e-6)
+                assert abs(float(x) - float(y)) <= max(relative * abs(float(y)), noise), (a, b)
             else:
                 assert x == y, (a, b)
+
+
+def verdicts(text):
+    """Name, second column, and the last two columns of every line that ends in ok; and the last line."""
+    lines = text.rstrip().splitlines()
+    return [(*re.split(r"\s{2,}", line.strip())[:2], *line.split()[-2:]) for line in lines if line.endswith("  ok")], \
+        lines[-1]
+
+
+def compare(block, found, shown):
+    """Raise AssertionError unless a command printed what the block shows."""
+    if block.mark == "rounding":
+        require_alike(found, shown)
+    elif block.mark == "verdicts":
+        assert verdicts(found)[0] and verdicts(found) == verdicts(shown)
+    elif block.mark == "machine":
+        digits = re.compile(r"\b[0-9a-f]{16,}\b")
+        assert digits.sub("#", found).rstrip() == digits.sub("#", shown).rstrip()
+    else:
+        assert found.rstrip() == shown.rstrip()
 
 
 def run(command, folder=ROOT, fails=False):
@@ -96,7 +117,7 @@ def run(command, folder=ROOT, fails=False):
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True, text=True,
                           timeout=150)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stdout + (done.stderr if fails else "")
+    return done.stdout
 
 
 def workplace(page, folder):
@@ -139,3 +160,17 @@ def kind(block):
         return "program" if block.program else "python"
     assert block.language in SHOWN_ONLY or block.language.startswith("{"), f"line {block.line}: a block in {block.language!r}"
     return "shown"
+
+
+def check(page, folder):
+    """Do with every block of a page what its kind asks for. Raises AssertionError at the first that does not hold."""
+    for block, printed, expected in execute(page):
+        assert printed == expected, f"{page.name}, line {block.line}, prints\n{printed}"
+    folder = workplace(page, folder)
+    for block in blocks(page):
+        if kind(block) == "part":
+            assert block.text in (ROOT / block.mark.removeprefix("shown in ")).read_text(), f"{page.name}, {block.line}"
+        if kind(block) == "console":
+            assert block.mark in ("", "rounding", "verdicts", "machine", "fails"), block.mark
+            for command, shown in block.commands:
+                compare(block, run(command, folder, fails=block.mark == "fails"), shown)
