@@ -8,6 +8,7 @@ A table stands between <!-- figures: NAME --> and <!-- end of figures -->; NAME 
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Callable
 
@@ -60,8 +61,8 @@ def interleaved(name: str) -> str:
     rows = []
     for full_name, row in found["rows"].items():
         known = ROWS[full_name.removesuffix(f" {row['kind']}")]
-        rows.append([row["kind"], known, *(milliseconds(row[f"{which}_seconds"]) for which in ("median", "least", "most")),
-                     f"{row['over_limit']:.2f}", f"{row[over_this]:.2f}"])
+        times = [milliseconds(row[f"{which}_seconds"]) for which in ("median", "least", "most")]
+        rows.append([row["kind"], known, *times, f"{row['over_limit']:.2f}", f"{row[over_this]:.2f}"])
     limit = "over torch eager" if base == "torch eager" else "over the limit"
     return table(["", "", "ms", "fastest", "slowest", limit, f"{base} over this"], rows, left=2) + f"\n\n{where(found)}"
 
@@ -142,9 +143,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios}
 
 
+def wrapped(text: str) -> str:
+    """Return the text with the lines that do not belong to a table wrapped at 118 columns."""
+    return "\n".join(line if line.startswith("|") else textwrap.fill(line, 118, break_on_hyphens=False)
+                     for line in text.split("\n"))
+
+
 def filled(text: str) -> str:
     """Return the text of a page with every table made anew."""
-    return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", text)
+    return MARKED.sub(lambda found: f"{found[1]}\n{wrapped(TABLES[found[2]]())}\n\n{found[3]}", text)
 
 
 def main(arguments: list[str]) -> int:

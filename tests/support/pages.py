@@ -114,8 +114,8 @@ def run(command, folder=ROOT, fails=False):
     # The launcher beside this Python first: the suite runs under MPICH and under Open MPI.
     environment.update(MPITP_VENV=sys.prefix, PATH=f"{sys.prefix}/bin:{os.environ['PATH']}", MPIEXEC_TIMEOUT="120",
                        PYTHONPATH=str(ROOT))
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True, text=True,
-                          timeout=150)
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True,
+                          text=True, timeout=150)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout
 
@@ -158,7 +158,8 @@ def kind(block):
         return "console"
     if block.language == "python":
         return "program" if block.program else "python"
-    assert block.language in SHOWN_ONLY or block.language.startswith("{"), f"line {block.line}: a block in {block.language!r}"
+    known = block.language in SHOWN_ONLY or block.language.startswith("{")      # {image} and others of MyST
+    assert known, f"line {block.line}: a block in {block.language!r}"
     return "shown"
 
 
