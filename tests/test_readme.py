@@ -64,7 +64,8 @@ def test_a_number_that_is_off_would_be_seen():
     text = shown("./run.sh")
     require_alike(text, text)
     for right, wrong in (("2 x all_reduce", "3 x all_reduce"), ("True", "False"), ("+0.127986", "-0.127986"),
-                         ("-0.447968; dense", "-0.446968; dense"), ("  ok", "  FAILED"), ("0.04   0.04", "0.64   0.04")):
+                         ("-0.447968; dense", "-0.446968; dense"), ("  ok", "  FAILED"),
+                         ("0.04   0.04", "0.64   0.04")):
         assert right in text
         with pytest.raises(AssertionError):
             require_alike(text.replace(right, wrong, 1), text)
