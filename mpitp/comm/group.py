@@ -11,7 +11,7 @@ from mpi4py import MPI
 from ..arrays import array_module
 from ..errors import InputError, require, require_positive
 from ..sharding.partition import Partition, Place
-from . import agreement, guard, launch
+from . import agreement
 from .collectives import Collectives
 from .ledger import Ledger
 from .mpi import host_transport, requested_transport
@@ -88,7 +88,8 @@ class TensorParallelGroup(Collectives, Sums):
                  blocks: int = 8, check: bool = False, transport: str = "auto", gpu: int | None = None,
                  share_gpu: bool = False, tf32: bool = False):
         if comm is None or comm == MPI.COMM_WORLD:
-            launch.require_matching_launcher()
+            from .launch import require_matching_launcher
+            require_matching_launcher()
             comm = MPI.COMM_WORLD
         self.comm = comm.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
@@ -134,18 +135,20 @@ class TensorParallelGroup(Collectives, Sums):
 
     def _make_reproducible(self) -> None:
         """Sum in the tree, and on a CPU compute each block by one BLAS thread, spare cores other blocks."""
+        from .launch import share_of_cores
         from .tree import TreeSum
         from .workers import Workers
         self.sum_class, self.workers = TreeSum, Workers(1)
         if self.device == "cpu":
             agreement.require_everywhere(self.comm, "the machine type, and with it the bits of a product",
                                          self._describe_machine)
-            self.workers = Workers(launch.share_of_cores(self.comm))
+            self.workers = Workers(share_of_cores(self.comm))
 
     def _describe_machine(self) -> str:
+        from .launch import machine
         from .workers import one_blas_thread
         self._give_back_threads = one_blas_thread()
-        return launch.machine()
+        return machine()
 
     def _release_threads(self) -> None:
         if self.workers:
@@ -215,7 +218,8 @@ class TensorParallelGroup(Collectives, Sums):
             self.comm.Free()
 
     def __enter__(self) -> "TensorParallelGroup":
-        self._outer_hook = guard.watch_threads() if self.size > 1 else threading.excepthook
+        from .guard import watch_threads
+        self._outer_hook = watch_threads() if self.size > 1 else threading.excepthook
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -231,6 +235,7 @@ class TensorParallelGroup(Collectives, Sums):
 
     def _leave(self, error: BaseException) -> None:
         """Let an error out of the body where it meets no rank that waits for this one; else end the job."""
+        from . import guard
         if guard.active or guard.succeeds(error):
             return                                  # guarded() ends the job; sys.exit(0) is no failure
         if self.size == 1 or isinstance(error, InputError) and guard.all_leave(self.comm):

@@ -137,9 +137,12 @@ class Sums:
 
         In reproducible mode they are computed one at a time as they are asked for, and spare cores work ahead.
         """
-        if self.workers is None:
-            return [(item, compute(item, *arguments)) for item in items]
-        return self.workers.each(compute, items, *arguments)
+        if self.workers is not None:
+            return self.workers.each(compute, items, *arguments)
+        computed = []
+        for item in items:
+            computed.append((item, compute(item, *arguments)))
+        return computed
 
     def _describe_sum(self: Any, partition: Partition, shape: Sequence[int], dtype: np.dtype) -> tuple:
         if dtype_name(dtype) not in self.summed_dtypes:
