@@ -184,7 +184,7 @@ def random_layer(group: TensorParallelGroup, hidden_size: int, ffn_hidden_size: 
     layer = ParallelMLP(group, hidden_size, ffn_hidden_size, activation, gated, bias, dtype=dtype, seed=seed)
     for name, spec in layer.specs.items():
         if len(spec.shape) == 1:
-            values = initialise(replace(spec, init_std=0.1), seed, layer.dtype, group.rank, group.size, group.blocks)
+            values = initialise(replace(spec, init_std=0.1), seed, layer.dtype, group.place)
             layer.weights[name][...] = group.xp.asarray(values)
     return layer
 

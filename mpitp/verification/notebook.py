@@ -65,7 +65,7 @@ def notebook_example(group: TensorParallelGroup, seed: int) -> Notebook | None:
     up, down = layer.parameter("up.weight"), layer.parameter("down.weight")
     # This rank's share by hand, as the ranks' partial sums are what the example is about.
     partial = linear_forward(linear_forward(x.reshape(-1, 10), up)[0], down)[0].reshape(x.shape)
-    y, _ = layer.forward(x, saved=False)
+    y, _ = layer.forward(x, save=False)
     owned = layer.partition.range(group.rank)
     parts = group.report(RankPart(group.rank, [owned.start, owned.stop], up.shape, down.shape, partial.shape,
                                   float(partial.flat[0])))
