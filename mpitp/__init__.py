@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "TensorParallelGroup": "comm.group",
     "Partition": "sharding.partition",
+    "Place": "sharding.partition",
     "ParameterSpec": "sharding.parameters",
     "InputError": "errors",
     "ColumnParallelLinear": "layers.linear",
@@ -24,6 +25,7 @@ _HOMES = {
     "vocab_parallel_cross_entropy_backward": "layers.loss",
     "Decoder": "layers.decoder",
     "generate": "inference.generation",
+    "AttentionConfig": "config",
     "DecoderConfig": "config",
     "Rotary": "config",
     "load_model": "checkpoints.loading",

@@ -2,10 +2,11 @@
 import importlib
 import sys
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from .errors import require
+from .errors import InputError, require
 
 # What annotations call an array: NumPy's, or on a GPU CuPy's, which has the same methods.
 Array = np.ndarray
@@ -54,6 +55,19 @@ def scaled(x, scale, out=None):
         return x
     xp = module_of(x)
     return xp.multiply(x, scale, out=xp.empty_like(x) if out is None else out)
+
+
+def array_module(device: str) -> Any:
+    """Return numpy for "cpu", cupy for "gpu". Raises InputError for another device, and where there is no CuPy."""
+    if device == "cpu":
+        return np
+    require(device == "gpu", f"device {device!r}", "'cpu' or 'gpu'")
+    try:
+        import cupy
+    except ImportError as error:
+        raise InputError(f"found no CuPy ({error}), expected one for device 'gpu': "
+                         "pip install 'mpitp[cuda12]' or 'mpitp[cuda13]'") from None
+    return cupy
 
 
 def on_host(array):

@@ -90,7 +90,7 @@ def mlp_cases(group, tokens, hidden, ffn, activation="gelu_tanh", dtype="float32
         _, saved = layer.forward(x)
         layer.backward(dy, saved, out=gradients)
 
-    return {f"{prefix}forward": lambda: layer.forward(x, saved=False), f"{prefix}forward+backward": both}, layer
+    return {f"{prefix}forward": lambda: layer.forward(x, save=False), f"{prefix}forward+backward": both}, layer
 
 
 def product_cases(group, tokens, hidden, ffn, dtype="float32"):
@@ -158,7 +158,7 @@ def block_cases(group, tokens, hidden, heads=BLOCK_HEADS, dtype="float32", prefi
         _, saved = block.forward(x)
         block.backward(dy, saved, out=gradients)
 
-    return {f"{prefix}forward": lambda: block.forward(x, saved=False), f"{prefix}forward+backward": both}
+    return {f"{prefix}forward": lambda: block.forward(x, save=False), f"{prefix}forward+backward": both}
 
 
 def block_product_cases(group, tokens, hidden, heads=BLOCK_HEADS, dtype="float32"):

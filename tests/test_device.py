@@ -11,7 +11,7 @@ from mpitp import InputError
 from mpitp.comm.gpu import aware as device, staged, choose as transport
 from mpitp.comm.mpi import MpiTransport
 from mpitp.comm.gpu.staged import StagedTransport
-from spmd import draw, job, same_bytes
+from spmd import draw, job, same_bytes, sum_of_blocks
 
 # --- what the MPI says ---------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ def test_sum_blocks_on_a_device(gpu_group, reproducible):
     with mpitp.TensorParallelGroup(device="gpu", reproducible=reproducible, blocks=4, transport=name) as group:
         leaves = [np.round(draw(b, 3, 5) * 4).astype("float32") for b in range(group.blocks)]
         fake_cupy.stream.reset()
-        y = group.sum_blocks(lambda block: on_device(leaves[block.index]), group.partition(40), (3, 5), "float32")
+        y = sum_of_blocks(group, lambda block: on_device(leaves[block.index]), group.partition(40), (3, 5), "float32")
         assert same(y, sum(leaves[1:], leaves[0])) and settled(group)
 
 
@@ -208,7 +208,7 @@ def test_staging_is_said_once_by_rank_0(world, stand_in, monkeypatch, capfd):
 
 def test_a_transport_that_does_not_synchronise_is_seen(world):
     fake_cupy.stream.reset()
-    MpiTransport(world, synchronise=lambda: None).all_reduce(on_device(np.ones(3)), "sum")
+    MpiTransport(world).all_reduce(on_device(np.ones(3)), "sum")
     assert fake_cupy.stream.mistakes
     fake_cupy.stream.reset()
     hasty = StagedTransport(world, lambda: None, lambda x: np.empty(x.shape, x.dtype))

@@ -57,9 +57,9 @@ def problems(group, vocab, hidden, multiplier=1.0, lead=(3, 5), dtype="float64",
         found.append(f"ledger {dict(group.ledger.counts())}")
     if not same_bytes(y, w[ids] * np.dtype(dtype).type(multiplier) + np.dtype(dtype).type(0)):
         found.append("y")
-    y_again, unsaved = layer.forward(ids, saved=False)
+    y_again, unsaved = layer.forward(ids, save=False)
     if unsaved is not None or not same_bytes(y, y_again):
-        found.append("forward(saved=False) differs")
+        found.append("forward(save=False) differs")
     dw = group.comm.bcast(layer.gather(gradients))["e.weight"]
     exact, size = (plain_gradient(f(dy.astype(float)) * f(multiplier), ids, vocab) for f in (np.asarray, np.abs))
     if dw.dtype != dtype or not dense.error_ratio(dw, exact, size) <= 4:
@@ -101,7 +101,7 @@ def test_adjoint_and_numeric(group):
 
     def value(weight):
         layer.load_dense({"weight": weight})
-        return (dy * layer.forward(ids, saved=False)[0]).sum()
+        return (dy * layer.forward(ids, save=False)[0]).sum()
 
     layer.load_dense({"weight": w})
     dw = layer.backward(dy, layer.forward(ids)[1])[1]["weight"]
@@ -219,7 +219,7 @@ def test_positions(group, count, lead, dtype):
     y, saved = layer.forward(count)
     _, gradients = layer.backward(dy, saved)
     assert group.ledger.counts() == Counter() == layer.collectives(count)[0] + layer.collectives(count)[1]
-    assert same_bytes(y, w[:count]) and layer.forward(count, saved=False)[1] is None
+    assert same_bytes(y, w[:count]) and layer.forward(count, save=False)[1] is None
     y += 1                                                      # not the weight itself
     assert same_bytes(layer.parameter("weight"), w)
     dw = gradients["position.weight"]

@@ -63,7 +63,7 @@ def outcome(group, folder):
             stored.update(load_file(folder / name))
         for name, spec in model.specs.items():
             layout = model.folder.layouts[name]
-            window = spec.window(group.rank, group.size, group.blocks)
+            window = spec.window(group.place)
             expected = View(InMemory(stored[layout.name]), layout)[window]
             good = good and model.weights[name].tobytes() == expected.tobytes()
     assert everywhere(good), (said, took, peak)

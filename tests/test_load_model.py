@@ -15,7 +15,7 @@ import make_tiny_checkpoints as tiny
 import mpitp
 from mpitp import InputError
 from mpitp.checkpoints import loading
-from mpitp.layers.decoder_parameters import decoder_parameters
+from mpitp.sharding.decoder_specs import decoder_specs
 from mpitp.checkpoints.families import MODULES, family_named
 from mpitp.checkpoints.families.keys import REFUSED, Keys
 from mpitp.checkpoints.families.layout import Fused, Layout
@@ -32,7 +32,7 @@ def ordinary():
 
 
 def logits_of(model, ids):
-    local, _ = model.forward(np.array([ids]), saved=False)
+    local, _ = model.forward(np.array([ids]), save=False)
     return model.gather_logits(local)[0]
 
 
@@ -78,13 +78,13 @@ def test_each_rank_reads_its_slices_only(group, case, tmp_path):
     tiny.write(tmp_path, golden, ml_dtypes.bfloat16)
     model = mpitp.load_model(tmp_path, group)
     assert model.bytes_read == model.local_bytes() // 2
-    assert model.specs == decoder_parameters(model.config)
+    assert model.specs == decoder_specs(model.config)
 
 
 @pytest.mark.parametrize("kind", decoder_cases.KINDS)
 def test_parameters_without_a_decoder(group, kind):
     config = decoder_cases.config(kind)
-    assert list(decoder_parameters(config).items()) == list(mpitp.Decoder(group, config, seed=None).specs.items())
+    assert list(decoder_specs(config).items()) == list(mpitp.Decoder(group, config, seed=None).specs.items())
 
 
 @settings(derandomize=True, deadline=None, database=None, max_examples=100)
@@ -124,7 +124,7 @@ def write_larger(folder, case, dtype=ml_dtypes.bfloat16):
     config = {**golden["config"], **LARGER[case]}
     of = family_named(config["model_type"])
     read = of.config(Keys(config))
-    layouts = of.layouts(read, decoder_parameters(read), of.prefix)
+    layouts = of.layouts(read, decoder_specs(read), of.prefix)
     golden["tensors"] = {layout.name: layout.stored_shape for layout in layouts.values()}
     tiny.write(folder, golden, dtype, config=config)
 
@@ -350,7 +350,7 @@ def test_pieces_for_a_device(group, case, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "PIECE", 50)
     for name, spec in whole.specs.items():
         out = np.zeros_like(whole.weights[name])
-        loading.read_slice(folder.views[name], spec.window(group.rank, group.size, group.blocks), out, Device())
+        loading.read_slice(folder.views[name], spec.window(group.place), out, Device())
         assert out.tobytes() == whole.weights[name].tobytes()
     assert max(copies) <= 60                                    # one row where a row has more than 50
 

@@ -208,7 +208,7 @@ def test_layer(group, kind, zero_centered, bias):
     dx_expected, dw, db = norm_backward(dy, kept)
     assert same_bytes(y, expected) and same_bytes(dx, dx_expected) and same_bytes(gradients["final_norm.weight"], dw)
     assert not has_bias or same_bytes(gradients["final_norm.bias"], db)
-    y_again, nothing = layer.forward(x, saved=False)
+    y_again, nothing = layer.forward(x, save=False)
     assert nothing is None and same_bytes(y, y_again)
     kept = {name: g.copy() for name, g in gradients.items()}
     for g in gradients.values():

@@ -78,7 +78,7 @@ def test_a_model_of_ones_own(group, world, case, shared):
     again = mpitp.load_model(shared / "b", group)
     assert everywhere(all(w.tobytes() == again.weights[name].tobytes() for name, w in model.weights.items()))
     ids = np.array([golden["ids"]])
-    assert model.forward(ids, saved=False)[0].tobytes() == again.forward(ids, saved=False)[0].tobytes()
+    assert model.forward(ids, save=False)[0].tobytes() == again.forward(ids, save=False)[0].tobytes()
     world.barrier()
 
 

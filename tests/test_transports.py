@@ -10,7 +10,7 @@ from mpitp import InputError
 from mpitp.comm import guard
 from mpitp.comm.gpu import staged, choose as transport
 from mpitp.comm.gpu.binding import TF32_TENSOR_OP_MATH
-from spmd import draw, same_bytes
+from spmd import draw, same_bytes, sum_of_blocks
 
 NO_NCCL = "a CuPy without NCCL"
 
@@ -144,21 +144,27 @@ def test_no_gpu(world, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nccl", "staged"])
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_later(world, name, reproducible):
-    """Once the sum has begun where the transport can add up meanwhile, else after it; every one, and once."""
+def test_meanwhile(world, name, reproducible):
+    """Work is done once the sum has begun where the transport can add up meanwhile, else at once; each once, in order."""
     with mpitp.TensorParallelGroup(device="gpu", transport=name, reproducible=reproducible) as group:
         assert group.overlaps == (name == "nccl" and world.size > 1 and not reproducible)
         done, own = [], [draw(r, 5).astype("float32") for r in range(group.blocks)]
-        later = [lambda: done.append(("first", len(fake_cupy.stream.waited)))]
+        begun = []
+        begin = group.transport.begin_all_reduce
+        group.transport.begin_all_reduce = lambda *arguments: (begun.append(1), begin(*arguments))[1]
 
-        def compute(block):
-            later.append(lambda: done.append(("made", len(fake_cupy.stream.waited))))
-            return fake_cupy.array(own[block.index])
+        def work(block):
+            done.append((block.index, len(begun), len(fake_cupy.stream.waited)))
         fake_cupy.stream.reset()
-        y = group.sum_blocks(compute, group.partition(4 * group.blocks), (5,), "float32", later)
-        made = len(group.partition(4 * group.blocks).blocks_of(group.rank))
-        assert [what for what, _ in done] == ["first"] + ["made"] * made and later == []
-        assert all(waited == 0 for _, waited in done)       # before this stream waits for the sum
+        partition = group.partition(4 * group.blocks)
+        total = group.sum(partition, (5,), "float32")
+        for block in partition.blocks_of(group.rank):
+            total.meanwhile(work, block)
+            total.add(block, fake_cupy.array(own[block.index]))
+        y = total.all_reduce()
+        assert [index for index, _, _ in done] == [block.index for block in partition.blocks_of(group.rank)]
+        assert all(len_begun == group.overlaps for _, len_begun, _ in done)
+        assert all(waited == 0 for _, _, waited in done)    # before this stream waits for the sum
         if group.overlaps:
             assert fake_cupy.stream.waited == [group.transport.beside]      # which it does afterwards
             assert group.transport.beside.waited == [fake_cupy.stream]      # as that one did for what it adds up
@@ -176,7 +182,7 @@ def test_sums_of_16_bit_are_rounded_once(world, dtype, reproducible):
     with mpitp.TensorParallelGroup(device="gpu", transport="nccl", reproducible=reproducible, blocks=4) as group:
         own = [np.float32([1, 2049 * b, 1e-4]) for b in range(group.blocks)]         # 2049 is no float16
         partition = group.partition(4 * group.blocks)
-        y = group.sum_blocks(lambda block: fake_cupy.array(own[block.index]), partition, (3,), dtype)
+        y = sum_of_blocks(group, lambda block: fake_cupy.array(own[block.index]), partition, (3,), dtype)
         total = own[0]
         for leaf in own[1:]:
             total = total + leaf
@@ -184,7 +190,7 @@ def test_sums_of_16_bit_are_rounded_once(world, dtype, reproducible):
         (key, entry), = group.ledger.data.items()
         assert key == ("all_reduce", 3, dtype) and (reproducible or entry.wire_bytes == 2 * 12 * (world.size - 1) // world.size)
         with pytest.raises(InputError, match="expected a C-contiguous float32"):
-            group.sum_blocks(lambda block: fake_cupy.array(np.ones(3, "float64")), group.partition(64), (3,), dtype)
+            sum_of_blocks(group, lambda block: fake_cupy.array(np.ones(3, "float64")), group.partition(64), (3,), dtype)
 
 
 @pytest.mark.parametrize("P_counts", [(3, 0, 2, 5), (0, 0, 0, 0), (1, 1, 1, 1)])

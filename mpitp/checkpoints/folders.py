@@ -38,13 +38,13 @@ class StoredSlice:
 
     def owned(self, group: TensorParallelGroup) -> Iterator[tuple[tuple, Array]]:
         """Yield (window of the stored tensor, its values on the host) for what this rank alone writes."""
-        spec, where = self.spec, (group.rank, group.size, group.blocks)
-        if spec.axis is None and group.rank != spec.owner(group.size):
+        spec = self.spec
+        if spec.axis is None and group.rank != spec.owner():
             return
         window = [slice(0, n) for n in spec.shape]
         if spec.axis is not None:
-            window[spec.axis] = spec.partition(*where[1:]).range(group.rank)
-        mine = self.array[spec.owned(*where)]
+            window[spec.axis] = spec.partition(group.place).range(group.rank)
+        mine = self.array[spec.owned(group.place)]
         for rows, stored in self.layout.runs(tuple(window)):
             values = on_host(mine[rows])
             yield stored, values.T if self.layout.transposed else values

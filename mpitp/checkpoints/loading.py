@@ -17,7 +17,7 @@ from ..comm.launch import is_first_rank
 from ..config import DecoderConfig
 from ..errors import InputError, require
 from ..layers.decoder import Decoder
-from ..layers.decoder_parameters import decoder_parameters
+from ..sharding.decoder_specs import decoder_specs
 from ..sharding.parameters import ParameterSpec
 from .families import family_named
 from .families.family import Family
@@ -126,7 +126,7 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
         config = replace(config, tie_word_embeddings=not own_head)
     else:
         own_head = False
-    specs = decoder_parameters(config)
+    specs = decoder_specs(config)
     layouts = family.layouts(config, specs, prefix)
     layouts["embedding.weight"] = replace(layouts["embedding.weight"], name=embedding)
     needed = {layout.name for layout in layouts.values()}
@@ -256,7 +256,7 @@ def read_slices(folder: ModelFolder, model: Decoder) -> str:
     group = model.group
     try:
         for name, spec in model.specs.items():
-            window = spec.window(group.rank, group.size, group.blocks)
+            window = spec.window(group.place)
             read_slice(folder.views[name], window, model.weights[name], group.xp)
     except OSError as error:
         raise InputError(f"{folder.checkpoint.folder}: found {error.strerror}, expected to read it") from None

@@ -117,7 +117,7 @@ def load(group: TensorParallelGroup, folder: str, step: int, files: Files) -> No
                                        for file, tensors in files.items()})
     for file, stored in opened.items():
         for name, (spec, array) in files[file].items():
-            window = spec.window(group.rank, group.size, group.blocks)
+            window = spec.window(group.place)
             array[...] = group.xp.asarray(stored[name][window])
 
 

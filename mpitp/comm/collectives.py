@@ -2,7 +2,6 @@
 
 n in the byte counts is the size in bytes of the whole (reduced, gathered) array, P the number of ranks.
 """
-from functools import lru_cache
 from math import prod
 
 from ..arrays import module_of
@@ -10,12 +9,11 @@ from ..errors import InputError
 from . import agreement
 from .ledger import Collective, wire_bytes
 from .mpi import OPERATIONS
+from .sums import dtype_name
 
 # float16 sums in MPI are 12 to 20 times slower than float32 ones, and there is no bfloat16: float32 travels.
 SENT_AS_FLOAT32 = ("float16", "bfloat16")
 DTYPES = ("float32", "float64", "int32", "int64") + SENT_AS_FLOAT32
-# "float32" for a dtype; kept, as NumPy takes 2 us to spell one out.
-dtype_name = lru_cache(str)
 
 
 class Collectives:
@@ -37,7 +35,7 @@ class Collectives:
 
         Notes
         -----
-        The bits of a sum depend on the number of ranks; `sum_blocks` is the sum that does not.
+        The bits of a sum depend on the number of ranks; `sum` in reproducible mode is the sum that does not.
         """
         out, wire = self._prepare_reduction("all_reduce", x, op, out)
         with self._record("all_reduce", x):
@@ -57,7 +55,7 @@ class Collectives:
 
         x : array that along `axis` is this rank's range of `partition`; the other axes are the same everywhere
         """
-        self._enter(self._look_at_part, "all_gather", x, partition, axis)
+        self._enter(self._describe_part, "all_gather", x, partition, axis)
         shape, counts = _whole(x, partition, axis)
         received = self.xp.empty(prod(shape), x.dtype)
         with self._record("all_gather", received):
@@ -66,7 +64,7 @@ class Collectives:
 
     def gather(self, x, partition, axis=-1, root=0):
         """The parts of all ranks put together along `axis` on root, None elsewhere: MPI_Gatherv, (P-1)/P n bytes."""
-        self._enter(self._look_at_part, "gather", x, partition, axis, root)
+        self._enter(self._describe_part, "gather", x, partition, axis, root)
         shape, counts = _whole(x, partition, axis)
         received = self.xp.empty(prod(shape), x.dtype) if self.rank == root else None
         with self._record("gather", x, elements=prod(shape)):
@@ -78,7 +76,7 @@ class Collectives:
 
         The bits of a sum depend on the number of ranks.
         """
-        self._enter(self._look_at_whole, "reduce_scatter", x, partition, axis, op)
+        self._enter(self._describe_whole, "reduce_scatter", x, partition, axis, op)
         rows = self.xp.moveaxis(x, axis, 0)
         send = _flat(rows).astype(_wire_dtype(x), copy=False)
         mine = self.xp.empty((partition.lengths[self.rank], *rows.shape[1:]), send.dtype)
@@ -89,23 +87,23 @@ class Collectives:
 
     def broadcast(self, x, root=0):
         """Root's x, as a new array on every rank: MPI_Bcast. Elsewhere x only says shape and dtype."""
-        self._enter(self._look_at_broadcast, x, root)
+        self._enter(self._describe_broadcast, x, root)
         out = self.xp.array(x, order="C")
         with self._record("broadcast", out):
             self.transport.broadcast(_raw(out.reshape(-1)), root)
         return out
 
-    # --- what each rank looks at first; each returns what this rank is about to do ------------------------
+    # --- what each rank checks first; _describe_...() return what this rank is about to do ------------------
 
-    def _enter(self, look, *arguments):
-        """look(*arguments) on this rank alone or, with check=True, on all of them, comparing what they say."""
+    def _enter(self, describe, *arguments):
+        """Call describe(*arguments), which refuses bad input; with check=True on all ranks, comparing what they return."""
         if not self.check:
-            look(*arguments)
+            describe(*arguments)
             return
-        with self.ledger.record("control", "agreement", wire_bytes("all_reduce", 2, 8, self.size)):
-            agreement.require_everywhere(self.comm, "a collective", lambda: " ".join(map(str, look(*arguments))))
+        with self.ledger.record_control("agreement", wire_bytes("all_reduce", 2, 8, self.size)):
+            agreement.require_everywhere(self.comm, "a collective", lambda: " ".join(map(str, describe(*arguments))))
 
-    def _look_at_array(self, operation, x, op="sum"):
+    def _require_array(self, operation, x, op="sum"):
         if module_of(x) is not self.xp:
             raise InputError(f"{operation}: found {type(x).__module__}.{type(x).__name__}, expected an array of "
                              f"{self.xp.__name__} (the group's device is {self.device!r})")
@@ -114,8 +112,8 @@ class Collectives:
         if op not in OPERATIONS:
             raise InputError(f"found {operation} operation {op!r}, expected one of {', '.join(OPERATIONS)}")
 
-    def _look_at_reduction(self, operation, x, op, out):
-        self._look_at_array(operation, x, op)
+    def _describe_reduction(self, operation, x, op, out):
+        self._require_array(operation, x, op)
         if out is not None:
             alike = out is x or module_of(out) is self.xp and out.shape == x.shape and out.dtype == x.dtype
             if not alike or not out.flags.c_contiguous:
@@ -123,41 +121,41 @@ class Collectives:
                                  f"expected a C-contiguous {x.dtype} {x.shape}")
         return operation, op, x.dtype, x.shape, agreement.memory_order(x)
 
-    def _look_at_axis(self, operation, x, partition, axis):
+    def _axis(self, operation, x, partition, axis):
         """The axis counted from the front."""
         if not -x.ndim <= axis < x.ndim:
             raise InputError(f"found {operation} along axis {axis} of shape {x.shape}, expected an axis that it has")
-        self._look_at_partition(operation, partition)
+        self._require_partition(operation, partition)
         return axis % x.ndim
 
-    def _look_at_partition(self, operation, partition):
+    def _require_partition(self, operation, partition):
         if partition.ranks != self.size:
             raise InputError(f"found {operation} over {partition}, expected one of this group's {self.size} ranks")
 
-    def _look_at_part(self, operation, x, partition, axis, root=None):
-        self._look_at_array(operation, x)
-        axis = self._look_at_axis(operation, x, partition, axis)
+    def _describe_part(self, operation, x, partition, axis, root=None):
+        self._require_array(operation, x)
+        axis = self._axis(operation, x, partition, axis)
         if root is not None:
-            self._look_at_root(operation, root)
+            self._require_root(operation, root)
             operation = f"{operation} to {root}"
         if x.shape[axis] != partition.lengths[self.rank]:
             raise InputError(f"found {operation} of shape {x.shape}, expected {partition.lengths[self.rank]} along "
                              f"axis {axis} on rank {self.rank}, its part of {partition.size}")
         return operation, x.dtype, _whole(x, partition, axis)[0], "axis", axis, partition
 
-    def _look_at_whole(self, operation, x, partition, axis, op):
-        self._look_at_array(operation, x, op)
-        axis = self._look_at_axis(operation, x, partition, axis)
+    def _describe_whole(self, operation, x, partition, axis, op):
+        self._require_array(operation, x, op)
+        axis = self._axis(operation, x, partition, axis)
         if x.shape[axis] != partition.size:
             raise InputError(f"found {operation} of shape {x.shape}, expected {partition.size} along axis {axis}")
         return operation, op, x.dtype, x.shape, agreement.memory_order(x), "axis", axis, partition
 
-    def _look_at_broadcast(self, x, root):
-        self._look_at_array("broadcast", x)
-        self._look_at_root("broadcast", root)
+    def _describe_broadcast(self, x, root):
+        self._require_array("broadcast", x)
+        self._require_root("broadcast", root)
         return "broadcast from", root, x.dtype, x.shape, agreement.memory_order(x)
 
-    def _look_at_root(self, operation, root):
+    def _require_root(self, operation, root):
         if not 0 <= root < self.size:
             raise InputError(f"found {operation} with root {root}, expected a rank from 0 to {self.size - 1}")
 
@@ -167,12 +165,12 @@ class Collectives:
         elements = x.size if elements is None else elements
         name = dtype_name(x.dtype)
         widened = name in SENT_AS_FLOAT32 and operation in ("all_reduce", "reduce_scatter")
-        return self.ledger.record("data", Collective(operation, elements, name),
-                                  wire_bytes(operation, elements, 4 if widened else x.itemsize, self.size))
+        return self.ledger.record_data(Collective(operation, elements, name),
+                                       wire_bytes(operation, elements, 4 if widened else x.itemsize, self.size))
 
     def _prepare_reduction(self, operation, x, op, out):
         """Where the result goes, and the array that travels: `out` itself or a float32 copy of a 16-bit x."""
-        self._enter(self._look_at_reduction, operation, x, op, out)
+        self._enter(self._describe_reduction, operation, x, op, out)
         if out is None:
             out = self.xp.empty(x.shape, x.dtype)
         if dtype_name(x.dtype) in SENT_AS_FLOAT32:

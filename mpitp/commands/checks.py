@@ -71,7 +71,7 @@ def notebook_example(group, seed):
     up, down = layer.parameter("up.weight"), layer.parameter("down.weight")
     # This rank's share by hand, as the ranks' partial sums are what the example is about.
     partial = linear_forward(linear_forward(x.reshape(-1, 10), up)[0], down)[0].reshape(x.shape)
-    y, _ = layer.forward(x, saved=False)
+    y, _ = layer.forward(x, save=False)
     owned = layer.partition.range(group.rank)
     parts = group.report(RankPart(group.rank, [owned.start, owned.stop], up.shape, down.shape, partial.shape,
                                   float(partial.flat[0])))
@@ -92,8 +92,7 @@ def random_layer(group, arguments):
                         arguments.bias, dtype=arguments.dtype, seed=arguments.seed)
     for name, spec in layer.specs.items():
         if len(spec.shape) == 1:
-            values = initialise(replace(spec, init_std=0.1), arguments.seed, layer.dtype, group.rank, group.size,
-                                group.blocks)
+            values = initialise(replace(spec, init_std=0.1), arguments.seed, layer.dtype, group.place)
             layer.weights[name][...] = group.xp.asarray(values)
     return layer
 

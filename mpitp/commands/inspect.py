@@ -17,6 +17,7 @@ from ..checkpoints.loading import open_folder
 from ..checkpoints.safetensors import STORED
 from ..comm.launch import is_first_rank
 from ..errors import require, require_positive
+from ..sharding.partition import Place
 from . import model, report, text
 
 MOST = 1 << 14
@@ -91,12 +92,13 @@ def inspect(arguments: argparse.Namespace) -> Report:
     """Open the folder and count what each rank would hold and read."""
     folder, ranks = open_folder(arguments.model, strict=arguments.strict), arguments.ranks
     folder.warn()
-    where = (ranks, arguments.blocks if arguments.reproducible else ranks)
+    blocks = arguments.blocks if arguments.reproducible else ranks
+    places = [Place(rank, ranks, blocks) for rank in range(ranks)]
     size = np.dtype(arguments.dtype).itemsize
     kinds, held, read = {}, [0] * ranks, [0] * ranks
     for name, spec in folder.specs.items():
         stored = folder.views[name].dtype
-        elements = [prod(spec.local_shape(rank, *where)) for rank in range(ranks)]
+        elements = [prod(spec.local_shape(place)) for place in places]
         for rank, n in enumerate(elements):
             held[rank] += n * size
             read[rank] += n * np.dtype(STORED[stored]).itemsize
@@ -112,7 +114,7 @@ def inspect(arguments: argparse.Namespace) -> Report:
     config, specs = folder.config, folder.specs
     of_ranks = []
     for rank in range(ranks):
-        rows = {part: specs[name].local_shape(rank, *where)[0] for part, name in (
+        rows = {part: specs[name].local_shape(places[rank])[0] for part, name in (
             ("query", "layers.0.attention.query.weight"), ("key", "layers.0.attention.key.weight"),
             ("up", "layers.0.mlp.up.weight"), ("vocabulary", "embedding.weight"))}
         of_ranks.append(Rank(rank, rows["query"] // config.head_dim, rows["key"] // config.head_dim, rows["up"],

@@ -136,10 +136,10 @@ def score(model: Decoder, ids: np.ndarray, window: int, stride: int) -> tuple[fl
     while done < len(ids):
         seen = ids[start:min(start + window, len(ids) - 1)]
         targets = ids[start + 1:start + 1 + len(seen)]
-        x, _ = model.hidden(seen[None], saved=False)
+        x, _ = model.hidden(seen[None], save=False)
         for first in range(max(0, done - start - 1), len(seen), rows):
             piece = slice(first, first + rows)
-            logits, _ = model.head.forward(x[:, piece], saved=False)
+            logits, _ = model.head.forward(x[:, piece], save=False)
             total += model.loss(logits, targets[None, piece])[0] * len(targets[piece])
         done, start, windows = start + 1 + len(seen), start + stride, windows + 1
     return total / (len(ids) - 1), len(ids) - 1, windows

@@ -113,7 +113,7 @@ class Trainer:
         """The mean loss over the validation windows, without dropout."""
         total = count = 0
         for ids, targets in self.tokens.validation_batches(self.settings.micro_batch_size, self.settings.eval_batches):
-            logits, _ = self.model.forward(ids, saved=False)
+            logits, _ = self.model.forward(ids, save=False)
             total += self.model.loss(logits, targets)[0] * ids.size
             count += ids.size
         return total / count
@@ -183,13 +183,13 @@ class Trainer:
 
     def copies(self) -> dict[str, str]:
         """{parameter or key/value head: SHA-256} of everything of which other ranks have a copy."""
-        found, where = {}, (self.group.rank, self.group.size, self.group.blocks)
+        found = {}
         for name, spec in self.model.specs.items():
             w = self.model.weights[name]
             if spec.axis is None:
                 found[name] = digest(w)
             elif spec.share > 1:
-                first = spec.window(*where)[0].start // spec.unit
+                first = spec.window(self.group.place)[0].start // spec.unit
                 for head in range(len(w) // spec.unit):
                     found[f"{name}, head {first + head}"] = digest(w[head * spec.unit:(head + 1) * spec.unit])
         return found

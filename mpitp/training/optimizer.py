@@ -9,7 +9,6 @@ from ..arrays import Array, module_of, sum_dtype
 from ..errors import require
 from ..layers.base import ParallelLayer
 from ..ops.adamw import adamw_step
-from ..sharding.partition import Partition
 
 
 class AdamW:
@@ -91,27 +90,32 @@ def gradient_norm(layer: ParallelLayer, gradients: dict[str, Array]) -> float:
     rank gets the same number, even where copies differ, and all ranks clip or stop together.
     Collective: one all-reduce of 1 float64, the same bits for any number of ranks in reproducible mode.
     """
-    group, where = layer.group, (layer.group.rank, layer.group.size, layer.group.blocks)
-    split = {name: spec for name, spec in layer.specs.items() if spec.axis is not None}
-    replicated = [gradients[name] for name, spec in layer.specs.items() if spec.axis is None]
-
-    def of_block(number):
-        total = group.xp.zeros(1, np.float64)
-        for name, spec in split.items():
-            owned = gradients[name][spec.owned(*where)]
-            for block in spec.partition(*where[1:]).blocks_of(group.rank):
-                if block.index == number.index:
-                    window = [slice(None)] * owned.ndim
-                    window[spec.axis] = block.local
-                    total += square_sum(owned[tuple(window)])
-        if number.index == 0:
-            for g in replicated:
-                total += square_sum(g)
-        return total
-
-    every_block = Partition(group.blocks, group.size, group.blocks)
-    total = float(group.sum_blocks(of_block, every_block, (1,), np.float64)[0])
+    group = layer.group
+    every_block = group.partition(group.blocks)
+    total = group.sum(every_block, (1,), np.float64)
+    for block in every_block.blocks_of(group.rank):
+        total.add(block, block_square_sum(layer, gradients, block.index))
+    total = float(total.all_reduce()[0])
     return math.sqrt(total) if total >= 0 else math.nan
+
+
+def block_square_sum(layer: ParallelLayer, gradients: dict[str, Array], number: int) -> Array:
+    """The sum of squares (1,) of what this rank owns in one block; block 0 counts the replicated parameters."""
+    group, total = layer.group, layer.group.xp.zeros(1, np.float64)
+    for name, spec in layer.specs.items():
+        if spec.axis is None:
+            continue
+        owned = gradients[name][spec.owned(group.place)]
+        for block in spec.partition(group.place).blocks_of(group.rank):
+            if block.index == number:
+                window = [slice(None)] * owned.ndim
+                window[spec.axis] = block.local
+                total += square_sum(owned[tuple(window)])
+    if number == 0:
+        for name, spec in layer.specs.items():
+            if spec.axis is None:
+                total += square_sum(gradients[name])
+    return total
 
 
 def square_sum(x: Array) -> Array:

@@ -37,9 +37,9 @@ def mlp_problems(group, hidden, ffn, activation="gelu_tanh", gated=False, bias=T
         problems.append(f"ledger {dict(counts)}")
     if y.shape != x.shape or dx.shape != x.shape or y.dtype != x.dtype or dx.dtype != x.dtype:
         problems.append("shape or dtype")
-    y_again, nothing = layer.forward(x, saved=False)
+    y_again, nothing = layer.forward(x, save=False)
     if nothing is not None or not np.array_equal(y, y_again):
-        problems.append("forward(saved=False) differs")
+        problems.append("forward(save=False) differs")
     gradients = group.comm.bcast(layer.gather(gradients))
     found = {"y": y.reshape(-1, hidden), "dx": dx.reshape(-1, hidden), **gradients}
     return problems + over_the_limit(found, x.reshape(-1, hidden), dy.reshape(-1, hidden), weights, activation, gated)

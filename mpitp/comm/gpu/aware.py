@@ -1,4 +1,4 @@
-"""Which array module a device has, and whether the MPI may be handed its buffers.
+"""Whether the MPI may be handed a device's buffers.
 
 Never a guess: a device pointer given to an MPI that is not CUDA-aware is a segmentation fault.
 """
@@ -54,21 +54,6 @@ def takes_device(kinds):
         if name == "cuda" and (not restrictors or "device" in restrictors):
             return True
     return False
-
-
-def array_module(device):
-    """numpy for "cpu", cupy for "gpu"."""
-    if device == "cpu":
-        import numpy
-        return numpy
-    if device != "gpu":
-        raise InputError(f"found device {device!r}, expected 'cpu' or 'gpu'")
-    try:
-        import cupy
-    except ImportError as error:
-        raise InputError(f"found no CuPy ({error}), expected one for device 'gpu': "
-                         "pip install 'mpitp[cuda12]' or 'mpitp[cuda13]'") from None
-    return cupy
 
 
 def cuda_aware_everywhere(comm):

@@ -4,43 +4,29 @@ mpi : MPI on the arrays themselves; on a GPU only where the MPI is CUDA-aware. T
 nccl : NCCL through CuPy, on device arrays
 staged : MPI on copies in pinned host memory
 """
-import os
 import sys
 import time
 
-from ...errors import InputError, require
+from ...errors import InputError
 from .alone import OneRankTransport
 from .aware import cuda_aware_everywhere
-from ..mpi import MpiTransport
+from ..mpi import requested_transport
+from .mpi_device import DeviceMpiTransport
 from .staged import StagedTransport
 
-NAMES = ("auto", "mpi", "nccl", "staged")
 TIMED_BYTES = 16 << 20
 SLOW = 3e9          # bytes a second, below which a sum goes through the host: Open MPI 5 does 0.7e9, a good MPI 250e9
 _said = set()
 
 
-def requested(transport):
-    """The name asked for: the argument, or MPITP_TRANSPORT where that is "auto"."""
-    if transport == "auto":
-        transport = os.environ.get("MPITP_TRANSPORT", "auto")
-    require(transport in NAMES, f"transport {transport!r}", f"one of {', '.join(NAMES)}")
-    return transport
-
-
-def choose_transport(comm, device, xp, gpu, transport):
+def choose_transport(comm, xp, gpu, transport):
     """The transport of a group, with its name and `how`, why it is that one. Collective.
 
     Raises InputError, on every rank, for a transport that cannot be had here.
     """
-    asked = requested(transport)
-    if device == "cpu":
-        require(asked in ("auto", "mpi"), f"transport {asked!r} on device 'cpu'", "'mpi', which host arrays travel by")
-        made = MpiTransport(comm)
-        made.how = "host arrays"
-        return made
+    asked = requested_transport(transport)
     aware, how_aware = cuda_aware_everywhere(comm)
-    mpi = MpiTransport(comm, lambda: xp.cuda.get_current_stream().synchronize(), in_pairs=True)
+    mpi = DeviceMpiTransport(comm, lambda: xp.cuda.get_current_stream().synchronize())
     seconds = None
     if aware and comm.size > 1 and asked == "auto":
         seconds = timed_all_reduce(comm, xp, mpi)

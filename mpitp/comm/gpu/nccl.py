@@ -3,7 +3,7 @@
 Calls are put on CuPy's current stream, behind the kernels that make what they send. Arrays are flat or C-contiguous;
 counts are elements per rank. Every call is collective.
 """
-from ..mpi import cut
+from .mpi_device import runs
 
 # NCCL moves bytes in these too, so that 16-bit arrays may come under the dtype that MPI knows for them, uint16.
 TYPES = {"float32": "NCCL_FLOAT32", "float64": "NCCL_FLOAT64", "int32": "NCCL_INT32", "int64": "NCCL_INT64",
@@ -54,12 +54,12 @@ class NcclTransport:
             if count:
                 self.comm.allGather(pointer, receive.data.ptr, count, kind, self.stream())
             return
-        self.exchange([send] * self.size, cut(receive, counts))
+        self.exchange([send] * self.size, runs(receive, counts))
 
     def gather(self, send, receive, counts, root):
         """receive on root = the send arrays of all ranks, one after the other; receive is None elsewhere."""
         nothing = send[:0]
-        parts = cut(receive, counts) if self.rank == root else [nothing] * self.size
+        parts = runs(receive, counts) if self.rank == root else [nothing] * self.size
         self.exchange([send if p == root else nothing for p in range(self.size)], parts)
 
     def reduce_scatter(self, send, receive, counts, op):
@@ -71,7 +71,7 @@ class NcclTransport:
                 self.comm.reduceScatter(pointer, receive.data.ptr, counts[0], kind, operation, stream)
             return
         self.nccl.groupStart()
-        for root, part in enumerate(cut(send, counts)):
+        for root, part in enumerate(runs(send, counts)):
             if part.size:
                 pointer, count, kind = self.arguments(part)
                 target = receive.data.ptr if root == self.rank else 0
@@ -80,7 +80,7 @@ class NcclTransport:
 
     def all_to_all(self, send, send_counts, receive, receive_counts):
         """Run p of send goes to rank p; receive = what every rank sent here, one after the other."""
-        self.exchange(cut(send, send_counts), cut(receive, receive_counts))
+        self.exchange(runs(send, send_counts), runs(receive, receive_counts))
 
     def exchange(self, outgoing, incoming):
         """outgoing[p] goes to rank p, incoming[p] comes from it; one group of sends and receives."""
