@@ -1,12 +1,13 @@
-"""Which array module an array belongs to, the dtypes that are computed in, and where an operation's CuPy twin is."""
-import importlib
+"""Which array module an array or a device has, and the dtypes that are computed in."""
 import sys
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from .errors import InputError, require
+from .errors import InputError
 
 # What annotations call an array: NumPy's, or on a GPU CuPy's, which has the same methods.
 Array = np.ndarray
@@ -16,52 +17,26 @@ HALF_DTYPES = ("float16", "bfloat16")       # the GPU multiplies them too, and a
 GPU_DTYPES = COMPUTE_DTYPES + HALF_DTYPES
 
 
-def module_of(array):
-    """numpy for a NumPy array, cupy for a CuPy array, None for anything else."""
-    cupy = sys.modules.get("cupy")      # an array of a module that nobody imported does not exist
+def module_of(array: Any) -> ModuleType | None:
+    """Find the array module of an array: numpy or cupy, None for anything else."""
+    cupy = sys.modules.get("cupy")      # an array of a module that was never imported does not exist
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy
     return np if isinstance(array, np.ndarray) else None
 
 
-def compute_dtype(dtype, device="cpu"):
-    """The NumPy dtype that `dtype` names. Raises InputError unless it is one that layers compute in on this device."""
-    known = COMPUTE_DTYPES if device == "cpu" else GPU_DTYPES
-    try:
-        if device != "cpu" and isinstance(dtype, str) and dtype == "bfloat16":
-            import ml_dtypes
-            dtype = ml_dtypes.bfloat16
-        found = None if dtype is None else np.dtype(dtype)      # NumPy takes None for float64
-    except ImportError:
-        require(False, "no ml_dtypes", "it, for dtype 'bfloat16': pip install ml_dtypes")
-    except (TypeError, ValueError):
-        found = None
-    good = found is not None and found.name in known and found.isnative
-    require(good, f"dtype {dtype!r} on device {device!r}" if dtype in HALF_DTYPES else f"dtype {dtype!r}",
-            f"one of {', '.join(known)}")
-    return found
+def array_module(device: str) -> ModuleType:
+    """Import the array module of a device: numpy for "cpu", cupy for "gpu".
 
-
-@lru_cache(maxsize=None)
-def sum_dtype(dtype):
-    """The dtype that products of `dtype` are added up in, and gradients, norms and losses of it are computed in."""
-    dtype = np.dtype(dtype)
-    return np.dtype(np.float32) if dtype.name in HALF_DTYPES else dtype
-
-
-def scaled(x, scale, out=None):
-    """x * scale in the dtype of x, to `out` or a new array; x itself where scale is None."""
-    if scale is None:
-        return x
-    xp = module_of(x)
-    return xp.multiply(x, scale, out=xp.empty_like(x) if out is None else out)
-
-
-def array_module(device: str) -> Any:
-    """Return numpy for "cpu", cupy for "gpu". Raises InputError for another device, and where there is no CuPy."""
+    Raises
+    ------
+    InputError
+        For another device, and for "gpu" where CuPy is missing.
+    """
     if device == "cpu":
         return np
-    require(device == "gpu", f"device {device!r}", "'cpu' or 'gpu'")
+    if device != "gpu":
+        raise InputError(f"found device {device!r}, expected 'cpu' or 'gpu'")
     try:
         import cupy
     except ImportError as error:
@@ -70,15 +45,50 @@ def array_module(device: str) -> Any:
     return cupy
 
 
-def on_host(array):
-    """As a NumPy array: the array itself, or a copy from the device."""
-    return array.get() if hasattr(array, "get") else array
+def compute_dtype(dtype: DTypeLike | None, device: str = "cpu") -> np.dtype:
+    """Find the NumPy dtype that `dtype` names.
+
+    Raises
+    ------
+    InputError
+        Unless it is a dtype that layers compute in on this device: float32 or float64, on a GPU also float16 and
+        bfloat16, in the byte order of the machine.
+    """
+    known = COMPUTE_DTYPES if device == "cpu" else GPU_DTYPES
+    try:
+        if device != "cpu" and isinstance(dtype, str) and dtype == "bfloat16":
+            import ml_dtypes
+            dtype = ml_dtypes.bfloat16
+        found = None if dtype is None else np.dtype(dtype)      # NumPy takes None for float64
+    except ImportError:
+        raise InputError("found no ml_dtypes, expected it, for dtype 'bfloat16': pip install ml_dtypes") from None
+    except (TypeError, ValueError):
+        found = None
+    if found is None or found.name not in known or not found.isnative:
+        where = f" on device {device!r}" if dtype in HALF_DTYPES else ""
+        raise InputError(f"found dtype {dtype!r}{where}, expected one of {', '.join(known)}")
+    return found
 
 
 @lru_cache(maxsize=None)
-def twin(name):
-    """The CuPy twin of mpitp.ops.<name>: the same functions, with the same arguments, as kernels of the GPU.
+def sum_dtype(dtype: DTypeLike) -> np.dtype:
+    """Find the dtype that sums are computed in.
 
-    Imported when a CuPy array asks for it first, as CuPy is not everywhere.
+    Products of `dtype` are added up in it, and gradients, norms and losses are computed in it: float32 for 16-bit
+    types, else `dtype` itself.
     """
-    return importlib.import_module(f".ops.cuda.{name}", __package__)
+    dtype = np.dtype(dtype)
+    return np.dtype(np.float32) if dtype.name in HALF_DTYPES else dtype
+
+
+def scaled(x: Array, scale: float | Array | None, out: Array | None = None) -> Array:
+    """Compute x * scale in the dtype of x, to `out` or a new array; return x itself where scale is None."""
+    if scale is None:
+        return x
+    xp = module_of(x) or np
+    return xp.multiply(x, scale, out=xp.empty_like(x) if out is None else out)
+
+
+def on_host(array: Array) -> Array:
+    """Return the array as a NumPy array: itself, or a copy from the device."""
+    return array.get() if hasattr(array, "get") else array

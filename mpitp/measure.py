@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import compute_dtype, module_of, sum_dtype, twin
+from .arrays import compute_dtype, module_of, sum_dtype
 from .config import DecoderConfig
 from .layers.decoder import Decoder
 from .inference.generation import RECORD_FROM, one_token
@@ -15,6 +15,7 @@ from .inference.kv import KeyValues
 from .layers.mlp import ParallelMLP
 from .ops import attention
 from .ops.linear import linear_backward, linear_forward, product
+from .ops.twin import twin
 
 BLOCK_HEADS = 8
 

@@ -2,9 +2,9 @@
 import ctypes
 import sys
 
-import fake_cupy
 import numpy as np
 import pytest
+import stand_in
 
 import mpitp
 from mpitp import InputError
@@ -112,17 +112,14 @@ def test_a_missing_cupy(world, monkeypatch):
 # --- both transports on a stand-in ---------------------------------------------------------------------------------
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def stand_in_for_cupy(monkeypatch):
     """CuPy's stand-in in its place, with a GPU of its own for each rank."""
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
-    monkeypatch.setitem(sys.modules, "cupy.cuda", fake_cupy.cuda)
-    monkeypatch.setattr(staged, "pinned_like", lambda x: np.full(x.shape, 55, x.dtype))
+    stand_in.install(monkeypatch)
     monkeypatch.setattr(transport, "_said", set())
-    fake_cupy.stream.reset()
 
 
 @pytest.fixture(params=["staged", "mpi", "nccl"])
-def gpu_group(world, stand_in, monkeypatch, request):
+def gpu_group(world, stand_in_for_cupy, monkeypatch, request):
     monkeypatch.setenv("MPITP_CUDA_AWARE", "1" if request.param == "mpi" else "0")
     group = mpitp.TensorParallelGroup(device="gpu", check=True, transport=request.param)
     assert group.transport.name == group.ledger.transport == request.param
@@ -131,16 +128,16 @@ def gpu_group(world, stand_in, monkeypatch, request):
 
 
 def on_device(x):
-    return fake_cupy.array(x)
+    return stand_in.array(x)
 
 
 def same(device_array, expected):
-    return isinstance(device_array, fake_cupy.ndarray) and same_bytes(device_array._values, expected)
+    return isinstance(device_array, stand_in.ndarray) and same_bytes(device_array.memory, expected)
 
 
 def settled(group):
     """Nothing is left under way, and nothing was read too early."""
-    stream = fake_cupy.stream
+    stream = stand_in.default_stream
     alone = group.size == 1 or group.transport.name == "nccl"           # which need not wait for anything
     return not stream.copies and not stream.mistakes and (alone or stream.synchronised > 0)
 
@@ -157,7 +154,7 @@ def test_every_collective_on_a_device(gpu_group, dtype, piece_bytes):
 
     def check(y, expected):
         assert same(y, expected) and settled(group)
-        fake_cupy.stream.reset()
+        stand_in.default_stream.reset()
 
     check(group.all_reduce(x), total)
     assert same(x, mine)
@@ -180,24 +177,24 @@ def test_sum_blocks_on_a_device(gpu_group, reproducible):
     name = gpu_group.transport.name
     with mpitp.TensorParallelGroup(device="gpu", reproducible=reproducible, blocks=4, transport=name) as group:
         leaves = [np.round(draw(b, 3, 5) * 4).astype("float32") for b in range(group.blocks)]
-        fake_cupy.stream.reset()
+        stand_in.default_stream.reset()
         y = sum_of_blocks(group, lambda block: on_device(leaves[block.index]), group.partition(40), (3, 5), "float32")
         assert same(y, sum(leaves[1:], leaves[0])) and settled(group)
 
 
 def test_arrays_of_the_other_device(gpu_group, world):
-    with pytest.raises(InputError, match=r"all_reduce: found numpy\.ndarray, expected an array of fake_cupy"):
+    with pytest.raises(InputError, match=r"all_reduce: found numpy\.ndarray, expected an array of cupy"):
         gpu_group.all_reduce(np.ones(3))
     with pytest.raises(InputError, match="found out"):
         gpu_group.all_reduce(on_device(np.ones(3)), out=np.ones(3))
     with mpitp.TensorParallelGroup() as group:
-        with pytest.raises(InputError, match=r"found fake_cupy\.ndarray, expected an array of numpy \(the group's device"):
+        with pytest.raises(InputError, match=r"found cupy\.ndarray, expected an array of numpy \(the group's device"):
             group.all_reduce(on_device(np.ones(3)))
 
 
-def test_staging_is_said_once_by_rank_0(world, stand_in, monkeypatch, capfd):
+def test_staging_is_said_once_by_rank_0(world, stand_in_for_cupy, monkeypatch, capfd):
     monkeypatch.setenv("MPITP_CUDA_AWARE", "0")
-    monkeypatch.setattr(fake_cupy.nccl, "available", False)
+    monkeypatch.setattr(stand_in.nccl, "available", False)
     for _ in range(2):
         with mpitp.TensorParallelGroup(device="gpu") as group:
             group.subgroup(group.rank).close()
@@ -207,13 +204,13 @@ def test_staging_is_said_once_by_rank_0(world, stand_in, monkeypatch, capfd):
 # --- the tester, tested ----------------------------------------------------------------------------------------------
 
 def test_a_transport_that_does_not_synchronise_is_seen(world):
-    fake_cupy.stream.reset()
+    stand_in.default_stream.reset()
     MpiTransport(world).all_reduce(on_device(np.ones(3)), "sum")
-    assert fake_cupy.stream.mistakes
-    fake_cupy.stream.reset()
+    assert stand_in.default_stream.mistakes
+    stand_in.default_stream.reset()
     hasty = StagedTransport(world, lambda: None, lambda x: np.empty(x.shape, x.dtype))
     hasty.all_reduce(on_device(np.ones(3)), "sum")
-    assert fake_cupy.stream.copies
+    assert stand_in.default_stream.copies
 
 
 # --- the suite on a device -----------------------------------------------------------------------------------------------

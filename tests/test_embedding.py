@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpitp
-from mpitp.oracle import feed_forward as dense
+from mpitp import oracle
 from mpitp.layers import embedding
 from mpitp.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from mpitp.ops.embedding import embedding_backward
@@ -62,7 +62,7 @@ def problems(group, vocab, hidden, multiplier=1.0, lead=(3, 5), dtype="float64",
         found.append("forward(save=False) differs")
     dw = group.comm.bcast(layer.gather(gradients))["e.weight"]
     exact, size = (plain_gradient(f(dy.astype(float)) * f(multiplier), ids, vocab) for f in (np.asarray, np.abs))
-    if dw.dtype != dtype or not dense.error_ratio(dw, exact, size) <= 4:
+    if dw.dtype != dtype or not oracle.error_ratio(dw, exact, size) <= 4:
         found.append("weight")
     return found
 
@@ -225,7 +225,7 @@ def test_positions(group, count, lead, dtype):
     dw = gradients["position.weight"]
     exact = np.zeros((8, 3))
     exact[:count] = dy.astype(float).reshape(-1, count, 3).sum(0) if dy.size else 0
-    assert dw.dtype == dtype and dense.error_ratio(dw, exact, 1 + np.abs(exact)) <= 4
+    assert dw.dtype == dtype and oracle.error_ratio(dw, exact, 1 + np.abs(exact)) <= 4
     value = (dy * np.ones(lead + (1, 1)) * w[:count]).sum()     # linear in w: the adjoint
     assert abs(value - (dw * w).sum()) <= 1e-5 * (1 + np.abs(dy).sum())
 

@@ -1,9 +1,7 @@
 """Which transport a group takes, which GPU a rank takes, and what is done while ranks add up: on a stand-in CuPy."""
-import sys
-
-import fake_cupy
 import numpy as np
 import pytest
+import stand_in
 
 import mpitp
 from mpitp import InputError
@@ -16,14 +14,11 @@ NO_NCCL = "a CuPy without NCCL"
 
 
 @pytest.fixture(autouse=True)
-def stand_in(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
-    monkeypatch.setitem(sys.modules, "cupy.cuda", fake_cupy.cuda)
-    monkeypatch.setattr(staged, "pinned_like", lambda x: np.full(x.shape, 55, x.dtype))
+def stand_in_for_cupy(monkeypatch):
+    stand_in.install(monkeypatch)
     monkeypatch.setattr(transport, "_said", {"asked for"})
     for name in ("MPITP_TRANSPORT", "MPITP_SHARE_GPU", "MPITP_CUDA_AWARE"):
         monkeypatch.delenv(name, raising=False)
-    fake_cupy.stream.reset()
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -65,9 +60,9 @@ def test_auto(world, monkeypatch, capfd):
 
 
 def test_nccl_is_given_back(world):
-    before = fake_cupy.nccl.closed
+    before = stand_in.nccl.closed
     mpitp.TensorParallelGroup(device="gpu", transport="nccl").close()
-    assert fake_cupy.nccl.closed - before == (world.size > 1)
+    assert stand_in.nccl.closed - before == (world.size > 1)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -87,7 +82,7 @@ def test_transports_that_cannot_be_had(world, monkeypatch):
     with pytest.raises(InputError, match="found an MPI that does not take device buffers"):
         mpitp.TensorParallelGroup(device="gpu", transport="mpi")
     if world.rank == world.size - 1:            # one rank is enough
-        monkeypatch.setattr(fake_cupy.nccl, "available", False)
+        monkeypatch.setattr(stand_in.nccl, "available", False)
     with pytest.raises(InputError, match="found a CuPy without NCCL"):
         mpitp.TensorParallelGroup(device="gpu", transport="nccl")
 
@@ -96,22 +91,22 @@ def test_transports_that_cannot_be_had(world, monkeypatch):
 
 def test_one_gpu_a_rank(world, monkeypatch):
     """Every rank sees all GPUs of the node, or one of its own."""
-    monkeypatch.setattr(fake_cupy.runtime, "uuids", [b"%d" % i for i in range(world.size + 1)])
+    monkeypatch.setattr(stand_in.runtime, "uuids", [b"%d" % i for i in range(world.size + 1)])
     with mpitp.TensorParallelGroup(device="gpu", tf32=True) as group:
-        assert fake_cupy.Device.current == world.rank and not group.gpu.shared
-        assert fake_cupy.cublas.mode == TF32_TENSOR_OP_MATH
+        assert stand_in.Device.current == world.rank and not group.gpu.shared
+        assert stand_in.cublas.mode == TF32_TENSOR_OP_MATH
         with group.subgroup(0, key=-group.rank) as reversed_ranks:      # another number, the same GPU
             assert reversed_ranks.gpu == group.gpu
-    monkeypatch.setattr(fake_cupy.runtime, "uuids", [b"own of %d" % world.rank])
+    monkeypatch.setattr(stand_in.runtime, "uuids", [b"own of %d" % world.rank])
     with mpitp.TensorParallelGroup(device="gpu") as group:
-        assert fake_cupy.Device.current == 0 and group.gpu.uuid == (b"own of %d" % world.rank).hex()
-        assert fake_cupy.cublas.mode == fake_cupy.cublas.CUBLAS_DEFAULT_MATH
+        assert stand_in.Device.current == 0 and group.gpu.uuid == (b"own of %d" % world.rank).hex()
+        assert stand_in.cublas.mode == stand_in.cublas.CUBLAS_DEFAULT_MATH
 
 
 def test_shared_gpus(world, monkeypatch):
     """Ranks that share one are found by its UUID, whatever number they know it by; allowed when asked."""
     monkeypatch.setenv("MPITP_CUDA_AWARE", "0")
-    monkeypatch.setattr(fake_cupy.runtime, "uuids", [b"the one"])
+    monkeypatch.setattr(stand_in.runtime, "uuids", [b"the one"])
     if world.size == 1:
         mpitp.TensorParallelGroup(device="gpu").close()
         return
@@ -129,13 +124,13 @@ def test_shared_gpus(world, monkeypatch):
 def test_no_gpu(world, monkeypatch):
     """On one rank: none of them goes on."""
     if world.rank == 0:
-        monkeypatch.setattr(fake_cupy.runtime, "uuids", [])
+        monkeypatch.setattr(stand_in.runtime, "uuids", [])
     with pytest.raises(InputError, match="found no GPU, expected one for device 'gpu'"):
         mpitp.TensorParallelGroup(device="gpu")
 
     def no_driver():
         raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
-    monkeypatch.setattr(fake_cupy.runtime, "getDeviceCount", no_driver)
+    monkeypatch.setattr(stand_in.runtime, "getDeviceCount", no_driver)
     with pytest.raises(InputError, match=r"found no GPU \(cudaErrorNoDevice.*\), expected one"):
         mpitp.TensorParallelGroup(device="gpu")
 
@@ -154,25 +149,25 @@ def test_meanwhile(world, name, reproducible):
         group.transport.begin_all_reduce = lambda *arguments: (begun.append(1), begin(*arguments))[1]
 
         def work(block):
-            done.append((block.index, len(begun), len(fake_cupy.stream.waited)))
-        fake_cupy.stream.reset()
+            done.append((block.index, len(begun), len(stand_in.default_stream.waited)))
+        stand_in.default_stream.reset()
         partition = group.partition(4 * group.blocks)
         total = group.sum(partition, (5,), "float32")
         for block in partition.blocks_of(group.rank):
             total.meanwhile(work, block)
-            total.add(block, fake_cupy.array(own[block.index]))
+            total.add(block, stand_in.array(own[block.index]))
         y = total.all_reduce()
         assert [index for index, _, _ in done] == [block.index for block in partition.blocks_of(group.rank)]
         assert all(len_begun == group.overlaps for _, len_begun, _ in done)
         assert all(waited == 0 for _, _, waited in done)    # before this stream waits for the sum
         if group.overlaps:
-            assert fake_cupy.stream.waited == [group.transport.beside]      # which it does afterwards
-            assert group.transport.beside.waited == [fake_cupy.stream]      # as that one did for what it adds up
+            assert stand_in.default_stream.waited == [group.transport.beside]      # which it does afterwards
+            assert group.transport.beside.waited == [stand_in.default_stream]      # as that one did for what it adds up
         expected = own[0]
         if not reproducible:
             for other in own[1:]:
                 expected = expected + other
-            assert np.allclose(y._values, expected, rtol=1e-6)
+            assert np.allclose(y.memory, expected, rtol=1e-6)
     assert group.ledger.counts().total() == 1
 
 
@@ -182,15 +177,15 @@ def test_sums_of_16_bit_are_rounded_once(world, dtype, reproducible):
     with mpitp.TensorParallelGroup(device="gpu", transport="nccl", reproducible=reproducible, blocks=4) as group:
         own = [np.float32([1, 2049 * b, 1e-4]) for b in range(group.blocks)]         # 2049 is no float16
         partition = group.partition(4 * group.blocks)
-        y = sum_of_blocks(group, lambda block: fake_cupy.array(own[block.index]), partition, (3,), dtype)
+        y = sum_of_blocks(group, lambda block: stand_in.array(own[block.index]), partition, (3,), dtype)
         total = own[0]
         for leaf in own[1:]:
             total = total + leaf
-        assert same_bytes(y._values, total.astype(dtype))
+        assert same_bytes(y.memory, total.astype(dtype))
         (key, entry), = group.ledger.data.items()
         assert key == ("all_reduce", 3, dtype) and (reproducible or entry.wire_bytes == 2 * 12 * (world.size - 1) // world.size)
         with pytest.raises(InputError, match="expected a C-contiguous float32"):
-            sum_of_blocks(group, lambda block: fake_cupy.array(np.ones(3, "float64")), group.partition(64), (3,), dtype)
+            sum_of_blocks(group, lambda block: stand_in.array(np.ones(3, "float64")), group.partition(64), (3,), dtype)
 
 
 @pytest.mark.parametrize("P_counts", [(3, 0, 2, 5), (0, 0, 0, 0), (1, 1, 1, 1)])
@@ -201,33 +196,33 @@ def test_uneven_and_empty_parts(world, monkeypatch, name, P_counts):
     with mpitp.TensorParallelGroup(device="gpu", transport=name) as group:
         carrier, whole = group.transport, draw(1, sum(counts)).astype("float32")
         bounds = np.concatenate([[0], np.cumsum(counts)])
-        mine = fake_cupy.array(whole[bounds[r]:bounds[r + 1]])
-        received = fake_cupy.empty((sum(counts),), "float32")
+        mine = stand_in.array(whole[bounds[r]:bounds[r + 1]])
+        received = stand_in.empty((sum(counts),), "float32")
         carrier.all_gather(mine, received, counts)
         assert same_bytes(settled(received), whole)
-        received = fake_cupy.empty((sum(counts),), "float32")
+        received = stand_in.empty((sum(counts),), "float32")
         carrier.gather(mine, received if r == P - 1 else None, counts, P - 1)
         assert r < P - 1 or same_bytes(settled(received), whole)
-        part = fake_cupy.empty((counts[r],), "float32")
-        carrier.reduce_scatter(fake_cupy.array(np.float32(P) * whole), part, counts, "max")
+        part = stand_in.empty((counts[r],), "float32")
+        carrier.reduce_scatter(stand_in.array(np.float32(P) * whole), part, counts, "max")
         assert same_bytes(settled(part), np.float32(P) * whole[bounds[r]:bounds[r + 1]])
-        received = fake_cupy.empty((P * counts[r],), "float32")
-        carrier.all_to_all(fake_cupy.array(whole), counts, received, [counts[r]] * P)
+        received = stand_in.empty((P * counts[r],), "float32")
+        carrier.all_to_all(stand_in.array(whole), counts, received, [counts[r]] * P)
         assert same_bytes(settled(received), np.tile(whole[bounds[r]:bounds[r + 1]], P))
 
 
 def settled(x):
-    fake_cupy.stream.finish_copies()
-    return x._values
+    stand_in.default_stream.finish_copies()
+    return x.memory
 
 
 def test_large_sums_are_staged_in_pieces(world, monkeypatch):
     monkeypatch.setattr(staged, "STAGE_BYTES", 64)
     with mpitp.TensorParallelGroup(device="gpu", transport="staged") as group:
-        x = fake_cupy.array(np.arange(100, dtype="float32") * (world.rank + 1))
+        x = stand_in.array(np.arange(100, dtype="float32") * (world.rank + 1))
         group.all_reduce(x, out=x)
-        assert same_bytes(x._values, np.arange(100, dtype="float32") * sum(range(1, world.size + 1)))
-        assert not fake_cupy.stream.copies and not fake_cupy.stream.mistakes
+        assert same_bytes(x.memory, np.arange(100, dtype="float32") * sum(range(1, world.size + 1)))
+        assert not stand_in.default_stream.copies and not stand_in.default_stream.mistakes
 
 
 # --- memory that does not suffice ---------------------------------------------------------------------------------------------
@@ -239,7 +234,7 @@ class OutOfMemoryError(MemoryError):
 
 def test_out_of_memory_is_one_line(world, monkeypatch, capfd):
     """What was asked for and what was free, exit 1, no traceback."""
-    monkeypatch.setattr(fake_cupy.runtime, "memGetInfo", lambda: (1 << 30, 80 << 30), raising=False)
+    monkeypatch.setattr(stand_in.runtime, "memGetInfo", lambda: (1 << 30, 80 << 30), raising=False)
     monkeypatch.setattr(guard, "active", False)
     monkeypatch.setattr(guard, "watch_threads", lambda: None)
     line = "found 1.0 of 80.0 GiB of the GPU's memory free, expected 5.0 GiB for one more array beside the 3.0 GiB of this rank\n"

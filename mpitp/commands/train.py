@@ -15,7 +15,7 @@ from ..training.data import DTYPES, Tokens, look_like_words, order_2_bits
 from ..training.log import read_log
 from ..training.loop import Trainer, TrainingStopped
 from ..training.settings import Settings
-from . import device, report
+from . import device, progress, report
 
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
@@ -73,7 +73,7 @@ def run(arguments):
             trainer.resume()
         show = Progress(trainer)
         if group.rank == 0:
-            print_line(opening(trainer, arguments))
+            print_line(opening(trainer, arguments).replace("; ", "\n"))
         try:
             trainer.run(show)
         except TrainingStopped as stopped:
@@ -137,7 +137,7 @@ def opening(trainer, arguments):
     tokens, group = trainer.tokens, trainer.group
     return f"{count:,} parameters on {group.size} rank{'s' if group.size > 1 else ''}, {trainer.model.dtype}" \
            f"{', reproducible' if group.reproducible else ''}; {len(tokens.training):,} tokens of {tokens.name}, " \
-           f"{len(tokens.validation):,} held out"
+           f"{len(tokens.validation):,} held out for validation"
 
 
 class Progress:
@@ -148,7 +148,7 @@ class Progress:
         if trainer.step and trainer.group.rank == 0:            # resumed: the curve begins where the run did
             for line in read_log(trainer.folder):
                 self.note(line["step"], line)
-        self.is_terminal = trainer.group.rank == 0 and sys.stdout.isatty()
+        self.is_terminal = trainer.group.rank == 0 and progress.is_watched()
         self.every = max(1, trainer.settings.train_iters // 20)
 
     def __call__(self, step, figures):
@@ -157,9 +157,9 @@ class Progress:
         self.note(step, figures)
         settings = self.trainer.settings
         tokens = settings.micro_batch_size * settings.gradient_accumulation * self.trainer.tokens.seq_length
-        text = f"step {step:6d}/{settings.train_iters}  {self.curve[-1][1]:7.4f} bits a token  " \
-               f"lr {figures['lr']:.2e}  gradient {figures['gradient_norm']:8.3f}  " \
-               f"{tokens / figures['seconds']:8.0f} tokens/s"
+        text = f"step {step:6d}/{settings.train_iters}  {self.curve[-1][1]:7.4f} bits  " \
+               f"lr {figures['lr']:.2e}  gradient {figures['gradient_norm']:6.3f}  " \
+               f"{tokens / figures['seconds']:6.0f} tokens/s"
         if "validation_loss" in figures:
             text += f"  validation {self.validation[-1][1]:.4f}"
         if self.is_terminal:

@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 
-from ..arrays import module_of, twin
 from ..errors import InputError
 from .erf import erf
+from .twin import cuda_twin
 
 PIECE = 1 << 15
 GELU_K, GELU_C = math.sqrt(2 / math.pi), 0.044715
@@ -75,6 +75,7 @@ def gelu(h, a, d):
 ACTIVATIONS = {f.__name__: f for f in (gelu_tanh, gelu, silu, relu, identity)}
 
 
+@cuda_twin(by="h")
 def activation_forward(name, h, out=None, derivative=None, bias=None):
     """a = act(h) elementwise, or act(h + bias).
 
@@ -91,25 +92,25 @@ def activation_forward(name, h, out=None, derivative=None, bias=None):
     """
     if name not in ACTIVATIONS:
         raise InputError(f"found activation {name!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if module_of(h) is not np:
-        return twin("activation").activation_forward(name, h, out, derivative, bias)
     if bias is not None:
         h += bias
     out = np.empty_like(h) if out is None else out
-    flat = [None if x is None else x.reshape(-1) for x in (h, out, derivative)]
+    activation = ACTIVATIONS[name]
+    flat_h, flat_a, flat_d = h.reshape(-1), out.reshape(-1), None if derivative is None else derivative.reshape(-1)
     with np.errstate(over="ignore"):            # e^-h is inf for very negative h, and 1/inf the right 0
-        for at in range(0, h.size, PIECE):
-            ACTIVATIONS[name](*(None if x is None else x[at:at + PIECE] for x in flat))
+        for start in range(0, h.size, PIECE):
+            piece = slice(start, start + PIECE)
+            activation(flat_h[piece], flat_a[piece], None if flat_d is None else flat_d[piece])
     return out, derivative
 
 
+@cuda_twin(by="da")
 def activation_backward(da, saved, out=None):
     """dh = da * act'(h), written to `out` if given."""
-    if module_of(da) is not np:
-        return twin("activation").activation_backward(da, saved, out)
     return np.multiply(da, saved, out=out)
 
 
+@cuda_twin(by="h")
 def gated_forward(name, h, up, bias=None, up_bias=None, saved=True):
     """a = act(h + bias) (up + up_bias). h and up are overwritten.
 
@@ -117,8 +118,6 @@ def gated_forward(name, h, up, bias=None, up_bias=None, saved=True):
     -------
     a, saved : saved is (act(h + bias), act'(h + bias), up + up_bias), what gated_backward takes; None with saved=False
     """
-    if module_of(h) is not np:
-        return twin("activation").gated_forward(name, h, up, bias, up_bias, saved)
     if up_bias is not None:
         up += up_bias
     # The derivative takes the place of h; without a backward pass the activation does.
@@ -127,19 +126,16 @@ def gated_forward(name, h, up, bias=None, up_bias=None, saved=True):
     return act * up, ((act, slope, up) if saved else None)
 
 
+@cuda_twin(by="da")
 def gated_backward(da, saved):
     """dh = da up act'(h), in the place of da, and dup = da act(h)."""
-    if module_of(da) is not np:
-        return twin("activation").gated_backward(da, saved)
     act, slope, up = saved
     dup = da * act
     da *= up
     return activation_backward(da, slope, out=da), dup
 
 
+@cuda_twin(by="y")
 def add_to(y, x):
     """y += x, of one shape."""
-    if module_of(y) is not np:
-        twin("activation").add_to(y, x)
-    else:
-        y += x
+    y += x

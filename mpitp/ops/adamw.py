@@ -1,11 +1,12 @@
 """One step of AdamW on flat arrays, elementwise: the bits do not depend on who holds which part."""
 import numpy as np
 
-from ..arrays import module_of, twin
+from .twin import cuda_twin
 
 PIECE = 1 << 15     # numbers at a time: a step is memory traffic, so what it makes stays in cache
 
 
+@cuda_twin(by="w")
 def adamw_step(w, g, m, v, *, beta1, beta2, rate, root, eps, decay, scale, rounded=None):
     """m += (1 - beta1) (g - m), v += (1 - beta2) (g^2 - v), w = decay w - rate m / (root sqrt(v) + eps); in place.
 
@@ -16,10 +17,6 @@ def adamw_step(w, g, m, v, *, beta1, beta2, rate, root, eps, decay, scale, round
     decay : 1 - lr weight_decay, or 1
     rounded : an array that w is copied to, rounded to its dtype; or None
     """
-    if module_of(w) is not np:
-        twin("adamw").adamw_step(w, g, m, v, beta1=beta1, beta2=beta2, rate=rate, root=root, eps=eps,
-                                 decay=decay, scale=scale, rounded=rounded)
-        return
     for at in range(0, w.size, PIECE):
         w_n, g_n, m_n, v_n = (array[at:at + PIECE] for array in (w, g, m, v))
         g_n = g_n * scale if scale != 1 else g_n

@@ -10,13 +10,14 @@ from math import inf
 
 import numpy as np
 
-from ..arrays import module_of, twin
 from .linear import NARROW
+from .twin import cuda_twin
 
 TILE = 64               # queries; fixed, since it is part of the bits
 SCORES = 1 << 17        # scores of as many heads as are computed at once: these stay in cache. Not part of the bits
 
 
+@cuda_twin(by="q_GHQK")
 def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=None, slopes=None, mask=None, keep=None):
     """out = (softmax(scale q k^T + slope (key - query)) keep) v, over the keys that each query may attend to.
 
@@ -41,9 +42,6 @@ def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=N
 
     Bits depend on the content of a query head and of its key/value head alone, not on G, H or strides.
     """
-    if module_of(q_GHQK) is not np:
-        return twin("attention").attention_forward(q_GHQK, k_GSK, v_GSK, scale, out=out, causal=causal, window=window,
-                                                   slopes=slopes, mask=mask, keep=keep)
     G, H, Q, K = q_GHQK.shape
     k_GSK, v_GSK = without_gaps(k_GSK), without_gaps(v_GSK)
     if Q == 1 and mask is None and keep is None and G * H:
@@ -88,6 +86,7 @@ def of_last_query(q_GH1K, k_GSK, v_GSK, scale, out, window, slopes):
     return (np.log(sum_GH11) + peak_GH11)[..., 0]
 
 
+@cuda_twin(by="q_GHQK")
 def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, dk=None, dv=None, causal=True,
                        window=None, slopes=None, mask=None, keep=None):
     """The gradients of attention_forward. dq is written to `dq` (G, H, Q, K), dk and dv where given.
@@ -99,10 +98,6 @@ def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, 
     -------
     dk_GSK, dv_GSK : summed tile by tile, and in each over the H query heads in their order
     """
-    if module_of(q_GHQK) is not np:
-        return twin("attention").attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, dq=dq, dk=dk,
-                                                    dv=dv, causal=causal, window=window, slopes=slopes, mask=mask,
-                                                    keep=keep)
     if dk is not None:                                      # added up without gaps, then put there
         dk[...], dv[...] = attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, dq=dq,
                                               causal=causal, window=window, slopes=slopes, mask=mask, keep=keep)

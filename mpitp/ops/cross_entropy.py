@@ -6,18 +6,18 @@ Dimension key: N rows (tokens), n rows of a piece, V these columns.
 """
 import numpy as np
 
-from ..arrays import module_of, twin
+from .twin import cuda_twin
 
 PIECE = 1 << 15     # numbers at a time
 
 
+@cuda_twin(by="z_NV")
 def row_maximum(z_NV):
     """The maximum of each row, minus infinity without columns. MPI's max may lose NaN: the sum of e^z shows it."""
-    if module_of(z_NV) is not np:
-        return twin("cross_entropy").row_maximum(z_NV)
     return z_NV.max(axis=1) if z_NV.shape[1] else np.full(len(z_NV), -np.inf, z_NV.dtype)
 
 
+@cuda_twin(by="z_NV")
 def row_sums(z_NV, max_N, targets_N, with_sum):
     """What these columns add to the sum of e^(z - max), to z - max of the target, and to the sum of z - max of a row.
 
@@ -30,8 +30,6 @@ def row_sums(z_NV, max_N, targets_N, with_sum):
 
     Returns (2 or 3, N), a new array.
     """
-    if module_of(z_NV) is not np:
-        return twin("cross_entropy").row_sums(z_NV, max_N, targets_N, with_sum)
     sums = np.zeros((3 if with_sum else 2, len(z_NV)), z_NV.dtype)
     for piece in pieces(z_NV.shape):
         shifted_nV = shifted(z_NV, max_N, piece)
@@ -45,14 +43,13 @@ def row_sums(z_NV, max_N, targets_N, with_sum):
     return sums
 
 
+@cuda_twin(by="z_NV")
 def row_gradient(z_NV, max_N, targets_N, factor_N, at_target_N, everywhere_N, out):
     """out = factor e^(z - max) - everywhere, - at_target in the column of the target.
 
     factor_N, at_target_N, everywhere_N : of each row; everywhere_N None for 0. A row of zeros does not count: its
         gradient is 0, which 0 times NaN would not be
     """
-    if module_of(z_NV) is not np:
-        return twin("cross_entropy").row_gradient(z_NV, max_N, targets_N, factor_N, at_target_N, everywhere_N, out)
     for piece in pieces(z_NV.shape):
         shifted_nV = shifted(z_NV, max_N, piece)
         np.exp(shifted_nV, out=shifted_nV)

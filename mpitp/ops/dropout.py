@@ -7,13 +7,14 @@ import math
 
 import numpy as np
 
-from ..arrays import twin
 from ..sharding.rng import key, words
+from .twin import cuda_twin
 
 PIECE = 1 << 15     # words at a time: the temporaries stay in cache
 NEAR = 1 << 11      # to draw so many words and not use them is as fast as to start a stream anew (measured)
 
 
+@cuda_twin(by="xp")
 def dropout_scale(seed, name, step, probability, shape, window, dtype, xp=np):
     """0 where an element drops, 1 / (1 - probability) elsewhere; multiply by it in forward and in backward.
 
@@ -32,8 +33,6 @@ def dropout_scale(seed, name, step, probability, shape, window, dtype, xp=np):
     scale : array of the window's shape and `dtype`, of the module `xp`
     """
     shape = tuple(map(int, shape))              # NumPy's integers would overflow
-    if xp is not np:
-        return twin("dropout").dropout_scale(seed, name, step, probability, shape, window, dtype)
     ends = [at.indices(n)[:2] if isinstance(at, slice) else (int(at), int(at) + 1) for at, n in zip(window, shape)]
     lengths = [max(0, stop - start) for start, stop in ends]
     out = np.empty([n for n, at in zip(lengths, window) if isinstance(at, slice)], dtype)

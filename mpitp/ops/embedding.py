@@ -4,19 +4,19 @@ Dimension key: N tokens, H features.
 """
 import numpy as np
 
-from ..arrays import module_of, twin
+from .twin import cuda_twin
 
 
+@cuda_twin(by="w_RH")
 def embedding_forward(w_RH, ids_N):
     """y[n] = W[ids[n]], a new array (N, H); zeros where an id is outside 0..rows-1 and belongs to another rank."""
-    if module_of(w_RH) is not np:
-        return twin("embedding").embedding_forward(w_RH, ids_N)
     y_NH = np.zeros((len(ids_N), w_RH.shape[1]), w_RH.dtype)
     mine_n = np.flatnonzero((ids_N >= 0) & (ids_N < len(w_RH)))
     y_NH[mine_n] = w_RH[ids_N[mine_n]]
     return y_NH
 
 
+@cuda_twin(by="d_NH")
 def embedding_backward(d_NH, ids_N, rows, out=None):
     """dW[r] = the sum of d[n] over the tokens n with ids[n] = r, added in order of n: deterministic, no atomics.
 
@@ -30,8 +30,6 @@ def embedding_backward(d_NH, ids_N, rows, out=None):
     rows : of the table
     out : (rows, H) array for the result, None for a new one
     """
-    if module_of(d_NH) is not np:
-        return twin("embedding").embedding_backward(d_NH, ids_N, rows, out)
     dw_RH = np.empty((rows, d_NH.shape[-1]), d_NH.dtype) if out is None else out
     dw_RH[...] = 0
     for n, row in enumerate(ids_N.tolist()):

@@ -5,23 +5,22 @@ a head.
 """
 import numpy as np
 
-from ..arrays import module_of, twin
 from .attention import attention_forward
+from .twin import cuda_twin
 
 
+@cuda_twin(by="starts_B")
 def append(held_BCGK, new_BSGK, starts_B):
     """held[b, starts[b]:starts[b] + S] = new[b], for each pair in two lists of arrays.
 
     starts_B : (B,) integers, where the arrays are
     """
-    if module_of(starts_B) is not np:
-        twin("keys_values").append(held_BCGK, new_BSGK, starts_B)
-        return
     for held, new in zip(held_BCGK, new_BSGK):
         for b, start in enumerate(starts_B):
             held[b, start:start + new.shape[1]] = new[b]
 
 
+@cuda_twin(by="q_BHK")
 def last_query_forward(q_BHK, k_BCGK, v_BCGK, starts_B, scale, *, out, window=None, slopes=None):
     """out[b] = softmax(scale q[b] k^T + slope (key - query)) v over keys 0..starts[b]; the last key is the query's own.
 
@@ -31,10 +30,6 @@ def last_query_forward(q_BHK, k_BCGK, v_BCGK, starts_B, scale, *, out, window=No
     starts_B : (B,) integers, where the arrays are: on a GPU they may change between the replays of a graph
     window, slopes : as attention_forward's, slopes (G, H / G)
     """
-    if module_of(q_BHK) is not np:
-        twin("keys_values").last_query_forward(q_BHK, k_BCGK, v_BCGK, starts_B, scale, out=out, window=window,
-                                               slopes=slopes)
-        return
     (B, H, K), G = q_BHK.shape, k_BCGK.shape[2]
     for b in range(B):
         q, a = (x[b].reshape(G, H // G, 1, K) for x in (q_BHK, out))        # views: heads are split, not moved

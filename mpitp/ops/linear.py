@@ -3,76 +3,124 @@
 Dimension key: N rows (tokens), I in features, O out features.
 """
 import numpy as np
+from numpy.typing import DTypeLike
 
-from ..arrays import module_of, twin
+from ..arrays import Array
+from .twin import cuda_twin
 
 FEW = 64        # rows up to which y = (w x^T)^T is faster: 2 to 3 times up to 16, as OpenBLAS does not repack w then
 NARROW = 16     # rows or columns: up to here a product is computed on arrays without gaps
 
 
-def linear_forward(x_NI, w_OI, out=None, dtype=None):
-    """y = x w^T. Returns y (N, O), written to `out` if given, else of `dtype` (x's), and what backward needs."""
-    if module_of(x_NI) is not np:
-        return twin("linear").linear_forward(x_NI, w_OI, out, dtype)
+@cuda_twin(by="x_NI")
+def linear_forward(x_NI: Array, w_OI: Array, out: Array | None = None,
+                   dtype: DTypeLike | None = None) -> tuple[Array, tuple[Array, Array]]:
+    """Compute y = x w^T.
+
+    Parameters
+    ----------
+    x_NI : (N, I) array
+    w_OI : (O, I) array of x's dtype
+    out : (N, O) array or None
+        Where y goes; None for a new array.
+    dtype : dtype or None
+        Of a new y; None for x's. A GPU can leave the sums of 16-bit factors in float32, others have x's dtype.
+
+    Returns
+    -------
+    y : (N, O) array
+    saved : tuple
+        What linear_backward takes: x and w themselves, not copies.
+    """
     if not 1 < len(x_NI) <= FEW:
-        return product(x_NI, w_OI.T, out), (x_NI, w_OI)
+        return compact_product(x_NI, w_OI.T, out), (x_NI, w_OI)
     y_NO = np.empty((len(x_NI), len(w_OI)), x_NI.dtype) if out is None else out
-    y_NO[...] = product(w_OI, x_NI.T).T
+    y_NO[...] = compact_product(w_OI, x_NI.T).T
     return y_NO, (x_NI, w_OI)
 
 
-def linear_backward(dy_NO, saved, dw_out=None, dtype=None):
-    """dx = dy w, dw = dy^T x. Returns dx (N, I), of `dtype` (dy's), and dw (O, I), written to `dw_out` if given."""
+def linear_backward(dy_NO: Array, saved: tuple[Array, Array], dw_out: Array | None = None,
+                    dtype: DTypeLike | None = None) -> tuple[Array, Array]:
+    """Compute dx = dy w and dw = dy^T x.
+
+    Parameters
+    ----------
+    dy_NO : (N, O) array
+    saved : tuple
+        What linear_forward returned.
+    dw_out : (O, I) array or None
+        Where dw goes; None for a new array.
+    dtype : dtype or None
+        Of dx; None for dy's.
+
+    Returns
+    -------
+    dx : (N, I) array
+    dw : (O, I) array
+    """
     x_NI, w_OI = saved
     return product(dy_NO, w_OI, dtype=dtype), product(dy_NO.T, x_NI, dw_out)
 
 
-def linear_weight_backward(dy_NO, x_NI, out=None):
-    """dw = dy^T x (O, I) alone, where dx is another's to compute."""
+def linear_weight_backward(dy_NO: Array, x_NI: Array, out: Array | None = None) -> Array:
+    """Compute dw = dy^T x (O, I) alone, where dx is computed elsewhere; written to `out` if given."""
     return product(dy_NO.T, x_NI, out)
 
 
-def add_bias(y_NO, b_O):
-    """y += b, in place; nothing where b is None."""
-    if b_O is None:
-        return
-    if module_of(y_NO) is not np:
-        twin("linear").add_bias(y_NO, b_O)
-        return
-    y_NO += b_O
+@cuda_twin(by="y_NO")
+def add_bias(y_NO: Array, b_O: Array | None) -> None:
+    """Add b to every row of y in place; do nothing where b is None."""
+    if b_O is not None:
+        y_NO += b_O
 
 
-def bias_backward(dy_NO, out=None):
-    """The gradient of b in y = x w^T + b: the sum of dy over the rows (O,)."""
-    if module_of(dy_NO) is not np:
-        return twin("linear").bias_backward(dy_NO, out)
+@cuda_twin(by="dy_NO")
+def bias_backward(dy_NO: Array, out: Array | None = None) -> Array:
+    """Compute the gradient of b in y = x w^T + b, the sum of dy over the rows (O,); written to `out` if given."""
     return dy_NO.sum(axis=0, out=out)
 
 
-def product(a, b, out=None, dtype=None, add=False):
-    """a @ b, with bits that do not depend on what lies beside a block in the memory of its rank.
+@cuda_twin(by="a")
+def product(a: Array, b: Array, out: Array | None = None, dtype: DTypeLike | None = None, add: bool = False) -> Array:
+    """Compute a @ b, with bits that do not depend on what lies beside a block in the memory of its rank.
 
-    dtype : of the result where `out` is None; 16-bit factors are added up in float32, and may stay there. None: a's
-    add : to what `out` holds
+    Parameters
+    ----------
+    a, b : (m, k) and (k, n) arrays of one dtype
+        On a GPU also two stacks of such matrices.
+    out : (m, n) array or None
+        Where the result goes; None for a new array.
+    dtype : dtype or None
+        Of a new result; None for a's. A GPU can leave the sums of 16-bit factors in float32, others have a's dtype.
+    add : bool
+        Whether the product is added to what `out` holds.
+
+    Returns
+    -------
+    product : (m, n) array
+        `out`, or the new array.
+    """
+    if not add:
+        return compact_product(a, b, out)
+    out += compact_product(a, b)
+    return out
+
+
+def compact_product(a: Array, b: Array, out: Array | None = None) -> Array:
+    """Compute a @ b of NumPy arrays, of copies without gaps where gaps would change the bits.
 
     A block is a slice of its rank's array, so the gap between its rows depends on the number of ranks. OpenBLAS
     ignores gaps but for one case: it adds up in another order when rows of up to 8 numbers follow each other
     without any (`lda == m` in its kernel/x86_64/sgemv_t_4.c and dgemv_t_4.c).
     """
-    if module_of(a) is not np:
-        return twin("linear").product(a, b, out, dtype, add)
-    if add:
-        out += np.matmul(without_gaps(a), without_gaps(b))
-        return out
-    if out is None or not is_narrow(out):
-        return np.matmul(without_gaps(a), without_gaps(b), out=out)
-    out[...] = np.matmul(without_gaps(a), without_gaps(b))
+    a = a if a.flags.forc else without_gaps(a)          # forc: without gaps, in Fortran's order or in C's
+    b = b if b.flags.forc else without_gaps(b)
+    if out is None or out.flags.forc or min(out.shape) > NARROW:
+        return np.matmul(a, b, out=out)
+    out[...] = np.matmul(a, b)
     return out
 
 
-def is_narrow(x):
-    return min(x.shape) <= NARROW and not (x.flags.c_contiguous or x.flags.f_contiguous)
-
-
-def without_gaps(x):
-    return x.copy(order="K") if is_narrow(x) else x
+def without_gaps(x: Array) -> Array:
+    """Return a compact copy of a narrow matrix, a wide one itself."""
+    return x.copy(order="K") if min(x.shape) <= NARROW else x

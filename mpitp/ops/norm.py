@@ -8,14 +8,15 @@ Dimension key: N rows, n rows of a piece, K features.
 """
 import numpy as np
 
-from ..arrays import module_of, twin
 from ..errors import InputError
+from .twin import cuda_twin
 
 KINDS = ("layernorm", "rmsnorm")
 FEW = 1 << 12       # numbers up to which all rows are one piece: those of a token
 PIECE = 1 << 16     # numbers at a time; measured: 2^15 to 2^18 take the same time, 2^14 half as long again
 
 
+@cuda_twin(by="x")
 def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
     """y = xhat * g + b, over the last axis of x, with
 
@@ -38,8 +39,6 @@ def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
     """
     if kind not in KINDS:                       # the messages of require() would cost more than a token's norm
         raise InputError(f"found norm kind {kind!r}, expected one of {', '.join(KINDS)}")
-    if module_of(x) is not np:
-        return twin("norm").norm_forward(x, w, b, kind, epsilon, zero_centered)
     K = x.shape[-1]
     x_NK, g_K = x.reshape(-1, K), (1 + w if zero_centered else w)
     xhat_NK, y_NK = np.empty(x_NK.shape, x.dtype), np.empty(x_NK.shape, x.dtype)
@@ -74,6 +73,7 @@ def normalise(x_nK, g, b, kind, epsilon, xhat_nK, rstd_n1, y_nK):
         y_nK += b
 
 
+@cuda_twin(by="dy")
 def norm_backward(dy, saved, dw_out=None, db_out=None):
     """dx = rstd (dyg - mean(dyg) - xhat mean(dyg xhat)) with dyg = dy * g; dw = sum of dy * xhat, db = sum of dy.
 
@@ -88,8 +88,6 @@ def norm_backward(dy, saved, dw_out=None, db_out=None):
     -------
     dx (..., K), dw (K,), and db (K,), which is None where there is no bias
     """
-    if module_of(dy) is not np:
-        return twin("norm").norm_backward(dy, saved, dw_out, db_out)
     xhat_NK, rstd_N1, g_K, kind, has_bias = saved
     K = dy.shape[-1]
     dy_NK = dy.reshape(-1, K)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ..arrays import module_of, twin
+from .twin import cuda_twin
 
 
 def rotary_tables(rotary, head_dim, positions, dtype, xp=np):
@@ -67,6 +67,7 @@ def pair_that_turns(times, rotary, dim):
     return dim * math.log(rotary.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(rotary.base))
 
 
+@cuda_twin(by="x")
 def rotary_forward(x, cos, sin, interleaved, starts=None):
     """(u, v) -> (u cos - v sin, v cos + u sin) for each pair (u, v) of the first d features; the others stay.
 
@@ -79,8 +80,6 @@ def rotary_forward(x, cos, sin, interleaved, starts=None):
 
     Returns a new array, shaped as x.
     """
-    if module_of(x) is not np:
-        return twin("rotary").rotary_forward(x, cos, sin, interleaved, starts)
     half = cos.shape[-1]
     cos, sin = (table[rows_of(x.shape[-3], starts), None] for table in (cos, sin))      # the same for every head
     first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else \
@@ -94,10 +93,9 @@ def rotary_forward(x, cos, sin, interleaved, starts=None):
     return out
 
 
+@cuda_twin(by="dy")
 def rotary_backward(dy, cos, sin, interleaved):
     """dx of dy: turned back, by the opposite angle. Shaped as dy."""
-    if module_of(dy) is not np:
-        return twin("rotary").rotary_backward(dy, cos, sin, interleaved)
     return rotary_forward(dy, cos, -sin, interleaved)
 
 

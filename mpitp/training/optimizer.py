@@ -100,7 +100,7 @@ def gradient_norm(layer: ParallelLayer, gradients: dict[str, Array]) -> float:
 
 
 def block_square_sum(layer: ParallelLayer, gradients: dict[str, Array], number: int) -> Array:
-    """The sum of squares (1,) of what this rank owns in one block; block 0 counts the replicated parameters."""
+    """Return the sum of squares (1,) of what this rank owns in one block; block 0 counts the replicated parameters."""
     group, total = layer.group, layer.group.xp.zeros(1, np.float64)
     for name, spec in layer.specs.items():
         if spec.axis is None:

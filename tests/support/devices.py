@@ -1,8 +1,10 @@
 """The suite on a GPU: `pytest tests --device gpu [--transport mpi|nccl|staged]`, or `--device stand-in` without one.
 
-Tests draw, compare and plant mistakes in NumPy. Here the ways into the library are wrapped: arrays that a test gives go
-to the device, and what comes back comes to the host. A call from inside is left alone, so between a layer's entrance and
-its exit everything is on the device; and so is what forward keeps for backward.
+Tests draw, compare and plant mistakes in NumPy. This adapter wraps the functions and methods that tests call: arrays
+that a test gives go to the device, and what comes back comes to the host. The library's own calls are left alone, so
+everything between a layer's entrance and its exit is on the device, and so is what forward keeps for backward.
+
+gpu is CuPy's, stand-in is stand_in.py in its place.
 """
 import functools
 import importlib
@@ -27,14 +29,14 @@ OTHERS = {"comm.group": {"TensorParallelGroup": ("all_reduce", "all_gather", "ga
                                      "scatter_to_ranks_backward")},
           "inference.generation": {"Choice": ("__call__",)}, "inference.graph": {"CapturedToken": ("__init__", "__call__")},
           "checkpoints.saving": {None: ("save_model",)}, "checkpoints.loading": {None: ("load_model",)}}
-inside = 0              # calls of the library that are under way
+depth = 0               # of the library's calls of itself: 0 in a test
 
 
 def install(device, transport):
-    """Make the device every group's default, and wrap the ways in. Call before tests import the library."""
+    """Make the device every group's default, and wrap what tests call. Call before tests import the library."""
     if device == "stand-in":
-        import strict_cupy
-        strict_cupy.install()
+        import stand_in
+        stand_in.install(kernels=True)
         os.environ["MPITP_CUDA_AWARE"] = "1"
     cupy = importlib.import_module("cupy")
     group = importlib.import_module("mpitp.comm.group").TensorParallelGroup
@@ -62,16 +64,16 @@ def from_outside(function, cupy, kinds):
     """The function, for callers whose arrays are on the host: those of these kinds go to the device."""
     @functools.wraps(function)
     def call(*arguments, **options):
-        global inside
-        if inside:
+        global depth
+        if depth:
             return function(*arguments, **options)
         moved = {}                                          # id of an array or dict of the host: that, and its copy
         arguments, options = (to_device(given, cupy, moved, kinds) for given in (arguments, options))
-        inside += 1
+        depth += 1
         try:
             found = function(*arguments, **options)
         finally:
-            inside -= 1
+            depth -= 1
         if hasattr(found, "wait"):                          # a sum under way: later
             found.moved = moved
             return found
@@ -87,18 +89,18 @@ def from_outside(function, cupy, kinds):
 
 
 def step_by_step(steps):
-    """generate's steps, each of them inside."""
+    """The generator `steps` of generation, each of whose steps is a call of the library."""
     def generator(*arguments, **options):
-        global inside
+        global depth
         inner = steps(*arguments, **options)
         while True:
-            inside += 1
+            depth += 1
             try:
                 found = next(inner)
             except StopIteration:
                 return
             finally:
-                inside -= 1
+                depth -= 1
             yield found
     return generator
 

@@ -1,11 +1,9 @@
 """What mpitp/ops/cuda/linear.py tells cuBLAS of its operands, done by NumPy: run by test_device.py, needs no GPU."""
 import ctypes
 import itertools
-import sys
-from types import SimpleNamespace
 
 import numpy as np
-import strict_cupy
+import stand_in
 
 TYPES = {0: np.dtype("float32"), 1: np.dtype("float64"), 2: np.dtype("float16")}
 calls = []
@@ -57,28 +55,26 @@ def layouts(numbers, *shape):
 
 
 def main():
-    cublas = SimpleNamespace(gemmEx=gemm, gemmStridedBatchedEx=batched, CUBLAS_OP_N=0, CUBLAS_OP_T=1,
-                             CUBLAS_COMPUTE_32F=2, CUBLAS_COMPUTE_64F=3, CUBLAS_GEMM_DEFAULT=4)
-    sys.modules["cupy"], sys.modules["cupy.cuda"] = strict_cupy, SimpleNamespace(cublas=cublas)
-    sys.modules["cupy.cuda.device"] = SimpleNamespace(get_cublas_handle=lambda: 0)
+    stand_in.install()
+    stand_in.cublas.gemmEx, stand_in.cublas.gemmStridedBatchedEx = gemm, batched
     from mpitp.ops.cuda import linear
     draw = np.random.default_rng(0)
     tried = 0
     for dtype, (m, k, n), stack in itertools.product(("float32", "float64", "float16"), (
             (3, 8, 4), (16, 16, 8), (5, 7, 3), (1, 8, 16), (8, 1, 8), (8, 16, 1), (2, 2, 2), (4, 0, 3)), ((), (3,))):
         def numbers(shape):
-            return strict_cupy.device(draw.integers(-4, 5, shape).astype(dtype))
+            return stand_in.device(draw.integers(-4, 5, shape).astype(dtype))
         for a, b in itertools.product(layouts(numbers, *stack, m, k), layouts(numbers, *stack, k, n)):
-            expected = strict_cupy.host(a).astype(float) @ strict_cupy.host(b).astype(float)
-            assert np.array_equal(strict_cupy.host(linear.product(a, b)), expected), (dtype, a.strides, b.strides)
+            expected = stand_in.host(a).astype(float) @ stand_in.host(b).astype(float)
+            assert np.array_equal(stand_in.host(linear.product(a, b)), expected), (dtype, a.strides, b.strides)
             tried += 1
         for out in layouts(numbers, *stack, m, n):
-            a, b, before = numbers((*stack, m, k)), numbers((*stack, k, n)), strict_cupy.host(out).astype(float)
-            expected = strict_cupy.host(a).astype(float) @ strict_cupy.host(b).astype(float)
+            a, b, before = numbers((*stack, m, k)), numbers((*stack, k, n)), stand_in.host(out).astype(float)
+            expected = stand_in.host(a).astype(float) @ stand_in.host(b).astype(float)
             linear.product(a, b, out, add=True)
-            assert np.array_equal(strict_cupy.host(out), before + expected), (dtype, out.strides)
+            assert np.array_equal(stand_in.host(out), before + expected), (dtype, out.strides)
             linear.product(a, b, out)
-            assert np.array_equal(strict_cupy.host(out), expected), (dtype, out.strides)
+            assert np.array_equal(stand_in.host(out), expected), (dtype, out.strides)
             tried += 2
     print(f"{tried} products, {len(calls)} matrices")
 

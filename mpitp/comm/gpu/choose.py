@@ -16,7 +16,7 @@ from .staged import StagedTransport
 
 TIMED_BYTES = 16 << 20
 SLOW = 3e9          # bytes a second, below which a sum goes through the host: Open MPI 5 does 0.7e9, a good MPI 250e9
-_said = set()
+_said: set[str] = set()
 
 
 def choose_transport(comm, xp, gpu, transport):

@@ -4,6 +4,7 @@ from functools import lru_cache, partial
 import cupy
 import numpy as np
 
+from ...errors import InputError
 from .kernel import kernel, launch
 
 # Of A x: A a = act(x) and A d = act'(x); the formulas are those of mpitp/ops/activation.py.
@@ -79,6 +80,8 @@ NOTHING = np.uint64(0)      # a null pointer
 
 @lru_cache(maxsize=None)
 def activate(name, dtype, with_slope, wide):
+    if name not in BODIES:
+        raise InputError(f"found activation {name!r}, expected one of {', '.join(BODIES)}")
     return kernel(FORWARD.replace("BODY", BODIES[name]), "activate", dtype,
                   (f"-DWIDE={wide}", f"-DSLOPE={int(with_slope)}"))
 

@@ -35,8 +35,9 @@ KERNEL = cupy.ElementwiseKernel(
     "uint64 k0, uint64 k1, uint64 limit, T keep", "T y", BODY, "mpitp_dropout", preamble=ROUND)
 
 
-def dropout_scale(seed, name, step, probability, shape, window, dtype):
+def dropout_scale(seed, name, step, probability, shape, window, dtype, xp=cupy):
     """As mpitp.ops.dropout.dropout_scale: the same zeros, on the device."""
+    shape = tuple(map(int, shape))              # NumPy's integers would overflow
     ends = [(at, at + 1) if not isinstance(at, slice) else at.indices(n)[:2] for n, at in zip(shape, window)]
     lengths = [max(0, stop - start) for start, stop in ends]
     out = cupy.empty([n for n, at in zip(lengths, window) if isinstance(at, slice)], dtype)

@@ -22,7 +22,7 @@ NUMBERS = {dtype: np.array([0, 1], dtype) for dtype in (np.dtype("float32"), np.
 
 
 def linear_forward(x_NI, w_OI, out=None, dtype=None):
-    """y = x w^T, written to `out` or to a new array of `dtype` (x's). Returns y (N, O) and what backward needs."""
+    """As mpitp.ops.linear.linear_forward."""
     if len(x_NI) == 1 and w_OI.size:
         return one_row(x_NI, w_OI, out, dtype), (x_NI, w_OI)
     if takes(x_NI, w_OI):
@@ -31,10 +31,7 @@ def linear_forward(x_NI, w_OI, out=None, dtype=None):
 
 
 def product(a, b, out=None, dtype=None, add=False):
-    """a @ b of two matrices, or of each two of two stacks, of one dtype and added up in float32 (float64).
-
-    To `out`, added to what it holds if `add`, or to a new array of `dtype` (a's).
-    """
+    """As mpitp.ops.linear.product, of two matrices or of two stacks of them, added up in float32 (float64)."""
     (*stack, m, k), n = a.shape, b.shape[-1]
     result = cupy.ndarray((*stack, m, n), a.dtype if dtype is None else dtype) if out is None else out
     if not (result.size and k):
@@ -69,7 +66,9 @@ def product(a, b, out=None, dtype=None, add=False):
 
 
 def add_bias(y_NO, b_O):
-    """y += b, one pass in vectors."""
+    """As mpitp.ops.linear.add_bias, one pass in vectors."""
+    if b_O is None:
+        return
     if not y_NO.flags.c_contiguous:
         y_NO += b_O
         return
@@ -77,7 +76,7 @@ def add_bias(y_NO, b_O):
 
 
 def bias_backward(dy_NO, out=None):
-    """The sum of dy over the rows (O,), in float32 for 16-bit dy."""
+    """As mpitp.ops.linear.bias_backward, in float32 for 16-bit dy."""
     return column_sum(dy_NO, out=out)
 
 

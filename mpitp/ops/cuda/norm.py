@@ -6,6 +6,8 @@ import cupy
 import numpy as np
 
 from ...arrays import sum_dtype
+from ...errors import InputError
+from ..norm import KINDS
 from .kernel import kernel, launch, threads_for
 from .sums import column_sum
 
@@ -50,6 +52,8 @@ extern "C" __global__ void norm_backward(const T* dy, const T* xhat, const A* rs
 
 def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
     """As mpitp.ops.norm.norm_forward, computed in float32 for 16-bit x."""
+    if kind not in KINDS:
+        raise InputError(f"found norm kind {kind!r}, expected one of {', '.join(KINDS)}")
     K = x.shape[-1]
     x_NK = cupy.ascontiguousarray(x).reshape(-1, K)
     y_NK, xhat_NK = cupy.ndarray(x_NK.shape, x.dtype), cupy.ndarray(x_NK.shape, x.dtype)

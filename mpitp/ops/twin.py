@@ -1,0 +1,54 @@
+"""The one place where an operation asks whether it was given a NumPy or a CuPy array."""
+import importlib
+import sys
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+@lru_cache(maxsize=None)
+def twin(name: str) -> ModuleType:
+    """Import the CuPy twin of mpitp.ops.<name>: the same functions with the same arguments, as kernels of the GPU."""
+    return importlib.import_module(f"{__package__}.cuda.{name}")
+
+
+def is_cupy(value: Any) -> bool:
+    """Whether this is a CuPy array, or the module cupy itself."""
+    cupy = sys.modules.get("cupy")          # an array of a module that was never imported does not exist
+    return cupy is not None and (value is cupy or isinstance(value, cupy.ndarray))
+
+
+def cuda_twin(by: str) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
+    """Hand an operation's CuPy arrays to its twin, the function of the same name in mpitp/ops/cuda.
+
+    The module of the twin, and with it CuPy's kernels, is imported when the first CuPy array arrives.
+
+    Parameters
+    ----------
+    by : str
+        The operation's parameter that decides: an array or, where an operation makes arrays out of none, the array
+        module that they are for.
+
+    Returns
+    -------
+    decorator
+        It leaves the operation's signature and docstring as they are, and adds one Python call to each of its own.
+    """
+    def decorate(operation: Callable[P, Result]) -> Callable[P, Result]:
+        code, name = operation.__code__, operation.__name__            # type: ignore[attr-defined]
+        position, module = code.co_varnames[:code.co_argcount].index(by), operation.__module__.rpartition(".")[2]
+
+        @wraps(operation)
+        def dispatch(*args: P.args, **kwargs: P.kwargs) -> Result:
+            decisive = args[position] if len(args) > position else kwargs.get(by)
+            if type(decisive) is np.ndarray or not is_cupy(decisive):
+                return operation(*args, **kwargs)
+            return getattr(twin(module), name)(*args, **kwargs)
+        return dispatch
+    return decorate
