@@ -21,12 +21,12 @@ FLOORS = {
     "layers": 5,
     "inference": 6, "checkpoints": 6,
     "training": 7,
-    "measure": 8,
+    "measure": 8, "verification": 8,
     "commands": 9,
     "__main__": 10,
 }
 # The oracle judges; what is judged must not lean on it.
-USES_THE_ORACLE = {"oracle", "measure", "commands"}
+USES_THE_ORACLE = {"oracle", "verification", "commands"}
 # The only parts that talk to other processes.
 IMPORTS_MPI = {"comm", "__main__"}
 # Where a module is chosen by a name at run time. Its arrows cannot be read here, so these stay few.
@@ -71,16 +71,7 @@ comm.gpu.binding:bind.look
 comm.gpu.binding:bind.take
 comm.gpu.staged:StagedTransport.begin_all_reduce.finish
 comm.guard:watch_threads.hook
-commands.checks:checkpoint_layer.find
-commands.checks:error_ratios.compute
-commands.checks:require_room.check
 commands.generate:summary.mean
-commands.layers:Checks.cross_entropy.results
-commands.layers:Checks.decoder.results
-commands.layers:Checks.embedding.results
-commands.layers:Checks.linear.results
-commands.layers:Checks.part_of_block.results
-commands.layers:compare.run
 inference.graph:CapturedToken.__init__.step
 layers.attention:ParallelAttention.collectives.all_reduce
 layers.attention:ParallelAttention.partial_backward.key_value_backward
@@ -104,21 +95,6 @@ layers.mlp:ParallelMLP.partial_backward.partial
 layers.mlp:ParallelMLP.partial_backward.project_backward
 layers.mlp:ParallelMLP.partial_forward.partial
 layers.mlp:ParallelMLP.partial_forward.project
-measure:block_cases.both
-measure:block_product_cases.both
-measure:block_product_cases.forward
-measure:block_product_cases.scores
-measure:decode_cases.decode
-measure:finished.call
-measure:matrix_vector_products.products
-measure:mlp_cases.both
-measure:product_cases.both
-measure:product_cases.forward
-oracle.decoder:block_backward.back
-oracle.decoder:block_forward.norm
-oracle.layers:attention_forward.heads
-oracle.layers:attention_forward.turned
-oracle.layers:rotation.pair
 training.optimizer:gradient_norm.of_block
 """,
 }.items()}
