@@ -12,7 +12,7 @@ import mpitp
 from mpitp import InputError
 from mpitp.checkpoints.families import MODULES, family_named
 from mpitp.checkpoints.families.keys import Keys
-from mpitp.checkpoints.loading import CheckpointWarning, open_folder
+from mpitp.checkpoints.model_folder import CheckpointWarning, open_folder
 from spmd import everywhere, job
 
 COMMON = dict(architectures=["X"], torch_dtype="bfloat16", transformers_version="4.40.0", use_cache=True, bos_token_id=1,
