@@ -35,7 +35,7 @@ class LayerCases:
 
     def forward(self) -> None:
         """Run forward without keeping what backward needs."""
-        self.layer.forward(self.x, saved=False)
+        self.layer.forward(self.x, save=False)
 
     def forward_backward(self) -> None:
         """Run forward and backward."""
