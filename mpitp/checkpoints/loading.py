@@ -138,8 +138,8 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
     for name, layout in layouts.items():
         tensor = checkpoint[layout.name]
         if tensor.dtype not in FLOATS:
-            raise InputError(f"{layout.name}: found {tensor.dtype}, expected {', '.join(FLOATS)} (quantised weights are "
-                             f"out of scope)")
+            raise InputError(f"{layout.name}: found {tensor.dtype}, expected {', '.join(FLOATS)} (quantised weights "
+                             f"are out of scope)")
         require_shape(checkpoint, layout.name, layout.stored_shape)
         views[name] = View(tensor, layout)
     return ModelFolder(checkpoint, family, config, specs, layouts, views, own_head, keys.unknown(), left_out)
@@ -235,7 +235,8 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
     -----
     Collective: root_first and one verdict, no data. Rank 0 checks everything (headers, offsets, shapes, names) before
     any rank makes an array. A head that is stored beside tied embeddings is compared with them, as transformers does:
-    where the two differ, the head is not tied. A rank's memory: its slices; what is read is widened in pieces of 128 KiB on its way there.
+    where the two differ, the head is not tied. A rank's memory: its slices; what is read is widened in pieces of
+    128 KiB on its way there.
     """
     dtype = compute_dtype("float32" if dtype is None else dtype, group.device)
     return LoadedDecoder(group, open_on_all(group, path, strict), dtype)
