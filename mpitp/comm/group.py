@@ -11,7 +11,6 @@ from mpi4py import MPI
 from ..arrays import array_module
 from ..errors import InputError, require, require_positive
 from ..sharding.partition import Partition, Place
-from . import agreement
 from .collectives import Collectives
 from .ledger import Ledger
 from .mpi import host_transport, requested_transport
@@ -98,8 +97,9 @@ class TensorParallelGroup(Collectives, Sums):
         self.device, self.reproducible, self.check = device, bool(reproducible), bool(check)
         self.tf32, self.ledger, self.gpu, self.workers = bool(tf32), Ledger(), None, None
         self._give_back_threads: Callable[[], None] | None = None
+        from .agreement import require_everywhere
         try:
-            agreement.require_everywhere(self.comm, "the group's arguments", self._describe_arguments)
+            require_everywhere(self.comm, "the group's arguments", self._describe_arguments)
             self.blocks = int(blocks) if self.reproducible else self.size
             self.place = Place(self.rank, self.size, self.blocks)
             self.summed_dtypes = summed_dtypes(device)
@@ -135,13 +135,13 @@ class TensorParallelGroup(Collectives, Sums):
 
     def _make_reproducible(self) -> None:
         """Sum in the tree, and on a CPU compute each block by one BLAS thread, spare cores other blocks."""
+        from .agreement import require_everywhere
         from .launch import share_of_cores
         from .tree import TreeSum
         from .workers import Workers
         self.sum_class, self.workers = TreeSum, Workers(1)
         if self.device == "cpu":
-            agreement.require_everywhere(self.comm, "the machine type, and with it the bits of a product",
-                                         self._describe_machine)
+            require_everywhere(self.comm, "the machine type, and with it the bits of a product", self._describe_machine)
             self.workers = Workers(share_of_cores(self.comm))
 
     def _describe_machine(self) -> str:
@@ -212,7 +212,8 @@ class TensorParallelGroup(Collectives, Sums):
     def close(self) -> None:
         """Free the communicator. Collective. With check=True it proves that all ranks are through."""
         if self.comm != MPI.COMM_NULL:
-            self._enter(_describe_close)
+            if self.check:
+                self._agree(_describe_close)
             self.transport.close()
             self._release_threads()
             self.comm.Free()

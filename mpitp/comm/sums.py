@@ -19,11 +19,15 @@ import numpy as np
 from ..arrays import COMPUTE_DTYPES, GPU_DTYPES, Array, sum_dtype
 from ..errors import InputError
 from ..sharding.partition import Block, Partition
-from . import agreement
 from .ledger import Collective
 
 # "float32" for a dtype; kept, as NumPy takes 2 us to spell one out.
 dtype_name = lru_cache(str)
+
+
+def memory_order(x: Array) -> str:
+    """Return F for column-major arrays, C for everything that is sent row by row."""
+    return "F" if x.flags.f_contiguous and not x.flags.c_contiguous else "C"
 
 
 class Sum:
@@ -85,9 +89,8 @@ class Sum:
         """Return the summand. Raises InputError unless it is what add() takes, which would be summed wrongly else."""
         good = summand.dtype == self.summand_dtype or summand.dtype == sum_dtype(self.dtype)
         if summand.shape != self.shape or not good or not summand.flags.c_contiguous:
-            raise InputError(f"found a partial result {summand.dtype} {summand.shape} in "
-                             f"{agreement.memory_order(summand)} order for block {block.index}, expected a "
-                             f"C-contiguous {sum_dtype(self.dtype)} {self.shape}")
+            raise InputError(f"found a partial result {summand.dtype} {summand.shape} in {memory_order(summand)} order "
+                             f"for block {block.index}, expected a C-contiguous {sum_dtype(self.dtype)} {self.shape}")
         return summand
 
 
@@ -123,7 +126,7 @@ class Sums:
         """
         dtype = np.dtype(dtype)
         if self.check:
-            self._enter(self._describe_sum, partition, shape, dtype)
+            self._agree(self._describe_sum, partition, shape, dtype)
         elif partition.ranks != self.size or dtype_name(dtype) not in self.summed_dtypes:
             self._describe_sum(partition, shape, dtype)                 # raises
         return self.sum_class(self, partition, shape, dtype)
