@@ -77,7 +77,7 @@ class Collectives:
         return None if received is None else self._assemble(received, counts, shape, partition, axis)
 
     def reduce_scatter(self: Any, x: Array, partition: Partition, axis: int = -1, op: str = "sum") -> Array:
-        """Return this rank's range along `axis` of the sum (max, min) of x: MPI_Reduce_scatter, (P-1)/P n bytes a rank.
+        """Return this rank's range along `axis` of the sum of x: MPI_Reduce_scatter, (P-1)/P n bytes a rank.
 
         The bits of a sum depend on the number of ranks.
         """
@@ -114,7 +114,8 @@ class Collectives:
             require_everywhere(self.comm, "a collective", lambda: " ".join(map(str, describe(*arguments, **options))))
 
     def _describe(self: Any, operation: str, x: Array, op: str | None = None, out: Array | None = None, *,
-                  partition: Partition | None = None, axis: int = 0, part: bool = False, root: int | None = None) -> tuple:
+                  partition: Partition | None = None, axis: int = 0, part: bool = False,
+                  root: int | None = None) -> tuple:
         """Return what this rank is about to do, for comparison. Raises InputError for bad input.
 
         part : whether x is this rank's range of `partition` along `axis`, not the whole
@@ -145,7 +146,8 @@ class Collectives:
         length = partition.lengths[self.rank] if part else partition.size
         if x.shape[axis] != length:
             whose = f" on rank {self.rank}, its part of {partition.size}" if part else ""
-            raise InputError(f"found {operation} of shape {x.shape}, expected {length} along axis {axis % x.ndim}{whose}")
+            raise InputError(f"found {operation} of shape {x.shape}, expected {length} along axis {axis % x.ndim}"
+                             f"{whose}")
         order = "" if part else memory_order(x)
         return what, x.dtype, _whole(x, partition, axis)[0], order, "axis", axis % x.ndim, partition
 
@@ -205,7 +207,8 @@ def _whole(x: Array, partition: Partition, axis: int) -> tuple[tuple[int, ...], 
 
 
 def _flat(x: Array) -> Array:
-    return x.reshape(-1) if x.flags.c_contiguous else module_of(x).ascontiguousarray(x).reshape(-1)
+    xp: Any = module_of(x)
+    return x.reshape(-1) if x.flags.c_contiguous else xp.ascontiguousarray(x).reshape(-1)
 
 
 def _raw(flat: Array) -> Array:

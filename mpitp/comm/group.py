@@ -95,7 +95,9 @@ class TensorParallelGroup(Collectives, Sums):
         self.options = GroupOptions(device, bool(reproducible), blocks, bool(check), transport, gpu, share_gpu,
                                     bool(tf32))
         self.device, self.reproducible, self.check = device, bool(reproducible), bool(check)
-        self.tf32, self.ledger, self.gpu, self.workers = bool(tf32), Ledger(), None, None
+        self.tf32, self.ledger = bool(tf32), Ledger()
+        self.gpu: Any = None
+        self.workers: Any = None
         self._give_back_threads: Callable[[], None] | None = None
         from .agreement import require_everywhere
         try:
@@ -126,7 +128,7 @@ class TensorParallelGroup(Collectives, Sums):
                f"{' tf32' if asked.tf32 else ''}"
 
     def _gpu_transport(self) -> Any:
-        """Make one GPU this rank's own, and choose what carries between them. Imported here: GPUs are not everywhere."""
+        """Make one GPU this rank's own, and choose what carries. Imported here: GPUs are not everywhere."""
         from .gpu.binding import bind
         from .gpu.choose import choose_transport
         share = self.options.share_gpu or os.environ.get("MPITP_SHARE_GPU") == "1"
@@ -178,7 +180,7 @@ class TensorParallelGroup(Collectives, Sums):
         return group
 
     def report(self, value: T) -> list[T] | None:
-        """Return the values of all ranks as a list on rank 0, None elsewhere: for tables and messages, any picklable value."""
+        """Return the values of all ranks as a list on rank 0, None elsewhere: any picklable values, for tables."""
         with self.ledger.record_control("report"):
             return self.comm.gather(value)
 
@@ -188,7 +190,7 @@ class TensorParallelGroup(Collectives, Sums):
             return bool(self.comm.allreduce(bool(flag), MPI.LOR))
 
     def on_root(self, function: Callable[[], object]) -> None:
-        """Call function() on rank 0 alone; its ValueError or OSError becomes an InputError on every rank. Collective."""
+        """Call function() on rank 0; its ValueError or OSError becomes an InputError on every rank. Collective."""
         self.root_first(function if self.rank == 0 else _nothing)
 
     def root_first(self, function: Callable[[], T]) -> T:

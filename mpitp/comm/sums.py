@@ -47,7 +47,7 @@ class Sum:
         self.waiting: deque = deque()               # work to be done while the ranks add up
 
     def add(self, block: Block, summand: Array) -> None:
-        """Add this rank's partial result of a block: a new C-contiguous array of `summand_dtype`, which is overwritten."""
+        """Add this rank's partial result of a block: a new C-contiguous array of `summand_dtype`, overwritten."""
         self.total = self.checked(block, summand)
 
     def meanwhile(self, function: Callable, *arguments: Any) -> None:
@@ -83,6 +83,7 @@ class Sum:
 
     def local_sum(self) -> Array:
         """Return the sum where this rank owns every block that holds anything: the same additions, no collective."""
+        assert self.total is not None, "no block was added"
         return self.total
 
     def checked(self, block: Block, summand: Array) -> Array:

@@ -106,7 +106,7 @@ class ParallelLayer:
         return sum(w.nbytes for w in self.weights.values())
 
     def rows(self, x: Array, features: int, what: str = "x", count: int | None = None) -> Array:
-        """Return x (..., features) as rows (N, features), after checking device, dtype and size; count: the N expected."""
+        """Return x (..., features) as rows (N, features). Raises InputError for another device, dtype, size or N."""
         xp = self.group.xp
         if type(x) is xp.ndarray and x.ndim == 2 and x.dtype == self.dtype and x.flags.c_contiguous and \
                 x.shape == (len(x) if count is None else count, features):
