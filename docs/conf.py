@@ -9,7 +9,7 @@ import mpitp                                                    # noqa: E402
 
 project = "mpitp"
 author = "The mpitp developers"
-copyright = author                                              # noqa: A001
+copyright = author
 release = version = mpitp.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.viewcode", "numpydoc"]

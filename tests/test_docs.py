@@ -9,7 +9,7 @@ import pytest
 
 import mpitp.oracle
 import pages
-from spmd import ROOT
+from spmd import ROOT, job
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -68,6 +68,35 @@ def test_tables_are_those_of_the_result_files(tmp_path):
     names = [name for page in figures.PAGES for _, name, _ in figures.MARKED.findall(page.read_text())]
     assert sorted(names) == sorted(figures.TABLES)                  # each once, and none without its end
     assert sum(page.read_text().count("<!-- figures:") for page in figures.PAGES) == len(names)
+
+
+def steps_of_the_walk():
+    """[(file:line, the line)] as the design page shows them."""
+    section = (DOCS / "design.md").read_text().split("## The walk of x")[1]
+    return re.findall(r"^\| `([^`]+:\d+)` \| `(.+?)` \| .+ \|$", section, re.M)
+
+
+def test_each_step_of_the_walk_is_the_line_that_it_names():
+    steps = steps_of_the_walk()
+    assert steps[0][0].startswith("__main__.py:") and ".Allreduce(" in steps[-1][1] and len(steps) >= 15
+    for place, shown in steps:
+        file, number = place.split(":")
+        line = (ROOT / "mpitp" / file).read_text().splitlines()[int(number) - 1]
+        assert line.strip().startswith(shown.replace(r"\|", "|")), place
+
+
+@pytest.mark.launcher
+def test_verify_takes_the_walk():
+    """The lines are executed in this order, on two ranks."""
+    done = job(2, ROOT / "tests" / "support" / "walk_job.py")
+    assert done.returncode == 0, done.stderr
+    executed = [line for line in done.stdout.splitlines() if re.fullmatch(r"\S+\.py:\d+", line)]
+    steps, at = [place for place, _ in steps_of_the_walk()], 0
+    for place in steps:
+        assert place in executed[at:], f"{place} is not executed behind the step before it"
+        at = executed.index(place, at) + 1
+    entry = next(place for place in steps if place.startswith("layers/mlp.py"))
+    assert executed[:at].count(entry) == 1, "the walk is that of one forward, the first"
 
 
 def test_a_table_that_was_changed_by_hand_is_found():
