@@ -148,7 +148,27 @@ def test_the_variable_decides_for_ranks_whose_streams_are_pipes():
 
 
 def test_training_in_a_terminal_moves_one_line_and_in_a_log_none():
-    small = "-m mpitp train --train-iters 3 --hidden-size 16 --num-layers 1 --eval-interval 3".split()
+    small = shlex.split("-m mpitp train --train-iters 3 --hidden-size 16 --num-layers 1 --eval-interval 3")
     assert "\rstep      2/3" in in_a_terminal(*small)[0]
     shown, _ = in_a_terminal(*small, stderr=False)          # Open MPI's rank 0 with output to a file
     assert "\rstep" not in shown.replace("\r\n", "\n") and "step      2/3" in shown
+
+
+IMPATIENT = """
+import sys, tqdm
+from mpitp.commands import progress, run_command
+progress.SILENT = 1e-4
+run_command(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("line, shown", [
+    ("verify --hidden-size 128", ["over the ranks  0/4", "exact results"]), ("verify --all", ["decoder"]),
+    ("bench allreduce block --max-bytes 64 --hidden-size 64 --rounds 1", ["bench allreduce  0/2", "bench block  1/2"]),
+    ("score --model my-model --ids-file ids.txt --window 8", ["loading my-model", "windows  "]),
+    ("generate --model my-model --ids 1,2 --ids 3 --max-new-tokens 9", ["loading my-model", "tokens  "])])
+def test_what_is_long_shows_a_bar(folder, line, shown):
+    """Where a bar appears after no time to speak of, these commands show what they do."""
+    pytest.importorskip("tqdm")
+    done = job(1, "-c", IMPATIENT, *shlex.split(line), cwd=folder, environment=dict(MPITP_PROGRESS="1"))
+    assert done.returncode == 0 and all(text in done.stderr for text in shown), done.stderr

@@ -6,32 +6,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__
-from ..comm import launch
 from ..comm.group import TensorParallelGroup
 from ..oracle import Comparison
 from ..verification import Step
 from . import device, report
+from .progress import Progress
 
 
 @dataclass
-class VerifyReport:
+class VerifyReport(report.Report):
     """Where it ran, and whether every check holds.
 
     Parameters
     ----------
-    mpitp, machine, mpi : str
-        The version, the processor with NumPy and BLAS, the MPI library.
-    ranks : int
     device, dtype : str
     reproducible : bool
     good : bool
         Whether every check holds.
     """
-    mpitp: str
-    machine: str
-    mpi: str
-    ranks: int
     device: str
     dtype: str
     reproducible: bool
@@ -42,10 +34,10 @@ class VerifyReport:
         return dict(vars(self))
 
 
-def head(group: TensorParallelGroup, dtype: Any, good: bool) -> dict[str, Any]:
-    """Return the fields of a VerifyReport."""
-    return dict(mpitp=__version__, machine=launch.machine(), mpi=launch.library_name(), ranks=group.size,
-                device=group.device, dtype=str(dtype), reproducible=group.reproducible, good=good)
+def head(group: TensorParallelGroup, opening: report.Opening, dtype: Any,
+         good: bool) -> tuple[str, str, str, int, int, str, str, bool, bool]:
+    """Return the fields of a VerifyReport, in order, `opening` those of a Report."""
+    return (*opening, group.device, str(dtype), group.reproducible, good)
 
 
 def run_checks(arguments: Namespace, check: Callable[[TensorParallelGroup, Namespace], VerifyReport | None],
@@ -68,21 +60,23 @@ def run_checks(arguments: Namespace, check: Callable[[TensorParallelGroup, Names
     int
         The exit status: 0 when every check holds, else 1.
     """
-    with device.group_of(arguments, reproducible=arguments.reproducible, blocks=arguments.blocks,
-                         check=True) as group:
-        if arguments.json:
-            group.root_first(lambda: report.require_writable(arguments.json) if group.rank == 0 else None)
+    with device.group_of(arguments, check=True) as group:
+        report.require_files(group, arguments.json)
         found = check(group, arguments)
         if found is not None:
-            print("\n".join(lines(found)), flush=True)
-            if arguments.json:
-                report.write_json(arguments.json, schema, found.as_json())
+            report.publish(lines(found), found.as_json(), schema, arguments.json)
         return 0 if group.comm.bcast(found.good if group.rank == 0 else None) else 1
 
 
 def take_steps(steps: list[Step]) -> list[Any]:
     """Take the steps of a check in order, and return what each returned. Collective."""
-    return [take() for _, take in steps]
+    results = []
+    with Progress("verify", len(steps)) as bar:
+        for what, take in steps:
+            bar.what = what
+            results.append(take())
+            bar.advance()
+    return results
 
 
 def json_of(result: Any) -> dict[str, Any]:
@@ -97,8 +91,3 @@ def ratio_of(comparison: Comparison) -> dict[str, Any]:
     return {"name": comparison.name, "shape": comparison.shape, "parallel": comparison.error,
             "dense": comparison.dense_error, "limit": comparison.limit, "good": comparison.good,
             "parallel_of_norm": comparison.normwise, "dense_of_norm": comparison.dense_normwise}
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number of things: "1 rank", "2 ranks"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
