@@ -19,7 +19,8 @@ def require(condition: object, found: str, expected: str) -> None:
 def require_positive(**sizes: object) -> None:
     """Raise InputError unless every size is an integer of at least 1."""
     for name, size in sizes.items():
-        require(is_integer(size) and size > 0, f"{name} = {size!r}", "a positive integer")
+        good = isinstance(size, Integral) and is_integer(size) and int(size) > 0
+        require(good, f"{name} = {size!r}", "a positive integer")
 
 
 def is_integer(value: object) -> bool:

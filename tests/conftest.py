@@ -29,8 +29,9 @@ from mpitp.comm import guard
 
 WORLD = MPI.COMM_WORLD
 SECOND_MPI = os.environ.get("MPITP_SECOND_MPI") == "1"
-# A shell that starts pytest in the background makes it ignore SIGINT, and jobs would inherit that. With a handler of its
-# own, the process starts others with SIGINT as it is by default.
+
+# A shell that starts pytest in the background makes it ignore SIGINT, and jobs would inherit that. With a handler of
+# its own, the process starts others with SIGINT as it is by default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -79,8 +80,9 @@ def pytest_internalerror(excrepr):
 
 
 # Modules whose jobs run commands and programs, by any launcher.
-ANY_LAUNCHER = {"test_bench", "test_command_line", "test_feed_forward_families", "test_generate_command", "test_inspect",
-                "test_memory", "test_packaging", "test_public_api", "test_reading", "test_score", "test_verify_all"}
+ANY_LAUNCHER = {"test_bench", "test_command_line", "test_feed_forward_families", "test_generate_command",
+                "test_inspect", "test_memory", "test_packaging", "test_public_api", "test_reading", "test_score",
+                "test_verify_all"}
 
 
 def names(code):

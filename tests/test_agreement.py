@@ -6,7 +6,7 @@ import pytest
 
 import mpitp
 from mpitp import InputError
-from mpitp.comm import agreement
+from mpitp.comm import agreement, collectives
 from spmd import sum_of_blocks
 
 
@@ -101,7 +101,7 @@ def test_a_reproducible_sum_is_checked_too(world):
 
 def test_a_check_that_ignores_something_is_seen(group, monkeypatch):
     """The tester, tested."""
-    monkeypatch.setattr(agreement, "memory_order", lambda x: "C")
+    monkeypatch.setattr(collectives, "memory_order", lambda x: "C")
     assert caught_everywhere(group, MISMATCHES["memory order"]) == [None] * group.size
 
 

@@ -63,7 +63,7 @@ def test_the_block_equals_dense(group, case, dtype, tmp_path):
     x, dy = draw(1, 5, found.hidden_size, dtype="f"), draw(2, 5, found.hidden_size, dtype="f")
     y, saved = layer.forward(x)
     dx, _ = layer.backward(dy, saved)
-    assert over_the_limit({"y": y, "dx": dx}, x, dy, dense, found.activation) == []
+    assert over_the_limit({"y": y, "dx": dx}, x, dy, dense, found.activation, found.gated) == []
     gathered = layer.gather()
     assert gathered is None or all(gathered[name].tobytes() == dense[name].tobytes() for name in dense)
 

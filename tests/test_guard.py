@@ -34,7 +34,7 @@ from spmd import sum_of_blocks
 
 def main():
     {enter}
-        group.workers.count = 2
+        if group.workers: group.workers.count = 2
         if group.rank == {rank}:
             {failure}
             if threading.active_count() > 1: group.all_reduce(np.ones(3)), group.comm.recv()

@@ -47,7 +47,8 @@ def test_every_family_has_a_case():
     assert {model_type for model_type, _ in tiny.CASES.values()} == set(MODULES)
 
 
-@pytest.mark.parametrize("case", tiny.CASES)
+@pytest.mark.filterwarnings("ignore::mpitp.checkpoints.loading.CheckpointWarning")
+@pytest.mark.parametrize("case", [*tiny.CASES, *tiny.CONTRADICTIONS])
 def test_logits_and_greedy_tokens(group, case, tmp_path):
     golden = tiny.load(case)
     exact = np.array(golden["logits"])

@@ -57,7 +57,7 @@ def test_it_imports_nothing_of_what_it_judges():
     assert {"mpitp.oracle.magnitude", "numpy", "mpitp.arrays"} <= found             # the walk sees imports
     own = {name for name in found if name.split(".")[0] == "mpitp" and not name.startswith("mpitp.oracle")}
     assert own <= MAY_IMPORT
-    assert not {name.split(".")[0] for name in found} & {"mpi4py", "cupy"}
+    assert "mpi4py" not in {name.split(".")[0] for name in found}
 
 
 def test_the_walk_follows_imports():

@@ -11,7 +11,6 @@ from mpi4py import MPI
 from ..arrays import array_module
 from ..errors import InputError, require, require_positive
 from ..sharding.partition import Partition, Place
-from . import agreement, guard, launch
 from .collectives import Collectives
 from .ledger import Ledger
 from .mpi import host_transport, requested_transport
@@ -88,17 +87,21 @@ class TensorParallelGroup(Collectives, Sums):
                  blocks: int = 8, check: bool = False, transport: str = "auto", gpu: int | None = None,
                  share_gpu: bool = False, tf32: bool = False):
         if comm is None or comm == MPI.COMM_WORLD:
-            launch.require_matching_launcher()
+            from .launch import require_matching_launcher
+            require_matching_launcher()
             comm = MPI.COMM_WORLD
         self.comm = comm.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
         self.options = GroupOptions(device, bool(reproducible), blocks, bool(check), transport, gpu, share_gpu,
                                     bool(tf32))
         self.device, self.reproducible, self.check = device, bool(reproducible), bool(check)
-        self.tf32, self.ledger, self.gpu, self.workers = bool(tf32), Ledger(), None, None
+        self.tf32, self.ledger = bool(tf32), Ledger()
+        self.gpu: Any = None
+        self.workers: Any = None
         self._give_back_threads: Callable[[], None] | None = None
+        from .agreement import require_everywhere
         try:
-            agreement.require_everywhere(self.comm, "the group's arguments", self._describe_arguments)
+            require_everywhere(self.comm, "the group's arguments", self._describe_arguments)
             self.blocks = int(blocks) if self.reproducible else self.size
             self.place = Place(self.rank, self.size, self.blocks)
             self.summed_dtypes = summed_dtypes(device)
@@ -125,7 +128,7 @@ class TensorParallelGroup(Collectives, Sums):
                f"{' tf32' if asked.tf32 else ''}"
 
     def _gpu_transport(self) -> Any:
-        """Make one GPU this rank's own, and choose what carries between them. Imported here: GPUs are not everywhere."""
+        """Make one GPU this rank's own, and choose what carries. Imported here: GPUs are not everywhere."""
         from .gpu.binding import bind
         from .gpu.choose import choose_transport
         share = self.options.share_gpu or os.environ.get("MPITP_SHARE_GPU") == "1"
@@ -134,18 +137,20 @@ class TensorParallelGroup(Collectives, Sums):
 
     def _make_reproducible(self) -> None:
         """Sum in the tree, and on a CPU compute each block by one BLAS thread, spare cores other blocks."""
+        from .agreement import require_everywhere
+        from .launch import share_of_cores
         from .tree import TreeSum
         from .workers import Workers
         self.sum_class, self.workers = TreeSum, Workers(1)
         if self.device == "cpu":
-            agreement.require_everywhere(self.comm, "the machine type, and with it the bits of a product",
-                                         self._describe_machine)
-            self.workers = Workers(launch.share_of_cores(self.comm))
+            require_everywhere(self.comm, "the machine type, and with it the bits of a product", self._describe_machine)
+            self.workers = Workers(share_of_cores(self.comm))
 
     def _describe_machine(self) -> str:
+        from .launch import machine
         from .workers import one_blas_thread
         self._give_back_threads = one_blas_thread()
-        return launch.machine()
+        return machine()
 
     def _release_threads(self) -> None:
         if self.workers:
@@ -175,7 +180,7 @@ class TensorParallelGroup(Collectives, Sums):
         return group
 
     def report(self, value: T) -> list[T] | None:
-        """Return the values of all ranks as a list on rank 0, None elsewhere: for tables and messages, any picklable value."""
+        """Return the values of all ranks as a list on rank 0, None elsewhere: any picklable values, for tables."""
         with self.ledger.record_control("report"):
             return self.comm.gather(value)
 
@@ -185,7 +190,7 @@ class TensorParallelGroup(Collectives, Sums):
             return bool(self.comm.allreduce(bool(flag), MPI.LOR))
 
     def on_root(self, function: Callable[[], object]) -> None:
-        """Call function() on rank 0 alone; its ValueError or OSError becomes an InputError on every rank. Collective."""
+        """Call function() on rank 0; its ValueError or OSError becomes an InputError on every rank. Collective."""
         self.root_first(function if self.rank == 0 else _nothing)
 
     def root_first(self, function: Callable[[], T]) -> T:
@@ -209,13 +214,15 @@ class TensorParallelGroup(Collectives, Sums):
     def close(self) -> None:
         """Free the communicator. Collective. With check=True it proves that all ranks are through."""
         if self.comm != MPI.COMM_NULL:
-            self._enter(_describe_close)
+            if self.check:
+                self._agree(_describe_close)
             self.transport.close()
             self._release_threads()
             self.comm.Free()
 
     def __enter__(self) -> "TensorParallelGroup":
-        self._outer_hook = guard.watch_threads() if self.size > 1 else threading.excepthook
+        from .guard import watch_threads
+        self._outer_hook = watch_threads() if self.size > 1 else threading.excepthook
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -231,6 +238,7 @@ class TensorParallelGroup(Collectives, Sums):
 
     def _leave(self, error: BaseException) -> None:
         """Let an error out of the body where it meets no rank that waits for this one; else end the job."""
+        from . import guard
         if guard.active or guard.succeeds(error):
             return                                  # guarded() ends the job; sys.exit(0) is no failure
         if self.size == 1 or isinstance(error, InputError) and guard.all_leave(self.comm):

@@ -21,7 +21,7 @@ class Entry:
 
 
 def wire_bytes(operation: str, elements: int, itemsize: int, size: int) -> int:
-    """Return the bytes that each rank must send, by the bandwidth-optimal algorithm; what a library really does may differ.
+    """Return the bytes that each rank must send by the bandwidth-optimal algorithm; a library may do otherwise.
 
     all_reduce: 2 (P-1)/P n (reduce-scatter, then all-gather); all_gather, reduce_scatter: (P-1)/P n;
     broadcast: (P-1)/P n as the mean over the ranks; gather: (P-1)/P n, which root receives.

@@ -2,6 +2,7 @@
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from mpi4py import MPI
 
@@ -35,6 +36,12 @@ def host_transport(comm: MPI.Comm, transport: str) -> "MpiTransport":
     return MpiTransport(comm)
 
 
+def concatenate(parts: list[Array]) -> Array:
+    """Return the parts of one array module, one after the other."""
+    xp: Any = module_of(parts[0])
+    return xp.concatenate(parts)
+
+
 class MpiTransport:
     """MPI on the arrays themselves, which lie on the host.
 
@@ -61,7 +68,7 @@ class MpiTransport:
         for part in pieces(flat.size, flat.itemsize, self.piece_bytes):
             self.comm.Allreduce(MPI.IN_PLACE, flat[part], OPERATIONS[op])
 
-    def begin_all_reduce(self, x: Array, op: str) -> Callable[[], None]:
+    def begin_all_reduce(self, x: Array, op: str) -> Callable[[], object]:
         """Start all_reduce(x, op); returns a function that waits for it. x must be left alone until then."""
         flat = x.reshape(-1)
         requests = [self.comm.Iallreduce(MPI.IN_PLACE, flat[part], OPERATIONS[op])
@@ -84,7 +91,7 @@ class MpiTransport:
             if part_counts == list(counts):
                 piece = send
             else:                                           # what each rank gets of this piece lies apart
-                piece = module_of(send).concatenate([send[at:at + n] for at, n in zip(offsets, part_counts)])
+                piece = concatenate([send[at:at + n] for at, n in zip(offsets, part_counts)])
             self.reduce_scatter_piece(piece, receive[part], part_counts, op)
 
     def reduce_scatter_piece(self, piece: Array, receive: Array, counts: list[int], op: str) -> None:

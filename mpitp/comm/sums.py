@@ -19,11 +19,15 @@ import numpy as np
 from ..arrays import COMPUTE_DTYPES, GPU_DTYPES, Array, sum_dtype
 from ..errors import InputError
 from ..sharding.partition import Block, Partition
-from . import agreement
 from .ledger import Collective
 
 # "float32" for a dtype; kept, as NumPy takes 2 us to spell one out.
 dtype_name = lru_cache(str)
+
+
+def memory_order(x: Array) -> str:
+    """Return F for column-major arrays, C for everything that is sent row by row."""
+    return "F" if x.flags.f_contiguous and not x.flags.c_contiguous else "C"
 
 
 class Sum:
@@ -43,7 +47,7 @@ class Sum:
         self.waiting: deque = deque()               # work to be done while the ranks add up
 
     def add(self, block: Block, summand: Array) -> None:
-        """Add this rank's partial result of a block: a new C-contiguous array of `summand_dtype`, which is overwritten."""
+        """Add this rank's partial result of a block: a new C-contiguous array of `summand_dtype`, overwritten."""
         self.total = self.checked(block, summand)
 
     def meanwhile(self, function: Callable, *arguments: Any) -> None:
@@ -79,15 +83,15 @@ class Sum:
 
     def local_sum(self) -> Array:
         """Return the sum where this rank owns every block that holds anything: the same additions, no collective."""
+        assert self.total is not None, "no block was added"
         return self.total
 
     def checked(self, block: Block, summand: Array) -> Array:
         """Return the summand. Raises InputError unless it is what add() takes, which would be summed wrongly else."""
         good = summand.dtype == self.summand_dtype or summand.dtype == sum_dtype(self.dtype)
         if summand.shape != self.shape or not good or not summand.flags.c_contiguous:
-            raise InputError(f"found a partial result {summand.dtype} {summand.shape} in "
-                             f"{agreement.memory_order(summand)} order for block {block.index}, expected a "
-                             f"C-contiguous {sum_dtype(self.dtype)} {self.shape}")
+            raise InputError(f"found a partial result {summand.dtype} {summand.shape} in {memory_order(summand)} order "
+                             f"for block {block.index}, expected a C-contiguous {sum_dtype(self.dtype)} {self.shape}")
         return summand
 
 
@@ -123,7 +127,7 @@ class Sums:
         """
         dtype = np.dtype(dtype)
         if self.check:
-            self._enter(self._describe_sum, partition, shape, dtype)
+            self._agree(self._describe_sum, partition, shape, dtype)
         elif partition.ranks != self.size or dtype_name(dtype) not in self.summed_dtypes:
             self._describe_sum(partition, shape, dtype)                 # raises
         return self.sum_class(self, partition, shape, dtype)
@@ -137,9 +141,12 @@ class Sums:
 
         In reproducible mode they are computed one at a time as they are asked for, and spare cores work ahead.
         """
-        if self.workers is None:
-            return [(item, compute(item, *arguments)) for item in items]
-        return self.workers.each(compute, items, *arguments)
+        if self.workers is not None:
+            return self.workers.each(compute, items, *arguments)
+        computed = []
+        for item in items:
+            computed.append((item, compute(item, *arguments)))
+        return computed
 
     def _describe_sum(self: Any, partition: Partition, shape: Sequence[int], dtype: np.dtype) -> tuple:
         if dtype_name(dtype) not in self.summed_dtypes:

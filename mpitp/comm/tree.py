@@ -104,7 +104,7 @@ class Fold:
         self.known[first, width] = value
 
 
-def finish(known: dict[Node, Array], first: int, width: int) -> Array:
+def finish(known: dict[Node, Array], first: int, width: int) -> Any:
     """Return the value of node (first, width) from the known nodes below it; None where all of it is absent.
 
     The arrays in `known` are overwritten.
@@ -153,7 +153,8 @@ def exchange(fold: Fold, rank: int, total: Array, transport: Any) -> None:
 def exchange_piece(nodes: list[list[Node]], blocks: int, rank: int, mine: list[Array], total: Array,
                    transport: Any) -> None:
     """Finish one piece of the sum: exchange chunks of every node, add them up in the tree, spread the result."""
-    xp, size = module_of(total), len(nodes)
+    xp: Any = module_of(total)
+    size = len(nodes)
     chunk = ranges(total.size, size)
     width = [stop - start for start, stop in zip(chunk, chunk[1:])]
     if len(mine) == 1:

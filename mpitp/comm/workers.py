@@ -14,7 +14,7 @@ from .launch import THREAD_VARIABLES
 
 
 _holders = 0        # groups that hold BLAS to one thread now
-_before = None      # what gives the threads back that the first of them found
+_before: Callable[[], None] | None = None       # what gives the threads back that the first of them found
 
 
 def one_blas_thread() -> Callable[[], None]:
@@ -46,7 +46,7 @@ def release() -> None:
     """Give the threads back once the last holder is through."""
     global _holders
     _holders -= 1
-    if _holders == 0:
+    if _holders == 0 and _before:
         _before()
 
 
@@ -70,7 +70,8 @@ class Workers:
     """
 
     def __init__(self, count: int):
-        self.count, self.pool = count, None
+        self.count = count
+        self.pool: ThreadPoolExecutor | None = None
 
     def each(self, compute: Callable, items: Sequence, *arguments: Any) -> Iterator[tuple[Any, Any]]:
         """Yield (item, compute(item, *arguments)) for each item, in order."""

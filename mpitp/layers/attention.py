@@ -126,7 +126,7 @@ class ParallelAttention(ParallelLayer):
         return dict(self.group.each(self.key_value_forward, self.heads.held_units, x_ND, call))
 
     def key_value_forward(self, unit: KeyValueUnit, x_ND: Array, call: AttentionCall) -> tuple:
-        """Return keys and values (B, S, u, K) of a unit, those of earlier positions included; and the key norm's saved."""
+        """Return keys and values (B, S, u, K) of a unit, earlier positions included; and the key norm's saved."""
         rows = self.heads.unit_rows(unit)
         k_BSuK, of_norm = self.norm_and_rotate("key", self.project("key", x_ND, rows, call), call)
         v_BSuK = self.project("value", x_ND, rows, call)
@@ -136,7 +136,7 @@ class ParallelAttention(ParallelLayer):
 
     def block_forward(self, block: Block, x_ND: Array, units: Units, call: AttentionCall, total: Sum,
                       save: bool) -> tuple[Array, Any]:
-        """Return a block's summand of y (N, D): its query heads attend, times their columns of out; and for backward."""
+        """Return a block's summand of y (N, D): its heads attend, times their columns of out; and for backward."""
         rows = self.heads.block_rows(block)
         q_BSHK, of_norm = self.norm_and_rotate("query", self.project("query", x_ND, rows, call), call)
         a_BSHK = self.group.xp.empty_like(q_BSHK)
@@ -144,8 +144,9 @@ class ParallelAttention(ParallelLayer):
         for unit, heads in self.heads.heads_by_unit(block):
             if call.kv is not None and call.S == 1 and call.mask is None:
                 q, a = (array[:, 0, heads.start - block.start:heads.stop - block.start] for array in (q_BSHK, a_BSHK))
-                last_query_forward(q, *units[unit][:2], call.kv.starts, self.scale, out=a,
-                                   window=self.sliding_window, slopes=call.slopes(heads, unit))
+                k, v, _ = units[unit]
+                last_query_forward(q, k, v, call.kv.starts, self.scale, out=a, window=self.sliding_window,
+                                   slopes=call.slopes(heads, unit))
                 continue
             for b in range(call.B):
                 q, a = (by_group(array, b, unit, heads, block) for array in (q_BSHK, a_BSHK))
@@ -211,7 +212,7 @@ class ParallelAttention(ParallelLayer):
         return dq_BSHK, dkv_of
 
     def sum_key_value(self, unit: KeyValueUnit, dkv_of: dict, call: AttentionCall) -> Array:
-        """Return dk and dv of a unit (2, B, S, u, K), summed over the query heads that need it. Collective if shared."""
+        """Return dk and dv of a unit (2, B, S, u, K), summed over its query heads. Collective if shared."""
         shape = 2, call.B, call.S, unit.stop - unit.start, self.kv_channels
         begin = self.group.sum if unit.is_shared else self.group.sum_of_own
         total = begin(unit.partition, shape, self.sum_dtype)
@@ -254,7 +255,7 @@ class ParallelAttention(ParallelLayer):
         return dx_ND, (dq_norm, [d_units[unit][2] for unit in owned])
 
     def sum_norm_gradients(self, norms: dict, gradients: dict[str, Array]) -> None:
-        """Leave the gradients of query and key norm, summed over all heads. Collective: one all-reduce of 2 x K, if any."""
+        """Leave the gradients of query and key norm, summed over all heads. Collective: an all-reduce of 2 x K."""
         if not self.norm:
             return
         xp, total = self.group.xp, self.group.sum(self.partition, (2, self.kv_channels), self.sum_dtype)
@@ -280,15 +281,17 @@ class ParallelAttention(ParallelLayer):
             x_BSHK, of_norm = norm_forward(x_BSHK, self.own[f"{part}_norm.weight"], None, *self.norm)
         if self.rotary:
             starts = None if call.kv is None else call.kv.starts
-            x_BSHK = rotary_forward(x_BSHK, *call.tables, self.rotary.interleaved, starts)
+            cos, sin = call.tables
+            x_BSHK = rotary_forward(x_BSHK, cos, sin, self.rotary.interleaved, starts)
         return x_BSHK, of_norm
 
     def norm_and_rotate_backward(self, part: str, dx_BSHK: Array, of_norm: Any,
                                  call: AttentionCall) -> tuple[Array, Array | None]:
-        """Return the gradient before rotary and norm, as (N, heads K), and that of the norm's weight, if there is one."""
+        """Return the gradient before rotary and norm, as (N, heads K), and that of the norm's weight, or None."""
         dw_K = None
         if self.rotary:
-            dx_BSHK = rotary_backward(dx_BSHK, *call.tables, self.rotary.interleaved)
+            cos, sin = call.tables
+            dx_BSHK = rotary_backward(dx_BSHK, cos, sin, self.rotary.interleaved)
         if self.norm:
             dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         return as_rows(dx_BSHK), dw_K

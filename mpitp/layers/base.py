@@ -106,12 +106,12 @@ class ParallelLayer:
         return sum(w.nbytes for w in self.weights.values())
 
     def rows(self, x: Array, features: int, what: str = "x", count: int | None = None) -> Array:
-        """Return x (..., features) as rows (N, features), after checking device, dtype and size; count: the N expected."""
+        """Return x (..., features) as rows (N, features). Raises InputError for another device, dtype, size or N."""
         xp = self.group.xp
         if type(x) is xp.ndarray and x.ndim == 2 and x.dtype == self.dtype and x.flags.c_contiguous and \
                 x.shape == (len(x) if count is None else count, features):
             return x                                        # nothing to do, which costs a token less than to ask for it
-        if module_of(x) is not xp:
+        if type(x) is not xp.ndarray and module_of(x) is not xp:
             raise InputError(f"{what}: found {type(x).__module__}.{type(x).__name__}, expected an array of "
                              f"{self.group.xp.__name__} (the group's device is {self.group.device!r})")
         if x.dtype != self.dtype:

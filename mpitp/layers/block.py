@@ -121,7 +121,8 @@ class ParallelBlock(Composite):
 
     # --- side by side: x + attention(norm(x)) + mlp(norm(x)), one sum for both -----------------------------------
 
-    def parallel_forward(self, x: Array, mask: Array | None, step: int | None, kv: Any, save: bool) -> tuple[Array, Any]:
+    def parallel_forward(self, x: Array, mask: Array | None, step: int | None, kv: Any,
+                         save: bool) -> tuple[Array, Any]:
         """Return x + attention(norm(x)) + mlp(norm(x)). Collective: one all-reduce."""
         call = self.attention.call(x, mask, step, kv)
         h, of_norm = self.norm_forward("attention_norm", x, save)
@@ -191,8 +192,9 @@ class ParallelBlock(Composite):
         for block in block_numbered(number, self.attention.own_blocks):
             d_ND, of_heads = self.attention.block_backward(block, d_scores, h_ND, kept, d_units, call, gradients, total)
             d_norms[0] += d_ND
+        g_ND, kept = of_mlp
         for block in block_numbered(number, self.mlp.own_blocks):
-            d_norms[-1] += self.mlp.block_backward(block, dy_ND, *of_mlp, gradients, total)
+            d_norms[-1] += self.mlp.block_backward(block, dy_ND, g_ND, kept, gradients, total)
         return d_norms, of_heads
 
     # --- what both have ------------------------------------------------------------------------------------------

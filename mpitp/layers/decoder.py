@@ -64,7 +64,7 @@ class Decoder(Composite):
         V, D, std = config.vocab_size, config.hidden_size, config.init_method_std
         self.embedding = VocabParallelEmbedding(group, V, D, config.embedding_multiplier, init_std=std,
                                                 name="embedding", **common)
-        self.position = PositionEmbedding(group, config.max_position_embeddings, D, init_std=std, name="position",
+        self.position = PositionEmbedding(group, config.max_position_embeddings or 0, D, init_std=std, name="position",
                                           **common) if config.position_embedding == "learned" else None
         self.embedding_norm = hidden_norm(group, config, dtype, "embedding_norm") if config.embedding_norm else None
         self.blocks = [ParallelBlock(group, config, i, name=f"layers.{i}", **common) for i in range(config.num_layers)]
@@ -137,7 +137,7 @@ class Decoder(Composite):
         x = self.embedding.look_up(ids)
         if self.position:                                   # padding may stand at any position
             positions = xp.minimum(kv.starts[:, None] + xp.arange(S), self.position.max_positions - 1)
-            x += self.position.parameter("weight")[positions]
+            x += self.position.own["weight"][positions]
         if self.embedding_norm:
             x, _ = self.embedding_norm.forward(x, save=False)
         for block, of_layer in zip(self.blocks, kv.layers):
@@ -176,7 +176,7 @@ class Decoder(Composite):
 
     def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0,
              ignore_index: int = -100) -> tuple[float, Any]:
-        """Return the mean cross entropy of the next tokens, and what loss_backward needs. targets (..., S), global ids."""
+        """Return the mean cross entropy of targets (..., S), global ids; and what loss_backward needs."""
         return vocab_parallel_cross_entropy_forward(logits, targets, self.group, self.partition,
                                                     label_smoothing=label_smoothing, ignore_index=ignore_index)
 
@@ -189,9 +189,11 @@ class Decoder(Composite):
         return self.group.all_gather(logits, self.partition, axis=-1)
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
-        """Return the closed form of forward and backward without the loss: each a Counter of logical data collectives."""
-        forward, backward = Counter(), Counter()
-        for layer in (self.embedding, *self.blocks, self.head):
+        """Return the closed form without the loss: (forward, backward), each a Counter of data collectives."""
+        forward: Counter = Counter()
+        backward: Counter = Counter()
+        layers: Any = (self.embedding, *self.blocks, self.head)
+        for layer in layers:
             of_forward, of_backward = layer.collectives(tokens)
             forward, backward = forward + of_forward, backward + of_backward
         return forward, backward

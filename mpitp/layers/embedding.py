@@ -62,7 +62,7 @@ class VocabParallelEmbedding(ParallelLayer):
         self.partition = group.partition(self.vocab_size)
 
     def forward(self, ids: Any, *, save: bool = True) -> tuple[Array, Any]:
-        """Return y (..., D), complete, of ids (...), integers, the same on every rank; and what backward needs, or None."""
+        """Return y (..., D), complete, of ids (...), the same on every rank; and what backward needs, or None."""
         ids = self.checked(ids)
         return self.look_up(ids), (self.local(ids) if save else None)
 
@@ -71,7 +71,7 @@ class VocabParallelEmbedding(ParallelLayer):
         return self.group.xp.asarray(token_ids(ids, self.vocab_size))
 
     def local(self, ids: Array) -> Array:
-        """Return the rows (N,) of this rank's part that ids mean; outside 0 to its length where another rank has them."""
+        """Return the rows (N,) of this rank's part that ids mean, outside of it where another rank has them."""
         return ids.reshape(-1) - self.partition.bounds[self.group.rank]
 
     def look_up(self, ids: Array) -> Array:

@@ -83,7 +83,7 @@ class AttentionCall(NamedTuple):
         return None if slopes is None else slopes[heads].reshape(unit.stop - unit.start, -1)
 
     def keep(self, heads: slice, unit: KeyValueUnit, b: int, first: int, stop: int) -> Array:
-        """Return dropout's scales of queries first..stop-1 of some heads (G, n, queries, S), addressed in (B, H, S, S)."""
+        """Return dropout's scales of queries first..stop-1 (G, n, queries, S), addressed in (B, H, S, S)."""
         layer, shape = self.layer, (self.B, self.layer.num_attention_heads, self.S, self.S)
         window = b, heads, slice(first, stop), slice(0, self.S)
         scales = dropout_scale(layer.seed, join(layer.name, "weights.dropout"), self.step, layer.dropout, shape, window,
@@ -95,12 +95,12 @@ def require_mask(mask: Any, B: int, S: int) -> None:
     """Raise InputError unless mask is None or bool, for each key (B, S) or each query and key (B, S, S)."""
     if mask is not None:
         dtype, shape = getattr(mask, "dtype", None), getattr(mask, "shape", None)
-        require(dtype == bool and shape in ((B, S), (B, S, S)), f"a mask {dtype} {shape}",
+        require(str(dtype) == "bool" and shape in ((B, S), (B, S, S)), f"a mask {dtype} {shape}",
                 f"bool {(B, S)} or {(B, S, S)}")
 
 
 def by_group(x_BSHK: Array, b: int, unit: KeyValueUnit, heads: slice, block: Block) -> Array:
-    """Return those heads of sequence b of a block's array, (G, n, S, K), a view: under the key/value heads they share."""
+    """Return those heads of sequence b, (G, n, S, K), a view: under the key/value heads that they share."""
     x_SHK = x_BSHK[b, :, heads.start - block.start:heads.stop - block.start]
     S, H, K = x_SHK.shape
     G = unit.stop - unit.start

@@ -156,7 +156,7 @@ class RowParallelLinear(ParallelLayer):
         self.local_features = self.partition.lengths[group.rank]
 
     def forward(self, x: Array, *, save: bool = True) -> tuple[Array, Any]:
-        """Return y (..., out), complete, of x (..., in p), or (..., in) with input_is_parallel=False; and for backward x.
+        """Return y (..., out), complete, of x (..., in p), or (..., in) if not input_is_parallel; and x for backward.
 
         What backward needs is x itself, not a copy: do not change x until then. save=False: None in its place.
         """

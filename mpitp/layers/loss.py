@@ -17,9 +17,10 @@ from ..sharding.partition import Block, Partition
 from .embedding import token_ids
 
 
-def vocab_parallel_cross_entropy_forward(logits: Array, targets: Any, group: TensorParallelGroup, partition: Partition, *,
-                                         label_smoothing: float = 0.0, ignore_index: int = -100) -> tuple[float, Any]:
-    """Return the mean over the counted tokens of (1 - s) (lse - z_t) + s (lse - mean of z), lse = log of the sum of e^z.
+def vocab_parallel_cross_entropy_forward(logits: Array, targets: Any, group: TensorParallelGroup,
+                                         partition: Partition, *, label_smoothing: float = 0.0,
+                                         ignore_index: int = -100) -> tuple[float, Any]:
+    """Return the mean over the counted tokens of (1 - s) (lse - z_t) + s (lse - mean of z), lse = log(sum of e^z).
 
     Target, sum and mean are those of the whole vocabulary, s is `label_smoothing`.
 

@@ -10,7 +10,6 @@ import math
 import numpy as np
 
 from ..errors import InputError
-from .erf import erf
 from .twin import cuda_twin
 
 PIECE = 1 << 15
@@ -62,6 +61,7 @@ def gelu_tanh(h, a, d):
 def gelu(h, a, d):
     """a = h F, F = (1 + erf(h / sqrt 2)) / 2;   a' = F + h e^(-h^2/2) / sqrt(2 pi)   (Hendrycks 2016)"""
     gauss = np.exp(-0.5 * h * h)
+    from .erf import erf                        # where it is used: most models have the tanh form
     cdf = erf(h * math.sqrt(0.5), gauss)
     cdf += 1
     cdf *= 0.5

@@ -27,18 +27,9 @@ def is_cupy(value: Any) -> bool:
 def cuda_twin(by: str) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
     """Hand an operation's CuPy arrays to its twin, the function of the same name in mpitp/ops/cuda.
 
-    The module of the twin, and with it CuPy's kernels, is imported when the first CuPy array arrives.
+    by : the parameter that decides: an array or, where an operation makes arrays out of none, their array module
 
-    Parameters
-    ----------
-    by : str
-        The operation's parameter that decides: an array or, where an operation makes arrays out of none, the array
-        module that they are for.
-
-    Returns
-    -------
-    decorator
-        It leaves the operation's signature and docstring as they are, and adds one Python call to each of its own.
+    The twin's module, and with it CuPy's kernels, is imported when the first CuPy array arrives.
     """
     def decorate(operation: Callable[P, Result]) -> Callable[P, Result]:
         code, name = operation.__code__, operation.__name__            # type: ignore[attr-defined]

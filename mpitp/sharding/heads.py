@@ -15,7 +15,7 @@ from .partition import Partition
 
 @dataclass(frozen=True)
 class Segment(Partition):
-    """A segment is the part first..last - 1 of a partition: the query heads of one key/value head, to be summed over."""
+    """A segment is the part first..last - 1 of a partition: the query heads of one key/value head."""
     first: int = 0
     last: int = 0
 
@@ -62,14 +62,14 @@ def key_value_units(heads: int, groups: int, ranks: int, blocks: int) -> tuple[K
     """
     share, query = heads // groups, Partition(heads, ranks, blocks)
     bounds = query.block_bounds
-    runs = []                                   # [first kv head, stop, blocks]
+    runs: list[tuple[int, int, tuple[int, ...]]] = []               # first kv head, stop, blocks
     for head in range(groups):
         first, last = (bisect_right(bounds, query_head) - 1 for query_head in (head * share, (head + 1) * share - 1))
         needed_by = tuple(b for b in range(first, last + 1) if not query.is_empty(b))
         if runs and runs[-1][2] == needed_by and len(needed_by) == 1:
-            runs[-1][1] = head + 1
+            runs[-1] = runs[-1][0], head + 1, needed_by
         else:
-            runs.append([head, head + 1, needed_by])
+            runs.append((head, head + 1, needed_by))
     return tuple(KeyValueUnit(start, stop, needed_by,
                               Segment(heads, ranks, blocks, first=start * share, last=stop * share))
                  for start, stop, needed_by in runs)

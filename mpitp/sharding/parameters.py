@@ -11,7 +11,6 @@ import numpy as np
 
 from ..arrays import Array
 from ..errors import InputError
-from . import rng
 from .partition import Partition, Place
 
 
@@ -86,6 +85,7 @@ def initialise(spec: ParameterSpec, seed: int, dtype: str | np.dtype, place: Pla
     window = spec.window(place)
     out = np.full([part.stop - part.start for part in window], spec.init_value, dtype)
     if spec.init_std:
+        from . import rng                           # where numbers are drawn, not where specs are read
         rng.fill_normal(out, seed, spec.name, spec.shape, window, spec.init_std)
     return out
 

@@ -233,7 +233,7 @@ def checkpoint_layer(group: TensorParallelGroup, folder: str, layer: int, dtype:
 
 def open_layer(folder: str, layer: int) -> tuple[Any, Any]:
     """Return the checkpoint of a folder, and what it holds of one feed-forward block."""
-    from ..checkpoints.families.feed_forward import feed_forward
+    from ..checkpoints.loading import feed_forward
     from ..checkpoints.safetensors import Checkpoint
     checkpoint = Checkpoint(folder)
     return checkpoint, feed_forward(checkpoint, layer)

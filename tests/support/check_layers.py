@@ -43,11 +43,13 @@ def mlp_problems(group, hidden, ffn, activation="gelu_tanh", gated=False, bias=T
         problems.append("forward(save=False) differs")
     gradients = group.comm.bcast(layer.gather(gradients))
     found = {"y": y.reshape(-1, hidden), "dx": dx.reshape(-1, hidden), **gradients}
-    return problems + over_the_limit(found, x.reshape(-1, hidden), dy.reshape(-1, hidden), weights, activation)
+    return problems + over_the_limit(found, x.reshape(-1, hidden), dy.reshape(-1, hidden), weights, activation, gated)
 
 
-def over_the_limit(found, x, dy, weights, activation):
+def over_the_limit(found, x, dy, weights, activation, gated):
     """Names of results of a feed-forward block that lie further from exact than the accuracy formula allows."""
+    assert gated == ("gate.weight" in weights)
+
     def dense(w, x, dy):
         y, saved = oracle.feed_forward.forward(x, w, activation)
         dx, gradients = oracle.feed_forward.backward(dy, saved)

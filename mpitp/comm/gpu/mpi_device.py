@@ -1,4 +1,4 @@
-"""The transport of device arrays over a CUDA-aware MPI: pending kernels are waited for, gathers go from rank to rank."""
+"""The transport of device arrays over a CUDA-aware MPI: it waits for kernels, and gathers go from rank to rank."""
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -32,7 +32,7 @@ class DeviceMpiTransport(MpiTransport):
         self.synchronise()
         super().all_reduce(x, op)
 
-    def begin_all_reduce(self, x: Array, op: str) -> Callable[[], None]:
+    def begin_all_reduce(self, x: Array, op: str) -> Callable[[], object]:
         self.synchronise()
         return super().begin_all_reduce(x, op)
 
@@ -56,7 +56,7 @@ class DeviceMpiTransport(MpiTransport):
         super().broadcast(x, root)
 
     def exchange(self, outgoing: list[Array], incoming: list[Array]) -> None:
-        """Send outgoing[p] to rank p and receive incoming[p] from it, with the rank `shift` above and below at a time."""
+        """Send outgoing[p] to rank p, receive incoming[p] from it: the rank `shift` above and below at a time."""
         rank, size = self.comm.rank, self.comm.size
         incoming[rank][...] = outgoing[rank]
         self.synchronise()
