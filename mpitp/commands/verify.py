@@ -116,11 +116,11 @@ def check_arguments(arguments: Namespace) -> None:
 
 def lines(found: BlockReport) -> Iterator[str]:
     """Yield the lines of the report."""
-    ranks = count(found.ranks, "rank")
-    yield f"mpitp {found.mpitp}: {ranks}, {count(found.cores_per_rank, 'core')} a rank, {found.mpi}"
+    ranks = report.count(found.ranks, "rank")
+    yield f"mpitp {found.mpitp}: {ranks}, {report.count(found.cores_per_rank, 'core')} a rank, {found.mpi}"
     yield f"{found.machine}"
     if found.idle_cores:
-        idle = count(found.idle_cores, "core")
+        idle = report.count(found.idle_cores, "core")
         yield f"NOTE: pinned, {idle} of this node idle: python -m mpitp doctor says what to do"
     yield ""
     yield from notebook_lines(found.notebook)
@@ -150,7 +150,7 @@ def block_lines(found: BlockReport, block: FeedForwardResult) -> Iterator[str]:
     """Yield the table of the block, and its figures."""
     kind = f"{'gated ' if block.gated else ''}{block.activation}{', biases' if block.bias else ''}"
     yield f"2. A feed-forward block: {block.hidden_size} -> {block.ffn_hidden_size} -> {block.hidden_size}, {kind}, " \
-          f"{count(block.tokens, 'token')}, {found.dtype}"
+          f"{report.count(block.tokens, 'token')}, {found.dtype}"
     yield f"   {block.what}{', reproducible mode' if found.reproducible else ''}; " \
           f"error = |found - exact| / (eps * magnitude)"
     yield from report.table(

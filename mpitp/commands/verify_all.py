@@ -51,7 +51,7 @@ def check_layers(group: TensorParallelGroup, arguments: Namespace) -> LayersRepo
 
 def lines(found: LayersReport) -> Iterator[str]:
     """Yield the lines of the report."""
-    yield f"mpitp {found.mpitp}: {count(found.ranks, 'rank')}, {found.mpi}, {found.device}"
+    yield f"mpitp {found.mpitp}: {report.count(found.ranks, 'rank')}, {found.mpi}, {found.device}"
     yield f"{found.machine}"
     yield ""
     yield f"Every layer, forward and backward, {BATCH} x {SEQUENCE} tokens, hidden {HIDDEN}, vocabulary " \
