@@ -11,6 +11,8 @@ from .errors import InputError
 
 # What annotations call an array: NumPy's, or on a GPU CuPy's, which has the same methods.
 Array = np.ndarray
+# What they call an array that must be CuPy's, whose methods get and set, and data.ptr, no type describes.
+DeviceArray = Any
 
 COMPUTE_DTYPES = ("float32", "float64")     # CPU; 16-bit types are storage there (no fast 16-bit BLAS)
 HALF_DTYPES = ("float16", "bfloat16")       # the GPU multiplies them too, and adds up in float32

@@ -8,7 +8,7 @@ import stand_in
 
 import mpitp
 from mpitp import InputError
-from mpitp.comm.gpu import aware as device, staged, choose as transport
+from mpitp.comm.gpu import aware as device, choose as transport
 from mpitp.comm.mpi import MpiTransport
 from mpitp.comm.gpu.staged import StagedTransport
 from spmd import draw, job, same_bytes
@@ -115,7 +115,7 @@ def test_a_missing_cupy(world, monkeypatch):
 def stand_in_for_cupy(monkeypatch):
     """CuPy's stand-in in its place, with a GPU of its own for each rank."""
     stand_in.install(monkeypatch)
-    monkeypatch.setattr(transport, "_said", set())
+    monkeypatch.setattr(transport, "_printed_reasons", set())
 
 
 @pytest.fixture(params=["staged", "mpi", "nccl"])
@@ -208,7 +208,7 @@ def test_a_transport_that_does_not_synchronise_is_seen(world):
     MpiTransport(world, synchronise=lambda: None).all_reduce(on_device(np.ones(3)), "sum")
     assert stand_in.default_stream.mistakes
     stand_in.default_stream.reset()
-    hasty = StagedTransport(world, lambda: None, lambda x: np.empty(x.shape, x.dtype))
+    hasty = StagedTransport(world, lambda: None, "in a test", pinned_like=lambda x: np.empty(x.shape, x.dtype))
     hasty.all_reduce(on_device(np.ones(3)), "sum")
     assert stand_in.default_stream.copies
 

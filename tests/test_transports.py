@@ -16,7 +16,7 @@ NO_NCCL = "a CuPy without NCCL"
 @pytest.fixture(autouse=True)
 def stand_in_for_cupy(monkeypatch):
     stand_in.install(monkeypatch)
-    monkeypatch.setattr(transport, "_said", {"asked for"})
+    monkeypatch.setattr(transport, "_printed_reasons", {"asked for"})
     for name in ("MPITP_TRANSPORT", "MPITP_SHARE_GPU", "MPITP_CUDA_AWARE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -37,7 +37,7 @@ def stand_in_for_cupy(monkeypatch):
     ("nccl", 2, True, None, NO_NCCL, None, "found a CuPy without NCCL, expected NCCL for transport 'nccl'")])
 def test_decision(asked, size, aware, seconds, no_nccl, name, why):
     found, how, problem = transport.decide(asked, size, aware, "how", seconds, no_nccl)
-    assert found == name and why in (how or problem) and (problem is None) == (name is not None)
+    assert found == (name or "") and why in (how or problem) and bool(found) == bool(how) != bool(problem)
 
 
 def test_auto(world, monkeypatch, capfd):
@@ -155,8 +155,8 @@ def test_later(world, name, reproducible):
         assert [what for what, _ in done] == ["first"] + ["made"] * made and later == []
         assert all(waited == 0 for _, waited in done)       # before this stream waits for the sum
         if group.overlaps:
-            assert stand_in.default_stream.waited == [group.transport.beside]      # which it does afterwards
-            assert group.transport.beside.waited == [stand_in.default_stream]      # as that one did for what it adds up
+            assert stand_in.default_stream.waited == [group.transport.side_stream]     # which it does afterwards
+            assert group.transport.side_stream.waited == [stand_in.default_stream]     # as that one did for what it adds up
         expected = own[0]
         if not reproducible:
             for other in own[1:]:
@@ -238,3 +238,15 @@ def test_out_of_memory_is_one_line(world, monkeypatch, capfd):
         raise OutOfMemoryError("Out of memory allocating 5 GiB")
     if world.size == 1:                         # several ranks: abort() takes the same line for the traceback's place
         assert guard.guarded(main) == 1 and capfd.readouterr().err == "mpitp: " + line
+
+
+# --- what may be recorded as a graph --------------------------------------------------------------------------------------
+
+def test_groups_that_cannot_be_recorded(world):
+    with mpitp.TensorParallelGroup() as group:
+        with pytest.raises(InputError, match="found device 'cpu', expected 'gpu', to record a CUDA graph"):
+            mpitp.Captured(group, abs, np.ones(3))
+    with mpitp.TensorParallelGroup(device="gpu", transport="staged") as group:
+        if world.size > 1:
+            with pytest.raises(InputError, match="found transport 'staged', expected 'nccl', or one rank"):
+                mpitp.Captured(group, abs, stand_in.array(np.ones(3)))

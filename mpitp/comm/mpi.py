@@ -23,14 +23,15 @@ class MpiTransport:
     name = "mpi"
     overlaps = False    # hardly any MPI makes progress while none of its functions runs
 
-    def __init__(self, comm, synchronise=lambda: None, in_pairs=False):
+    def __init__(self, comm, synchronise=lambda: None, in_pairs=False, how="host arrays"):
         """Parameters
         ----------
         synchronise : called before MPI reads or writes a buffer (a device's pending kernels)
         in_pairs : gather and exchange by sends and receives: with device buffers, a CUDA-aware MPI may take these
             through the host in its Allgather and Alltoall (Intel MPI: 180 ms for 128 MiB, by pairs 0.6)
+        how : why it is this transport that a group has
         """
-        self.comm, self.synchronise, self.in_pairs = comm, synchronise, in_pairs
+        self.comm, self.synchronise, self.in_pairs, self.how = comm, synchronise, in_pairs, how
         self.piece_bytes = PIECE_BYTES
 
     def all_reduce(self, x, op):
