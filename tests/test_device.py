@@ -5,13 +5,14 @@ import sys
 import numpy as np
 import pytest
 import stand_in
+from spmd import draw, job, same_bytes
 
 import mpitp
 from mpitp import InputError
-from mpitp.comm.gpu import aware as device, choose as transport
-from mpitp.comm.mpi import MpiTransport
+from mpitp.comm.gpu import aware as device
+from mpitp.comm.gpu import choose as transport
 from mpitp.comm.gpu.staged import StagedTransport
-from spmd import draw, job, same_bytes
+from mpitp.comm.mpi import MpiTransport
 
 # --- what the MPI says ---------------------------------------------------------------------------------------
 
@@ -201,7 +202,7 @@ def test_staging_is_said_once_by_rank_0(world, stand_in_for_cupy, monkeypatch, c
     assert capfd.readouterr().err.count("staging through host memory") == (world.rank == 0 and world.size > 1)
 
 
-# --- the tester, tested ----------------------------------------------------------------------------------------------
+# --- the tester, tested ---------------------------------------------------------------------------------------------
 
 def test_a_transport_that_does_not_synchronise_is_seen(world):
     stand_in.default_stream.reset()
@@ -213,7 +214,7 @@ def test_a_transport_that_does_not_synchronise_is_seen(world):
     assert stand_in.default_stream.copies
 
 
-# --- the suite on a device -----------------------------------------------------------------------------------------------
+# --- the suite on a device ------------------------------------------------------------------------------------------
 
 @pytest.mark.launcher
 @pytest.mark.slow

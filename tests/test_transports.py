@@ -2,13 +2,14 @@
 import numpy as np
 import pytest
 import stand_in
+from spmd import draw, same_bytes
 
 import mpitp
 from mpitp import InputError
 from mpitp.comm import guard
-from mpitp.comm.gpu import staged, choose as transport
+from mpitp.comm.gpu import choose as transport
+from mpitp.comm.gpu import staged
 from mpitp.comm.gpu.binding import TF32_TENSOR_OP_MATH
-from spmd import draw, same_bytes
 
 NO_NCCL = "a CuPy without NCCL"
 
@@ -87,7 +88,7 @@ def test_transports_that_cannot_be_had(world, monkeypatch):
         mpitp.TensorParallelGroup(device="gpu", transport="nccl")
 
 
-# --- a GPU a rank --------------------------------------------------------------------------------------------------------
+# --- a GPU a rank ---------------------------------------------------------------------------------------------------
 
 def test_one_gpu_a_rank(world, monkeypatch):
     """Every rank sees all GPUs of the node, or one of its own."""
@@ -135,7 +136,7 @@ def test_no_gpu(world, monkeypatch):
         mpitp.TensorParallelGroup(device="gpu")
 
 
-# --- what is done meanwhile -------------------------------------------------------------------------------------------------
+# --- what is done meanwhile -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["nccl", "staged"])
 @pytest.mark.parametrize("reproducible", [False, True])
@@ -219,7 +220,7 @@ def test_large_sums_are_staged_in_pieces(world, monkeypatch):
         assert not stand_in.default_stream.copies and not stand_in.default_stream.mistakes
 
 
-# --- memory that does not suffice ---------------------------------------------------------------------------------------------
+# --- memory that does not suffice -----------------------------------------------------------------------------------
 
 class OutOfMemoryError(MemoryError):
     """As CuPy's."""
@@ -240,7 +241,7 @@ def test_out_of_memory_is_one_line(world, monkeypatch, capfd):
         assert guard.guarded(main) == 1 and capfd.readouterr().err == "mpitp: " + line
 
 
-# --- what may be recorded as a graph --------------------------------------------------------------------------------------
+# --- what may be recorded as a graph --------------------------------------------------------------------------------
 
 def test_groups_that_cannot_be_recorded(world):
     with mpitp.TensorParallelGroup() as group:

@@ -40,7 +40,8 @@ class StagedTransport:
     overlaps = False    # hardly any MPI makes progress while none of its functions runs
 
     def __init__(self, comm: MPI.Comm, synchronise: Callable[[], None], how: str,
-                 pinned_like: Callable[[DeviceArray], Array] = pinned_like, streams: tuple[Any, Any] | None = None) -> None:
+                 pinned_like: Callable[[DeviceArray], Array] = pinned_like,
+                 streams: tuple[Any, Any] | None = None) -> None:
         self.host, self.synchronise, self.how = MpiTransport(comm), synchronise, how
         self.pinned_like, self.streams = pinned_like, streams
 
@@ -74,7 +75,7 @@ class StagedTransport:
         self.to_device(host, x)
 
     def all_reduce_in_pieces(self, x: DeviceArray, op: str, to_host: Any, to_device: Any) -> None:
-        """all_reduce of a long flat array: while MPI adds up one piece, the next ones arrive and the last ones leave."""
+        """Do all_reduce of a long flat array: while MPI adds up one piece, others are copied to the host and back."""
         host, arrived = self.pinned_like(x), []
         self.synchronise()                      # what writes x is done
         parts = pieces(x.size, x.itemsize, STAGE_BYTES)
