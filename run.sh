@@ -5,14 +5,18 @@ usage() {
 ./run.sh [-n P] [COMMAND ARGUMENTS...]     mpirun -n P python -m mpitp COMMAND ARGUMENTS...
 ./run.sh [-n P] PROGRAM.py ARGUMENTS...    the same launcher for a program of your own
 ./run.sh test [P...]                       the test-suite on each number of ranks (1 2 3 4)
+./run.sh --prepare                         install what all of these need and run nothing: on a login node
 
-P is 2, or inside a Slurm, PBS or LSF job what was allocated. COMMAND is verify; ./run.sh -n 1 --help lists all.
-The first use makes .venv beside this script (needs a network); after that none is needed. It takes the MPI on
-PATH if a job of two ranks proves that mpi4py uses the same library, else one from PyPI (MPICH) in .venv.
+P is 2, or inside a Slurm, PBS, LSF or Grid Engine job what was allocated. COMMAND is verify; ./run.sh -n 1 --help
+lists all. The first use makes .venv beside this script (needs a network); after --prepare no use needs one. It takes
+the MPI on PATH if a job of two ranks proves that mpi4py uses the same library, else one from PyPI (MPICH) in .venv.
 
   MPITP_VENV=DIR       use this virtual environment and install nothing
+  MPITP_LAUNCHER="..." start ranks with these words as they stand, with -n P behind them only where -n P is given:
+                       MPITP_LAUNCHER="flux run -n 4" ./run.sh verify
   MPI4PY_LIBMPI=FILE   the MPI library that mpi4py shall use
   PYTHON=FILE          the Python (3.10 or newer) that .venv is made with
+  MPITP_PROGRESS=0     no progress bar (1: one, 0 wherever the output is no terminal)
 TEXT
 }
 set -euo pipefail
@@ -31,25 +35,56 @@ python=$venv/bin/python
 
 # --- arguments -----------------------------------------------------------------------------------------
 ranks=
+prepare=
 while [ $# -gt 0 ]; do
     case $1 in
         -n) [ $# -gt 1 ] || die "found -n without a number, expected ranks: -n 4"
             ranks=$2; shift 2 ;;
-        -h|--help) usage; exit 0 ;;
+        -h|--help) [ -z "$ranks" ] || break         # after -n P it is a question to mpitp
+            usage; exit 0 ;;
+        --prepare) [ $# = 1 ] || die "found --prepare with '${*:2}', expected it alone"
+            prepare=yes; shift ;;
         *) break ;;
     esac
 done
 case $ranks in *[!0-9]*|0) die "found -n '$ranks', expected a number of ranks from 1 on" ;; esac
 
+given=$ranks
+
 # --- the batch system: ranks and launcher of the allocation --------------------------------------------
+slurm_cpus() {  # how many the job has: SLURM_JOB_CPUS_PER_NODE is such as 4(x2),2
+    local part total=0
+    for part in $(echo "${SLURM_JOB_CPUS_PER_NODE:-}" | tr , ' '); do
+        case $part in
+            *"(x"*")") part=${part%")"}; total=$((total + ${part%%"("*} * ${part##*"(x"})) ;;
+            *) total=$((total + part)) ;;
+        esac
+    done
+    echo "$total"
+}
+
+require_room() {    # $1 ranks at most, ask for more by $2
+    [ "$1" -eq 0 ] || [ "$ranks" -le "$1" ] ||
+        die "found -n $ranks in a $site allocation of $1, expected at most $1, or a larger allocation: $2"
+}
+
 site=
 launcher=
 flags=()
-if [ -n "${SLURM_JOB_ID:-}" ] && command -v srun >/dev/null; then
+if [ -n "$prepare" ] || [ -n "${MPITP_LAUNCHER:-}" ]; then
+    :
+elif [ -n "${SLURM_JOB_ID:-}" ] && command -v srun >/dev/null; then
     site=Slurm launcher=$(command -v srun)
     ranks=${ranks:-${SLURM_NTASKS:-$(( ${SLURM_NNODES:-1} * ${SLURM_NTASKS_PER_NODE:-1} ))}}
+    cpus=$(slurm_cpus) per_rank=${SLURM_CPUS_PER_TASK:-}
+    require_room "$cpus" "--ntasks=$ranks"
+    if [ "$cpus" -gt 0 ] && [ $((ranks * ${per_rank:-1})) -gt "$cpus" ]; then   # -n 4 in an allocation of 1 x 4 cores
+        per_rank=$((cpus / ranks))
+    fi
     # From Slurm 22.05 on srun does not take this over from sbatch by itself.
-    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || flags=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+    [ -z "$per_rank" ] || flags=(--cpus-per-task="$per_rank")
+    # In the shell of srun --pty, which has all of the allocation, another step would wait for ever for a share of it.
+    case ${SLURM_STEP_ID:-} in ''|*[!0-9]*|429496729?) ;; *) export SLURM_OVERLAP=1 ;; esac
 elif [ -n "${PBS_JOBID:-}" ] && [ -r "${PBS_NODEFILE:-}" ]; then
     site=PBS launcher=$(command -v mpiexec || command -v mpirun || true)
     ranks=${ranks:-$(grep -c . "$PBS_NODEFILE")}
@@ -58,9 +93,14 @@ elif [ -n "${LSB_JOBID:-}" ]; then
     hosts=(${LSB_HOSTS:-})
     ranks=${ranks:-${LSB_DJOB_NUMPROC:-${#hosts[@]}}}
     [ "$ranks" -gt 0 ] || ranks=1
+elif [ -n "${NSLOTS:-}" ] && [ -r "${PE_HOSTFILE:-}" ]; then
+    site="Grid Engine" launcher=$(command -v mpirun || command -v mpiexec || true)
+    ranks=${ranks:-$NSLOTS}
+    require_room "$NSLOTS" "qsub -pe NAME $ranks"
 fi
 ranks=${ranks:-2}
-[ -z "$site" ] || [ -n "$launcher" ] || die "found no MPI launcher on PATH inside a $site job, expected the site's: load its MPI module"
+[ -z "$site" ] || [ -n "$launcher" ] ||
+    die "found no MPI launcher on PATH inside a $site job, expected the site's: load its MPI module"
 
 # --- .venv ----------------------------------------------------------------------------------------------
 make_venv() {
@@ -73,19 +113,27 @@ make_venv() {
     [ -n "$base" ] || die "found no Python 3.10 or newer with venv (${PYTHON:-python3 on PATH}), expected one: set PYTHON"
     echo "run.sh: first use, making $venv" >&2
     rm -rf "$venv"
+    case $here in *:*) die "found a colon in $here, expected a folder without one for .venv, or MPITP_VENV" ;; esac
     "$base" -m venv "$venv"
-
 }
 
 install() {     # into .venv, the project as it lies here
-    "$python" -m pip install --quiet --disable-pip-version-check "$@" 2> "$venv/pip.log" ||
-        { grep -v '^WARNING' "$venv/pip.log" >&2 || true; die "pip could not install $*, see above"; }
+    local patience=
+    [ -z "$site" ] || patience="--retries 1 --timeout 8"       # a compute node often has no network, and time costs
+    "$python" -m pip install --quiet --disable-pip-version-check $patience "$@" 2> "$venv/pip.log" || {
+        grep -v '^WARNING' "$venv/pip.log" >&2 || true
+        die "pip could not install $*, see above; where there is a network, such as a login node: ./run.sh --prepare"
+    }
+    # A folder named mpitp, such as this clone seen from its parent, would hide an editable installation, but no path.
+    "$python" -c 'import sys, sysconfig
+open(sysconfig.get_path("purelib") + "/mpitp-here.pth", "w").write(sys.argv[1])' "$here"
 }
 
 with_lock() {   # two first uses at once: the second waits for the first
     local lock=$here/.venv.lock owner waited=0
     until mkdir "$lock" 2>/dev/null; do
-        [ -d "$here" ] && [ -w "$here" ] || die "found no way to write $here, expected a writable folder for .venv, or MPITP_VENV"
+        [ -d "$here" ] && [ -w "$here" ] ||
+            die "found no way to write $here, expected a writable folder for .venv, or MPITP_VENV"
         owner=$(cat "$lock/owner" 2>/dev/null || true)
         if [ -n "$owner" ] && ! kill -0 "$owner" 2>/dev/null || [ -z "$owner" ] && [ $waited -gt 5 ]; then
             rm -rf "$lock"; continue                # left behind by a run that was killed
@@ -100,29 +148,65 @@ with_lock() {   # two first uses at once: the second waits for the first
 
 # .venv is complete when it carries the checksum of the setup.cfg that it was made from.
 installed=$(cksum < "$here/setup.cfg")
+extras=threads,progress
+[ -z "$prepare" ] || extras=$extras,test
 update_venv() {
     [ "$(cat "$venv/mpitp-installed" 2>/dev/null)" = "$installed" ] && return
     if [ -e "$venv/mpitp-installed" ] && [ -x "$python" ]; then
         echo "run.sh: setup.cfg has changed, installing again" >&2
-        install -e "$here[threads]"
     else
         make_venv
-        install -e "$here[threads]"
     fi
+    install -e "$here[$extras]"
     echo "$installed" > "$venv/mpitp-installed"
 }
 if [ -n "${MPITP_VENV:-}" ]; then
+    [ -z "$prepare" ] || die "found --prepare with MPITP_VENV, expected one of them: run.sh installs into .venv alone"
     [ -x "$python" ] || die "found no $python, expected a virtual environment in MPITP_VENV"
 elif [ ! -x "$python" ] || [ "$(cat "$venv/mpitp-installed" 2>/dev/null)" != "$installed" ]; then
     with_lock update_venv
+elif [ -n "$prepare" ]; then
+    with_lock install -e "$here[$extras]"
 fi
 
 # --- the MPI: proved by a job, remembered ----------------------------------------------------------------
+said=           # what the launcher and the ranks wrote when a proof failed
+mpi_type=       # of srun --mpi=TYPE, where srun needs to be told
 proves() {      # whether this launcher starts one world of $1 ranks with the library in MPI4PY_LIBMPI, if set
-    local limit=
+    local limit= text
     command -v timeout >/dev/null && limit="timeout 60"
-    MPIEXEC_TIMEOUT=60 $limit "$launcher" ${flags[@]+"${flags[@]}"} -n "$1" "$python" -c \
-        "from mpi4py import MPI; raise SystemExit(MPI.COMM_WORLD.size != $1)" >/dev/null 2>&1 </dev/null
+    text=$(MPIEXEC_TIMEOUT=60 $limit "$launcher" ${flags[@]+"${flags[@]}"} ${mpi_type:+--mpi=$mpi_type} -n "$1" \
+        "$python" -c "from mpi4py import MPI; size, name = MPI.COMM_WORLD.size, MPI.get_vendor()[0]
+raise SystemExit(size != $1 and f'{name}: a world of {size} rank, expected $1')" 2>&1 </dev/null) && return
+    [ -z "$text" ] || said=$text
+    return 1
+}
+
+vendor() {      # of the MPI that mpi4py loads, which need not start: MPICH, Open MPI, Intel MPI, ...
+    "$python" -c "import mpi4py; mpi4py.rc.initialize = False
+from mpi4py import MPI; print(MPI.get_vendor()[0])" 2>/dev/null || echo unknown
+}
+
+mpi_types() {   # of those that srun --mpi=list shows, the ones that start the MPI of mpi4py, the best first
+    local listed type
+    listed=" $("$launcher" --mpi=list 2>&1 </dev/null | tr -s ' \t\n,:' ' ' || true) "
+    case $(vendor) in
+        "Open MPI") set -- pmix pmix_v5 pmix_v4 pmix_v3 pmix_v2 ;;
+        Cray*) set -- cray_shasta pmi2 pmix ;;
+        *) set -- pmi2 pmix ;;
+    esac
+    for type in "$@"; do case $listed in *" $type "*) echo "$type" ;; esac; done
+}
+
+works() {       # whether two ranks find each other; under srun with whichever --mpi does it
+    mpi_type=
+    proves 2 && return
+    [ "$site" = Slurm ] || return 1
+    for mpi_type in $(mpi_types); do
+        proves 2 && return
+    done
+    mpi_type=
+    return 1
 }
 
 libraries() {   # MPI libraries that may belong to the launcher: beside it, then those of mpicc, then the system's
@@ -141,14 +225,32 @@ libraries() {   # MPI libraries that may belong to the launcher: beside it, then
 }
 
 kind() {        # openmpi4, openmpi5, hydra or other: what the launcher says of itself
-    local said
-    said=$("$launcher" --version 2>&1 </dev/null || true)
-    case $said in
+    local version
+    version=$("$launcher" --version 2>&1 </dev/null || true)
+    case $version in
         *"Open MPI"*" 4."*) echo openmpi4 ;;
         *"Open MPI"*|*OpenRTE*|*prte*|*PRRTE*) echo openmpi5 ;;
         *HYDRA*|*Intel*) echo hydra ;;
         *) echo other ;;
     esac
+}
+
+has_settings() {    # whether files or variables give Open MPI hosts or transports of their own: several nodes, perhaps
+    local prefix etc file
+    [ -z "${OMPI_MCA_orte_default_hostfile:-}${OMPI_MCA_default_hostfile:-}" ] || return 0
+    [ -z "${PRTE_MCA_prte_default_hostfile:-}${PRTE_MCA_default_hostfile:-}" ] || return 0
+    prefix=$(cd "$(dirname "$launcher")/.." && pwd)
+    for etc in "$prefix"/etc "$prefix"/etc/openmpi /etc/openmpi; do
+        for file in "$etc"/openmpi-default-hostfile "$etc"/prte-default-hostfile; do
+            ! grep -qs '^[[:space:]]*[^#[:space:]]' "$file" || return 0
+        done
+    done
+    for file in "${HOME:-}"/.openmpi/mca-params.conf "${HOME:-}"/.prte/mca-params.conf \
+                "$prefix"/etc/*-mca-params.conf "$prefix"/etc/openmpi/*-mca-params.conf \
+                /etc/openmpi/*-mca-params.conf; do
+        ! grep -qsE '^[[:space:]]*(pml|btl|[a-z_]*hostfile)[[:space:]]*=[[:space:]]*[^^[:space:]]' "$file" || return 0
+    done
+    return 1
 }
 
 open_mpi_environment() {    # what Open MPI needs as root, with more ranks than cores, and to leave ranks unpinned
@@ -162,7 +264,7 @@ open_mpi_environment() {    # what Open MPI needs as root, with more ranks than 
     if [ -z "$site" ] && [ "$ranks" -gt "$cores" ]; then    # a rank that waits lets another work
         export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
     fi
-    if [ -z "$site" ]; then                                 # one node: opening the network takes a second
+    if [ -z "$site" ] && ! has_settings; then               # one node: opening the network takes a second
         local shared=sm
         [ "$1" != openmpi4 ] || shared=vader
         export OMPI_MCA_pml=${OMPI_MCA_pml:-ob1} OMPI_MCA_btl=${OMPI_MCA_btl:-self,$shared}
@@ -176,49 +278,90 @@ add_mpich() {
     install -e "$here[mpi]"
 }
 
+grid_engine_hosts() {   # an Open MPI without Grid Engine support would start every rank on this node
+    local file=${TMPDIR:-/tmp}/mpitp-hosts.${JOB_ID:-$$}
+    awk 'NF > 1 { print $1 " slots=" $2 }' "$PE_HOSTFILE" > "$file"
+    flags=(-machinefile "$file")
+}
+
 choose_mpi() {
-    local key memory=$venv/mpitp-mpi found library is
+    local key memory=$venv/mpitp-mpi${site:+-${site// /-}} found= library= is= remembered=
     [ -n "$launcher" ] || launcher=$(command -v mpirun || command -v mpiexec || true)
-    key="$launcher $(ls -lLd "$launcher" 2>/dev/null || true) ${MPI4PY_LIBMPI:-} ${LD_LIBRARY_PATH:-} $site"
-    if [ -r "$memory" ] && { IFS= read -r found; IFS= read -r library; IFS= read -r is; IFS= read -r remembered; } < "$memory" &&
+    key="$launcher $(ls -lLd "$launcher" 2>/dev/null || true)"
+    key="$key ${MPI4PY_LIBMPI:-} ${LD_LIBRARY_PATH:-} ${SLURM_MPI_TYPE:-}"
+    if [ -r "$memory" ] && { IFS= read -r found; IFS= read -r library; IFS= read -r is; IFS= read -r mpi_type
+                             IFS= read -r remembered; } < "$memory" &&
        [ "$remembered" = "$key" ] && [ -x "$found" ]; then
         :
     else
-        found= library=${MPI4PY_LIBMPI:-} is=other
+        found= library=${MPI4PY_LIBMPI:-} is=other mpi_type=
         if [ -n "$launcher" ]; then
             is=$(kind)
             case $is in openmpi*) open_mpi_environment "$is" ;; esac
             if [ -n "$site" ] && [ "$ranks" = 1 ]; then return; fi      # nothing to prove, nothing to remember
-            if proves 2; then
+            if works; then
                 found=$launcher
             elif [ -z "$library" ]; then
                 while read -r library; do
-                    if MPI4PY_LIBMPI=$library proves 2; then found=$launcher; break; fi
+                    if MPI4PY_LIBMPI=$library works; then found=$launcher; break; fi
                 done < <(libraries | awk '!seen[$0]++')
                 [ -n "$found" ] || library=
             fi
         fi
         if [ -z "$found" ] && [ -n "$site" ]; then
-            die "found that mpi4py in $venv does not use the MPI of $launcher, expected the $site site's library:" \
-                "set MPI4PY_LIBMPI to it, or build mpi4py with the site's mpicc (pip install --no-binary mpi4py mpi4py)" \
-                "in a virtual environment named by MPITP_VENV"
+            [ -z "$said" ] || printf '%s\n' "$said" | tail -n 4 | sed 's/^/    /' >&2
+            no_world
         elif [ -z "$found" ]; then
-            [ -z "${MPI4PY_LIBMPI:-}" ] || die "found no launcher on PATH for MPI4PY_LIBMPI=$MPI4PY_LIBMPI, expected its mpirun"
+            [ -z "${MPI4PY_LIBMPI:-}" ] ||
+                die "found no launcher on PATH for MPI4PY_LIBMPI=$MPI4PY_LIBMPI, expected its mpirun"
             # Under the lock even when there is an mpirun: another first use may be in the middle of installing it.
             if [ -n "${MPITP_VENV:-}" ] || [ ! -w "$here" ]; then add_mpich; else with_lock add_mpich; fi
             found=$venv/bin/mpirun
             launcher=$found
             is=$(kind)
         fi
-        printf '%s\n' "$found" "$library" "$is" "$key" > "$memory.$$" 2>/dev/null && mv "$memory.$$" "$memory" || true
+        [ -z "$mpi_type" ] || echo "run.sh: this MPI needs srun --mpi=$mpi_type, which is remembered" >&2
+        printf '%s\n' "$found" "$library" "$is" "$mpi_type" "$key" > "$memory.$$" 2>/dev/null &&
+            mv "$memory.$$" "$memory" || true
     fi
     launcher=$found
     [ -z "$library" ] || export MPI4PY_LIBMPI=$library
+    [ -z "$mpi_type" ] || flags+=(--mpi="$mpi_type")
     case $is in openmpi*) open_mpi_environment "$is" ;; esac
     # An Open MPI without PBS support would start every rank on this node.
-    case $site$is in PBSopenmpi*) flags=(-machinefile "$PBS_NODEFILE") ;; esac
+    case $site$is in
+        PBSopenmpi*) flags=(-machinefile "$PBS_NODEFILE") ;;
+        "Grid Engineopenmpi"*) grid_engine_hosts ;;
+    esac
 }
-choose_mpi
+
+no_world() {    # nothing works inside a job: what was tried, and the ways out
+    local name tried= types
+    name=$(vendor)
+    [ "$name" != unknown ] || die "found no MPI library that mpi4py in $venv can load, expected the $site site's:" \
+        "load its MPI module, or set MPI4PY_LIBMPI to its libmpi.so"
+    if [ "$site" = Slurm ]; then
+        types=$(mpi_types | tr '\n' ' ')
+        tried=" (--mpi tried: its default${types:+, ${types% }})"
+    fi
+    die "found no world of two ranks with mpi4py's $name under $launcher$tried, expected the MPI of the $site site:" \
+        "set MPI4PY_LIBMPI to its libmpi.so, or build mpi4py with the site's mpicc" \
+        "(pip install --no-binary mpi4py mpi4py) in a virtual environment named by MPITP_VENV"
+}
+
+if [ -n "${MPITP_LAUNCHER:-}" ]; then
+    read -ra start <<< "$MPITP_LAUNCHER"
+    command -v "${start[0]:-}" >/dev/null ||
+        die "found no program '${start[0]:-}', expected in MPITP_LAUNCHER a launcher and its options"
+else
+    choose_mpi
+    start=("$launcher" ${flags[@]+"${flags[@]}"})
+    given=$ranks
+fi
+if [ -n "$prepare" ]; then
+    echo "run.sh: $venv is complete, for $launcher; no use from now on needs a network" >&2
+    exit
+fi
 
 # --- run -------------------------------------------------------------------------------------------------
 if [ "${1:-}" = test ]; then
@@ -231,14 +374,17 @@ if [ "${1:-}" = test ]; then
     export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 MPIEXEC_TIMEOUT="${MPIEXEC_TIMEOUT:-900}"
     for ranks in "${@:-1 2 3 4}"; do
         for P in $ranks; do
-            echo "--- $P rank$([ "$P" = 1 ] || echo s): $launcher -n $P python -m pytest tests"
-            "$launcher" ${flags[@]+"${flags[@]}"} -n "$P" "$python" -m pytest -q tests
+            echo "--- $P rank$([ "$P" = 1 ] || echo s): ${start[0]} -n $P python -m pytest tests"
+            "${start[@]}" -n "$P" "$python" -m pytest -q tests
         done
     done
     exit
 fi
+# A rank cannot see this terminal: MPICH gives it pipes, and Open MPI gives rank 0 a pseudo-terminal even for a file.
+if [ -t 1 ] && [ -t 2 ]; then MPITP_PROGRESS=${MPITP_PROGRESS:-1}; fi
+export MPITP_PROGRESS=${MPITP_PROGRESS:-0}
 case ${1:-} in
     *.py) set -- -m mpi4py "$@" ;;              # as a program of one's own: an exception ends all ranks
     *) set -- -m mpitp "$@" ;;
 esac
-exec "$launcher" ${flags[@]+"${flags[@]}"} -n "$ranks" "$python" "$@"
+exec "${start[@]}" ${given:+-n "$given"} "$python" "$@"

@@ -54,7 +54,7 @@ def torch_cases(rank, size, tokens, hidden, ffn, prefix):
 
 
 def numpy_dense_cases(tokens, hidden, ffn):
-    """One process, by the ops of mpitp (dense.py is an oracle, not a fast program)."""
+    """One process, by the ops of mpitp; mpitp.oracle is there to be read, not to be fast."""
     draw = np.random.default_rng(0).standard_normal
     x, dy = draw((tokens, hidden), dtype="f"), draw((tokens, hidden), dtype="f")
     up, down = draw((ffn, hidden), dtype="f") / 45, draw((hidden, ffn), dtype="f") / 90

@@ -141,8 +141,8 @@ def ffn_rows(rows, groups):
             torch.matmul(h.T, tx, out=dw[0])
             torch.matmul(h, up, out=y)
         rows.add(f"feed-forward {N} x {D} -> {F}, {name}, forward", {
-            "mpitp": lambda: layer.forward(x, saved=False), "torch": lambda: forward(tx), "products": products},
-            limit="products", check=(layer.forward(x, saved=False)[0], forward(tx)[0], 0.02))
+            "mpitp": lambda: layer.forward(x, save=False), "torch": lambda: forward(tx), "products": products},
+            limit="products", check=(layer.forward(x, save=False)[0], forward(tx)[0], 0.02))
         kept = [layer.backward(dy, layer.forward(x)[1])[1]]
 
         def ours():
@@ -165,9 +165,9 @@ def token_rows(rows, groups):
                 x = draw(N, D, dtype=layer.dtype)
                 tx = as_torch(x)
                 rows.add(f"feed-forward {N} x {D} -> {F}, {dtype}",
-                         {"mpitp": lambda: layer.forward(x, saved=False), "torch": lambda: forward(tx)},
+                         {"mpitp": lambda: layer.forward(x, save=False), "torch": lambda: forward(tx)},
                          bytes_read=layer.local_bytes(),
-                         check=(layer.forward(x, saved=False)[0], forward(tx)[0], 0.02))
+                         check=(layer.forward(x, save=False)[0], forward(tx)[0], 0.02))
             del layer, forward
             empty_pools()
 
@@ -184,7 +184,7 @@ def stack_rows(rows, groups):
 
                 def ours(x):
                     for layer in layers:
-                        x, _ = layer.forward(x, saved=False)
+                        x, _ = layer.forward(x, save=False)
                     return x
 
                 def theirs():

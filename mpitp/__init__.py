@@ -5,11 +5,12 @@
         y, saved = mlp.forward(x)
         dx, gradients = mlp.backward(dy, saved)
 """
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "TensorParallelGroup": "comm.group",
     "Partition": "sharding.partition",
+    "Place": "sharding.partition",
     "ParameterSpec": "sharding.parameters",
     "InputError": "errors",
     "ColumnParallelLinear": "layers.linear",
@@ -24,6 +25,7 @@ _HOMES = {
     "vocab_parallel_cross_entropy_backward": "layers.loss",
     "Decoder": "layers.decoder",
     "generate": "inference.generation",
+    "AttentionConfig": "config",
     "DecoderConfig": "config",
     "Rotary": "config",
     "load_model": "checkpoints.loading",
@@ -32,9 +34,9 @@ _HOMES = {
 }
 __all__ = sorted(_HOMES)
 
-
 def __getattr__(name):
-    # Late, because `python -m mpitp` must set the number of BLAS threads before NumPy is imported.
+    # Late, because `python -m mpitp` must set the number of BLAS threads before NumPy is imported. Type checkers read
+    # __init__.pyi instead: with this function they would take any misspelt name for good.
     if name not in _HOMES:
         raise AttributeError(f"module 'mpitp' has no attribute {name!r}")
     from importlib import import_module

@@ -1,26 +1,47 @@
-"""The one error that is the caller's to mend."""
+"""The error that is the caller's to mend, and what raises it."""
+from math import isfinite
 from numbers import Integral
 
 
 class InputError(ValueError):
-    """Bad input, found on every rank alike: one line that names what was found and what was expected.
+    """An error in the caller's input: one line that names what was found and what was expected, on every rank.
 
     The command line prints it once and exits with 2. Anything else that is raised ends the whole job.
     """
 
 
-def require(condition, found, expected):
+def require(condition: object, found: str, expected: str) -> None:
     """Raise InputError("found ..., expected ...") unless condition holds."""
     if not condition:
         raise InputError(f"found {found}, expected {expected}")
 
 
-def require_positive(**sizes):
+def require_positive(**sizes: object) -> None:
     """Raise InputError unless every size is an integer of at least 1."""
     for name, size in sizes.items():
-        require(is_integer(size) and size > 0, f"{name} = {size!r}", "a positive integer")
+        good = isinstance(size, Integral) and is_integer(size) and int(size) > 0
+        require(good, f"{name} = {size!r}", "a positive integer")
 
 
-def is_integer(value):
-    """Whether value is an integer of Python or NumPy; True and False are not."""
+def is_integer(value: object) -> bool:
+    """Return whether value is an integer of Python or NumPy; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def require_probability(name: str, value: float) -> None:
+    """Raise InputError unless value is a probability below 1."""
+    require_number(name, value)
+    require(0 <= value < 1, f"{name} = {value}", "a probability below 1")
+
+
+def require_number(name: str, value: float, above: float | None = None) -> None:
+    """Raise InputError unless value is a finite number, above a limit if one is given."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    require(good and (above is None or value > above), f"{name} = {value!r}",
+            "a number" if above is None else f"a number above {above}")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise InputError unless value is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"found {name} {value!r}, expected one of {', '.join(choices)}")

@@ -2,10 +2,16 @@
 
 Rank 0 reports, unless another rank fails: a failure on any rank prints its traceback and ends the job at once, since
 the other ranks may be waiting for the failed one in a collective.
+
+A session of several ranks runs the tests that need them: those that take the fixture `group` or `world`, or name
+TensorParallelGroup or COMM_WORLD, themselves or in a fixture. All others run in the session of one rank. With
+MPITP_SECOND_MPI=1, for an MPI after the first one, that session leaves out what would be the same: tests without
+ranks, and jobs that run commands.
 """
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +28,13 @@ from mpi4py import MPI
 from mpitp.comm import guard
 
 WORLD = MPI.COMM_WORLD
+SECOND_MPI = os.environ.get("MPITP_SECOND_MPI") == "1"
+
+# A shell that starts pytest in the background makes it ignore SIGINT, and jobs would inherit that. With a handler of
+# its own, the process starts others with SIGINT as it is by default.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A test that fails inside `with TensorParallelGroup()` is reported as any other, and end_job() does the rest: abort()
 # would end the job while pytest still captures what it says.
 guard.abort = lambda error: None
@@ -66,17 +79,42 @@ def pytest_internalerror(excrepr):
         end_job(str(excrepr))
 
 
+# Modules whose jobs run commands and programs, by any launcher.
+ANY_LAUNCHER = {"test_bench", "test_command_line", "test_feed_forward_families", "test_generate_command",
+                "test_inspect", "test_memory", "test_packaging", "test_public_api", "test_reading", "test_score",
+                "test_verify_all"}
+
+
+def names(code):
+    """The global names and attributes that a function's code uses, with the functions inside it."""
+    inside = [names(constant) for constant in code.co_consts if hasattr(constant, "co_names")]
+    return set(code.co_names).union(*inside)
+
+
+def needs_ranks(item):
+    """Whether a test says more on several ranks than on one."""
+    if {"group", "world"} & set(item.fixturenames):
+        return True
+    inner = getattr(item.function, "hypothesis", None)
+    functions = [inner.inner_test if inner else item.function]
+    functions += [definition.func for made in item._fixtureinfo.name2fixturedefs.values() for definition in made]
+    return any({"TensorParallelGroup", "COMM_WORLD"} & names(function.__code__) for function in functions)
+
+
+def left_out(item, config):
+    """Whether this session is not the one for the test, see above."""
+    if config.option.device != "cpu":           # there, those that take a group
+        return "group" not in item.fixturenames or item.get_closest_marker("host")
+    if "launcher" in item.keywords:
+        return WORLD.size > 1 or SECOND_MPI and item.module.__name__ in ANY_LAUNCHER
+    return (WORLD.size > 1 or SECOND_MPI) and not needs_ranks(item)
+
+
 def pytest_collection_modifyitems(config, items):
-    """Tests that start jobs of their own run in the session of one rank. On a GPU, those run that take a group."""
-    if config.option.device != "cpu":
-        left_out = [item for item in items if "group" not in item.fixturenames or item.get_closest_marker("host")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
-    if WORLD.size > 1:
-        skip = pytest.mark.skip(reason="starts MPI jobs of its own: runs on one rank")
-        for item in items:
-            if "launcher" in item.keywords:
-                item.add_marker(skip)
+    """Leave out what another session runs."""
+    out = [item for item in items if left_out(item, config)]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in set(out)]
 
 
 def pytest_runtest_setup(item):

@@ -34,7 +34,7 @@ def main(workers=None):
     for tokens, hidden, ffn, activation, gated, blocks in CASES:
         with mpitp.TensorParallelGroup(reproducible=True, blocks=blocks, check=True) as group:
             if workers:
-                group._workers.count = workers
+                group.workers.count = workers
             for name in ("float32", "float64", *of_device(group)):
                 dtype = compute_dtype(name, group.device)
                 layer = mpitp.ParallelMLP(group, hidden, ffn, activation, gated, dtype=dtype, seed=None)
@@ -60,7 +60,7 @@ def main(workers=None):
         for blocks, dtype in ((8, "float32"), (3, "float64")):
             with mpitp.TensorParallelGroup(reproducible=True, blocks=blocks, check=True) as group:
                 if workers:
-                    group._workers.count = workers
+                    group.workers.count = workers
                 decoder(group, kind, dtype)
                 for half in of_device(group):
                     decoder(group, kind, half)

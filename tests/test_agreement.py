@@ -6,7 +6,8 @@ import pytest
 
 import mpitp
 from mpitp import InputError
-from mpitp.comm import agreement
+from mpitp.comm import agreement, collectives
+from spmd import sum_of_blocks
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ MISMATCHES = {
     "blocking": lambda g: g.begin_all_reduce(np.ones(3)) if last(g) else g.all_reduce(np.ones(3)),
     "root": lambda g: g.broadcast(np.ones(3), root=1 if last(g) else 0),
     "partition": lambda g: g.reduce_scatter(np.ones((6, 6)), g.partition(6), axis=0 if last(g) else 1),
-    "the sum over blocks": lambda g: g.sum_blocks(lambda block: np.ones(3), g.partition(6 if last(g) else 7), (3,),
+    "the sum over blocks": lambda g: sum_of_blocks(g, lambda block: np.ones(3), g.partition(6 if last(g) else 7), (3,),
                                                   "float64"),
     "layer sizes": lambda g: mpitp.ParallelMLP(g, 4, 9).forward(np.ones((3 if last(g) else 2, 4), "f")),
 }
@@ -47,8 +48,8 @@ ONE_RANKS_ERRORS = {
                  "all_gather of shape (99,)"),
     "the axis": (lambda g: g.reduce_scatter(np.ones((6, 6)), g.partition(6), 5 if last(g) else 0), "along axis 5"),
     "the root": (lambda g: g.broadcast(np.ones(3), g.size if last(g) else 0), "broadcast with root"),
-    "the dtype of a sum": (lambda g: g.sum_blocks(lambda b: np.ones(3), g.partition(9), (3,),
-                                                  "int32" if last(g) else "float64"), "sum_blocks of int32"),
+    "the dtype of a sum": (lambda g: sum_of_blocks(g, lambda b: np.ones(3), g.partition(9), (3,),
+                                                  "int32" if last(g) else "float64"), "a sum of int32"),
 }
 
 
@@ -93,14 +94,14 @@ def test_a_reproducible_sum_is_checked_too(world):
     if world.size == 1:
         pytest.skip("one rank agrees with itself")
     with mpitp.TensorParallelGroup(reproducible=True, check=True) as group:
-        said = caught_everywhere(group, lambda g: g.sum_blocks(
-            lambda block: np.ones(3 + last(g), "f"), g.partition(8), (3 + last(g),), "float32"))
-        assert all("sum_blocks float32 (3,)" in text and "sum_blocks float32 (4,)" in text for text in said)
+        said = caught_everywhere(group, lambda g: sum_of_blocks(
+            g, lambda block: np.ones(3 + last(g), "f"), g.partition(8), (3 + last(g),), "float32"))
+        assert all("sum float32 (3,)" in text and "sum float32 (4,)" in text for text in said)
 
 
 def test_a_check_that_ignores_something_is_seen(group, monkeypatch):
     """The tester, tested."""
-    monkeypatch.setattr(agreement, "memory_order", lambda x: "C")
+    monkeypatch.setattr(collectives, "memory_order", lambda x: "C")
     assert caught_everywhere(group, MISMATCHES["memory order"]) == [None] * group.size
 
 
@@ -151,7 +152,7 @@ def test_without_check_nothing_more_is_sent(world):
         group.gather(x[:, partition.range(group.rank)], partition)
         group.reduce_scatter(x, partition)
         group.broadcast(x)
-        group.sum_blocks(lambda block: np.ones(2), partition, (2,), float)
+        sum_of_blocks(group, lambda block: np.ones(2), partition, (2,), float)
         assert data.calls == ["Allreduce", "Iallreduce", "Allgatherv", "Gatherv", "Reduce_scatter", "Bcast", "Allreduce"]
         assert control.calls == [] and not group.ledger.control
         group.comm = control.comm
@@ -160,7 +161,7 @@ def test_without_check_nothing_more_is_sent(world):
 def test_what_a_reproducible_sum_sends(world):
     with mpitp.TensorParallelGroup(reproducible=True) as group:
         data = group.transport.comm = Spy(group.transport.comm)
-        group.sum_blocks(lambda block: np.ones(2), group.partition(6), (2,), float)
+        sum_of_blocks(group, lambda block: np.ones(2), group.partition(6), (2,), float)
         assert data.calls == ["Alltoallv", "Allgatherv"]
 
 

@@ -26,8 +26,8 @@ def loaded(group, configuration, dtype="float64", seed=0):
     return model, weights
 
 
-def loss_of(model, ids, targets, mask, saved=False):
-    logits, kept = model.forward(ids, mask=mask, step=3, saved=saved)
+def loss_of(model, ids, targets, mask, save=False):
+    logits, kept = model.forward(ids, mask=mask, step=3, save=save)
     loss, kept_loss = model.loss(logits, targets, label_smoothing=0.1)
     return loss, kept, kept_loss
 
@@ -37,7 +37,7 @@ def test_gradients_by_numeric_differences(group, kind):
     """d loss along a direction through all parameters at once: the inner product with the gradients of owned parts."""
     model, weights = loaded(group, config(kind, hidden_dropout=0.1, attention_dropout=0.2))
     ids, targets, mask = data()
-    _, saved, saved_loss = loss_of(model, ids, targets, mask, saved=True)
+    _, saved, saved_loss = loss_of(model, ids, targets, mask, save=True)
     gradients = group.comm.bcast(model.gather(model.backward(model.loss_backward(saved_loss), saved)))
     for seed in range(2):
         along = {name: draw(1000 * (seed + 1) + i, *w.shape) for i, (name, w) in enumerate(weights.items())}
@@ -59,7 +59,7 @@ def test_adjoint_identity(group, kind, part):
     x, dy, u = (draw(number, B, S, 20) for number in range(3))
     y, saved = layer.forward(x)
     dx, _ = layer.backward(dy, saved)
-    along = (layer.forward(x + 1e-6 * u, saved=False)[0] - layer.forward(x - 1e-6 * u, saved=False)[0]) / 2e-6
+    along = (layer.forward(x + 1e-6 * u, save=False)[0] - layer.forward(x - 1e-6 * u, save=False)[0]) / 2e-6
     assert (dy * along).sum() == pytest.approx((dx * u).sum(), rel=1e-6, abs=1e-8)
     assert group.comm.allgather(dx.tobytes()) == [dx.tobytes()] * group.size        # every rank has the same bits
 
@@ -129,7 +129,7 @@ def test_nothing_that_is_given_changes(group, kind):
         g.fill(np.nan)                                                  # every number of `out` is written again
     assert model.backward(d_logits, model.forward(ids, mask=mask, step=0)[1], out=gradients) is gradients
     assert all(gradients[name].tobytes() == kept[name].tobytes() for name in kept)
-    again, nothing = model.forward(ids, mask=mask, step=0, saved=False)
+    again, nothing = model.forward(ids, mask=mask, step=0, save=False)
     assert nothing is None and again.tobytes() == logits.tobytes()
 
 

@@ -11,7 +11,7 @@ from decoder_cases import config
 from mpitp.sharding import parameters
 from mpitp.layers.attention import ParallelAttention
 from mpitp.layers.base import ParallelLayer
-from mpitp.layers.heads import Call, Heads
+from mpitp.layers.heads import AttentionCall, Heads
 from mpitp.layers.mlp import ParallelMLP
 
 pytestmark = [pytest.mark.usefixtures("several_ranks"), pytest.mark.host]     # the mistakes are made in NumPy
@@ -45,8 +45,8 @@ def test_4_rank_0s_rows_on_every_rank(group, monkeypatch, part):
         pytest.skip("the ranks' parts differ in size: this mistake would raise")
     right = parameters.ParameterSpec.window
 
-    def wrong(spec, rank, ranks, blocks):
-        return right(spec, 0 if f"attention.{part}." in spec.name else rank, ranks, blocks)
+    def wrong(spec, place):
+        return right(spec, place._replace(rank=0) if f"attention.{part}." in spec.name else place)
 
     def gathered_rightly(layer, arrays=None):   # what was loaded is wrong, gradients are put together as ever
         monkeypatch.undo()
@@ -59,11 +59,14 @@ def test_4_rank_0s_rows_on_every_rank(group, monkeypatch, part):
 def test_6_norm_gradients_not_summed_over_the_heads(group, monkeypatch):
     right = ParallelAttention.sum_norm_gradients
 
-    def wrong(layer, kept, gradients):
+    def own_blocks_alone(total):
+        parts = list(total.fold.known.values()) if total.group.reproducible else [total.local_sum()]
+        return sum((part for part in parts if part is not None), np.zeros(total.shape, total.dtype))
+
+    def wrong(layer, norms, gradients):
         with monkeypatch.context() as patch:
-            patch.setattr(layer.group, "sum_blocks", lambda compute, partition, shape, dtype: sum(
-                (compute(block) for block in partition.blocks_of(layer.group.rank)), np.zeros(shape, dtype)))
-            right(layer, kept, gradients)
+            patch.setattr(layer.group.sum_class, "all_reduce", own_blocks_alone)
+            right(layer, norms, gradients)
     monkeypatch.setattr(ParallelAttention, "sum_norm_gradients", wrong)
     several = config("llama, one kv head", qk_norm=True, num_layers=1, num_query_groups=5)
     seen(group, several, "layers.0.attention.query_norm.weight",
@@ -99,12 +102,12 @@ def test_11_every_holder_carries_the_shared_gradient_on(group, monkeypatch):
 
 
 def test_9_the_same_dropout_mask_on_every_shard(group, monkeypatch):
-    right = Call.keep
+    right = AttentionCall.keep
 
     def wrong(call, heads, unit, b, first, stop):
         start = call.layer.partition.bounds[group.rank]
         return right(call, slice(heads.start - start, heads.stop - start), unit, b, first, stop)
-    monkeypatch.setattr(Call, "keep", wrong)
+    monkeypatch.setattr(AttentionCall, "keep", wrong)
     seen(group, config("bloom", num_layers=1, attention_dropout=0.5), "logits", "loss", dropout=True)
 
 

@@ -68,12 +68,14 @@ def test_rotary(text, options):
 @pytest.mark.host
 def test_attention(group, text, options):
     group.ledger.clear()
-    refuses(text, mpitp.ParallelAttention, group, **{"hidden_size": 20, **options})
+    choices = dict(options)
+    dtype = choices.pop("dtype", "float32")
+    refuses(text, lambda: mpitp.ParallelAttention(group, mpitp.AttentionConfig(20, **choices), dtype=dtype))
     assert not group.ledger.data
 
 
 def test_attention_of_x_and_mask(group):
-    layer = mpitp.ParallelAttention(group, 20, 5)
+    layer = mpitp.ParallelAttention(group, mpitp.AttentionConfig(20, 5))
     x = draw(0, 2, 7, 20, dtype="f")
     group.ledger.clear()
     for shape in ((7, 7), (2, 6), (2, 7, 6), (3, 7), (2, 1, 7, 7)):
@@ -85,7 +87,7 @@ def test_attention_of_x_and_mask(group):
     refuses("found dtype float64", layer.forward, x.astype(float))
     refuses("found shape (2, 7, 19)", layer.forward, x[..., :19])
     assert not group.ledger.data
-    y, saved = layer.forward(x, saved=False)
+    y, saved = layer.forward(x, save=False)
     refuses("found saved = None", layer.backward, y, saved)
     _, saved = layer.forward(x)
     refuses("dy: found 7 rows, expected 14", layer.backward, y[0], saved)

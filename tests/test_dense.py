@@ -1,4 +1,5 @@
-"""The oracle on trial: dense.py against PyTorch's numbers, numeric derivatives, and errors planted in its results."""
+"""The oracle on trial: the dense feed-forward block against PyTorch's numbers, numeric derivatives and planted errors;
+the two ratios by hand."""
 import json
 import math
 
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from make_golden_mlp import ACTIVATIONS, FILE, inputs
-from mpitp.oracle import feed_forward as dense
+from mpitp import oracle
+from mpitp.oracle import activation as activations
 from spmd import draw
 
 GOLDEN = {(case["activation"], case["gated"]): case for case in json.loads(FILE.read_text())["cases"]}
@@ -26,23 +28,20 @@ def block(tokens, hidden, ffn, gated, bias=True, dtype=np.float64, scale=1.0):
     return draw(10, tokens, hidden, dtype=dtype) * dtype(scale), draw(11, tokens, hidden, dtype=dtype), w
 
 
-def results(x, dy, w, activation, gated):
-    y, saved = dense.mlp_forward(x, w, activation, gated)
-    dx, gradients = dense.mlp_backward(dy, saved, w, activation, gated)
+def results(x, dy, w, activation):
+    y, saved = oracle.feed_forward.forward(x, w, activation)
+    dx, gradients = oracle.feed_forward.backward(dy, saved)
     return {"y": y, "dx": dx, **gradients}
 
 
-def widened(*arrays):
-    return [{name: a.astype(np.float64) for name, a in x.items()} if isinstance(x, dict) else x.astype(np.float64)
-            for x in arrays]
+def compared(found, x, dy, w, activation):
+    """{name: Comparison}"""
+    found = oracle.compare_all(found, lambda w, x, dy: results(x, dy, w, activation), w, x, dy)
+    return {comparison.name: comparison for comparison in found}
 
 
-def ratios(found, x, dy, w, activation, gated):
-    x, dy, w = widened(x, dy, w)
-    exact = results(x, dy, w, activation, gated)
-    magnitude = dense.mlp_magnitudes(x, dy, w, activation, gated)
-    assert found.keys() == exact.keys() == magnitude.keys()
-    return {name: dense.error_ratio(found[name], exact[name], magnitude[name]) for name in found}
+def errors(found, x, dy, w, activation):
+    return {name: comparison.error for name, comparison in compared(found, x, dy, w, activation).items()}
 
 
 @BOTH
@@ -51,7 +50,7 @@ def test_the_numbers_of_pytorch(activation, gated):
     w = inputs(gated)
     x, dy = w.pop("x"), w.pop("dy")
     golden = {name: np.array(value) for name, value in GOLDEN[activation, gated].items() if isinstance(value, list)}
-    found = ratios(golden, x, dy, w, activation, gated)
+    found = errors(golden, x, dy, w, activation)
     assert max(found.values()) <= 4, found
 
 
@@ -60,14 +59,14 @@ def test_the_numbers_of_pytorch(activation, gated):
 def test_numeric_gradients(activation, gated):
     """(L(v + e d) - L(v - e d)) / 2e = <dL/dv, d>, L = <dy, y>, for one random direction d of each variable v."""
     x, dy, w = block(4, 6, 9, gated)
-    gradients = results(x, dy, w, activation, gated)
+    gradients = results(x, dy, w, activation)
     for number, name in enumerate(["x", *w]):
         value, gradient = (x, gradients["dx"]) if name == "x" else (w[name], gradients[name])
         d = draw(20 + number, *value.shape)
 
         def loss(step):
             moved = value + step * d
-            y, _ = dense.mlp_forward(*((moved, w) if name == "x" else (x, {**w, name: moved})), activation, gated)
+            y, _ = oracle.feed_forward.forward(*((moved, w) if name == "x" else (x, {**w, name: moved})), activation)
             return (dy * y).sum()
 
         e = 1e-6
@@ -78,21 +77,21 @@ def test_numeric_gradients(activation, gated):
 @EVERY
 def test_slope_and_bend_of_the_activations(activation):
     h, e = np.linspace(-8, 8, 4001) + 1e-4, 1e-6            # not on relu's kink
-    value, slope, bend = dense.activation(activation, h)
-    (right, right_slope, _), (left, left_slope, _) = (dense.activation(activation, h + s) for s in (e, -e))
+    (_, slope), bend = activations.forward(h, activation), activations.BEND[activation]
+    (right, right_slope), (left, left_slope) = (activations.forward(h + s, activation) for s in (e, -e))
     assert np.abs((right - left) / (2 * e) - slope).max() < 1e-8
     assert np.abs((right_slope - left_slope) / (2 * e)).max() <= bend + 1e-8
     with np.errstate(invalid="ignore"):
-        assert np.isnan(dense.activation(activation, np.array([np.nan]))[0]).all()
+        assert np.isnan(activations.forward(np.array([np.nan]), activation)[0]).all()
 
 
 @settings(derandomize=True, deadline=None, database=None, max_examples=60)
 @given(tokens=st.integers(1, 40), hidden=st.integers(1, 40), ffn=st.integers(1, 90), gated=st.booleans(),
        activation=st.sampled_from(ACTIVATIONS), bias=st.booleans(), scale=st.sampled_from([0.1, 1, 4]))
 def test_float32_is_a_few_roundings_away(tokens, hidden, ffn, gated, activation, bias, scale):
-    """So that `limit` means something: were the magnitudes too small, it would be void, too large, blind."""
+    """With magnitudes that are too small the limit would be void, with ones that are too large it would be blind."""
     x, dy, w = block(tokens, hidden, ffn, gated, bias, np.float32, scale)
-    found = ratios(results(x, dy, w, activation, gated), x, dy, w, activation, gated)
+    found = errors(results(x, dy, w, activation), x, dy, w, activation)
     assert max(found.values()) < 2.5, found
     assert tokens * hidden * ffn < 50 or max(found.values()) > 0.02, found
 
@@ -101,13 +100,14 @@ def test_float32_is_a_few_roundings_away(tokens, hidden, ffn, gated, activation,
 @EVERY
 def test_an_error_of_a_thousandth_in_one_entry_is_far_over_the_limit(activation, gated):
     x, dy, w = block(16, 12, 48, gated, dtype=np.float32)
-    right = results(x, dy, w, activation, gated)
-    good = ratios(right, x, dy, w, activation, gated)
+    right = results(x, dy, w, activation)
+    good = compared(right, x, dy, w, activation)
     for name, value in right.items():
-        wrong = value.copy()
-        wrong[np.unravel_index(np.abs(wrong).argmax(), wrong.shape)] *= np.float32(1.001)
-        found = ratios({**right, name: wrong}, x, dy, w, activation, gated)
-        assert found[name] > 10 * dense.limit(good[name]), name
+        wrong, place = value.copy(), np.unravel_index(np.abs(value).argmax(), value.shape)
+        wrong[place] *= np.float32(1.001)
+        found = compared({**right, name: wrong}, x, dy, w, activation)
+        assert found[name].error > 10 * good[name].limit and not found[name].good, name
+        assert found[name].worst == tuple(place) and found[name].found == wrong[place], name
         assert {**found, name: good[name]} == good, name
 
 
@@ -117,14 +117,14 @@ def test_a_sign_that_float32_may_lose_is_no_error():
     w = {"up.weight": np.array([[1.0, -1.0, 1e-9]]), "down.weight": np.ones((3, 1))}
     flipped = {name: value.astype("f") for name, value in w.items()}
     flipped["up.weight"][0, 2] = -1e-9
-    found = results(x.astype("f"), dy.astype("f"), flipped, "relu", False)
-    assert max(ratios(found, x, dy, w, "relu", False).values()) < 4
+    found = results(x.astype("f"), dy.astype("f"), flipped, "relu")
+    assert max(errors(found, x, dy, w, "relu").values()) < 4
     w["up.weight"][0, 2] = 1e-3                             # but this one float32 sees
-    assert ratios(found, x, dy, w, "relu", False)["dx"] > 1e6
+    assert errors(found, x, dy, w, "relu")["dx"] > 1e6
 
 
 def test_error_ratio_of_what_is_no_number():
-    one, ratio = np.ones(3), dense.error_ratio
+    one, ratio = np.ones(3), oracle.error_ratio
     eps = np.finfo(np.float64).eps
     assert ratio(one, one, one) == 0 and ratio(one * (1 + eps), one, one) == 1
     assert ratio(one, one * 0, one * 0) == math.inf
@@ -133,9 +133,50 @@ def test_error_ratio_of_what_is_no_number():
         assert ratio(np.array([1, wrong, 1]), one, one) == math.inf
     assert ratio(np.ones(1), one, one) == math.inf and ratio(np.ones((0, 3)), one, one) == math.inf
     assert ratio(one.astype("f") + np.float32(1e-6), one, one) < 10 < ratio(one + 1e-6, one, one)
-    assert dense.limit(0.5) == 4 and dense.limit(16) == 32 and dense.limit(math.inf) == 4
+
+
+def test_limits():
+    """Those of a dense run without one, of a good one, of a bad one, and of one that overflowed."""
+    assert [oracle.limit(dense) for dense in (math.nan, 0.5, 16, math.inf)] == [4, 4, 32, 4]
+    assert [oracle.normwise_limit(dense) for dense in (math.nan, 3, 16, math.inf)] == [128, 128, 512, 128]
+
+
+def test_normwise_ratio():
+    exact, eps = np.array([3.0, 4.0]), np.finfo(np.float32).eps
+    found = np.float32([3 + 10 * eps, 4])
+    assert oracle.normwise_ratio(found, exact) == 2 and oracle.normwise_ratio(np.float32(exact), exact) == 0
+    nothing = np.zeros(2)
+    assert oracle.normwise_ratio(np.float32([eps, 0]), nothing, scale=2.0) == 0.5           # 0 beside results of 2
+    assert oracle.normwise_ratio(np.float32([eps, 0]), nothing) == math.inf
+    for wrong in (np.float32([np.nan, 4]), np.float32([np.inf, 4]), np.ones((1, 2), "f"), np.ones(1, "f")):
+        assert oracle.normwise_ratio(wrong, exact) == math.inf
+    assert oracle.normwise_ratio(np.ones((0, 3), "f"), np.ones((0, 3))) == 0
+
+
+def test_the_first_of_the_worst_elements(monkeypatch):
+    monkeypatch.setattr(oracle.comparison, "PIECE", 4)
+    exact, found = np.ones((3, 5)), np.ones((3, 5), "f")
+    found[1, 3] = found[2, 2] = 1.5
+    found[0, 1] = 1.25
+    comparison = oracle.compare(found, exact, exact, name="y")
+    assert comparison.worst == (1, 3) and comparison.found == 1.5 and comparison.exact == 1 and not comparison.good
+    assert str(comparison).endswith("FAILED; worst at [1, 3]: found 1.5, expected 1.0")
+    found[2, 4] = np.nan
+    assert oracle.compare(found, exact, exact).worst == (2, 4)
+    right = oracle.compare(np.ones((3, 5), "f"), exact, exact, name="y")
+    assert right.worst is None and right.good and right.near and str(right).endswith("  ok")
+    assert oracle.compare(np.ones((3, 4), "f"), exact, exact).worst is None
+    assert oracle.compare(np.float32(2), np.float64(1), np.float64(1)).worst == ()
+
+
+def test_what_compare_refuses():
+    one = np.ones(3)
+    with pytest.raises(ValueError, match="found no magnitude, expected one"):
+        oracle.compare(one, one)
+    with pytest.raises(ValueError, match=r"found results \['y'\], expected \['dx', 'y'\]"):
+        oracle.compare_all({"y": one}, lambda w, x: {"y": x, "dx": x}, {}, one)
 
 
 def test_an_unknown_activation():
-    with pytest.raises(ValueError, match="found activation 'swish', expected gelu_tanh, "):
-        dense.activation("swish", np.ones(2))
+    with pytest.raises(ValueError, match="found activation 'swish', expected one of gelu_tanh, "):
+        oracle.feed_forward.forward(np.ones((2, 2)), {"up.weight": np.ones((2, 2))}, "swish")

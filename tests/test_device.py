@@ -5,14 +5,13 @@ import sys
 import numpy as np
 import pytest
 import stand_in
-from spmd import draw, job, same_bytes
 
 import mpitp
 from mpitp import InputError
-from mpitp.comm.gpu import aware as device
-from mpitp.comm.gpu import choose as transport
-from mpitp.comm.gpu.staged import StagedTransport
+from mpitp.comm.gpu import aware as device, choose as transport
 from mpitp.comm.mpi import MpiTransport
+from mpitp.comm.gpu.staged import StagedTransport
+from spmd import draw, job, same_bytes, sum_of_blocks
 
 # --- what the MPI says ---------------------------------------------------------------------------------------
 
@@ -84,7 +83,8 @@ def test_each_way_to_say_it(monkeypatch):
 
 
 @pytest.mark.parametrize("kinds, takes", [
-    ("cuda", True), ("system, cuda", True), ("system,cuda:device", True), ("cuda:host", False), ("cuda:host:device", True),
+    ("cuda", True), ("system, cuda", True), ("system,cuda:device", True), ("cuda:host", False),
+    ("cuda:host:device", True),
     ("cuda:managed", False), ("cudax", False), ("rocm:device", False), ("", False)])
 def test_memory_kinds(kinds, takes):
     assert device.takes_device(kinds) == takes
@@ -179,7 +179,7 @@ def test_sum_blocks_on_a_device(gpu_group, reproducible):
     with mpitp.TensorParallelGroup(device="gpu", reproducible=reproducible, blocks=4, transport=name) as group:
         leaves = [np.round(draw(b, 3, 5) * 4).astype("float32") for b in range(group.blocks)]
         stand_in.default_stream.reset()
-        y = group.sum_blocks(lambda block: on_device(leaves[block.index]), group.partition(40), (3, 5), "float32")
+        y = sum_of_blocks(group, lambda block: on_device(leaves[block.index]), group.partition(40), (3, 5), "float32")
         assert same(y, sum(leaves[1:], leaves[0])) and settled(group)
 
 
@@ -206,7 +206,7 @@ def test_staging_is_said_once_by_rank_0(world, stand_in_for_cupy, monkeypatch, c
 
 def test_a_transport_that_does_not_synchronise_is_seen(world):
     stand_in.default_stream.reset()
-    MpiTransport(world, synchronise=lambda: None).all_reduce(on_device(np.ones(3)), "sum")
+    MpiTransport(world).all_reduce(on_device(np.ones(3)), "sum")
     assert stand_in.default_stream.mistakes
     stand_in.default_stream.reset()
     hasty = StagedTransport(world, lambda: None, "in a test", pinned_like=lambda x: np.empty(x.shape, x.dtype))

@@ -52,7 +52,7 @@ def test_nothing_is_wrong():
 def test_each_misconfiguration_is_named(name, ranks, fix):
     found = {finding.name: finding for finding in doctor.findings(ranks)}
     assert name in found and fix in found[name].fix
-    text = "\n".join([*doctor.page(ranks), *doctor.said(list(found.values()))])
+    text = "\n".join([*doctor.page(ranks), *doctor.verdict(list(found.values()))])
     assert f"WRONG  {name}: " in text
 
 
@@ -65,6 +65,16 @@ def test_no_blas_of_its_own_knowledge():
     """What cannot be known is said to be unknown, and is not a finding."""
     unknown = rank(blas_threads=None, shared_memory=None, instructions=[])
     assert names(unknown, unknown) == [] and "unknown" in "\n".join(doctor.page([unknown]))
+
+
+@pytest.mark.parametrize("launcher, mpi, fix", [
+    ("srun", "Open MPI 5.0.11", "srun --mpi=pmix "), ("srun", "MPICH 5.0.2", "srun --mpi=pmi2 "),
+    ("srun", "Intel MPI 2021.18.1", "srun --mpi=pmi2 "), ("srun", "Cray MPICH 8.1", "srun --mpi=cray_shasta "),
+    ("flux run", "MPICH 5.0.2", "the mpirun of MPICH 5.0.2,")])
+def test_the_way_out_of_the_wrong_launcher(launcher, mpi, fix):
+    """Under srun it is an option of srun, not another launcher."""
+    found = doctor.findings([rank(world=1, launcher_ranks=4, launcher=launcher, mpi=mpi)])[0]
+    assert found.name == "wrong launcher" and fix in found.fix and ("mpirun" in found.fix) == (launcher != "srun")
 
 
 @pytest.mark.parametrize("text, cores", [("max 100000\n", None), ("150000 100000\n", 1.5), ("nonsense", None)])
@@ -134,8 +144,10 @@ def test_a_launcher_of_another_mpi():
         environment.update(SLURM_STEP_NUM_TASKS="4", SLURM_STEP_ID="0", SLURM_PROCID=str(number))
         done = subprocess.run([sys.executable, "-m", "mpitp", "doctor"], env=environment, capture_output=True, text=True)
         assert ("WRONG  wrong launcher: 4 processes started by srun" in done.stdout) == (number == 0), done.stderr
+        assert ("  fix  start with srun --mpi=" in done.stdout) == (number == 0)
     done = subprocess.run([sys.executable, "-m", "mpitp"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "found 4 processes started by srun, each alone" in done.stderr
+    assert "so start with srun --mpi=" in done.stderr and "mpirun" not in done.stderr
 
 
 @pytest.mark.launcher

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpitp
-from mpitp.oracle import feed_forward as dense
+from mpitp import oracle
 from mpitp.layers import embedding
 from mpitp.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from mpitp.ops.embedding import embedding_backward
@@ -57,12 +57,12 @@ def problems(group, vocab, hidden, multiplier=1.0, lead=(3, 5), dtype="float64",
         found.append(f"ledger {dict(group.ledger.counts())}")
     if not same_bytes(y, w[ids] * np.dtype(dtype).type(multiplier) + np.dtype(dtype).type(0)):
         found.append("y")
-    y_again, unsaved = layer.forward(ids, saved=False)
+    y_again, unsaved = layer.forward(ids, save=False)
     if unsaved is not None or not same_bytes(y, y_again):
-        found.append("forward(saved=False) differs")
+        found.append("forward(save=False) differs")
     dw = group.comm.bcast(layer.gather(gradients))["e.weight"]
     exact, size = (plain_gradient(f(dy.astype(float)) * f(multiplier), ids, vocab) for f in (np.asarray, np.abs))
-    if dw.dtype != dtype or not dense.error_ratio(dw, exact, size) <= 4:
+    if dw.dtype != dtype or not oracle.error_ratio(dw, exact, size) <= 4:
         found.append("weight")
     return found
 
@@ -101,7 +101,7 @@ def test_adjoint_and_numeric(group):
 
     def value(weight):
         layer.load_dense({"weight": weight})
-        return (dy * layer.forward(ids, saved=False)[0]).sum()
+        return (dy * layer.forward(ids, save=False)[0]).sum()
 
     layer.load_dense({"weight": w})
     dw = layer.backward(dy, layer.forward(ids)[1])[1]["weight"]
@@ -219,13 +219,13 @@ def test_positions(group, count, lead, dtype):
     y, saved = layer.forward(count)
     _, gradients = layer.backward(dy, saved)
     assert group.ledger.counts() == Counter() == layer.collectives(count)[0] + layer.collectives(count)[1]
-    assert same_bytes(y, w[:count]) and layer.forward(count, saved=False)[1] is None
+    assert same_bytes(y, w[:count]) and layer.forward(count, save=False)[1] is None
     y += 1                                                      # not the weight itself
     assert same_bytes(layer.parameter("weight"), w)
     dw = gradients["position.weight"]
     exact = np.zeros((8, 3))
     exact[:count] = dy.astype(float).reshape(-1, count, 3).sum(0) if dy.size else 0
-    assert dw.dtype == dtype and dense.error_ratio(dw, exact, 1 + np.abs(exact)) <= 4
+    assert dw.dtype == dtype and oracle.error_ratio(dw, exact, 1 + np.abs(exact)) <= 4
     value = (dy * np.ones(lead + (1, 1)) * w[:count]).sum()     # linear in w: the adjoint
     assert abs(value - (dw * w).sum()) <= 1e-5 * (1 + np.abs(dy).sum())
 

@@ -9,6 +9,7 @@ import mpitp
 from check_layers import linear_problems, mlp_problems
 from mpitp.sharding import parameters, rng
 from mpitp.comm.group import TensorParallelGroup
+from mpitp.comm.sums import Sum
 from mpitp.layers import linear, mlp
 
 pytestmark = [pytest.mark.usefixtures("several_ranks"), pytest.mark.host]     # the mistakes are made in NumPy
@@ -33,13 +34,11 @@ def test_nothing_is_found_without_a_fault(group):
 # 1. The row bias, added on every rank, or divided by P.
 
 def test_row_bias_on_every_rank(group, monkeypatch):
-    right = mlp.reduce_from_ranks_forward
+    right = Sum.checked
 
-    def wrong(partial, partition, group, shape, dtype):
-        bias = np.ones(shape[-1], dtype)        # added before the sum: counted once a rank, and once after it
-        return right(lambda block: partial(block) + bias, partition, group, shape, dtype)
-    monkeypatch.setattr(mlp, "reduce_from_ranks_forward", wrong)
-    monkeypatch.setattr(linear, "reduce_from_ranks_forward", wrong)
+    def wrong(total, block, summand):           # added before the sum: counted once a block, and once after it
+        return right(total, block, summand + np.ones(total.shape[-1], total.summand_dtype))
+    monkeypatch.setattr(Sum, "checked", wrong)
     seen_everywhere(group, mlp_problems(group, **SHAPE), "y")
     seen_everywhere(group, linear_problems(group, "row", 13, 7), "y")
 
@@ -60,13 +59,12 @@ def test_row_bias_divided_by_the_ranks(group, monkeypatch):
 
 # 2. The all-reduce missing, or done twice, in f's backward and in g's forward.
 
-def missing(partial, partition, group, shape, dtype, later=()):
-    return sum((partial(block) for block in partition.blocks_of(group.rank)), np.zeros(shape, dtype))
+def missing(total):
+    return sum(total.fold.known.values()) if total.group.reproducible else total.local_sum()
 
 
-def twice(partial, partition, group, shape, dtype, later=()):
-    total = group.sum_blocks(partial, partition, shape, dtype, later)
-    return group.all_reduce(total)
+def twice(total):
+    return total.group.all_reduce(total.all_reduce())
 
 
 @pytest.mark.parametrize("fault", [missing, twice])
@@ -95,10 +93,9 @@ def test_the_ledger_sees_the_second_one(group, monkeypatch):
 def test_shards_swapped(group, monkeypatch):
     right = parameters.ParameterSpec.window
 
-    def wrong(spec, rank, ranks, blocks):       # counted from the other end: the shard of another rank
-        mirrored = tuple(slice(n - part.stop, n - part.start)
-                         for n, part in zip(spec.shape, right(spec, rank, ranks, blocks)))
-        return mirrored if spec.name == "up.weight" else right(spec, rank, ranks, blocks)
+    def wrong(spec, place):                     # counted from the other end: the shard of another rank
+        mirrored = tuple(slice(n - part.stop, n - part.start) for n, part in zip(spec.shape, right(spec, place)))
+        return mirrored if spec.name == "up.weight" else right(spec, place)
     monkeypatch.setattr(parameters.ParameterSpec, "window", wrong)
     seen_everywhere(group, mlp_problems(group, 11, 48), "y", "dx", "up.weight")
 

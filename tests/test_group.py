@@ -10,7 +10,7 @@ from mpitp import InputError
 from mpitp.comm import guard
 from mpitp.comm.ledger import Collective
 from mpitp.sharding.partition import Partition
-from spmd import same_bytes
+from spmd import same_bytes, sum_of_blocks
 
 DTYPES = ["float32", "float64", "int32", "int64", "float16", ml_dtypes.bfloat16]
 
@@ -131,16 +131,16 @@ def test_refusals(group):
 
 
 @pytest.mark.host
-def test_sum_blocks_refuses_what_it_would_sum_wrongly(group):
+def test_a_sum_refuses_what_it_would_sum_wrongly(group):
     """A leaf that is not C-contiguous would be reduced in a copy, one of another dtype as other numbers."""
     partition = group.partition(group.size)             # every rank has a block: all raise
     for leaf in (np.ones((3, 4), order="F"), np.ones((4, 3)), np.ones((3, 4), "f"), np.ones((3, 8))[:, ::2]):
         with pytest.raises(InputError, match=r"found a partial result.*expected a C-contiguous float64 \(3, 4\)"):
-            group.sum_blocks(lambda block: leaf, partition, (3, 4), "float64")
-    with pytest.raises(InputError, match="sum_blocks of float16, expected one of float32, float64"):
-        group.sum_blocks(lambda block: np.ones(3, "e"), partition, (3,), "float16")
+            sum_of_blocks(group, lambda block: leaf, partition, (3, 4), "float64")
+    with pytest.raises(InputError, match="a sum of float16, expected one of float32, float64"):
+        sum_of_blocks(group, lambda block: np.ones(3, "e"), partition, (3,), "float16")
     with pytest.raises(InputError, match="expected one block a rank"):
-        group.sum_blocks(lambda block: np.ones(3), Partition(8, group.size, group.size + 1), (3,), float)
+        sum_of_blocks(group, lambda block: np.ones(3), Partition(8, group.size, group.size + 1), (3,), float)
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -163,7 +163,7 @@ def test_ledger_counts_every_collective(group):
     group.reduce_scatter(x, partition)
     group.broadcast(x)
     group.gather(x[:, partition.range(group.rank)], partition)
-    group.sum_blocks(lambda block: np.ones(3), partition, (3,), "float64")
+    sum_of_blocks(group, lambda block: np.ones(3), partition, (3,), "float64")
     assert group.ledger.counts() == {
         Collective("all_reduce", 24, "float32"): 3, Collective("all_gather", 24, "float32"): 1,
         Collective("reduce_scatter", 24, "float32"): 1, Collective("broadcast", 24, "float32"): 1,
@@ -202,9 +202,9 @@ def test_subgroups(world):
 
 def test_a_subgroup_is_of_its_groups_kind(world):
     with mpitp.TensorParallelGroup(reproducible=True, blocks=5) as group:
-        group._workers.count = 3
+        group.workers.count = 3
         with group.subgroup(0) as part:
-            assert part.reproducible and part.blocks == 5 and part._workers.count == 3 and not part.check
+            assert part.reproducible and part.blocks == 5 and part.workers.count == 3 and not part.check
 
 
 def test_a_group_of_its_own_communicator(world):

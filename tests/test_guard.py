@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from spmd import ROOT, job, job_environment, mpirun
+from spmd import job, job_environment, mpirun, ROOT
 
 pytestmark = pytest.mark.launcher
 RANKS = 2
@@ -22,7 +22,7 @@ FAILURES = {
     "is interrupted": ("raise KeyboardInterrupt", "interrupted"),
     "fails in a thread": ("threading.Thread(target=lambda: 1 / 0).start()", "ZeroDivisionError"),
     "exits 3 in a thread": ("threading.Thread(target=sys.exit, args=(3,)).start(); time.sleep(60)", "SystemExit: 3"),
-    "fails in a block": ("group.sum_blocks(lambda block: 1 / 0, group.partition(9), (3,), 'float64')",
+    "fails in a block": ("sum_of_blocks(group, lambda block: 1 / 0, group.partition(9), (3,), 'float64')",
                          "ZeroDivisionError"),
     "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", None),
 }
@@ -30,10 +30,11 @@ PROGRAM = """
 import os, signal, sys, threading, time
 import numpy as np
 import mpitp
+from spmd import sum_of_blocks
 
 def main():
     {enter}
-        group._workers.count = 2
+        if group.workers: group.workers.count = 2
         if group.rank == {rank}:
             {failure}
             if threading.active_count() > 1: group.all_reduce(np.ones(3)), group.comm.recv()
@@ -149,6 +150,7 @@ def test_bad_input_on_one_rank_ends_the_job(others):
 LIBRARY = """
 import numpy as np
 import mpitp.comm.guard
+from spmd import sum_of_blocks
 mpitp.comm.guard.PATIENCE = 1
 with mpitp.TensorParallelGroup(check={check}) as group:
     {body}
@@ -167,7 +169,7 @@ def test_bad_input_in_the_context_manager_is_the_callers_on_every_rank():
 
 
 @pytest.mark.parametrize("body", ["group.all_reduce([1] if group.rank == 0 else np.ones(1)); group.all_reduce(np.ones(1))",
-                                  "group.sum_blocks(lambda b: np.ones(3), group.partition(1), (4,), float)"])
+                                  "sum_of_blocks(group, lambda b: np.ones(3), group.partition(1), (4,), float)"])
 def test_bad_input_in_the_context_manager_of_one_rank_ends_the_job(body):
     timed = timed_job(RANKS, "-c", LIBRARY.format(check=False, body=body))
     ends(timed, "InputError")

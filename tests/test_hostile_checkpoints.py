@@ -59,12 +59,12 @@ def outcome(group, folder):
         good = good and "found" in said and "expected" in said and "\n" not in said and len(said) < 2000
     else:
         stored = {}
-        for name in model.source.checkpoint.files:
+        for name in model.folder.checkpoint.files:
             stored.update(load_file(folder / name))
         for name, spec in model.specs.items():
-            place = model.source.places[name]
-            window = spec.window(group.rank, group.size, group.blocks)
-            expected = View(InMemory(stored[place.name]), place)[window]
+            layout = model.folder.layouts[name]
+            window = spec.window(group.place)
+            expected = View(InMemory(stored[layout.name]), layout)[window]
             good = good and model.weights[name].tobytes() == expected.tobytes()
     assert everywhere(good), (said, took, peak)
     return said
@@ -195,7 +195,7 @@ def test_more_layers_than_there_are(group, tmp_path):
 def test_a_file_that_is_cut_short_while_it_is_read(group, tmp_path):
     tiny.write(tmp_path, tiny.load("llama"))
     from mpitp.checkpoints import loading
-    looked = loading.open_source(tmp_path)
+    looked = loading.open_folder(tmp_path)
     content = (tmp_path / FILE).read_bytes()
     with open(tmp_path / FILE, "r+b") as file:
         file.truncate(len(content) // 2)

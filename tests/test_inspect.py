@@ -49,7 +49,7 @@ def test_the_command(tmp_path):
     done = job(1, "-m", "mpitp", "inspect", tmp_path, "-n", 3, "--json", tmp_path / "report.json")
     assert done.returncode == 0, done.stderr
     assert "  gpt_neox: " in done.stdout and "in 3 files\n" in done.stdout
-    assert "NOTE: keys of config.json that nothing here looks at: a_key_of_tomorrow\n" in done.stdout
+    assert "NOTE: keys of config.json that this family does not have: a_key_of_tomorrow\n" in done.stdout
     said = json.loads((tmp_path / "report.json").read_text())
     assert said["schema"] == "mpitp.inspect/1" and said["config"]["num_layers"] == 2 and len(said["ranks"]) == 3
     for words, message in [((tmp_path / "gone",), "found no such folder"), ((tmp_path, "-n", 0), "ranks = 0"),

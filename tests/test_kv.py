@@ -23,7 +23,7 @@ def decoder(group, kind, dtype="float64", **more):
 
 def whole(model, ids):
     """Logits (B, V) after the last of the ids, by forward."""
-    return model.gather_logits(model.forward(np.asarray(ids), saved=False)[0])[:, -1]
+    return model.gather_logits(model.forward(np.asarray(ids), save=False)[0])[:, -1]
 
 
 def extend(model, ids, kv, counts=None):
@@ -85,8 +85,8 @@ def test_each_rank_has_its_heads(group, kind):
     kv = KeyValues(model, 3, 11)
     for block, of_layer in zip(model.blocks, kv.layers):
         attention = block.attention
-        heads = group.partition(attention.num_query_groups,
-                                share=attention.num_attention_heads // attention.num_query_groups).held(group.rank)
+        heads = group.partition(attention.config.query_groups,
+                                share=attention.num_attention_heads // attention.config.query_groups).held(group.rank)
         assert of_layer.nbytes() == 2 * 3 * 11 * (heads.stop - heads.start) * attention.kv_channels * 8
 
 

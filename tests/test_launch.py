@@ -23,6 +23,7 @@ from spmd import ROOT, job_environment
     ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "-6"}, None, 1),        # salloc's interactive step
     ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "PMI_SIZE": "16"}, "Hydra", 16),   # one proxy a node by srun
     ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "OMPI_COMM_WORLD_SIZE": "16"}, "Open MPI", 16),
+    ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_ID": "0", "PMI_SIZE": "8"}, "srun", 8),      # srun --mpi=pmi2
     ({"JSM_NAMESPACE_SIZE": "6", "OMPI_COMM_WORLD_SIZE": "6"}, "jsrun", 6),
     ({"FLUX_JOB_SIZE": "2"}, "flux", 2),
     ({"PMI_SIZE": "many"}, None, 1),
@@ -30,6 +31,14 @@ from spmd import ROOT, job_environment
 def test_launchers(environment, words, ranks):
     name, found = launch.launcher(environment)
     assert found == ranks and (name is None if words is None else words in name)
+
+
+def test_cores_that_a_job_may_use():
+    """On a node that is shared, what Slurm allocated: ranks that fill it are not pinned."""
+    assert launch.usable_cores({"SLURM_CPUS_ON_NODE": "1"}) == 1
+    for nonsense in ("9999", "two", "0", ""):
+        assert launch.usable_cores({"SLURM_CPUS_ON_NODE": nonsense}) == os.cpu_count()
+    assert launch.usable_cores({}) == os.cpu_count()
 
 
 @pytest.mark.parametrize("variable, name", [("PMI_SIZE", "Hydra"), ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun")])

@@ -65,7 +65,7 @@ def loss_and_gradients(group, gated, activation):
 
     def loss(x, weights):
         layer.load_dense(weights)
-        return float((dy * layer.forward(x, saved=False)[0]).sum())
+        return float((dy * layer.forward(x, save=False)[0]).sum())
 
     layer.load_dense(weights)
     dx, gradients = layer.backward(dy, layer.forward(x)[1])

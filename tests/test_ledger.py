@@ -6,6 +6,7 @@ import pytest
 
 import mpitp
 from mpitp.comm.ledger import Collective, Entry, Ledger, wire_bytes
+from spmd import sum_of_blocks
 
 
 def test_wire_bytes():
@@ -20,9 +21,9 @@ def test_one_entry_a_kind():
     """A long run does not grow it."""
     ledger, key = Ledger(), Collective("all_reduce", 24, "float32")
     for _ in range(5):
-        with ledger.record("data", key, 10):
+        with ledger.record_data(key, 10):
             time.sleep(0.001)
-    with ledger.record("control", "agreement", 16):
+    with ledger.record_control("agreement", 16):
         pass
     assert list(ledger.data) == [key] and ledger.data[key].calls == 5 and ledger.data[key].wire_bytes == 50
     assert 0.005 <= ledger.data[key].seconds <= ledger.seconds()
@@ -35,7 +36,7 @@ def test_one_entry_a_kind():
 def test_what_raises_is_not_counted():
     ledger = Ledger()
     with pytest.raises(ZeroDivisionError):
-        with ledger.record("data", "key", 1):
+        with ledger.record_data("key", 1):
             1 / 0
     assert ledger.data == {}
 
@@ -53,6 +54,6 @@ def test_both_modes_record_the_same_logical_operation():
     """What a sum is made of on the wire is another matter: one all_reduce of the whole array either way."""
     for reproducible in (False, True):
         with mpitp.TensorParallelGroup(reproducible=reproducible, blocks=5) as group:
-            group.sum_blocks(lambda block: np.ones((2, 3), "f"), group.partition(50), (2, 3), "float32")
+            sum_of_blocks(group, lambda block: np.ones((2, 3), "f"), group.partition(50), (2, 3), "float32")
             assert group.ledger.counts() == {Collective("all_reduce", 6, "float32"): 1}
             assert (group.ledger.wire_bytes() == 0) == (group.size == 1)

@@ -275,7 +275,7 @@ def main(workers=None):
             for label_smoothing in (0.0, 0.1):
                 with mpitp.TensorParallelGroup(reproducible=True, check=True) as group:
                     if workers:
-                        group._workers.count = workers
+                        group.workers.count = workers
                     partition, _, mine = whole_and_part(group, vocab, (3, 7), dtype, scale=4.0)
                     loss, saved = vocab_parallel_cross_entropy_forward(
                         mine, draw_targets(vocab, (3, 7)), group, partition, label_smoothing=label_smoothing)

@@ -1,19 +1,21 @@
 """Running error analysis on trial: operations by hand, float32 runs of each layer below it, planted errors above it.
 
-How small an error of a product it sees was found by planting, and is in SEEN. Through a block the bound grows: in
-float32, with norms before and after, it hides a product ten times too large; the norms that `compare` takes do not.
+How small an error of a product the bound shows was found by planting, and is in SEEN. Through a block the bound
+grows: in float32, with norms before and after, it hides a product ten times too large, which the normwise ratio shows.
 """
 import numpy as np
 import pytest
 
 from decoder_cases import KINDS, config
 from golden_decoder import ids_and_targets, shapes, weights_of
-from mpitp.oracle import feed_forward as dense, decoder as dense_decoder, layers as dense_layers
-from mpitp.commands.layers import compare
-from mpitp.oracle.magnitude import Magnitude, activation, value
+from mpitp import oracle
+from mpitp.oracle import Magnitude, activation
+from mpitp.oracle.activation import ACTIVATIONS
+from mpitp.oracle.linear import part
+from mpitp.oracle.magnitude import numbers_of
 from spmd import draw
 
-LIMIT = 4                                   # of dense.limit, where the dense run itself is good
+LIMIT = oracle.limit()                      # where the dense run itself is good
 # What float32 runs stay below, of any kind and seed.
 BELOW = {"linear": 2, "norm": 1, "attention": 1, "mlp": 1, "cross entropy": 1, "block": 0.5}
 # What relative error of any one product is seen, in any kind.
@@ -26,10 +28,10 @@ def layer_case(layer, kind, seed=0, dtype="f"):
     """results(weights, x, dy), weights, x and dy of one layer: all float32 numbers of about unit size."""
     configuration = config(kind)
     x, dy = (draw(2 * seed + number, 2, 7, 20, dtype="f").astype(dtype) for number in (500, 501))
-    prefix = {"block": "layers.0.", "norm": "final_norm."}.get(layer, f"layers.0.{layer}.")
-    of_layer = dense_decoder.part(shapes(configuration), prefix)
+    name = {"block": "layers.0", "norm": "final_norm"}.get(layer, f"layers.0.{layer}")
+    of_layer = part(shapes(configuration), name)
     if layer == "linear":
-        of_layer = {"l.weight": (20, 20), "l.bias": (20,)}
+        of_layer = {"weight": (20, 20), "bias": (20,)}
     elif layer == "norm":
         of_layer = {"weight": (20,), **({"bias": (20,)} if configuration.has_norm_bias else {})}
     weights = {}
@@ -39,23 +41,27 @@ def layer_case(layer, kind, seed=0, dtype="f"):
     if layer == "cross entropy":
         targets = np.random.default_rng(seed).integers(0, 20, (2, 7))
         targets[0, 1] = -100
-        return lambda w, x, dy: dict(zip(("loss", "dx"), dense_layers.cross_entropy(x, targets, 0.1))), {}, x * 3, dy
+        return lambda w, x, dy: loss_and_gradient(x, targets), {}, x * 3, dy
+    module = {"mlp": oracle.feed_forward}.get(layer) or getattr(oracle, layer)
+    more = {"norm": oracle.norm.options(configuration), "mlp": {"activation": configuration.activation},
+            "linear": {}}.get(layer, {"config": configuration})
 
     def results(w, x, dy):
-        if layer == "linear":
-            y = dense_layers.linear_forward(x, w, "l")
-            dx, gradients = dense_layers.linear_backward(dy, x, w, "l")
-        else:
-            y, saved = getattr(dense_decoder, f"{layer}_forward")(x, w, configuration)
-            dx, gradients = getattr(dense_decoder, f"{layer}_backward")(dy, saved, w, configuration)
+        y, saved = module.forward(x, w, **more)
+        dx, gradients = module.backward(dy, saved)
         return {"y": y, "dx": dx, **gradients}
     return results, weights, x, dy
+
+
+def loss_and_gradient(logits, targets):
+    loss, saved = oracle.cross_entropy.forward(logits, targets, 0.1)
+    return {"loss": loss, "dx": oracle.cross_entropy.backward(saved)}
 
 
 def largest(found, results, *arrays):
     """The largest error of any result, over eps times its magnitude."""
     found = {name: np.asarray(array, arrays[-1].dtype) for name, array in found.items()}
-    return max(ratio.parallel for ratio in compare(found, results, *arrays))
+    return max(comparison.error for comparison in oracle.compare_all(found, results, *arrays))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,11 +121,11 @@ def test_an_error_in_any_product_of_a_decoder_is_seen_by_norms(kind, dtype, erro
     weights, known = {name: w.astype(dtype) for name, w in weights_of(configuration).items()}, {}
 
     def results(w):
-        logits, saved = dense_decoder.decoder_forward(configuration, w, ids)
-        loss, d_logits = dense_layers.cross_entropy(logits, targets, 0.1)
-        return {"logits": logits, "loss": loss, **dense_decoder.decoder_backward(configuration, w, d_logits, saved)}
+        logits, saved = oracle.decoder.forward(ids, w, configuration)
+        loss = loss_and_gradient(logits, targets)
+        return {"logits": logits, "loss": loss["loss"], **oracle.decoder.backward(loss["dx"], saved)}
 
-    def once(w):                                            # what `compare` asks for does not change
+    def once(w):                                            # what `compare_all` asks for does not change
         first = w["embedding.weight"]
         key = type(first), first.dtype
         if key not in known:
@@ -130,7 +136,7 @@ def test_an_error_in_any_product_of_a_decoder_is_seen_by_norms(kind, dtype, erro
         Planted.at, Planted.error, Planted.count = at, error, 0
         found = results({name: w.view(Planted) for name, w in weights.items()})
         found = {name: np.asarray(array, dtype) for name, array in found.items()}
-        return [ratio.name for ratio in compare(found, once, weights) if not ratio.near]
+        return [comparison.name for comparison in oracle.compare_all(found, once, weights) if not comparison.near]
     assert far(None) == [] and Planted.count > 50
     assert [at for at in range(Planted.count) if not far(at)] == []
 
@@ -164,20 +170,21 @@ def test_operations(found, values, sizes):
 
 
 def test_what_moves_numbers_adds_nothing():
+    assert Magnitude([1, 2]).is_exact and Magnitude([[1, 2]]).T[0].is_exact and not A.T.is_exact
     m = Magnitude(draw(0, 2, 3, 4), np.abs(draw(1, 2, 3, 4)))
     for move in (lambda a: a.reshape(6, 4), lambda a: a.transpose(2, 0, 1), lambda a: a.swapaxes(0, 1), lambda a: a.T,
                  lambda a: a[1, ..., ::2]):
         assert (move(m).value == move(m.value)).all() and (move(m).size == move(m.size)).all()
     assert len(m) == 2 and m.ndim == 3 and m.shape == (2, 3, 4) and m.dtype == np.float64
-    assert value(m) is m.value and value(m.value) is m.value
+    assert numbers_of(m) is m.value and numbers_of(m.value) is m.value
     assert (Magnitude([1, 2]).size == 0).all() and Magnitude([1, 2]).dtype == np.float64
 
 
 @pytest.mark.parametrize("operation", [
     lambda a, b: a + b, lambda a, b: a - b, lambda a, b: a * b, lambda a, b: a / b, lambda a, b: a @ b.T,
     lambda a, b: np.exp(a), lambda a, b: np.log(b * b), lambda a, b: np.sqrt(b * b + 1), lambda a, b: a.sum(axis=0),
-    lambda a, b: np.exp(a) / np.exp(a).sum(axis=-1, keepdims=True), lambda a, b: activation("gelu", a)[0],
-    lambda a, b: activation("silu", a)[1]])
+    lambda a, b: np.exp(a) / np.exp(a).sum(axis=-1, keepdims=True), lambda a, b: activation.forward(a, "gelu")[0],
+    lambda a, b: activation.forward(a, "silu")[1]])
 def test_no_small_errors_of_the_operands_do_more(operation):
     """The bound less that of exact operands is what their errors may become, to first order."""
     a, b, size_a, size_b = draw(0, 5, 4), 2 + np.abs(draw(1, 5, 4)), np.abs(draw(2, 5, 4)), np.abs(draw(3, 5, 4))
@@ -199,9 +206,8 @@ def test_what_it_does_not_know_is_refused():
 
 def test_activations_of_arrays_and_of_magnitudes():
     h = draw(0, 50)
-    for name in ("gelu", "gelu_tanh", "silu", "relu", "identity"):
-        act, slope, _ = dense.activation(name, h)
-        for found, right in zip(activation(name, h), (act, slope)):
+    for name, plain in ACTIVATIONS.items():
+        for found, right in zip(activation.forward(h, name), plain(h)):
             assert (found == right).all()
-        for found, right in zip(activation(name, Magnitude(h)), (act, slope)):
+        for found, right in zip(activation.forward(Magnitude(h), name), plain(h)):
             assert (found.value == right).all() and found.size.shape == h.shape

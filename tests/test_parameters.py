@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import mpitp
 from mpitp import InputError, ParameterSpec
 from mpitp.sharding.parameters import by_name, check_dense, initialise
+from mpitp.sharding.partition import Place
 from spmd import same_bytes
 
 SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=60)
@@ -26,18 +27,18 @@ def test_the_ranks_together_hold_it_once(shape, axis, ranks, reproducible):
     blocks = blocks_for(ranks, reproducible)
     held = np.zeros(shape, int)
     for rank in range(ranks):
-        window = spec.window(rank, ranks, blocks)
+        window = spec.window(Place(rank, ranks, blocks))
         held[window] += 1
-        assert held[window].shape == spec.local_shape(rank, ranks, blocks)
-        assert spec.local_bytes(rank, ranks, blocks, "float32") == 4 * held[window].size
-    assert (held == 1).all() and spec.owner(ranks) is None
+        assert held[window].shape == spec.local_shape(Place(rank, ranks, blocks))
+        assert spec.local_bytes(Place(rank, ranks, blocks), "float32") == 4 * held[window].size
+    assert (held == 1).all() and spec.owner() is None
 
 
 def test_a_replicated_parameter():
     """Every rank holds it whole, and one owns it: counted once."""
     spec = ParameterSpec("b", (5, 3), None)
-    assert {spec.local_shape(rank, 4, 4) for rank in range(4)} == {(5, 3)}
-    assert spec.owner(4) == 0 and spec.local_bytes(2, 4, 4, "float64") == 8 * prod(spec.shape)
+    assert {spec.local_shape(Place(rank, 4, 4)) for rank in range(4)} == {(5, 3)}
+    assert spec.owner() == 0 and spec.local_bytes(Place(2, 4, 4), "float64") == 8 * prod(spec.shape)
 
 
 @SETTINGS
@@ -45,17 +46,17 @@ def test_a_replicated_parameter():
        dtype=st.sampled_from(["float32", "float64"]))
 def test_initial_numbers_do_not_depend_on_the_ranks(shape, axis, ranks, reproducible, dtype):
     spec = ParameterSpec("layers.0.w", shape, min(axis, len(shape) - 1), init_std=0.5)
-    whole = initialise(spec, 7, dtype, 0, 1, 1)
+    whole = initialise(spec, 7, dtype, Place(0, 1, 1))
     blocks = blocks_for(ranks, reproducible)
     for rank in range(ranks):
-        part = initialise(spec, 7, dtype, rank, ranks, blocks)
-        assert part.flags.c_contiguous and same_bytes(part, whole[spec.window(rank, ranks, blocks)])
+        part = initialise(spec, 7, dtype, Place(rank, ranks, blocks))
+        assert part.flags.c_contiguous and same_bytes(part, whole[spec.window(Place(rank, ranks, blocks))])
 
 
 def test_initial_spread():
-    big = initialise(ParameterSpec("w", (200, 300), 0, init_std=0.25), 0, "float32", 0, 1, 1)
+    big = initialise(ParameterSpec("w", (200, 300), 0, init_std=0.25), 0, "float32", Place(0, 1, 1))
     assert abs(big.std() - 0.25) < 0.005 and abs(big.mean()) < 0.005
-    assert not initialise(ParameterSpec("b", (9,), 0), 0, "float32", 1, 2, 2).any()
+    assert not initialise(ParameterSpec("b", (9,), 0), 0, "float32", Place(1, 2, 2)).any()
 
 
 def test_names_are_unique():

@@ -2,7 +2,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpitp.sharding.partition import Partition, key_value_units, ranges
+from mpitp.sharding.heads import key_value_units
+from mpitp.sharding.partition import Partition, ranges
 
 SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 SIZES = st.integers(1, 70)

@@ -49,7 +49,7 @@ def test_verify_prints_the_same_hashes():
 
 def test_workers_keep_the_order_and_raise():
     workers = Workers(3)
-    assert list(workers.each(lambda i: i * i, range(20))) == [i * i for i in range(20)]
+    assert list(workers.each(lambda i: i * i, range(20))) == [(i, i * i) for i in range(20)]
     with pytest.raises(ZeroDivisionError):
         list(workers.each(lambda i: 1 // (i - 5), range(20)))
     workers.close()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
 from spmd import ROOT
 
@@ -45,7 +46,8 @@ class Site:
         (self.venv / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         (self.venv / "bin" / "python").chmod(0o755)
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(
-            ("PMI", "PMIX", "OMPI_", "PRTE", "HYDRA", "HYDI", "MPI", "SLURM", "PBS", "LSB", "OMP_", "OPENBLAS", "MKL"))}
+            ("PMI", "PMIX", "OMPI_", "PRTE", "HYDRA", "HYDI", "MPI", "SLURM", "PBS", "LSB", "OMP_", "OPENBLAS", "MKL",
+             "NSLOTS", "PE_HOSTFILE"))}
         self.environment.update(PATH=f"{self.bin}:{tools}", MPITP_VENV=str(self.venv), PYTHONPATH=str(ROOT),
                                 MPIEXEC_TIMEOUT="60")
 
@@ -69,7 +71,10 @@ class Site:
         """[[launcher, argument, ...], ...] without the proofs that run.sh starts to choose an MPI."""
         text = self.log.read_text() if self.log.exists() else ""
         calls = [call.splitlines() for call in text.split("CALL ")[1:]]
-        return [call for call in calls if not any("from mpi4py import MPI" in a for a in call)]
+        return [call for call in calls if not any("from mpi4py import MPI" in a or a == "--mpi=list" for a in call)]
+
+    def proofs(self):
+        return self.log.read_text().count("from mpi4py import MPI")
 
 
 def python_arguments(call):
@@ -133,6 +138,15 @@ def test_a_program_of_ones_own(site, tmp_path):
     done = site.run("-n", 3, program, "a b")
     assert done.stdout == "3 ['a b']\n", done.stderr
 
+@pytest.mark.parametrize("arguments, before", [([], True), (["-n", 3], False)])
+def test_help(site, arguments, before):
+    """Before -n it is run.sh's own; after it, a question to mpitp, which lists the commands."""
+    site.real_launcher()
+    done = site.run(*arguments, "--help")
+    assert done.returncode == 0 and ("MPITP_VENV=DIR" in done.stdout) == before, done.stderr
+    assert ("check that the parallel feed-forward block" in done.stdout) != before
+    assert done.stdout.count("usage:") == (not before)              # by rank 0 alone
+
 
 @pytest.mark.parametrize("arguments, said", [(["-n"], "-n without a number"), (["-n", "0"], "'0'"), (["-n", "x"], "'x'"),
                                              (["-n", "-2"], "'-2'")])
@@ -172,11 +186,111 @@ def test_slurm(site):
 
 
 def test_slurm_with_another_library_stops(site):
+    """One line that says what was tried and the ways out, behind the launcher's own last lines."""
     site.stub("srun", "exit 1")
     site.environment.update(SLURM_JOB_ID="7", SLURM_NTASKS="6")
     done = site.run()
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not site.calls()
-    assert "does not use the MPI of" in done.stderr and "MPI4PY_LIBMPI" in done.stderr and "Slurm" in done.stderr
+    assert f"no world of two ranks with mpi4py's {MPI.get_vendor()[0]} under" in done.stderr
+    assert "(--mpi tried: its default)" in done.stderr and "MPI4PY_LIBMPI" in done.stderr and "Slurm" in done.stderr
+    site.stub("srun", 'echo "srun: error: no such plugin" >&2; exit 1')
+    done = site.run()
+    assert done.stderr.startswith("    srun: error: no such plugin\nrun.sh: found") and done.stderr.count("\n") == 2
+
+
+def slurm_that_needs(site, wanted):
+    """A srun of a Slurm with MpiDefault=none: each process alone, but for one --mpi."""
+    site.stub("srun", f'''case "$*" in
+    *--mpi=list*) printf "MPI plugin types are...\\n\\tnone\\n\\tpmi2\\n\\tpmix\\nspecific versions: pmix_v4\\n" >&2 ;;
+    *--mpi={wanted}*) exit 0 ;;
+    *) echo "alone" >&2; exit 1 ;;
+esac''')
+    site.environment.update(SLURM_JOB_ID="7", SLURM_NTASKS="2")
+
+
+def test_slurm_without_a_default_mpi(site):
+    """The type that works is found and remembered, with what it depends on; it is proved before it is used."""
+    wanted = "pmix" if MPI.get_vendor()[0] == "Open MPI" else "pmi2"
+    slurm_that_needs(site, wanted)
+    done = site.run("verify")
+    assert done.returncode == 0 and done.stderr == f"run.sh: this MPI needs srun --mpi={wanted}, which is remembered\n"
+    assert site.calls() == [["srun", f"--mpi={wanted}", "-n", "2", str(site.venv / "bin" / "python"), "-m", "mpitp",
+                             "verify"]]
+    assert site.proofs() == 2
+    done = site.run("verify")
+    assert done.stderr == "" and site.proofs() == 2 and site.calls()[1] == site.calls()[0]
+    site.environment["SLURM_MPI_TYPE"] = "none"                     # what was remembered was another site default
+    assert site.run("verify").returncode == 0 and site.proofs() == 4
+    slurm_that_needs(site, "openmpi")                               # none of those that the list shows
+    done = site.run("verify")
+    assert done.returncode == 2 and "    alone\n" in done.stderr and f"its default, {wanted}" in done.stderr
+
+
+def test_login_node_and_job_alternate(site):
+    """Each remembers its own launcher."""
+    site.stub("mpirun")
+    site.stub("srun")
+    for job in (False, True, False, True):
+        site.environment.update(SLURM_JOB_ID="7") if job else site.environment.pop("SLURM_JOB_ID", None)
+        assert site.run("-n", 2, "verify").returncode == 0
+    assert [call[0] for call in site.calls()] == ["mpirun", "srun", "mpirun", "srun"] and site.proofs() == 2
+
+
+@pytest.mark.parametrize("step, overlap", [("0", True), ("12", True), (None, False), ("4294967290", False),
+                                           ("4294967291", False), ("-5", False)])
+def test_the_shell_of_srun_pty(site, step, overlap):
+    """It is a step that has the whole allocation: another one must overlap. Not so sbatch's and salloc's own."""
+    site.stub("srun", 'env > "$0.env"')
+    site.environment.update(SLURM_JOB_ID="7", SLURM_NTASKS="2", **({"SLURM_STEP_ID": step} if step else {}))
+    assert site.run("verify").returncode == 0
+    assert ("SLURM_OVERLAP=1" in (site.bin / "srun.env").read_text().splitlines()) == overlap
+
+
+@pytest.mark.parametrize("cpus, per_task, asked, found", [
+    ("2", None, 4, None), ("1(x2)", None, 4, None), ("4(x2),2", None, 11, None),    # refused
+    ("4(x2),2", None, 10, []), ("4", "4", 4, ["--cpus-per-task=1"]), ("8", "2", 4, ["--cpus-per-task=2"]),
+    ("2(x2)", "2", 3, ["--cpus-per-task=1"]), (None, None, 9, [])])
+def test_more_ranks_than_the_allocation_of_slurm(site, cpus, per_task, asked, found):
+    site.stub("srun")
+    given = dict(SLURM_JOB_ID="7", SLURM_NTASKS="1", SLURM_JOB_CPUS_PER_NODE=cpus, SLURM_CPUS_PER_TASK=per_task)
+    site.environment.update({name: value for name, value in given.items() if value})
+    done = site.run("-n", asked, "verify")
+    if found is None:
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not site.log.exists()
+        assert f"found -n {asked} in a Slurm allocation of" in done.stderr and f"--ntasks={asked}" in done.stderr
+    else:
+        assert done.returncode == 0 and site.calls()[0][1:-4] == [*found, "-n", str(asked)]
+
+
+@pytest.mark.parametrize("version, more", [("mpirun (Open MPI) 4.1.6", True), ("HYDRA build details:", False)])
+def test_grid_engine(site, version, more):
+    """NSLOTS ranks; an Open MPI gets the hosts of PE_HOSTFILE as a machine file of its own format."""
+    site.stub("mpirun", version=version)
+    (site.folder / "pe").write_text("node1 2 all.q@node1 UNDEFINED\nnode2 2 all.q@node2 UNDEFINED\n")
+    site.environment.update(JOB_ID="7", NSLOTS="4", PE_HOSTFILE=str(site.folder / "pe"), TMPDIR=str(site.folder))
+    assert site.run("verify").returncode == 0
+    hosts = site.folder / "mpitp-hosts.7"
+    assert site.calls()[0][:-4] == ["mpirun", *(["-machinefile", str(hosts)] if more else []), "-n", "4"]
+    assert not more or hosts.read_text() == "node1 slots=2\nnode2 slots=2\n"
+    done = site.run("-n", 5)
+    assert done.returncode == 2 and "found -n 5 in a Grid Engine allocation of 4" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_launcher_that_run_sh_does_not_know(site):
+    """Its words are taken as they stand, and nothing is proved; -n P comes behind them where it was given."""
+    site.stub("flux", 'env > "$0.env"; exit 5')
+    site.environment.update(MPITP_LAUNCHER="flux run  -N2 -n 8", SLURM_JOB_ID="7")
+    site.stub("srun")
+    assert site.run("verify").returncode == 5
+    assert site.run("-n", 3, "verify").returncode == 5
+    python = str(site.venv / "bin" / "python")
+    assert site.calls() == [["flux", "run", "-N2", "-n", "8", python, "-m", "mpitp", "verify"],
+                            ["flux", "run", "-N2", "-n", "8", "-n", "3", python, "-m", "mpitp", "verify"]]
+    assert site.proofs() == 0 and "OMPI_MCA_btl" not in (site.bin / "flux.env").read_text()
+    site.environment["MPITP_LAUNCHER"] = "aprun -n 8"
+    done = site.run("verify")
+    assert done.returncode == 2 and "found no program 'aprun'" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("version, more", [("mpirun (Open MPI) 5.0.7", True), ("mpirun (Open MPI) 4.1.6", True),
@@ -217,7 +331,27 @@ def test_open_mpi_gets_what_it_needs(site):
     assert given["OMPI_ALLOW_RUN_AS_ROOT"] == given["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] == "1"
     assert given["PRTE_MCA_rmaps_default_mapping_policy"] == ":oversubscribe"
     assert given["PRTE_MCA_hwloc_default_binding_policy"] == given["OMPI_MCA_hwloc_base_binding_policy"] == "none"
+    assert given["MPITP_PROGRESS"] == "0"                       # these streams are pipes
     assert given["OMPI_MCA_btl"] == "self,sm" and given["OMPI_MCA_pml"] == "ucx"       # the user's stays
+
+
+@pytest.mark.parametrize("where, text, one_node", [
+    ("OMPI_MCA_orte_default_hostfile", "", False), ("PRTE_MCA_prte_default_hostfile", "", False),
+    ("etc/openmpi-default-hostfile", "# none\n", True), ("etc/openmpi-default-hostfile", "node1\nnode2\n", False),
+    ("etc/openmpi-mca-params.conf", "btl = ^openib\nmtl = ^ofi\n", True),         # as Debian ships it
+    ("etc/openmpi-mca-params.conf", "btl = self,tcp\n", False),
+    (".openmpi/mca-params.conf", "orte_default_hostfile = /hosts\n", False)])
+def test_hosts_of_open_mpi_outside_a_batch_system(site, where, text, one_node):
+    """Shared memory alone would reach no other host."""
+    site.stub("mpirun", 'env > "$0.env"', "mpirun (Open MPI) 4.1.6")
+    site.environment["HOME"] = str(site.folder)
+    if where.endswith("_hostfile"):
+        site.environment[where] = "/hosts"
+    else:
+        (site.folder / where).parent.mkdir(exist_ok=True)
+        (site.folder / where).write_text(text)
+    assert site.run().returncode == 0
+    assert ("OMPI_MCA_btl=self,vader" in (site.bin / "mpirun.env").read_text()) == one_node
 
 
 def test_ranks_are_not_pinned_to_one_core(site):
@@ -237,10 +371,72 @@ def copy_of_the_project(target):
             shutil.copy2(ROOT / name, target / name)
 
 
+PYTHON = """#!/bin/sh
+# This Python, but what would install is written down, and fails without a network.
+case "$*" in
+    *pip*install*|*purelib*) echo "$*" >> "{log}"; [ ! -e "{log}.offline" ] ;;
+    *) exec "{python}" "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(site, tmp_path):
+    """A clone with a .venv that is as good as made."""
+    clone = tmp_path / "clone"
+    copy_of_the_project(clone)
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    (clone / ".venv" / "bin" / "python").write_text(PYTHON.format(log=tmp_path / "pip", python=sys.executable))
+    (clone / ".venv" / "bin" / "python").chmod(0o755)
+    (clone / ".venv" / "mpitp-installed").write_text(checksum(clone))
+    del site.environment["MPITP_VENV"]
+    return clone
+
+
+def checksum(clone):
+    return subprocess.run("cksum < setup.cfg", shell=True, cwd=clone, capture_output=True, text=True).stdout
+
+
+def test_prepare_installs_what_every_use_needs(site, clone, tmp_path):
+    site.real_launcher()
+    done = site.run("--prepare", script=clone / "run.sh")
+    lines = (tmp_path / "pip").read_text()
+    assert done.returncode == 0 and "is complete" in done.stderr and "[threads,progress,test]" in lines
+    (tmp_path / "pip.offline").touch()
+    assert site.run("-n", 1, "verify", "--hidden-size", 8, script=clone / "run.sh").returncode == 0
+    site.stub("mpirun")
+    assert site.run("test", 2, script=clone / "run.sh").returncode == 0 and (tmp_path / "pip").read_text() == lines
+    done = site.run("--prepare", "verify", script=clone / "run.sh")
+    assert done.returncode == 2 and "found --prepare with 'verify'" in done.stderr and done.stderr.count("\n") == 1
+    site.environment["MPITP_VENV"] = str(site.venv)
+    assert "found --prepare with MPITP_VENV" in site.run("--prepare").stderr
+
+
+def test_a_node_without_a_network_is_told_of_prepare(site, clone, tmp_path):
+    """In a job pip gives up early."""
+    site.stub("srun")
+    site.environment.update(SLURM_JOB_ID="7", SLURM_NTASKS="2")
+    (tmp_path / "pip.offline").touch()
+    (clone / "setup.cfg").write_text((clone / "setup.cfg").read_text() + "\n# changed\n")
+    done = site.run(script=clone / "run.sh")
+    assert done.returncode == 2 and "./run.sh --prepare" in done.stderr and "could not install" in done.stderr
+    assert "--retries 1 --timeout 8" in (tmp_path / "pip").read_text()
+
+
+def test_a_path_with_a_colon(site, tmp_path):
+    copy_of_the_project(tmp_path / "a:b")
+    del site.environment["MPITP_VENV"]
+    done = site.run(script=tmp_path / "a:b" / "run.sh")
+    assert done.returncode == 2 and "found a colon in" in done.stderr, done.stderr
+
+
 @pytest.mark.slow
 def test_first_use_and_the_next_without_a_network(site, tmp_path):
-    """A fresh clone on a machine with nothing but Python: .venv, MPI, the run; then again, offline and unlocked."""
-    clone = tmp_path / "my clone"
+    """A fresh clone on a machine with nothing but Python: .venv, MPI, the run; then again, offline and unlocked.
+
+    Its name is the package's, and it is used from the folder above: there Python sees a namespace package first.
+    """
+    clone = tmp_path / "my clone" / "mpitp"
     copy_of_the_project(clone)
     for name in ("MPITP_VENV", "PYTHONPATH"):
         del site.environment[name]
@@ -256,7 +452,8 @@ def test_first_use_and_the_next_without_a_network(site, tmp_path):
         errors += error
     assert errors.count("first use, making") == 1 and errors.count("installing MPICH") == 1, errors
     site.environment.update(PIP_INDEX_URL="http://127.0.0.1:9/", PIP_NO_INDEX="1")
-    done = subprocess.run([clone / "run.sh"], env=site.environment, text=True, capture_output=True, timeout=60)
+    done = subprocess.run([clone / "run.sh"], env=site.environment, text=True, capture_output=True, timeout=60,
+                          cwd=clone.parent)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     (clone / "setup.cfg").write_text((clone / "setup.cfg").read_text() + "\n# changed\n")
     done = subprocess.run([clone / "run.sh"], env=site.environment, text=True, capture_output=True, timeout=60)

@@ -40,10 +40,10 @@ def test_mlp(groups, tokens, hidden, ffn, activation, gated, bias, dtype):
         layer = mpitp.ParallelMLP(group, hidden, ffn, activation, gated, bias, dtype=dtype, seed=3)
         x, dy = draw(1, tokens, hidden, dtype=dtype), draw(2, tokens, hidden, dtype=dtype)
         y, saved = layer.forward(x)
-        without, _ = layer.forward(x, saved=False)
+        without, _ = layer.forward(x, save=False)
         dx, gradients = layer.backward(dy, saved)
         gradients = layer.gather(gradients)
-        return gradients and {"y": y, "y of saved=False": without, "dx": dx, **gradients}
+        return gradients and {"y": y, "y of save=False": without, "dx": dx, **gradients}
     every, alone = groups
     require_same(every, results(every), results(alone))
 

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 import make_tiny_checkpoints as tiny
 import mpitp
 from mpitp import InputError
-from mpitp.checkpoints import saving
-from mpitp.checkpoints.loading import open_source
+from mpitp.checkpoints import folders
+from mpitp.checkpoints.loading import open_folder
 from mpitp.checkpoints.tensor_writer import narrowed
 from spmd import everywhere
 from test_load_model import LARGER, write_larger
@@ -72,19 +72,19 @@ def test_dtypes(group, world, case, dtype, shared):
 def test_a_model_of_ones_own(group, world, case, shared):
     """A config.json made from nothing but the DecoderConfig says the same; and the model is the same again."""
     golden = tiny.load(case)
-    config = open_source_config(golden, shared / "a", world)
+    config = open_folder_config(golden, shared / "a", world)
     model = mpitp.Decoder(group, config, seed=3)
     mpitp.save_model(model, shared / "b", family=golden["config"]["model_type"])
     again = mpitp.load_model(shared / "b", group)
     assert everywhere(all(w.tobytes() == again.weights[name].tobytes() for name, w in model.weights.items()))
     ids = np.array([golden["ids"]])
-    assert model.forward(ids, saved=False)[0].tobytes() == again.forward(ids, saved=False)[0].tobytes()
+    assert model.forward(ids, save=False)[0].tobytes() == again.forward(ids, save=False)[0].tobytes()
     world.barrier()
 
 
-def open_source_config(golden, folder, world):
+def open_folder_config(golden, folder, world):
     written(world, folder, golden)
-    return open_source(folder).config
+    return open_folder(folder).config
 
 
 def test_a_loaded_model_as_another_family(group, world, shared):
@@ -92,7 +92,7 @@ def test_a_loaded_model_as_another_family(group, world, shared):
     model = mpitp.load_model(shared / "a", group)
     mpitp.save_model(model, shared / "b", "bfloat16", family="mistral")
     again = mpitp.load_model(shared / "b", group)
-    assert again.source.family.model_type == "mistral" and again.config.rotary == model.config.rotary
+    assert again.folder.family.model_type == "mistral" and again.config.rotary == model.config.rotary
     assert everywhere(all(w.tobytes() == again.weights[name].tobytes() for name, w in model.weights.items()))
     world.barrier()
 
@@ -161,7 +161,7 @@ def test_a_rank_that_cannot_write(group, world, shared, monkeypatch):
     if world.rank == world.size - 1:
         def full(self, array, offset):
             raise OSError(28, "No space left on device")
-        monkeypatch.setattr(saving.TensorWriter, "write_all", full)
+        monkeypatch.setattr(folders.TensorWriter, "write_all", full)
     with pytest.raises(InputError, match="No space left on device"):
         mpitp.save_model(model, shared / "b")
     world.barrier()

@@ -20,7 +20,7 @@ def by_definition(model, ids, window, stride):
     losses = []
     for i in range(1, len(ids)):
         first = max(0, math.ceil((i - window) / stride)) * stride
-        logits = model.gather_logits(model.forward(ids[None, first:i], saved=False)[0])[0, -1]
+        logits = model.gather_logits(model.forward(ids[None, first:i], save=False)[0])[0, -1]
         losses.append(np.log(np.exp(logits - logits[ids[i]]).sum()))
     return np.mean(losses)
 

@@ -8,7 +8,7 @@ import pytest
 import mpitp
 from check_decoder import dense_weights
 from decoder_cases import KINDS, config
-from mpitp.oracle import decoder as dense_decoder, layers as dense_layers
+from mpitp import oracle
 from mpitp.training import loop, optimizer
 from mpitp.training.data import Tokens, order_2_bits
 from mpitp.training.loop import Settings, Trainer, TrainingStopped
@@ -44,9 +44,10 @@ def dense_steps(made, weights, steps):
         g = {name: np.zeros_like(array) for name, array in w.items()}
         for micro in range(s.gradient_accumulation):
             ids, targets = made.tokens.batch(step * s.gradient_accumulation + micro, s.micro_batch_size)
-            logits, saved = dense_decoder.decoder_forward(configuration, w, ids)
-            _, d_logits = dense_layers.cross_entropy(logits, targets, s.label_smoothing)
-            found = dense_decoder.decoder_backward(configuration, w, d_logits / s.gradient_accumulation, saved)
+            logits, saved = oracle.decoder.forward(ids, w, configuration)
+            _, saved_loss = oracle.cross_entropy.forward(logits, targets, s.label_smoothing)
+            d_logits = oracle.cross_entropy.backward(saved_loss, 1 / s.gradient_accumulation)
+            found = oracle.decoder.backward(d_logits, saved)
             g = {name: g[name] + found[name] for name in g}
         norm = math.sqrt(sum((array * array).sum() for array in g.values()))
         if norm > s.clip_grad:

@@ -2,14 +2,13 @@
 import numpy as np
 import pytest
 import stand_in
-from spmd import draw, same_bytes
 
 import mpitp
 from mpitp import InputError
 from mpitp.comm import guard
-from mpitp.comm.gpu import choose as transport
-from mpitp.comm.gpu import staged
+from mpitp.comm.gpu import staged, choose as transport
 from mpitp.comm.gpu.binding import TF32_TENSOR_OP_MATH
+from spmd import draw, same_bytes, sum_of_blocks
 
 NO_NCCL = "a CuPy without NCCL"
 
@@ -34,7 +33,8 @@ def stand_in_for_cupy(monkeypatch):
     ("auto", 1, False, None, NO_NCCL, "mpi", "nothing travels"),
     ("mpi", 2, True, None, None, "mpi", "asked for"), ("mpi", 1, False, None, NO_NCCL, "mpi", "asked for"),
     ("nccl", 2, True, None, None, "nccl", "asked for"), ("staged", 2, True, None, None, "staged", "asked for"),
-    ("mpi", 2, False, None, None, None, "found an MPI that does not take device buffers (how), expected a CUDA-aware one"),
+    ("mpi", 2, False, None, None, None,
+     "found an MPI that does not take device buffers (how), expected a CUDA-aware one"),
     ("nccl", 2, True, None, NO_NCCL, None, "found a CuPy without NCCL, expected NCCL for transport 'nccl'")])
 def test_decision(asked, size, aware, seconds, no_nccl, name, why):
     found, how, problem = transport.decide(asked, size, aware, "how", seconds, no_nccl)
@@ -112,7 +112,8 @@ def test_shared_gpus(world, monkeypatch):
         mpitp.TensorParallelGroup(device="gpu").close()
         return
     ranks = ", ".join(map(str, range(world.size)))
-    with pytest.raises(InputError, match=f"found ranks {ranks} on one GPU, Stand-in {b'the one'.hex()}, expected a GPU a rank"):
+    line = f"found ranks {ranks} on one GPU, Stand-in {b'the one'.hex()}, expected a GPU a rank"
+    with pytest.raises(InputError, match=line):
         mpitp.TensorParallelGroup(device="gpu")
     with mpitp.TensorParallelGroup(device="gpu", share_gpu=True) as group:
         assert group.gpu.shared and group.transport.name == "staged" and "share a GPU" in group.transport.how
@@ -140,24 +141,30 @@ def test_no_gpu(world, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nccl", "staged"])
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_later(world, name, reproducible):
-    """Once the sum has begun where the transport can add up meanwhile, else after it; every one, and once."""
+def test_meanwhile(world, name, reproducible):
+    """Work is done once a sum has begun where the transport can add up meanwhile, else at once; each once, in order."""
     with mpitp.TensorParallelGroup(device="gpu", transport=name, reproducible=reproducible) as group:
         assert group.overlaps == (name == "nccl" and world.size > 1 and not reproducible)
         done, own = [], [draw(r, 5).astype("float32") for r in range(group.blocks)]
-        later = [lambda: done.append(("first", len(stand_in.default_stream.waited)))]
+        begun = []
+        begin = group.transport.begin_all_reduce
+        group.transport.begin_all_reduce = lambda *arguments: (begun.append(1), begin(*arguments))[1]
 
-        def compute(block):
-            later.append(lambda: done.append(("made", len(stand_in.default_stream.waited))))
-            return stand_in.array(own[block.index])
+        def work(block):
+            done.append((block.index, len(begun), len(stand_in.default_stream.waited)))
         stand_in.default_stream.reset()
-        y = group.sum_blocks(compute, group.partition(4 * group.blocks), (5,), "float32", later)
-        made = len(group.partition(4 * group.blocks).blocks_of(group.rank))
-        assert [what for what, _ in done] == ["first"] + ["made"] * made and later == []
-        assert all(waited == 0 for _, waited in done)       # before this stream waits for the sum
+        partition = group.partition(4 * group.blocks)
+        total = group.sum(partition, (5,), "float32")
+        for block in partition.blocks_of(group.rank):
+            total.meanwhile(work, block)
+            total.add(block, stand_in.array(own[block.index]))
+        y = total.all_reduce()
+        assert [index for index, _, _ in done] == [block.index for block in partition.blocks_of(group.rank)]
+        assert all(len_begun == group.overlaps for _, len_begun, _ in done)
+        assert all(waited == 0 for _, _, waited in done)    # before this stream waits for the sum
         if group.overlaps:
             assert stand_in.default_stream.waited == [group.transport.side_stream]     # which it does afterwards
-            assert group.transport.side_stream.waited == [stand_in.default_stream]     # as that one did for what it adds up
+            assert group.transport.side_stream.waited == [stand_in.default_stream]     # as that did for the summands
         expected = own[0]
         if not reproducible:
             for other in own[1:]:
@@ -172,15 +179,16 @@ def test_sums_of_16_bit_are_rounded_once(world, dtype, reproducible):
     with mpitp.TensorParallelGroup(device="gpu", transport="nccl", reproducible=reproducible, blocks=4) as group:
         own = [np.float32([1, 2049 * b, 1e-4]) for b in range(group.blocks)]         # 2049 is no float16
         partition = group.partition(4 * group.blocks)
-        y = group.sum_blocks(lambda block: stand_in.array(own[block.index]), partition, (3,), dtype)
+        y = sum_of_blocks(group, lambda block: stand_in.array(own[block.index]), partition, (3,), dtype)
         total = own[0]
         for leaf in own[1:]:
             total = total + leaf
         assert same_bytes(y.memory, total.astype(dtype))
         (key, entry), = group.ledger.data.items()
-        assert key == ("all_reduce", 3, dtype) and (reproducible or entry.wire_bytes == 2 * 12 * (world.size - 1) // world.size)
+        assert key == ("all_reduce", 3, dtype)
+        assert reproducible or entry.wire_bytes == 2 * 12 * (world.size - 1) // world.size
         with pytest.raises(InputError, match="expected a C-contiguous float32"):
-            group.sum_blocks(lambda block: stand_in.array(np.ones(3, "float64")), group.partition(64), (3,), dtype)
+            sum_of_blocks(group, lambda block: stand_in.array(np.ones(3, "float64")), group.partition(64), (3,), dtype)
 
 
 @pytest.mark.parametrize("P_counts", [(3, 0, 2, 5), (0, 0, 0, 0), (1, 1, 1, 1)])
@@ -232,7 +240,8 @@ def test_out_of_memory_is_one_line(world, monkeypatch, capfd):
     monkeypatch.setattr(stand_in.runtime, "memGetInfo", lambda: (1 << 30, 80 << 30), raising=False)
     monkeypatch.setattr(guard, "active", False)
     monkeypatch.setattr(guard, "watch_threads", lambda: None)
-    line = "found 1.0 of 80.0 GiB of the GPU's memory free, expected 5.0 GiB for one more array beside the 3.0 GiB of this rank\n"
+    line = "found 1.0 of 80.0 GiB of the GPU's memory free, expected 5.0 GiB for one more array " \
+           "beside the 3.0 GiB of this rank\n"
     assert guard.out_of_memory(OutOfMemoryError()) == line and guard.out_of_memory(MemoryError()) is None
 
     def main():

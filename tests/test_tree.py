@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import mpitp
 from mpitp.comm import tree
 from mpitp.sharding.partition import Partition
-from spmd import draw, same_bytes
+from spmd import draw, same_bytes, sum_of_blocks
 
 SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=150)
 
@@ -91,7 +91,7 @@ def test_sum_blocks_has_the_same_bits_for_every_number_of_ranks(world, size, blo
             expected = reference({b: x for b, x in leaves.items() if not partition.is_empty(b)}, 0, root(blocks))
             for piece_bytes in (1 << 30, 100):
                 group.transport.piece_bytes = piece_bytes
-                found = group.sum_blocks(lambda block: leaves[block.index].copy(), partition, shape, dtype)
+                found = sum_of_blocks(group, lambda block: leaves[block.index].copy(), partition, shape, dtype)
                 assert same_bytes(found, np.asarray(expected)), (ranks, piece_bytes)
         part.Free()
 
@@ -113,7 +113,7 @@ def test_bytes_sent(world, size, blocks, shape):
             gather(send, receive, counts)
 
         group.transport.all_to_all, group.transport.all_gather = all_to_all, all_gather
-        group.sum_blocks(lambda block: np.ones(shape), group.partition(size), shape, "float64")
+        sum_of_blocks(group, lambda block: np.ones(shape), group.partition(size), shape, "float64")
         assert group.ledger.wire_bytes() == sum(sent)
         best = 2 * (group.size - 1) * 8 * int(np.prod(shape)) // group.size
         if blocks % group.size == 0 and size % blocks == 0 and np.prod(shape) % group.size == 0:
@@ -123,13 +123,13 @@ def test_bytes_sent(world, size, blocks, shape):
 def test_a_sum_of_nothing_is_zero(world):
     for reproducible in (False, True):
         with mpitp.TensorParallelGroup(reproducible=reproducible, check=True) as group:
-            total = group.sum_blocks(lambda block: 1 / 0, group.partition(0), (2, 3), "float32")
+            total = sum_of_blocks(group, lambda block: 1 / 0, group.partition(0), (2, 3), "float32")
             assert same_bytes(total, np.zeros((2, 3), "f"))
 
 
 def sum_of_few_blocks(leaf):
     with mpitp.TensorParallelGroup(reproducible=True) as group:
-        return group.sum_blocks(lambda block: np.full(5, leaf), group.partition(3), (5,), "float64")
+        return sum_of_blocks(group, lambda block: np.full(5, leaf), group.partition(3), (5,), "float64")
 
 
 def test_a_sum_of_few_blocks_keeps_the_sign_of_zero(world):
@@ -138,7 +138,7 @@ def test_a_sum_of_few_blocks_keeps_the_sign_of_zero(world):
 
 def test_every_rank_has_the_same_bits(world):
     with mpitp.TensorParallelGroup(reproducible=True, blocks=6) as group:
-        total = group.sum_blocks(lambda block: draw(block.index, 1000), group.partition(90), (1000,), "float64")
+        total = sum_of_blocks(group, lambda block: draw(block.index, 1000), group.partition(90), (1000,), "float64")
         assert len(set(world.allgather(total.tobytes()))) == 1
 
 
@@ -160,7 +160,7 @@ def sum_of_ranks(world):
         with mpitp.TensorParallelGroup(reproducible=True) as group:
             partition = group.partition(64)
             leaves = values(partition, 5, (200,), "float32")
-            return group.sum_blocks(lambda block: leaves[block.index].copy(), partition, (200,), "float32").tobytes()
+            return sum_of_blocks(group, lambda block: leaves[block.index].copy(), partition, (200,), "float32").tobytes()
     return compute
 
 

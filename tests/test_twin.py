@@ -166,9 +166,7 @@ with mpitp.TensorParallelGroup() as group:
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("more", [
-    "", LAYERS, pytest.param("import numpy as np" + GROUP, marks=pytest.mark.xfail(
-        reason="comm/group.py imports mpitp.comm.gpu for every device"))], ids=["ops", "layers", "group"])
+@pytest.mark.parametrize("more", ["", LAYERS, "import numpy as np" + GROUP], ids=["ops", "layers", "group"])
 def test_a_cpu_imports_no_gpu_module(more):
     done = subprocess.run([sys.executable, "-c", IMPORTS.format(more=more)], env=job_environment(), cwd=ROOT, text=True,
                           capture_output=True, timeout=60)

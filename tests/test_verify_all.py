@@ -36,20 +36,20 @@ def test_every_check_holds(ranks, tmp_path):
 
 def test_same_bits():
     found = [job(ranks, "-m", "mpitp", "verify", "--all", "--reproducible").stdout for ranks in (1, 2, 3)]
-    hashes = [re.findall(r"sha256 [0-9a-f]{64}  .*", text) for text in found]
+    hashes = [re.findall(r"[0-9a-f]{64} .*", text) for text in found]
     assert len(hashes[0]) == 20 and hashes[0] == hashes[1] == hashes[2]
 
 
-@pytest.mark.parametrize("fault, said", [
+@pytest.mark.parametrize("fault, complaint", [
     ("ParallelAttention.sum_key_value = lambda self, unit, dkv, call: next(iter(dkv.values()))", "attention.key.weight"),
     ("block.hidden_dropout = lambda group, *rest: 1 + 2e-5", "block: y"),
     ("ParallelAttention.collectives = lambda self, tokens: (Counter(), Counter())", "not those of the closed form"),
 ])
-def test_a_mistake_is_seen(fault, said, tmp_path):
+def test_a_mistake_is_seen(fault, complaint, tmp_path):
     (tmp_path / "fault.py").write_text(FAULT.format(fault))
     done = job(2, tmp_path / "fault.py")
     assert done.returncode != 0 and "FAILED: see the lines" in done.stdout
-    assert any(line.startswith("  FAILED") and said in line for line in done.stdout.splitlines()), done.stdout
+    assert any(line.startswith("  FAILED") and complaint in line for line in done.stdout.splitlines()), done.stdout
 
 
 def test_options_of_one_block_are_refused():

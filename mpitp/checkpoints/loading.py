@@ -1,92 +1,168 @@
 """A decoder out of a checkpoint folder, each rank reading only its slices."""
+from __future__ import annotations
+
+import os
 import re
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from types import ModuleType
 
 import numpy as np
 
-from ..arrays import compute_dtype
+from ..arrays import Array, compute_dtype
 from ..comm.agreement import require_everywhere
+from ..comm.group import TensorParallelGroup
+from ..comm.launch import is_first_rank
 from ..config import DecoderConfig
+from ..errors import InputError, require
 from ..layers.decoder import Decoder
-from ..layers.decoder_parameters import decoder_parameters
-from ..errors import InputError
+from ..sharding.decoder_specs import decoder_specs
+from ..sharding.parameters import ParameterSpec
 from .families import family_named
 from .families.family import Family
-from .families.feed_forward import FLOATS
-from .families.keys import REFUSED, Keys
-from .families.layout import View
+from .families.keys import Keys, short
+from .families.layout import Layout, View
+from .left_out import differ, is_computed
 from .safetensors import Checkpoint
 
-SIZE_OF_NOTHING = 1 << 16       # an axis of this size costs nothing to look at
+FLOATS = ("F32", "F16", "BF16", "F64")
+UNVERIFIED_SIZE = 1 << 16       # the largest size that config.json may claim beyond those of the stored tensors
 PIECE = 1 << 22         # elements that go to a device, or change their dtype, at a time
 
 
-@dataclass
-class Source:
-    """A checkpoint folder that has been looked at: every tensor that the decoder needs is there, in its shape.
+class CheckpointWarning(UserWarning):
+    """Something in a checkpoint folder that is left out of the model; the text names it."""
 
+
+@dataclass
+class ModelFolder:
+    """A checkpoint folder whose headers and config.json fit: every tensor of the decoder exists, in its shape.
+
+    checkpoint : Checkpoint
+    family : Family
     config : DecoderConfig
-    specs, places, views : {name of a parameter: ParameterSpec, Place, View}
-    other_keys : keys of config.json that nothing here looks at
+    specs, layouts, views : {name of a parameter: ParameterSpec, Layout, View}
+    own_head : whether the head is the stored one although config.json says that it is tied, because the two differ
+    other_keys : keys of config.json that are neither read nor known to change nothing
+    left_out : stored buffers whose values are not those that the model computes
     """
     checkpoint: Checkpoint
     family: Family
     config: DecoderConfig
-    specs: dict
-    places: dict
-    views: dict
-    other_keys: list
+    specs: dict[str, ParameterSpec]
+    layouts: dict[str, Layout]
+    views: dict[str, View]
+    own_head: bool
+    other_keys: list[str]
+    left_out: list[str]
+
+    def warnings(self) -> list[str]:
+        """One line for each kind of thing in the folder that the model leaves out or that contradicts the rest."""
+        found = []
+        if self.other_keys:
+            found.append(f"found {', '.join(map(short, self.other_keys))}, expected keys that model_type "
+                         f"{self.family.model_type} has: left out")
+        if self.own_head:
+            found.append(f"found tie_word_embeddings = True, but {self.family.head(self.config)} differs from the "
+                         f"embedding: the head is used as it is stored")
+        if self.left_out:
+            found.append(f"found {summary(self.left_out)} with values of its own, expected those that the model "
+                         f"computes: left out")
+        return found
+
+    def warn(self) -> None:
+        """Issue the warnings, as CheckpointWarning, in the name of config.json."""
+        for text in self.warnings():
+            warnings.warn_explicit(text, CheckpointWarning, os.path.join(self.checkpoint.folder, "config.json"), 0)
 
 
-def open_source(path):
-    """Look at a checkpoint folder: headers and config only. Raises InputError for anything that is not as it should be.
+def open_folder(path: str | os.PathLike, *, strict: bool = False, own_head: bool | None = None) -> ModelFolder:
+    """Check a checkpoint folder by its headers and its config.json.
+
+    Parameters
+    ----------
+    path : str or path
+    strict : bool, optional
+        Whether a key of config.json that the family does not know is an error.
+    own_head : bool, optional
+        Whether a head that is stored beside tied embeddings differs from them. None: read both, and the stored buffers,
+        to find out. Otherwise no weight is read.
+
+    Raises
+    ------
+    InputError
+        For anything that is not as it should be.
     """
-    checkpoint = Checkpoint(path)
+    folder = examine(Checkpoint(path), own_head)
+    if strict and folder.other_keys:
+        raise InputError(f"{os.path.join(folder.checkpoint.folder, 'config.json')}: {folder.warnings()[0]}")
+    return folder
+
+
+def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder:
+    """Check an opened checkpoint against its config.json. Raises InputError where they do not fit.
+
+    own_head : as open_folder's
+    """
     names = checkpoint.names()
     sizes = [n for file in checkpoint.files.values() for _, shape, *_ in file.tensors.values() for n in shape]
-    keys = Keys(checkpoint.config, most_layers=max(1, len(names)), most_features=max(SIZE_OF_NOTHING, *sizes, 0))
-    of = family_named(keys.get("model_type", default=None))
-    keys.refuse(**REFUSED)
-    config = of.read(keys)
-    prefix = of.prefix_in(names)
-    require_shape(checkpoint, prefix + of.tensors(config)["embedding"] + ".weight",
-                  (config.vocab_size, config.hidden_size))
+    keys = Keys(checkpoint.config, most_layers=max(1, len(names)), most_features=max(UNVERIFIED_SIZE, *sizes, 0))
+    family = family_named(keys.get("model_type", default=None))
+    config = family.config(keys)
+    prefix = family.prefix_in(names, config)
+    embedding, head = family.embedding(config, prefix), family.head(config)
+    if config.tie_word_embeddings and embedding not in checkpoint.where and head in checkpoint.where:
+        embedding = head                        # tied, and stored under the other name
+    # The two sizes that memory is made of when the parameters are listed: first compared with what is stored.
+    require_shape(checkpoint, embedding, (config.vocab_size, config.hidden_size))
     if config.position_embedding == "learned":
-        require_shape(checkpoint, prefix + of.tensors(config)["position"] + ".weight",
+        require_shape(checkpoint, prefix + family.tensors(config)["position"] + ".weight",
                       (config.max_position_embeddings, config.hidden_size))
-    specs = decoder_parameters(config)          # which makes its norms, so not before it is known what they may cost
-    places = of.places(config, specs, prefix)
-    needed = {place.name for place in places.values()}
-    require_tensors(checkpoint, needed, {name for name in names if name not in needed and
-                                         not of.is_no_parameter(name, config)})
+    look = own_head is None
+    if config.tie_word_embeddings and head in checkpoint.where and head != embedding:
+        require_shape(checkpoint, head, (config.vocab_size, config.hidden_size))
+        own_head = differ(checkpoint[head], checkpoint[embedding]) if look else own_head
+        config = replace(config, tie_word_embeddings=not own_head)
+    else:
+        own_head = False
+    specs = decoder_specs(config)
+    layouts = family.layouts(config, specs, prefix)
+    layouts["embedding.weight"] = replace(layouts["embedding.weight"], name=embedding)
+    needed = {layout.name for layout in layouts.values()}
+    beside = {name for name in names if name not in needed and not (name == head and config.tie_word_embeddings)}
+    buffers = {name for name in beside if family.is_buffer(name)}
+    require_tensors(checkpoint, needed, beside - buffers)
+    left_out = sorted(name for name in buffers if look and not is_computed(checkpoint[name], config))
     views = {}
-    for name, place in places.items():
-        tensor = checkpoint[place.name]
+    for name, layout in layouts.items():
+        tensor = checkpoint[layout.name]
         if tensor.dtype not in FLOATS:
-            raise InputError(f"{place.name}: found {tensor.dtype}, expected {', '.join(FLOATS)} (quantised weights are "
+            raise InputError(f"{layout.name}: found {tensor.dtype}, expected {', '.join(FLOATS)} (quantised weights are "
                              f"out of scope)")
-        require_shape(checkpoint, place.name, place.stored_shape)
-        views[name] = View(tensor, place)
-    return Source(checkpoint, of, config, specs, places, views, keys.others())
+        require_shape(checkpoint, layout.name, layout.stored_shape)
+        views[name] = View(tensor, layout)
+    return ModelFolder(checkpoint, family, config, specs, layouts, views, own_head, keys.unknown(), left_out)
 
 
-def require_shape(checkpoint, name, shape):
+def require_shape(checkpoint: Checkpoint, name: str, shape: tuple) -> None:
+    """Raise InputError unless the stored tensor has this shape."""
     found = checkpoint[name].shape
     if found != shape:
         raise InputError(f"{name}: found shape {found}, expected {shape} by config.json")
 
 
-def require_tensors(checkpoint, needed, unexpected):
+def require_tensors(checkpoint: Checkpoint, needed: set[str], unexpected: set[str]) -> None:
     """Raise InputError listing the tensors that are missing and those that belong to nothing."""
     missing = needed - set(checkpoint.where)
     if missing or unexpected:
-        said = [f"no {summary(missing)}"] if missing else []
-        said += [f"the unexpected {summary(unexpected)}"] if unexpected else []
-        raise InputError(f"{checkpoint.folder}: found {' and '.join(said)}, expected the {len(needed)} tensors that "
+        faults = [f"no {summary(missing)}"] if missing else []
+        faults += [f"the unexpected {summary(unexpected)}"] if unexpected else []
+        raise InputError(f"{checkpoint.folder}: found {' and '.join(faults)}, expected the {len(needed)} tensors that "
                          f"config.json describes")
 
 
-def summary(names, most=6):
+def summary(names: Iterable[str], most: int = 6) -> str:
     """Names of tensors for a message, those of all layers as one: 'layers.*.mlp.up_proj.bias (24)'."""
     kinds = {}
     for name in sorted(names):
@@ -96,49 +172,99 @@ def summary(names, most=6):
     return ", ".join(text[:120] for text in texts[:most]) + more
 
 
-def load_model(path, group, dtype=None):
-    """The decoder in a checkpoint folder saved from the Hugging Face hub, each rank reading only its slices.
+# --- a decoder ---------------------------------------------------------------------------------------------------
+
+class LoadedDecoder(Decoder):
+    """A Decoder with the weights of a checkpoint folder; save_model writes it in that folder's layout again.
 
     Parameters
     ----------
-    path : folder with config.json and model.safetensors, or shards and their index; F32, F16, BF16 or F64
     group : TensorParallelGroup
-    dtype : to compute in, "float32" (None) or "float64"; on a GPU "float16" and "bfloat16" too
+    folder : ModelFolder
+    dtype : str
+
+    Attributes
+    ----------
+    folder : ModelFolder
+        Its checkpoint.config is the config.json, its family the table of names.
+    bytes_read : int
+        Of weights, by this rank.
+    """
+
+    def __init__(self, group: TensorParallelGroup, folder: ModelFolder, dtype: str):
+        super().__init__(group, folder.config, dtype=dtype, seed=None)
+        self.folder = folder
+        require_everywhere(group.comm, "whether the checkpoint could be read", lambda: read_slices(folder, self))
+
+    @property
+    def bytes_read(self) -> int:
+        return self.folder.checkpoint.bytes_read
+
+
+def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str | None = None, *,
+               strict: bool = False) -> LoadedDecoder:
+    """Load the decoder in a checkpoint folder saved from the Hugging Face hub, each rank reading only its slices.
+
+    Parameters
+    ----------
+    path : str or path
+        A folder with config.json and model.safetensors, or shards and their index; F32, F16, BF16 or F64.
+    group : TensorParallelGroup
+    dtype : str, optional
+        To compute in, "float32" (None) or "float64"; on a GPU "float16" and "bfloat16" too.
+    strict : bool, optional
+        Whether a key of config.json that the family does not know is an error instead of a warning.
 
     Returns
     -------
-    Decoder, with two attributes more:
-        source : Source, whose checkpoint.config is the config.json and whose family is its table
-        bytes_read : of weights, by this rank
+    LoadedDecoder
+        A Decoder that knows its folder and the bytes that this rank read.
+
+    Raises
+    ------
+    InputError
+        On every rank, for a damaged folder, an unknown family, a key that changes the results and is not supported,
+        and missing or unexpected tensors.
+
+    Warns
+    -----
+    CheckpointWarning
+        On rank 0, for keys of config.json that the family does not know, and for what else is left out.
 
     Notes
     -----
-    Collective: root_first and one verdict, no data. Rank 0 looks at everything (headers, offsets, shapes, names) before
-    any rank makes an array. A rank's memory: its slices; what is read is widened in pieces of 128 KiB on its way there.
-    Raises InputError, on every rank, for a damaged folder, an unknown family, a key that changes the results and is not
-    supported, and missing or unexpected tensors.
+    Collective: root_first and one verdict, no data. Rank 0 checks everything (headers, offsets, shapes, names) before
+    any rank makes an array. A head that is stored beside tied embeddings is compared with them, as transformers does:
+    where the two differ, the head is not tied. A rank's memory: its slices; what is read is widened in pieces of 128 KiB on its way there.
     """
     dtype = compute_dtype("float32" if dtype is None else dtype, group.device)
-    source = group.root_first(lambda: open_source(path))
-    model = Decoder(group, source.config, dtype=dtype, seed=None)
-    require_everywhere(group.comm, "whether the checkpoint could be read", lambda: read_slices(source, model))
-    model.source, model.bytes_read = source, source.checkpoint.bytes_read
-    return model
+    return LoadedDecoder(group, open_on_all(group, path, strict), dtype)
 
 
-def read_slices(source, model):
+def open_on_all(group: TensorParallelGroup, path: str | os.PathLike, strict: bool = False) -> ModelFolder:
+    """Check a folder on rank 0, then open it on the others, which trust its verdict on the head. Collective."""
+    folder = group.root_first(lambda: open_folder(path, strict=strict) if group.rank == 0 else None)
+    own_head = group.comm.bcast(folder.own_head if group.rank == 0 else None)
+    if group.rank != 0:
+        return open_folder(path, own_head=own_head)
+    folder.warn()
+    return folder
+
+
+def read_slices(folder: ModelFolder, model: Decoder) -> str:
+    """Read this rank's slices of all parameters into the model's arrays."""
     group = model.group
     try:
         for name, spec in model.specs.items():
-            window = spec.window(group.rank, group.size, group.blocks)
-            read_slice(source.views[name], window, model.weights[name], group.xp)
+            window = spec.window(group.place)
+            read_slice(folder.views[name], window, model.weights[name], group.xp)
     except OSError as error:
-        raise InputError(f"{source.checkpoint.folder}: found {error.strerror}, expected to read it") from None
+        raise InputError(f"{folder.checkpoint.folder}: found {error.strerror}, expected to read it") from None
     return "read"
 
 
-def read_slice(view, window, out, xp):
-    """Read a window into this rank's array: at once where it lies in host memory, else in pieces of rows."""
+def read_slice(view: View, window: tuple, out: Array, xp: ModuleType) -> None:
+    """Read a window into this rank's array: directly where it lies in host memory, else in pieces of rows."""
     if xp is np:
         return view.read(window, out)
     rows, width = window[0], max(1, out[:1].size)
@@ -146,3 +272,34 @@ def read_slice(view, window, out, xp):
     for start in range(rows.start, rows.stop, step):
         part = (slice(start, min(start + step, rows.stop)), *window[1:])
         out[start - rows.start:part[0].stop - rows.start] = xp.asarray(view[part])
+
+
+# --- one feed-forward block ----------------------------------------------------------------------------------------
+
+@dataclass
+class FeedForward:
+    """The feed-forward block of one layer of a checkpoint, under the names of ParallelMLP.
+
+    weights : {"up.weight", "gate.weight", "down.weight" and their biases: View}, [out, in], read when sliced
+    """
+    hidden_size: int
+    ffn_hidden_size: int
+    activation: str
+    gated: bool
+    bias: bool
+    weights: dict[str, View]
+
+
+def feed_forward(checkpoint: Checkpoint, layer: int) -> FeedForward:
+    """The feed-forward block of one layer of a checkpoint. Reads nothing but headers.
+
+    Raises InputError for a layer that does not exist, and for whatever load_model refuses.
+    """
+    folder = examine(checkpoint, own_head=False)        # no matter: the head is no part of the block
+    if is_first_rank():
+        folder.warn()
+    config, prefix = folder.config, f"layers.{layer}.mlp."
+    require(0 <= layer < config.num_layers, f"layer {layer}", f"0 to {config.num_layers - 1}, the layers of "
+                                                              f"{checkpoint.folder}")
+    weights = {name.removeprefix(prefix): view for name, view in folder.views.items() if name.startswith(prefix)}
+    return FeedForward(config.hidden_size, config.ffn_size, config.activation, config.gated, config.mlp_bias, weights)

@@ -4,21 +4,27 @@ A file is 8 bytes of header length (little endian), the header as JSON {name: {d
 the tensors without gap or overlap. All of that is checked before a byte of data is read, as the format's own library
 does (huggingface/safetensors, tensor.rs).
 """
+from __future__ import annotations
+
+import codecs
 import json
 import os
-import weakref
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import InputError
+from .open_files import OpenFile
 
 HEADER_LIMIT = 100_000_000      # bytes, as in the reference library
 MOST_AXES = 32                  # of NumPy 1; NumPy 2 has 64
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
           "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}
+LFS_POINTER = b"version "       # https://git-lfs.github.com/spec/v1; no header has a length of these 8 bytes
 PIECE = 1 << 17                 # bytes that are read at a time on their way to another dtype or memory order
-WIDENED = {"F16": "float32", "BF16": "float32"}     # 16-bit types are storage: computed with in float32
+WIDENED = {"F16": "float32", "BF16": "float32"}     # 16-bit types are storage, computed with in float32
 
 
 class StoredTensor:
@@ -26,25 +32,26 @@ class StoredTensor:
 
     shape, dtype : as stored, dtype by its name in the file ("BF16")
 
-    Reads, not a memory map: touching pages for the first time costs more than copying them (18 column slices of
-    640 x 2048, on two ranks: 24 ms against 159), and a file that is cut short meanwhile is an error, not a bus error.
+    It reads and maps no memory: touching pages for the first time costs more than copying them (measured, 18 column
+    slices of 640 x 2048 on two ranks: 24 ms against 159), and a file that is cut short meanwhile is an error, not a bus
+    error.
     """
 
-    def __init__(self, file, name, dtype, shape, begin, end):
+    def __init__(self, file: SafetensorsFile, name: str, dtype: str, shape: tuple, begin: int, end: int):
         self.file, self.name, self.dtype, self.shape, self.begin = file, name, dtype, shape, begin
         self.stored = np.dtype(STORED[dtype])
 
-    def __getitem__(self, window):
+    def __getitem__(self, window: tuple | slice | int) -> Array:
         bounds, shape = bounds_of(window, self.shape)
         out = np.empty([stop - start for start, stop in bounds], WIDENED.get(self.dtype, self.stored.newbyteorder("=")))
         self.fill(self.begin, self.shape, bounds, out)
         return out.reshape(shape)
 
-    def read(self, window, out):
+    def read(self, window: tuple | slice | int, out: Array) -> None:
         """Read a slice into an array of its shape, of any dtype and memory order, widened or rounded to its dtype."""
         self.fill(self.begin, self.shape, bounds_of(window, self.shape)[0], out)
 
-    def fill(self, offset, shape, bounds, out):
+    def fill(self, offset: int, shape: tuple, bounds: list[tuple[int, int]], out: Array) -> None:
         """Read bounds [(start, stop)] of an array of this shape that begins at the offset."""
         while len(shape) < 2:
             shape, bounds, out = (1, *shape), [(0, 1), *bounds], out[None]
@@ -72,7 +79,7 @@ class StoredTensor:
                 else:
                     part[...] = np.left_shift(piece, 16, dtype=np.uint32).view(np.float32)
 
-    def read_rows(self, out, offset, width, rows, columns):
+    def read_rows(self, out: Array, offset: int, width: int, rows: tuple, columns: tuple) -> None:
         """Read the bytes of a part of a matrix whose rows are `width` bytes, into a C-contiguous array."""
         first = offset + rows[0] * width + columns[0] * self.stored.itemsize
         if out.shape[1] * self.stored.itemsize == width:
@@ -82,8 +89,8 @@ class StoredTensor:
                 self.file.read_into(row, first + i * width)
 
 
-def bounds_of(window, shape):
-    """[(start, stop)] of each axis of a window made of slices and integers, and the window's shape."""
+def bounds_of(window: tuple | slice | int, shape: tuple) -> tuple[list[tuple[int, int]], tuple]:
+    """Return [(start, stop)] of each axis of a window made of slices and integers, and the window's shape."""
     window = window if isinstance(window, tuple) else (window,)
     bounds, kept = [], []
     for part, n in zip(window + (slice(None),) * (len(shape) - len(window)), shape):
@@ -102,21 +109,25 @@ def bounds_of(window, shape):
 
 
 class SafetensorsFile:
-    """The tensors of one file by name. Raises InputError, a line with file, found and expected, for a damaged one."""
+    """The tensors of one file by name. Raises InputError, a line with file, found and expected, for a damaged one.
 
-    def __init__(self, path):
+    tensors : {name: (dtype by its name in the file, shape, begin, end)}, offsets from the start of the file
+    bytes_read : of tensors, so far
+    """
+
+    def __init__(self, path: str | os.PathLike):
         self.path, self.bytes_read = os.fspath(path), 0
         try:
-            size = os.stat(self.path).st_size
-            self.require(size >= 8, f"a file of {size} bytes", "at least the 8 of the header's length")
             with open(self.path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
+                status = os.fstat(file.fileno())
+                self.file, size = OpenFile(self.path, (status.st_dev, status.st_ino)), status.st_size
+                self.require(size >= 8, f"a file of {size} bytes", "at least the 8 of the header's length")
+                start = file.read(8)
+                require_no_pointer(self.path, start)
+                length = int.from_bytes(start, "little")
                 self.require(length <= min(HEADER_LIMIT, size - 8), f"a header of {length} bytes",
                              f"at most {min(HEADER_LIMIT, size - 8)} in a file of {size}")
                 header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=self.unique)
-                # For all tensors, for as long as this object lives.
-                self.descriptor = os.dup(file.fileno())
-                weakref.finalize(self, os.close, self.descriptor)
         except OSError as error:
             raise InputError(f"{self.path}: found {error.strerror}, expected a safetensors file") from None
         except InputError:
@@ -138,49 +149,53 @@ class SafetensorsFile:
         self.require(8 + length + end == size, f"a file of {size} bytes",
                      f"{8 + length + end}, where its last tensor ends")
 
-    def entry(self, name, entry):
-        """(dtype, shape, begin, end) of a header entry."""
-        def sizes(value):
-            return isinstance(value, list) and all(type(n) is int and 0 <= n < 2 ** 63 for n in value)
+    def entry(self, name: str, entry: object) -> tuple:
+        """Check a header entry: (dtype, shape, begin, end)."""
         self.require(isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"},
                      f"{name!r}: {entry!r}", "dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         self.require(isinstance(dtype, str) and dtype in STORED, f"dtype {dtype!r} of {name!r}",
                      f"one of {', '.join(STORED)}")
-        self.require(sizes(shape) and len(shape) <= MOST_AXES and addressable(shape), f"shape {shape!r} of {name!r}",
+        self.require(are_sizes(shape) and len(shape) <= MOST_AXES and addressable(shape), f"shape {shape!r} of {name!r}",
                      f"a list of at most {MOST_AXES} sizes, their product below 2**60")
-        self.require(sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1],
+        self.require(are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1],
                      f"data_offsets {offsets!r} of {name!r}", "[begin, end]")
         return dtype, shape, *offsets
 
-    def unique(self, pairs):
-        """A JSON object as a dict; the last of two equal keys would win unseen."""
+    def unique(self, pairs: Sequence[tuple]) -> dict:
+        """Make a dict of a JSON object whose keys all differ; json.load would take the last of two equal ones."""
         values = {}
         for name, value in pairs:
             self.require(name not in values, f"{name!r} twice in the header", "every key once")
             values[name] = value
         return values
 
-    def read_into(self, array, offset):
+    def read_into(self, array: Array, offset: int) -> None:
         """Fill a C-contiguous array with the bytes from there."""
         left = memoryview(array.reshape(-1).view(np.uint8))
         self.bytes_read += len(left)
         while left:
-            count = os.preadv(self.descriptor, [left], offset)
+            count = os.preadv(self.file.descriptor(), [left], offset)
             self.require(count, f"its end at byte {offset}", "the bytes that its header describes: it was cut short")
             left, offset = left[count:], offset + count
 
-    def require(self, condition, found, expected):
+    def require(self, condition: object, found: str, expected: str) -> None:
+        """Raise InputError with the file's name unless condition holds."""
         if not condition:
             raise InputError(f"{self.path}: found {found[:200]}, expected {expected}")
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> StoredTensor:
         if name not in self.tensors:
             raise InputError(f"{self.path}: found no tensor {name!r}, expected it there")
         return StoredTensor(self, name, *self.tensors[name])
 
 
-def addressable(shape):
+def are_sizes(value: object) -> bool:
+    """Whether value is a list of integers that are sizes or offsets."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2 ** 63 for n in value)
+
+
+def addressable(shape: list[int]) -> bool:
     """Whether NumPy can describe the shape; it counts axes of size 0 as 1."""
     elements = 1
     for n in shape:
@@ -197,7 +212,7 @@ class Checkpoint:
     for an index that points outside of its folder.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike):
         self.folder = os.fspath(folder)
         if not os.path.isdir(self.folder):
             raise InputError(f"{self.folder}: found no such folder, expected a checkpoint saved from the hub")
@@ -225,28 +240,44 @@ class Checkpoint:
             file = SafetensorsFile(path)
             self.files, self.where = {"model.safetensors": file}, dict.fromkeys(file.tensors, "model.safetensors")
 
-    def names(self):
+    def names(self) -> list[str]:
+        """The names of all stored tensors."""
         return list(self.where)
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> StoredTensor:
         if name not in self.where:
             raise InputError(f"{self.folder}: found no tensor {name!r}, expected it there")
         return self.files[self.where[name]][name]
 
     @property
-    def bytes_read(self):
+    def bytes_read(self) -> int:
+        """Bytes of tensors that were read so far, by this process."""
         return sum(file.bytes_read for file in self.files.values())
 
 
-def read_json(path):
-    """The object in a JSON file."""
+def read_json(path: str) -> dict:
+    """Read the object in a JSON file. Raises InputError for a file that holds something else."""
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        with open(path, "rb") as file:
+            content = file.read()
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}, expected a JSON file") from None
+    require_no_pointer(path, content)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{path}: found UTF-16, by its byte order mark, expected a JSON object in UTF-8")
+    try:
+        value = json.loads(content.decode("utf-8-sig"))         # an editor's byte order mark is no part of it
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found bytes that are not UTF-8 at {error.start}, expected a JSON object") from None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise InputError(f"{path}: found something that is not a JSON object, expected one")
     return value
+
+
+def require_no_pointer(path: str, start: bytes) -> None:
+    """Raise InputError where a file starts as what Git LFS leaves in a clone that has not fetched the file itself."""
+    if start.startswith(LFS_POINTER):
+        raise InputError(f"{path}: found a Git LFS pointer in place of the file, expected the file itself: "
+                         f"git lfs pull")

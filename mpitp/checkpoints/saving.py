@@ -1,123 +1,74 @@
 """A decoder into a checkpoint folder as the Hugging Face hub has them, written in place by all ranks."""
+from __future__ import annotations
+
 import json
 import os
-import shutil
 
-from ..comm.agreement import require_everywhere
-from ..arrays import on_host
-from ..errors import InputError, require
+from ..errors import require
+from ..layers.decoder import Decoder
 from .families import MODULES, config_json, family_named
-from .steps import sync_folder
-from .safetensors import SafetensorsFile
-from .tensor_writer import TensorWriter, create
+from .folders import StoredSlice, write_folder
+from .loading import LoadedDecoder
 
 STORED_AS = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16"}
 FILE = "model.safetensors"
-# What a model needs beside its weights, taken along from where it was loaded.
+# What a model needs beside its weights, copied from the folder that it was loaded from.
 COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
               "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
 
 
-def save_model(model, path, dtype=None, family=None):
+def save_model(model: Decoder, path: str | os.PathLike, dtype: str | None = None, family: str | None = None) -> None:
     """Write a decoder as a checkpoint folder, in a family's names and layout.
 
     Parameters
     ----------
     model : Decoder
-    path : folder to make; its parent is there, it is not
-    dtype : to store, "float32", "float64", "float16" or "bfloat16" (None: the one that the model computes in)
-    family : model_type, such as "llama"; None: the one that load_model found
+    path : str or path
+        The folder to make. Its parent exists, it does not.
+    dtype : str, optional
+        To store: "float32", "float64", "float16" or "bfloat16". None: the one that the model computes in.
+    family : str, optional
+        A model_type, such as "llama". None: the one that load_model found.
+
+    Raises
+    ------
+    InputError
+        On every rank, for a path that exists or that cannot be written, for a model that load_model did not make where
+        no family is given, and for a choice of the model's config that the family does not have.
 
     Notes
     -----
-    Collective, no data. Rank 0 makes a folder under another name, with config.json and a file of the right size; every
-    rank writes what it owns where it belongs (rank 0 what is replicated); when all of it is on disk the folder gets its
-    name. The bytes do not depend on the number of ranks.
-    Raises InputError, on every rank, for a path that exists or that cannot be written, a model that load_model did not
-    make and no family, and a choice of the model's config that the family does not have.
+    Collective, no data; see folders.write_folder. The bytes do not depend on the number of ranks.
     """
-    group, source = model.group, getattr(model, "source", None)
+    loaded = model.folder if isinstance(model, LoadedDecoder) else None
     stored = STORED_AS.get(dtype or model.dtype.name)
     require(stored is not None, f"dtype {dtype!r}", f"one of {', '.join(STORED_AS)}, or None")
-    require(family or source, "a model that load_model did not make", f"family, one of {', '.join(MODULES)}")
-    of = source.family if family is None else family_named(family)
-    if source is None or of is not source.family:
-        keys, companions_from = config_json(model.config, of), None
+    require(family or loaded, "a model that load_model did not make", f"family, one of {', '.join(MODULES)}")
+    target = loaded.family if family is None else family_named(family)
+    if loaded is None or target is not loaded.family:
+        keys, companions = config_json(model.config, target), []
     else:
-        keys, companions_from = dict(source.checkpoint.config), source.checkpoint.folder
+        keys, companions = dict(loaded.checkpoint.config), companions_of(loaded.checkpoint.folder)
+        if loaded.own_head:
+            keys["tie_word_embeddings"] = False
     keys["torch_dtype" if "torch_dtype" in keys else "dtype"] = dtype or model.dtype.name
     path = os.path.abspath(os.fspath(path))
-    places = of.places(model.config, model.specs, of.prefix)
-    partial = group.root_first(lambda: prepare(group, path, keys, companions_from, places, stored))
-    failed = None
-    try:
-        require_everywhere(group.comm, "whether the model could be written",
-                           lambda: write_slices(model, os.path.join(partial, FILE), places))
-        group.root_first(lambda: finish(partial, path) if group.rank == 0 else None)
-    except InputError as error:
-        failed = error
-    if failed is not None:
-        if group.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise failed
+    model.group.root_first(lambda: require_new(path) if model.group.rank == 0 else None)
+    layouts = target.layouts(model.config, model.specs, target.prefix)
+    slices = [StoredSlice(model.specs[name], model.weights[name], layout, stored)
+              for name, layout in sorted(layouts.items(), key=lambda item: item[1].name)]
+    write_folder(model.group, path, {FILE: slices}, {"config.json": json.dumps(keys, indent=2) + "\n"},
+                 metadata={"format": "pt"}, companions=companions)
 
 
-def prepare(group, path, keys, companions_from, places, stored):
-    """Rank 0: make the folder under its first name. All: that name."""
-    partial = f"{path}.partial"
-    if group.rank != 0:
-        return partial
+def require_new(path: str) -> None:
+    """Raise InputError unless a folder can be made there."""
     require(not os.path.lexists(path), path, "a path where nothing is")
     parent = os.path.dirname(path)
     require(os.path.isdir(parent) and os.access(parent, os.W_OK), f"no folder {parent} that can be written to", "one")
-    try:
-        os.mkdir(partial)
-    except OSError as error:
-        raise InputError(f"{partial}: found {error.strerror}, expected to make it (what a save that ended early left "
-                         f"there may be removed)") from None
-    try:
-        create(os.path.join(partial, FILE),
-               {place.name: (stored, place.stored_shape) for place in sorted(places.values(), key=lambda p: p.name)},
-               {"format": "pt"})
-        with open(os.path.join(partial, "config.json"), "w") as file:
-            json.dump(keys, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        for name in COMPANIONS:
-            if companions_from and os.path.isfile(os.path.join(companions_from, name)):
-                shutil.copyfile(os.path.join(companions_from, name), os.path.join(partial, name))
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return partial
 
 
-def write_slices(model, file, places):
-    """Write what this rank owns into the file; when it returns that is on disk."""
-    group = model.group
-    where = (group.rank, group.size, group.blocks)
-    try:
-        writer = TensorWriter(file, SafetensorsFile(file).tensors)
-        for name, spec in model.specs.items():
-            if spec.axis is None and group.rank != spec.owner(group.size):
-                continue
-            window = [slice(0, n) for n in spec.shape]
-            if spec.axis is not None:
-                window[spec.axis] = spec.partition(*where[1:]).range(group.rank)
-            mine, place = model.weights[name][spec.owned(*where)], places[name]
-            for part, theirs in place.pieces(window):
-                values = on_host(mine[part])
-                writer.write(place.name, theirs, values.T if place.transposed else values)
-        writer.close()
-    except OSError as error:
-        raise InputError(f"{file}: found {error.strerror}, expected to write it") from None
-    return "written"
-
-
-def finish(partial, path):
-    """Give the folder its name, after its entries are on disk."""
-    sync_folder(partial)
-    require(not os.path.lexists(path), path, "a path where nothing is")
-    os.rename(partial, path)
-    sync_folder(os.path.dirname(path))
+def companions_of(folder: str) -> list[str]:
+    """The paths of a checkpoint folder's other files that belong to the model."""
+    paths = [os.path.join(folder, name) for name in COMPANIONS]
+    return [path for path in paths if os.path.isfile(path)]

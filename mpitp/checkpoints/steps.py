@@ -1,161 +1,134 @@
-"""Step folders of a training run: written in place by all ranks, complete or not there, the same bytes from any P.
+"""Step folders of a training run: written by all ranks (folders.py), resumed on any number of ranks.
 
     OUT/step-00000200/model.safetensors       the weights
                       optimizer.safetensors   exp_avg.NAME and exp_avg_sq.NAME of each
                       state.json              step, model, settings
 """
-import errno
+from __future__ import annotations
+
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 
-from ..comm.agreement import require_everywhere
-from ..arrays import on_host
-from ..errors import InputError, require
+from ..arrays import Array
+from ..comm.group import TensorParallelGroup
+from ..errors import require
+from ..sharding.parameters import ParameterSpec
+from .families.layout import Layout
+from .folders import StoredSlice, write_folder
 from .safetensors import SafetensorsFile, read_json
-from .tensor_writer import TensorWriter, create
 
 STORED = {"float32": "F32", "float64": "F64"}
 STEP = re.compile(r"step-(\d{8})$")
 PARTIAL = re.compile(r"\.?step-\d{8}\.(partial|old)$")
 
+# {file name: {tensor name: (its spec, this rank's slice)}}
+Files = Mapping[str, Mapping[str, tuple[ParameterSpec, Array]]]
 
-def save(group, folder, step, files, state, keep=0):
-    """Write a step folder. Collective, no data; InputError on every rank when one could not write.
+
+def step_folder(folder: str, step: int) -> str:
+    """The path of a step's folder in the folder of a run."""
+    return os.path.join(folder, f"step-{step:08d}")
+
+
+def save(group: TensorParallelGroup, folder: str, step: int, files: Files, state: dict, keep: int = 0) -> str:
+    """Write a step folder.
 
     Parameters
     ----------
-    folder : of the run, there already
-    files : {file name: {tensor name: (spec, this rank's slice)}}
-    state : what state.json holds
-    keep : how many of the newest step folders stay, 0 for all
+    group : TensorParallelGroup
+    folder : str
+        Of the run; it exists.
+    step : int
+    files : {file name: {tensor name: (ParameterSpec, array)}}
+        The tensors, each with this rank's slice.
+    state : dict
+        What state.json holds.
+    keep : int, optional
+        How many of the newest step folders stay, 0 for all.
 
-    Rank 0 makes the folder under another name and the files in their full size; every rank writes what it owns where it
-    belongs, rank 0 what is replicated; when all is on disk the folder gets its name.
+    Returns
+    -------
+    str
+        The step folder's path.
+
+    Raises
+    ------
+    InputError
+        On every rank, when any rank cannot write.
+
+    Notes
+    -----
+    Collective, no data; see folders.write_folder.
     """
-    path = os.path.join(folder, f"step-{step:08d}")
-    partial = f"{path}.partial"
-    try:
-        group.root_first(lambda: prepare(partial, files, state) if group.rank == 0 else None)
-        require_everywhere(group.comm, "whether the checkpoint could be written", lambda: write(group, partial, files))
-        group.root_first(lambda: finish(folder, partial, path, keep) if group.rank == 0 else None)
-    except InputError:
-        if group.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return path
+    path = step_folder(os.path.abspath(folder), step)
+    slices = {file: [StoredSlice(spec, array, Layout(name, spec.shape), STORED[array.dtype.name])
+                     for name, (spec, array) in tensors.items()] for file, tensors in files.items()}
+    write_folder(group, path, slices, {"state.json": json.dumps(state, indent=1, sort_keys=True) + "\n"}, replace=True)
+    group.root_first(lambda: remove_old(folder, keep) if group.rank == 0 else None)
+    return step_folder(folder, step)
 
 
-def prepare(partial, files, state):
-    """The folder under its first name, its files in their full size, and state.json."""
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        os.mkdir(partial)
-        for file, tensors in files.items():
-            path = os.path.join(partial, file)
-            shapes = {name: (STORED[array.dtype.name], spec.shape) for name, (spec, array) in tensors.items()}
-            reserve(path, create(path, shapes))
-        with open(os.path.join(partial, "state.json"), "w") as out:
-            json.dump(state, out, indent=1, sort_keys=True)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-    except OSError as error:
-        raise InputError(f"{partial}: found {error.strerror}, expected room for a checkpoint") from None
-
-
-def reserve(path, size):
-    """Find out now, and not in the middle of writing, whether there is room."""
-    with open(path, "r+b") as made:
-        try:
-            os.posix_fallocate(made.fileno(), 0, size)
-        except AttributeError:                  # macOS
-            pass
-        except OSError as error:                # some file systems cannot say
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-
-
-def write(group, partial, files):
-    """Write what this rank owns; when it returns that is on disk."""
-    where = (group.rank, group.size, group.blocks)
-    try:
-        for file, tensors in files.items():
-            path = os.path.join(partial, file)
-            writer = TensorWriter(path, SafetensorsFile(path).tensors)
-            for name, (spec, array) in tensors.items():
-                if spec.axis is None and group.rank != spec.owner(group.size):
-                    continue
-                window = [slice(0, n) for n in spec.shape]
-                if spec.axis is not None:
-                    window[spec.axis] = spec.partition(*where[1:]).range(group.rank)
-                mine = array[spec.owned(*where)]
-                writer.write(name, tuple(window), on_host(mine))
-            writer.close()
-    except OSError as error:
-        raise InputError(f"{partial}: found {error.strerror}, expected to write it") from None
-    return "written"
-
-
-def finish(folder, partial, path, keep):
-    """Give the folder its name after its entries are on disk; old ones lose theirs before they go."""
-    sync_folder(partial)
-    shutil.rmtree(path, ignore_errors=True)     # of an earlier run that this one repeats
-    os.rename(partial, path)
-    sync_folder(folder)
+def remove_old(folder: str, keep: int) -> None:
+    """Remove all but the newest `keep` step folders (0: none of them); each loses its name before its files."""
     for step in steps(folder)[:-keep] if keep else []:
-        old = os.path.join(folder, f"step-{step:08d}")
+        old = step_folder(folder, step)
         os.rename(old, f"{old}.old")
         shutil.rmtree(f"{old}.old", ignore_errors=True)
 
 
-def sync_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def steps(folder):
+def steps(folder: str) -> list[int]:
     """The steps of the complete folders, in order."""
     return sorted(int(match.group(1)) for match in map(STEP.match, os.listdir(folder)) if match)
 
 
-def clean(folder):
-    """Remove what a run that was killed left half-written or half-removed; returns the names."""
+def clean(folder: str) -> list[str]:
+    """Remove what a run that was killed left half-written or half-removed. Returns the names."""
     left = sorted(name for name in os.listdir(folder) if PARTIAL.match(name))
     for name in left:
         shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
     return left
 
 
-def read_state(folder, step):
-    return read_json(os.path.join(folder, f"step-{step:08d}", "state.json"))
+def read_state(folder: str, step: int) -> dict:
+    """What state.json of a step folder holds."""
+    return read_json(os.path.join(step_folder(folder, step), "state.json"))
 
 
-def load(group, folder, step, files):
+def load(group: TensorParallelGroup, folder: str, step: int, files: Files) -> None:
     """Fill the slices that a rank holds from a step folder, whatever number of ranks wrote it.
 
-    files : as save's. Raises InputError, on every rank and before anything is changed, unless the names and shapes fit.
+    Parameters
+    ----------
+    group : TensorParallelGroup
+    folder : str
+    step : int
+    files : {file name: {tensor name: (ParameterSpec, array)}}
+        As save's. The arrays are written to.
+
+    Raises
+    ------
+    InputError
+        On every rank and before anything is changed, unless the names, shapes and dtypes fit.
     """
-    path = os.path.join(folder, f"step-{step:08d}")
-
-    def look():
-        opened = {}
-        for file, tensors in files.items():
-            opened[file] = stored = SafetensorsFile(os.path.join(path, file))
-            found = {name: (dtype, shape) for name, (dtype, shape, *_) in stored.tensors.items()}
-            for name, (spec, array) in tensors.items():
-                expected = STORED[array.dtype.name], tuple(spec.shape)
-                require(found.get(name) == expected, f"{file}: {name} {found.get(name, 'missing')}",
-                        f"{expected}: the same model and dtype")
-            extra = found.keys() - tensors.keys()
-            require(not extra, f"{file}: {len(extra)} unexpected tensors, {min(extra, default='')} first", "none")
-        return opened
-
-    for file, stored in group.root_first(look).items():
+    opened = group.root_first(lambda: {file: open_file(os.path.join(step_folder(folder, step), file), tensors)
+                                       for file, tensors in files.items()})
+    for file, stored in opened.items():
         for name, (spec, array) in files[file].items():
-            window = spec.window(group.rank, group.size, group.blocks)
+            window = spec.window(group.place)
             array[...] = group.xp.asarray(stored[name][window])
+
+
+def open_file(path: str, tensors: Mapping[str, tuple[ParameterSpec, Array]]) -> SafetensorsFile:
+    """Open a file of a step folder. Raises InputError unless it holds these tensors and no others."""
+    stored, file = SafetensorsFile(path), os.path.basename(path)
+    found = {name: (dtype, shape) for name, (dtype, shape, *_) in stored.tensors.items()}
+    for name, (spec, array) in tensors.items():
+        expected = STORED[array.dtype.name], tuple(spec.shape)
+        require(found.get(name) == expected, f"{file}: {name} {found.get(name, 'missing')}",
+                f"{expected}: the same model and dtype")
+    extra = found.keys() - tensors.keys()
+    require(not extra, f"{file}: {len(extra)} unexpected tensors, {min(extra, default='')} first", "none")
+    return stored

@@ -1,20 +1,34 @@
 """Write safetensors files in place: one rank makes the file, all ranks write their windows of its tensors."""
+from __future__ import annotations
+
 import json
 import os
 import weakref
+from collections.abc import Mapping
 from math import prod
 
 import numpy as np
 
+from ..arrays import Array
 from .safetensors import PIECE, STORED, bounds_of
 
 
-def create(path, tensors, metadata=None):
-    """Make the file with its header and room for the data. Returns the bytes it has.
+def create(path: str, tensors: Mapping[str, tuple[str, tuple]], metadata: Mapping[str, str] | None = None) -> int:
+    """Make the file with its header, in its full size.
 
+    Parameters
+    ----------
+    path : str
     tensors : {name: (dtype by its name in the file, shape)}
-    metadata : {text: text}
+    metadata : {text: text}, optional
 
+    Returns
+    -------
+    int
+        The file's size in bytes.
+
+    Notes
+    -----
     The header ends at a multiple of 8 bytes, as the format asks for.
     """
     header, end = {"__metadata__": metadata} if metadata else {}, 0
@@ -30,17 +44,17 @@ def create(path, tensors, metadata=None):
 
 
 class TensorWriter:
-    """Writes windows of the tensors of a file that is there. Several ranks may, each its own windows.
+    """Write windows of the tensors of a file that create() made. Several ranks may, each its own windows.
 
     tensors : {name: (dtype, shape, begin, end)}, as SafetensorsFile.tensors
     """
 
-    def __init__(self, path, tensors):
-        self.tensors, self.bytes_written = tensors, 0
+    def __init__(self, path: str, tensors: Mapping[str, tuple]):
+        self.tensors = tensors
         self.descriptor = os.open(path, os.O_WRONLY)
         self.close_once = weakref.finalize(self, os.close, self.descriptor)
 
-    def write(self, name, window, array):
+    def write(self, name: str, window: tuple, array: Array) -> None:
         """Write an array into a window (a tuple of slices) of a tensor, rounded to its dtype."""
         dtype, shape, begin, _ = self.tensors[name]
         bounds, item = bounds_of(window, shape)[0], np.dtype(STORED[dtype]).itemsize
@@ -58,21 +72,21 @@ class TensorWriter:
                 for i, values in enumerate(piece):
                     self.write_all(values, start + i * shape[1] * item)
 
-    def write_all(self, array, offset):
+    def write_all(self, array: Array, offset: int) -> None:
+        """Write all bytes of a C-contiguous array there."""
         left = memoryview(array.reshape(-1).view(np.uint8))
-        self.bytes_written += len(left)
         while left:
             count = os.pwrite(self.descriptor, left, offset)
             left, offset = left[count:], offset + count
 
-    def close(self):
+    def close(self) -> None:
         """Wait until what was written is on the disk."""
         os.fsync(self.descriptor)
         self.close_once()
 
 
-def narrowed(array, dtype):
-    """A C-contiguous array of the stored dtype, to the nearest, ties to even."""
+def narrowed(array: Array, dtype: str) -> Array:
+    """Round to a C-contiguous array of the stored dtype: to the nearest, ties to even; a NaN stays one."""
     if dtype != "BF16":
         return np.ascontiguousarray(array, STORED[dtype])
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
@@ -82,6 +96,6 @@ def narrowed(array, dtype):
     rounded += bits
     rounded >>= 16
     nan = np.isnan(array)
-    if nan.any():                               # it stays one
+    if nan.any():
         rounded[nan] = bits[nan] >> 16 | 0x40
     return rounded.astype(STORED[dtype])

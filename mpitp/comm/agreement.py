@@ -11,11 +11,6 @@ from mpi4py import MPI
 from ..errors import InputError
 
 
-def memory_order(x):
-    """F for column-major arrays, C for everything that is sent row by row."""
-    return "F" if x.flags.f_contiguous and not x.flags.c_contiguous else "C"
-
-
 def agree(comm, text):
     """Whether `text` is the same on every rank. Collective: MPI_Allreduce of 16 bytes."""
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

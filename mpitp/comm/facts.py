@@ -3,7 +3,9 @@ import os
 import platform
 import shutil
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import mpi4py
 from mpi4py import MPI
@@ -16,10 +18,10 @@ VARIABLES = ("OPENBLAS_CORETYPE", "MKL_ENABLE_INSTRUCTIONS", "MPI4PY_LIBMPI", "M
 
 @dataclass
 class RankFacts:
-    """One rank. Sizes in bytes; None where it cannot be known."""
+    """What one rank knows. Sizes are in bytes; None stands for what cannot be known."""
     host: str
-    cores: list                     # that this rank may run on
-    machine_cores: int
+    cores: list[int]                # that this rank may run on
+    machine_cores: int              # of its node, that the job may use
     python: str
     numpy: str
     mpi4py: str
@@ -31,8 +33,8 @@ class RankFacts:
     launcher_rank: int
     blas: str
     blas_threads: int | None        # in force
-    instructions: list              # avx2, avx512f where the processor has them
-    variables: dict
+    instructions: list[str]         # avx2, avx512f where the processor has them
+    variables: dict[str, str]
     shared_memory: int | None       # free in /dev/shm
     quota: float | None             # cores that the container may use
     cuda_aware: bool = False
@@ -46,18 +48,18 @@ class RankFacts:
     node_ranks: int = 1
 
 
-def of_all_ranks():
-    """RankFacts of every rank on rank 0, None on the others. Collective."""
+def of_all_ranks() -> list[RankFacts] | None:
+    """The RankFacts of every rank on rank 0, None on the others. Collective."""
     return MPI.COMM_WORLD.gather(of_this_rank(MPI.COMM_WORLD))
 
 
-def from_first_rank(value):
-    """Rank 0's value on every rank. Collective."""
+def from_first_rank(value: Any) -> Any:
+    """Give rank 0's value to every rank. Collective."""
     return MPI.COMM_WORLD.bcast(value)
 
 
-def of_this_rank(comm):
-    """RankFacts of this process. Collective."""
+def of_this_rank(comm: MPI.Comm) -> RankFacts:
+    """The RankFacts of this process. Collective."""
     import numpy
     launcher, ranks = launch.launcher()
     aware, how = cuda_aware(comm)
@@ -65,7 +67,7 @@ def of_this_rank(comm):
     node_ranks = node.size
     node.Free()
     return RankFacts(
-        host=socket.gethostname(), cores=launch.cores(), machine_cores=os.cpu_count() or 1,
+        host=socket.gethostname(), cores=launch.cores(), machine_cores=launch.usable_cores(),
         python=platform.python_version(), numpy=numpy.__version__, mpi4py=mpi4py.__version__,
         mpi=launch.library_name(), transport=transport(), world=comm.size, launcher=launcher, launcher_ranks=ranks,
         launcher_rank=launcher_rank(), blas=launch.blas_name(), blas_threads=blas_threads(),
@@ -76,8 +78,8 @@ def of_this_rank(comm):
         node_ranks=node_ranks, **gpu_facts(comm))
 
 
-def launcher_rank(environment=None):
-    """This process among those of its launcher, also where MPI does not know of the others."""
+def launcher_rank(environment: Mapping[str, str] | None = None) -> int:
+    """The number of this process among those of its launcher, also where MPI does not know of the others."""
     environment = os.environ if environment is None else environment
     for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "PALS_RANKID", "FLUX_TASK_RANK"):
         if environment.get(name, "").isdigit():
@@ -85,23 +87,23 @@ def launcher_rank(environment=None):
     return 0
 
 
-def transport():
-    """How the library moves bytes, as far as it says."""
-    said = MPI.Get_library_version()
-    for line in said.splitlines():
+def transport() -> str:
+    """How the library moves bytes, as far as it tells."""
+    version = MPI.Get_library_version()
+    for line in version.splitlines():
         if line.startswith("MPICH Device:"):
             return line.split(":", 1)[1].strip()
-    if "Open MPI" in said:
+    if "Open MPI" in version:
         chosen = [f"{name}={os.environ[f'OMPI_MCA_{name}']}" for name in ("pml", "btl")
                   if f"OMPI_MCA_{name}" in os.environ]
         return ", ".join(chosen) or "chosen by Open MPI (OMPI_MCA_pml_base_verbose=10 shows it)"
-    if "Intel" in said:
+    if "Intel" in version:
         return f"I_MPI_FABRICS={os.environ.get('I_MPI_FABRICS', 'default')}"
     return "unknown"
 
 
-def blas_threads():
-    """Threads that BLAS uses now; from its variables where threadpoolctl is missing, None where they say nothing."""
+def blas_threads() -> int | None:
+    """How many threads BLAS uses; from its variables where threadpoolctl is missing, None where they say nothing."""
     try:
         from threadpoolctl import threadpool_info
         found = [info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"]
@@ -115,7 +117,8 @@ def blas_threads():
     return None
 
 
-def instructions(path="/proc/cpuinfo"):
+def instructions(path: str = "/proc/cpuinfo") -> list[str]:
+    """Those of avx2 and avx512f that the processor has."""
     try:
         with open(path) as lines:
             flags = next((line.split() for line in lines if line.startswith("flags")), [])
@@ -124,8 +127,8 @@ def instructions(path="/proc/cpuinfo"):
     return [name for name in ("avx2", "avx512f") if name in flags]
 
 
-def cpu_quota(path="/sys/fs/cgroup/cpu.max"):
-    """Cores that a container's limit amounts to, None without a limit."""
+def cpu_quota(path: str = "/sys/fs/cgroup/cpu.max") -> float | None:
+    """The cores that a container's limit amounts to, None without a limit."""
     try:
         with open(path) as file:
             quota, period = file.read().split()
@@ -134,7 +137,8 @@ def cpu_quota(path="/sys/fs/cgroup/cpu.max"):
     return None if quota == "max" else int(quota) / int(period)
 
 
-def gpu_count():
+def gpu_count() -> int | None:
+    """How many GPUs CuPy sees; None without CuPy."""
     try:
         import cupy
         return cupy.cuda.runtime.getDeviceCount()
@@ -144,8 +148,8 @@ def gpu_count():
         return 0
 
 
-def gpu_facts(comm):
-    """What a group on GPUs would have; nothing where a rank has none. Collective."""
+def gpu_facts(comm: MPI.Comm) -> dict[str, Any]:
+    """The fields of RankFacts that a group on GPUs would give; none where a rank has no GPU. Collective."""
     from .group import TensorParallelGroup
     if not min(comm.allgather(gpu_count() or 0)):
         return {}

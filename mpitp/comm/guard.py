@@ -47,8 +47,8 @@ def out_of_memory(error):
         return None
     free, total = sys.modules["cupy"].cuda.runtime.memGetInfo()
     free, total, asked, held = (size / 2 ** 30 for size in (free, total, error._size, error._total))
-    return f"found {free:.1f} of {total:.1f} GiB of the GPU's memory free, expected {asked:.1f} GiB for one more array " \
-           f"beside the {held:.1f} GiB of this rank\n"
+    return f"found {free:.1f} of {total:.1f} GiB of the GPU's memory free, expected {asked:.1f} GiB for one more " \
+           f"array beside the {held:.1f} GiB of this rank\n"
 
 
 def abort(error):
@@ -106,7 +106,7 @@ def guarded(main):
             say(f"mpitp: {out_of_memory(error)}")
             return 1
         if isinstance(error, BrokenPipeError):  # `| head`: nothing more is wanted
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w")              # noqa: SIM115 - as long as the process
             return 1
         raise
 

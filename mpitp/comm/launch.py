@@ -5,6 +5,7 @@ Needs no NumPy: BLAS reads its number of threads from the environment once, when
 import ctypes
 import os
 import platform
+from collections.abc import Mapping
 
 from mpi4py import MPI
 
@@ -24,29 +25,51 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 USER_THREADS = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}     # before we set any
 
 
-def library_name():
+def library_name() -> str:
     """Name and version of the MPI library that mpi4py is bound to, such as 'MPICH 5.0.2'."""
     name, version = MPI.get_vendor()
     return f"{name} {'.'.join(map(str, version))}"
 
 
-def is_first_rank():
+def is_first_rank() -> bool:
     """Whether this process is the one that prints."""
     return MPI.COMM_WORLD.rank == 0
 
 
-def launcher(environment=None):
-    """(name, ranks) of the launcher that started this process, or (None, 1)."""
+def launcher(environment: Mapping[str, str] | None = None) -> tuple[str | None, int]:
+    """The launcher that started this process, by its variables.
+
+    Parameters
+    ----------
+    environment : mapping of str to str, optional
+        The process's variables, os.environ by default.
+
+    Returns
+    -------
+    (str or None, int)
+        Its name and how many ranks it started; (None, 1) where there was none.
+    """
     environment = os.environ if environment is None else environment
+    # -5 in a batch script's own shell, -6 in salloc's: not a process of srun
+    in_step = environment.get("SLURM_STEP_ID", "").isdigit()
+    of_step = environment.get("SLURM_STEP_NUM_TASKS", "") if in_step else ""
     for variable, name in LAUNCHERS:
-        if variable == "SLURM_STEP_NUM_TASKS" and not environment.get("SLURM_STEP_ID", "").isdigit():
-            continue                            # -5 in a batch script's own shell, -6 in salloc's: not srun's process
-        if environment.get(variable, "").isdigit():
-            return name, int(environment[variable])
+        ranks = of_step if variable == "SLURM_STEP_NUM_TASKS" else environment.get(variable, "")
+        if ranks.isdigit():
+            return "srun" if variable == "PMI_SIZE" and ranks == of_step else name, int(ranks)
     return None, 1
 
 
-def require_matching_launcher():
+def remedy(launcher_name: str | None, library: str) -> str:
+    """What to change where this launcher and mpi4py's library (its name first) are of two MPIs."""
+    if launcher_name == "srun":
+        mpi_type = "pmix" if library.startswith("Open MPI") else "cray_shasta" if library.startswith("Cray") else "pmi2"
+        return f"start with srun --mpi={mpi_type} (srun --mpi=list shows what there is), or set MPI4PY_LIBMPI to the " \
+               f"library that this Slurm starts"
+    return f"start with the mpirun of {library}, or set MPI4PY_LIBMPI to the library of the launcher"
+
+
+def require_matching_launcher() -> None:
     """Raise InputError when a launcher started several ranks and MPI sees one: it belongs to another MPI.
 
     Then every process believes that it is alone, and computes everything P times over.
@@ -55,19 +78,18 @@ def require_matching_launcher():
     if ranks > 1 and MPI.COMM_WORLD.size == 1:
         raise InputError(
             f"found {ranks} processes started by {name}, each alone in an MPI world of 1 rank, expected one world "
-            f"of {ranks}: mpi4py uses {library_name()}, so start with the mpirun of {library_name()}, "
-            f"or set MPI4PY_LIBMPI to the library of the launcher")
+            f"of {ranks}: mpi4py uses {library_name()}, so {remedy(name, library_name())}")
 
 
-def cores():
+def cores() -> list[int]:
     """The cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))     # macOS has no affinity
 
 
-def share_of_cores(comm):
-    """How many cores are this rank's when ranks of one node share theirs evenly; at least 1. Collective."""
+def share_of_cores(comm: MPI.Comm) -> int:
+    """How many cores are this rank's where the ranks of a node share theirs evenly; at least 1. Collective."""
     mine = cores()
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     of_ranks = node.allgather(mine)
@@ -75,19 +97,31 @@ def share_of_cores(comm):
     return max(1, int(sum(1 / sum(core in others for others in of_ranks) for core in mine) + 1e-9))
 
 
-def idle_cores(comm):
-    """Cores of this rank's node that a launcher keeps from all of its ranks while they could use more. Collective."""
+def usable_cores(environment: Mapping[str, str] | None = None) -> int:
+    """The cores of this node that a job may use: what Slurm allocated of them, else all."""
+    environment = os.environ if environment is None else environment
+    cores_here, allocated = os.cpu_count() or 1, environment.get("SLURM_CPUS_ON_NODE", "")
+    return min(cores_here, int(allocated)) if allocated.isdigit() and int(allocated) else cores_here
+
+
+def idle_cores(comm: MPI.Comm) -> int:
+    """How many cores of this node a launcher keeps from all of its ranks while they could use more. Collective."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     used, ranks = set().union(*node.allgather(cores())), node.size
     node.Free()
     pinned = launcher()[0] is not None and len(used) <= ranks
-    return max(0, (os.cpu_count() or 1) - len(used)) if pinned else 0
+    return max(0, usable_cores() - len(used)) if pinned else 0
 
 
-def set_blas_threads(comm, reproducible=False):
+def set_blas_threads(comm: MPI.Comm, reproducible: bool = False) -> int:
     """Give BLAS this rank's share of the cores, unless the user set a number. Before NumPy is imported. Collective.
 
     Left alone, every rank starts a thread for every core. Reproducible mode: one thread (see workers.py).
+
+    Returns
+    -------
+    int
+        This rank's share of the cores.
     """
     share = share_of_cores(comm)
     if reproducible:
@@ -98,11 +132,11 @@ def set_blas_threads(comm, reproducible=False):
     return share
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next array, where it would give it back to the kernel. Elsewhere: nothing.
 
-    Giving back and faulting in again costs 2 microseconds a page: a tenth of a block's time in reproducible mode,
-    whose arrays come and go block by block (measured). Process-wide, so a decision for programs, not for a library.
+    Giving a page back and faulting it in again costs 2 microseconds (measured: a tenth of a block's time in
+    reproducible mode, whose arrays come and go block by block). It is process-wide: for programs, not for a library.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # malloc.h
     try:
@@ -113,8 +147,8 @@ def keep_freed_memory():
     mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
-def machine():
-    """What the bits of a product depend on: processor model, NumPy, and the BLAS kernel that runs."""
+def machine() -> str:
+    """What the bits of a product depend on: the processor's model, NumPy, and the BLAS kernel that runs."""
     import numpy
     model = platform.machine()                  # platform.processor() starts a process: not under MPI
     if os.path.exists("/proc/cpuinfo"):
@@ -123,7 +157,7 @@ def machine():
     return f"{model}, NumPy {numpy.__version__}, {blas_name()}"
 
 
-def blas_name():
+def blas_name() -> str:
     """The BLAS that NumPy uses and the kernel it chose for this processor, as far as can be known."""
     import numpy
     try:

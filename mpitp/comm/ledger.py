@@ -1,12 +1,12 @@
 """The record of every collective: how often, how much, how long. Its closed forms are tested exactly."""
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Collective(NamedTuple):
-    """One logical operation, however it travels: elements are those of the whole (reduced, gathered) array."""
+    """A logical operation, however it travels: elements are those of the whole (reduced, gathered) array."""
     operation: str
     elements: int
     dtype: str
@@ -14,14 +14,14 @@ class Collective(NamedTuple):
 
 @dataclass
 class Entry:
-    """What is known of all the collectives of one kind."""
+    """The calls, bytes sent by this rank and seconds of all the collectives of one kind."""
     calls: int = 0
     wire_bytes: int = 0
     seconds: float = 0.0
 
 
-def wire_bytes(operation, elements, itemsize, size):
-    """Bytes that each rank must send, by the bandwidth-optimal algorithm; what a library really does may differ.
+def wire_bytes(operation: str, elements: int, itemsize: int, size: int) -> int:
+    """Return the bytes that each rank must send by the bandwidth-optimal algorithm; a library may do otherwise.
 
     all_reduce: 2 (P-1)/P n (reduce-scatter, then all-gather); all_gather, reduce_scatter: (P-1)/P n;
     broadcast: (P-1)/P n as the mean over the ranks; gather: (P-1)/P n, which root receives.
@@ -32,56 +32,67 @@ def wire_bytes(operation, elements, itemsize, size):
 
 
 class Recording:
-    """One collective under way; a plain class, as a generator would cost more than the rest of a small call."""
+    """A context manager around one collective: counts it and its time in the ledger, unless it raises.
+
+    A plain class, as a generator would cost more than the rest of a small call.
+    """
     __slots__ = ("entries", "key", "sent", "start")
 
-    def __init__(self, entries, key, sent):
+    def __init__(self, entries: "defaultdict[Any, Entry]", key: Any, sent: int):
         self.entries, self.key, self.sent = entries, key, sent
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.start = time.perf_counter()
 
-    def __exit__(self, kind, error, trace):
-        if kind is not None:
-            return
-        entry = self.entries.get(self.key)
-        if entry is None:
-            entry = self.entries[self.key] = Entry()
-        entry.calls += 1
-        entry.wire_bytes += self.sent
-        entry.seconds += time.perf_counter() - self.start
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            entry = self.entries[self.key]
+            entry.calls += 1
+            entry.wire_bytes += self.sent
+            entry.seconds += time.perf_counter() - self.start
 
 
 @dataclass
 class Ledger:
-    """Counts collectives by kind, so that a long run does not grow it.
+    """A ledger counts collectives by kind, so that a long run does not grow it.
 
-    data : {Collective: Entry}, the operations that the mathematics asks for
-    control : {str: Entry}, checks and reports
-    transport : name of what carries them
+    Attributes
+    ----------
+    data : {Collective: Entry}
+        The operations that the mathematics asks for.
+    control : {str: Entry}
+        Checks and reports.
+    transport : str
+        Name of what carries them.
     """
-    data: dict = field(default_factory=dict)
-    control: dict = field(default_factory=dict)
+    data: defaultdict[Collective, Entry] = field(default_factory=lambda: defaultdict(Entry))
+    control: defaultdict[str, Entry] = field(default_factory=lambda: defaultdict(Entry))
     transport: str = "mpi"
 
-    def record(self, kind, key, sent):
-        """Count one collective, and the time until it is done (waiting for other ranks included).
+    def record_data(self, collective: Collective, sent: int) -> Recording:
+        """Return a context manager that counts a data collective of which this rank sends so many bytes.
 
-        A context manager around the call; a call that raises is not counted.
+        Its time is the time until it is done, waiting for other ranks included; a call that raises is not counted.
         """
-        return Recording(getattr(self, kind), key, sent)
+        return Recording(self.data, collective, sent)
 
-    def counts(self):
-        """The data collectives as a Counter, to compare with a closed form."""
+    def record_control(self, name: str, sent: int = 0) -> Recording:
+        """Return a context manager that counts a check or a report."""
+        return Recording(self.control, name, sent)
+
+    def counts(self) -> Counter:
+        """Return the data collectives as a Counter, to compare with a closed form."""
         return Counter({key: entry.calls for key, entry in self.data.items()})
 
-    def wire_bytes(self):
-        """Bytes that this rank sent for data collectives."""
+    def wire_bytes(self) -> int:
+        """Return the bytes that this rank sent for data collectives."""
         return sum(entry.wire_bytes for entry in self.data.values())
 
-    def seconds(self):
+    def seconds(self) -> float:
+        """Return the time in all collectives, waiting for other ranks included."""
         return sum(entry.seconds for entries in (self.data, self.control) for entry in entries.values())
 
-    def clear(self):
+    def clear(self) -> None:
+        """Forget everything."""
         self.data.clear()
         self.control.clear()

@@ -1,118 +1,118 @@
-"""Transport: MPI on the buffers themselves, host arrays or, where the MPI is CUDA-aware, device arrays.
-
-Arrays are flat or C-contiguous; counts are elements per rank. Every call is collective.
-"""
-from itertools import accumulate
+"""The transport of host arrays: MPI on the buffers themselves, in messages that its 32-bit counts can hold."""
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 from mpi4py import MPI
 
-from ..arrays import module_of
+from ..arrays import Array, module_of
+from ..errors import require
 
+TRANSPORTS = ("auto", "mpi", "nccl", "staged")
 OPERATIONS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 # MPI counts are 32-bit integers, and some libraries count bytes in them on the way.
 PIECE_BYTES = 1 << 30
 
 
-def pieces(length, itemsize, piece_bytes):
-    """Slices that cut `length` elements into messages of at most piece_bytes."""
+def pieces(length: int, itemsize: int, piece_bytes: int) -> list[slice]:
+    """Return slices that cut `length` elements into messages of at most piece_bytes."""
     step = max(1, piece_bytes // itemsize)
     return [slice(at, min(at + step, length)) for at in range(0, length, step)]
 
 
+def requested_transport(transport: str) -> str:
+    """Return the name asked for: the argument, or MPITP_TRANSPORT where that is "auto"."""
+    if transport == "auto":
+        transport = os.environ.get("MPITP_TRANSPORT", "auto")
+    require(transport in TRANSPORTS, f"transport {transport!r}", f"one of {', '.join(TRANSPORTS)}")
+    return transport
+
+
+def host_transport(comm: MPI.Comm, transport: str) -> "MpiTransport":
+    """Return the transport of host arrays. Raises InputError where another one is asked for."""
+    asked = requested_transport(transport)
+    require(asked in ("auto", "mpi"), f"transport {asked!r} on device 'cpu'", "'mpi', which host arrays travel by")
+    return MpiTransport(comm)
+
+
+def concatenate(parts: list[Array]) -> Array:
+    """Return the parts of one array module, one after the other."""
+    xp: Any = module_of(parts[0])
+    return xp.concatenate(parts)
+
+
 class MpiTransport:
+    """MPI on the arrays themselves, which lie on the host.
+
+    Arrays are flat or C-contiguous; counts are elements per rank. Every method but close() is collective.
+
+    Parameters
+    ----------
+    comm : mpi4py communicator
+        Of the ranks.
+    """
     name = "mpi"
-    overlaps = False    # hardly any MPI makes progress while none of its functions runs
+    how = "host arrays"         # why it is this transport, for `doctor`
+    overlaps = False            # hardly any MPI makes progress while none of its functions runs
 
-    def __init__(self, comm, synchronise=lambda: None, in_pairs=False, how="host arrays"):
-        """Parameters
-        ----------
-        synchronise : called before MPI reads or writes a buffer (a device's pending kernels)
-        in_pairs : gather and exchange by sends and receives: with device buffers, a CUDA-aware MPI may take these
-            through the host in its Allgather and Alltoall (Intel MPI: 180 ms for 128 MiB, by pairs 0.6)
-        how : why it is this transport that a group has
-        """
-        self.comm, self.synchronise, self.in_pairs, self.how = comm, synchronise, in_pairs, how
-        self.piece_bytes = PIECE_BYTES
+    def __init__(self, comm: MPI.Comm):
+        self.comm, self.piece_bytes = comm, PIECE_BYTES
 
-    def all_reduce(self, x, op):
-        """x becomes the sum (max, min) over the ranks, in place."""
-        self.synchronise()
+    def all_reduce(self, x: Array, op: str) -> None:
+        """Make x the sum (max, min) over the ranks, in place."""
         flat = x.reshape(-1)
+        if flat.nbytes <= self.piece_bytes:
+            self.comm.Allreduce(MPI.IN_PLACE, flat, OPERATIONS[op])
+            return
         for part in pieces(flat.size, flat.itemsize, self.piece_bytes):
             self.comm.Allreduce(MPI.IN_PLACE, flat[part], OPERATIONS[op])
 
-    def begin_all_reduce(self, x, op):
+    def begin_all_reduce(self, x: Array, op: str) -> Callable[[], object]:
         """Start all_reduce(x, op); returns a function that waits for it. x must be left alone until then."""
-        self.synchronise()
         flat = x.reshape(-1)
         requests = [self.comm.Iallreduce(MPI.IN_PLACE, flat[part], OPERATIONS[op])
                     for part in pieces(flat.size, flat.itemsize, self.piece_bytes)]
-        return lambda: MPI.Request.Waitall(requests)
+        return partial(MPI.Request.Waitall, requests)
 
-    def all_gather(self, send, receive, counts):
-        """receive = the send arrays of all ranks, one after the other."""
-        if self.in_pairs:
-            self.exchange([send] * self.comm.size, cut(receive, counts))
-            return
-        self.synchronise()
+    def all_gather(self, send: Array, receive: Array, counts: list[int]) -> None:
+        """Make `receive` the send arrays of all ranks, one after the other."""
         for part, part_counts, offsets in self.vector_pieces(counts, receive.itemsize):
             self.comm.Allgatherv(send[part], [receive, (part_counts, offsets)])
 
-    def gather(self, send, receive, counts, root):
-        """receive on root = the send arrays of all ranks, one after the other; receive is None elsewhere."""
-        if self.in_pairs:
-            nothing, size, here = send[:0], self.comm.size, self.comm.rank == root
-            self.exchange([send if p == root else nothing for p in range(size)],
-                          cut(receive, counts) if here else [nothing] * size)
-            return
-        self.synchronise()
+    def gather(self, send: Array, receive: Array | None, counts: list[int], root: int) -> None:
+        """Make `receive` on root the send arrays of all ranks, one after the other; it is None elsewhere."""
         for part, part_counts, offsets in self.vector_pieces(counts, send.itemsize):
             self.comm.Gatherv(send[part], None if receive is None else [receive, (part_counts, offsets)], root)
 
-    def reduce_scatter(self, send, receive, counts, op):
-        """receive = this rank's run of the sum (max, min) of the send arrays, cut by counts."""
+    def reduce_scatter(self, send: Array, receive: Array, counts: list[int], op: str) -> None:
+        """Make `receive` this rank's run of the sum (max, min) of the send arrays, which `counts` cut."""
         for part, part_counts, offsets in self.vector_pieces(counts, send.itemsize):
             if part_counts == list(counts):
                 piece = send
             else:                                           # what each rank gets of this piece lies apart
-                piece = module_of(send).concatenate([send[at:at + n] for at, n in zip(offsets, part_counts)])
-            self.synchronise()
-            self.comm.Reduce_scatter(piece, receive[part], part_counts, OPERATIONS[op])
+                piece = concatenate([send[at:at + n] for at, n in zip(offsets, part_counts)])
+            self.reduce_scatter_piece(piece, receive[part], part_counts, op)
 
-    def all_to_all(self, send, send_counts, receive, receive_counts):
-        """Run p of send goes to rank p; receive = what every rank sent here, one after the other."""
-        if self.in_pairs:
-            self.exchange(cut(send, send_counts), cut(receive, receive_counts))
-            return
-        self.synchronise()
+    def reduce_scatter_piece(self, piece: Array, receive: Array, counts: list[int], op: str) -> None:
+        """MPI_Reduce_scatter of one message."""
+        self.comm.Reduce_scatter(piece, receive, counts, OPERATIONS[op])
+
+    def all_to_all(self, send: Array, send_counts: list[int], receive: Array, receive_counts: list[int]) -> None:
+        """Send run p of `send` to rank p; `receive` becomes what every rank sent here, one after the other."""
         self.comm.Alltoallv([send, send_counts], [receive, receive_counts])
 
-    def broadcast(self, x, root):
-        """x becomes root's x, in place."""
-        self.synchronise()
+    def broadcast(self, x: Array, root: int) -> None:
+        """Make x root's x, in place."""
         flat = x.reshape(-1)
         for part in pieces(flat.size, flat.itemsize, self.piece_bytes):
             self.comm.Bcast(flat[part], root)
 
-    def exchange(self, outgoing, incoming):
-        """outgoing[p] goes to rank p, incoming[p] comes from it: with the rank `shift` above and below at a time."""
-        rank, size = self.comm.rank, self.comm.size
-        incoming[rank][...] = outgoing[rank]
-        self.synchronise()
-        for shift in range(1, size):
-            to, source = (rank + shift) % size, (rank - shift) % size
-            requests = [self.comm.Irecv(incoming[source][part], source) for part in self.cuts(incoming[source])]
-            requests += [self.comm.Isend(outgoing[to][part], to) for part in self.cuts(outgoing[to])]
-            MPI.Request.Waitall(requests)
+    def close(self) -> None:
+        """Give nothing back: the communicator is the group's."""
 
-    def cuts(self, x):
-        return pieces(x.size, x.itemsize, self.piece_bytes)
-
-    def close(self):
-        """Nothing to give back: the communicator is the group's."""
-
-    def vector_pieces(self, counts, itemsize):
-        """Cut a gather of `counts` elements a rank: (this rank's slice, counts, offsets) for each message."""
+    def vector_pieces(self, counts: list[int], itemsize: int) -> Iterator[tuple[slice, list[int], list[int]]]:
+        """Cut a gather of `counts` elements a rank: yield (this rank's slice, counts, offsets) of each message."""
         starts = [sum(counts[:p]) for p in range(len(counts))]
         step = max(1, self.piece_bytes // itemsize // len(counts))
         mine = counts[self.comm.rank]
@@ -120,9 +120,3 @@ class MpiTransport:
             part_counts = [max(0, min(step, n - at)) for n in counts]
             offsets = [start + min(at, n) for start, n in zip(starts, counts)]
             yield slice(min(at, mine), min(at + step, mine)), part_counts, offsets
-
-
-def cut(x, counts):
-    """The runs of a flat array, one a rank."""
-    ends = list(accumulate(counts))
-    return [x[end - count:end] for end, count in zip(ends, counts)]

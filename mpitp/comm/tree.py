@@ -15,14 +15,43 @@ A rank folds the aligned nodes that it owns (as a segment tree does); the ranks 
 holds nothing is absent, never a zero: -0.0 + 0.0 would be +0.0.
 """
 from functools import lru_cache
+from typing import Any
 
-from ..arrays import module_of
-from ..sharding.partition import ranges
+from ..arrays import Array, module_of, sum_dtype
+from ..sharding.partition import Block, Partition, ranges
+from .ledger import Collective
 from .mpi import pieces
+from .sums import Sum, dtype_name
+
+Node = tuple[int, int]      # first leaf, width
 
 
-def aligned_nodes(start, stop):
-    """The fewest nodes (first leaf, width) of the tree that cover leaves start..stop-1."""
+class TreeSum(Sum):
+    """The sum of reproducible mode: the same additions, so the same bits, for any number of ranks."""
+
+    def __init__(self, group: Any, partition: Partition, shape: Any, dtype: Any):
+        super().__init__(group, partition, shape, dtype)
+        self.summand_dtype = sum_dtype(dtype)
+        self.fold = Fold(partition, group.rank)
+
+    def add(self, block: Block, summand: Array) -> None:
+        self.fold.add(block.index, self.checked(block, summand))
+
+    def all_reduce(self) -> Array:
+        """Return the sum, on every rank. Collective: MPI_Alltoallv and MPI_Allgatherv, see bytes_sent."""
+        group, total = self.group, self.group.xp.empty(self.shape, self.summand_dtype)
+        collective = Collective("all_reduce", total.size, dtype_name(self.dtype))
+        sent = bytes_sent(self.partition, group.rank, total.size, total.itemsize)
+        with group.ledger.record_data(collective, sent):
+            exchange(self.fold, group.rank, total.reshape(-1), group.transport)
+        return total if total.dtype == self.dtype else total.astype(self.dtype)
+
+    def local_sum(self) -> Array:
+        return finish(self.fold.known, 0, root_width(self.partition.blocks))
+
+
+def aligned_nodes(start: int, stop: int) -> list[Node]:
+    """Return the fewest nodes (first leaf, width) of the tree that cover leaves start..stop-1."""
     nodes = []
     while start < stop:
         width = 1
@@ -33,32 +62,33 @@ def aligned_nodes(start, stop):
     return nodes
 
 
-def is_absent(partition, first, width):
-    """Whether the leaves below node (first, width) hold nothing at all."""
+def is_absent(partition: Partition, first: int, width: int) -> bool:
+    """Return whether the leaves below node (first, width) hold nothing at all."""
     bounds = partition.block_bounds
     last = len(bounds) - 1
     return bounds[min(first, last)] == bounds[min(first + width, last)]
 
 
 @lru_cache(maxsize=None)
-def nodes_of_ranks(partition):
-    """For each rank, the nodes that it folds its leaves into and sends."""
+def nodes_of_ranks(partition: Partition) -> list[list[Node]]:
+    """Return, for each rank, the nodes that it folds its leaves into and sends."""
     return [[node for node in aligned_nodes(start, stop) if not is_absent(partition, *node)]
             for start, stop in zip(partition.run_bounds, partition.run_bounds[1:])]
 
 
 class Fold:
-    """One rank's part of the tree: adds leaves up as they come, in any order, into nodes_of_ranks[rank].
+    """One rank's part of the tree, which adds leaves up as they come, in any order, into nodes_of_ranks[rank].
 
     At most log2(leaves) + 1 partial sums are alive when leaves come in order. Leaves are overwritten.
     """
 
-    def __init__(self, partition, rank):
+    def __init__(self, partition: Partition, rank: int):
         self.partition = partition
         self.start, self.stop = partition.run_bounds[rank:rank + 2]
-        self.known = {}
+        self.known: dict[Node, Array] = {}
 
-    def add(self, block, leaf):
+    def add(self, block: int, leaf: Array) -> None:
+        """Add the leaf of a block, and every parent whose children are both there then."""
         first, width, value = block, 1, leaf
         while True:
             parent = first - first % (2 * width)
@@ -74,8 +104,8 @@ class Fold:
         self.known[first, width] = value
 
 
-def finish(known, first, width):
-    """Value of node (first, width) from the known nodes below it; None where all of it is absent.
+def finish(known: dict[Node, Array], first: int, width: int) -> Any:
+    """Return the value of node (first, width) from the known nodes below it; None where all of it is absent.
 
     The arrays in `known` are overwritten.
     """
@@ -91,20 +121,20 @@ def finish(known, first, width):
     return left
 
 
-def root_width(blocks):
-    """How many leaves the whole tree over so many blocks has: the next power of two."""
+def root_width(blocks: int) -> int:
+    """Return how many leaves the whole tree over so many blocks has: the next power of two."""
     return 1 << (blocks - 1).bit_length()
 
 
-def bytes_sent(partition, rank, elements, itemsize):
-    """What exchange() sends from this rank to others."""
+def bytes_sent(partition: Partition, rank: int, elements: int, itemsize: int) -> int:
+    """Return the bytes that exchange() sends from this rank to others."""
     chunk = ranges(elements, partition.ranks)
     own = chunk[rank + 1] - chunk[rank]
     folded = len(nodes_of_ranks(partition)[rank])
     return itemsize * (folded * (elements - own) + (partition.ranks - 1) * own)
 
 
-def exchange(fold, rank, total, transport):
+def exchange(fold: Fold, rank: int, total: Array, transport: Any) -> None:
     """Finish the sum over the ranks into the flat array `total`. Collective.
 
     MPI_Alltoallv of this rank's nodes, a chunk to each rank, then MPI_Allgatherv of one finished chunk: where P
@@ -120,8 +150,11 @@ def exchange(fold, rank, total, transport):
         exchange_piece(nodes, fold.partition.blocks, rank, [node[part] for node in mine], total[part], transport)
 
 
-def exchange_piece(nodes, blocks, rank, mine, total, transport):
-    xp, size = module_of(total), len(nodes)
+def exchange_piece(nodes: list[list[Node]], blocks: int, rank: int, mine: list[Array], total: Array,
+                   transport: Any) -> None:
+    """Finish one piece of the sum: exchange chunks of every node, add them up in the tree, spread the result."""
+    xp: Any = module_of(total)
+    size = len(nodes)
     chunk = ranges(total.size, size)
     width = [stop - start for start, stop in zip(chunk, chunk[1:])]
     if len(mine) == 1:

@@ -5,17 +5,19 @@ computes several blocks at once instead (NumPy releases the interpreter lock ins
 """
 import os
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from ..errors import InputError
 from .launch import THREAD_VARIABLES
 
 
 _holders = 0        # groups that hold BLAS to one thread now
-_before = None      # what gives the threads back that the first of them found
+_before: Callable[[], None] | None = None       # what gives the threads back that the first of them found
 
 
-def one_blas_thread():
+def one_blas_thread() -> Callable[[], None]:
     """Hold BLAS to one thread. Returns a function that gives the threads back, once nobody else holds them.
 
     Raises InputError where neither threadpoolctl nor the environment can do it.
@@ -40,44 +42,55 @@ def one_blas_thread():
     return release
 
 
-def release():
+def release() -> None:
+    """Give the threads back once the last holder is through."""
     global _holders
     _holders -= 1
-    if _holders == 0:
+    if _holders == 0 and _before:
         _before()
 
 
-def environment_says_one_thread():
-    """Whether BLAS, which reads the environment once when NumPy is imported, found 1 wherever it looks."""
+def environment_says_one_thread() -> bool:
+    """Return whether BLAS, which reads the environment once when NumPy is imported, found 1 wherever it looks."""
     said = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
     return not said.keys().isdisjoint(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")) and set(said.values()) == {"1"}
 
 
-def do_nothing():
-    pass
+def do_nothing() -> None:
+    """Give nothing back."""
 
 
 class Workers:
-    """A pool of threads, made when first used."""
+    """A pool of threads that computes items ahead, made when first used.
 
-    def __init__(self, count):
-        self.count, self.pool = count, None
+    Attributes
+    ----------
+    count : int
+        How many items are computed or wait at a time, at most; 1: none is computed ahead.
+    """
 
-    def each(self, function, items):
-        """Yield function(item) for each item, in order; at most `count` are computed or waiting at a time."""
+    def __init__(self, count: int):
+        self.count = count
+        self.pool: ThreadPoolExecutor | None = None
+
+    def each(self, compute: Callable, items: Sequence, *arguments: Any) -> Iterator[tuple[Any, Any]]:
+        """Yield (item, compute(item, *arguments)) for each item, in order."""
         if self.count == 1 or len(items) < 2:
-            yield from map(function, items)
+            for item in items:
+                yield item, compute(item, *arguments)
             return
         self.pool = self.pool or ThreadPoolExecutor(self.count, thread_name_prefix="mpitp-block")
-        waiting = deque()
+        waiting: deque = deque()
         for item in items:
             if len(waiting) == self.count:
-                yield waiting.popleft().result()
-            waiting.append(self.pool.submit(function, item))
-        while waiting:
-            yield waiting.popleft().result()
+                ready, future = waiting.popleft()
+                yield ready, future.result()
+            waiting.append((item, self.pool.submit(compute, item, *arguments)))
+        for ready, future in waiting:
+            yield ready, future.result()
 
-    def close(self):
+    def close(self) -> None:
+        """End the threads."""
         if self.pool:
             self.pool.shutdown()
             self.pool = None

@@ -1,26 +1,83 @@
 """The command line: one file a command, each with `add_arguments(parser)` and `run(arguments) -> exit status`."""
 import argparse
+import shutil
+import textwrap
+from dataclasses import dataclass
 from importlib import import_module
 
 from .. import __version__
 from ..comm.launch import is_first_rank
 from ..errors import InputError
 
+WIDTH = 100         # columns that help and tables have at most
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line knows of a command before it imports it.
+
+    Parameters
+    ----------
+    summary : str
+        One line, for the list of all commands.
+    examples : tuple of (str, str)
+        Command lines that end the command's help, each with what it does. A test runs them in one folder, in order,
+        beside a tiny checkpoint `my-model` and a text `book.txt`.
+    """
+    summary: str
+    examples: tuple[tuple[str, str], ...]
+
+
 COMMANDS = {
-    "verify": "check that the parallel feed-forward block equals the dense one (the default)",
-    "doctor": "is this machine set up right, and what to change",
-    "bench": "collectives, products and the blocks against their limits",
-    "train": "train a decoder on the bytes of a file",
-    "generate": "continue prompts with the model of a checkpoint folder",
-    "score": "loss and perplexity of a text",
-    "inspect": "what each rank would hold and read of a checkpoint",
+    "verify": Command(
+        "check that the parallel feed-forward block equals the dense one (the default)", (
+            ("mpirun -n 2 python -m mpitp verify --hidden-size 256 --gated --activation silu",
+             "Check a gated block of 256 features on two ranks."),
+            ("mpirun -n 3 python -m mpitp verify --all --reproducible",
+             "Check every layer and whole decoders on three ranks; the results have the bits of one rank's."))),
+    "doctor": Command(
+        "tell whether this machine is set up right, and what to change", (
+            ("mpirun -n 2 python -m mpitp doctor",
+             "Look at the cores, the BLAS and the MPI that two ranks get from this launcher."),
+            ("python -m mpitp doctor --json doctor.json",
+             "Look at one process, and write what was found for a program."))),
+    "bench": Command(
+        "time collectives, products and the blocks against their limits", (
+            ("mpirun -n 2 python -m mpitp bench allreduce --max-bytes 65536",
+             "Time the collectives for messages of up to 64 KiB."),
+            ("mpirun -n 2 python -m mpitp bench ffn block --hidden-size 256 --rounds 3 --csv bench.csv",
+             "Time a small feed-forward block and a small decoder block, and write the figures to a table."))),
+    "train": Command(
+        "train a decoder on the bytes of a file", (
+            ("mpirun -n 2 python -m mpitp train --hidden-size 64 --num-layers 2 --train-iters 20 --out run",
+             "Train a small decoder on Python's own sources, and keep the last step in the folder run."),
+            ("mpirun -n 2 python -m mpitp train --data book.txt --hidden-size 64 --train-iters 20 --reproducible",
+             "Train on a text of your own, with the same bits for any number of ranks."))),
+    "generate": Command(
+        "continue prompts with the model of a checkpoint folder", (
+            ("mpirun -n 2 python -m mpitp generate --model my-model --prompt 'once upon a time'",
+             "Continue a text, each rank holding its slices of the model (needs mpitp[text])."),
+            ("mpirun -n 2 python -m mpitp generate --model my-model --ids 1,2,3 --temperature 0.8",
+             "Continue token ids, drawing each token."))),
+    "score": Command(
+        "compute loss and perplexity of a text", (
+            ("mpirun -n 2 python -m mpitp score --model my-model --text book.txt",
+             "Score a text (needs mpitp[text])."),
+            ("mpirun -n 2 python -m mpitp score --model my-model --ids-file ids.txt --window 16 --stride 4",
+             "Score token ids, each predicted from at least 12 before it."))),
+    "inspect": Command(
+        "tell what each rank would hold and read of a checkpoint", (
+            ("python -m mpitp inspect my-model",
+             "See the size, the shapes and the family of a checkpoint; no weights are read."),
+            ("python -m mpitp inspect my-model -n 8 --json inspect.json",
+             "See what each of eight ranks would hold, and write it for a program."))),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong once, not once a rank."""
+    """A parser that says what is wrong once, not once a rank."""
 
-    def error(self, message):
+    def error(self, message: str) -> None:
         raise InputError(f"{message} ({self.prog} --help lists what there is)")
 
     def _print_message(self, message, file=None):
@@ -28,22 +85,50 @@ class Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def run_command(argv):
-    """Run the command that argv names, `verify` when it names none; returns its exit status."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help as wide as the terminal, up to WIDTH columns; the description is folded, its indented paragraphs stay."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=min(WIDTH, shutil.get_terminal_size().columns))
+
+    def _fill_text(self, text, width, indent):
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(p if "\n " in f"\n{p}" else textwrap.fill(p, width) for p in paragraphs)
+
+
+def run_command(argv: list[str]) -> int:
+    """Run the command that argv names, `verify` when it names none.
+
+    Returns
+    -------
+    int
+        The exit status of this rank.
+    """
     name = argv[0] if argv else "verify"
     if name in ("-h", "--help", "--version"):
-        parser = Parser(prog="python -m mpitp", description="Tensor parallelism in plain NumPy and MPI.",
-                        formatter_class=argparse.RawDescriptionHelpFormatter,
-                        epilog="commands:\n" + "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()) +
-                               "\n\npython -m mpitp COMMAND --help tells a command's options.")
-        parser.add_argument("--version", action="version", version=f"mpitp {__version__}")
-        parser.parse_args(argv[:1])
+        main_parser().parse_args(argv[:1])
     if name.startswith("-"):
         name, argv = "verify", ["verify", *argv]
     if name not in COMMANDS:
         raise InputError(f"found command {name!r}, expected one of {', '.join(COMMANDS)}")
     command = import_module(f".{name}", __name__)
-    parser = Parser(prog=f"python -m mpitp {name}", description=command.__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    return command.run(command_parser(name, command).parse_args(argv[1:]))
+
+
+def main_parser() -> Parser:
+    """The parser of `python -m mpitp` without a command: help, which lists the commands, and the version."""
+    commands = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    parser = Parser(prog="python -m mpitp", usage="mpirun -n P python -m mpitp [COMMAND] [OPTIONS]",
+                    description="Tensor parallelism in plain NumPy and MPI.", formatter_class=HelpFormatter,
+                    epilog=f"commands:\n{commands}\n\nA command's options and examples: python -m mpitp COMMAND --help")
+    parser.add_argument("--version", action="version", version=f"mpitp {__version__}")
+    return parser
+
+
+def command_parser(name: str, command) -> Parser:
+    """The parser of the command of this name, `command` its module; its help ends with the examples."""
+    examples = "\n".join(f"  {line}\n      {text}" for line, text in COMMANDS[name].examples)
+    parser = Parser(prog=f"python -m mpitp {name}", description=command.__doc__, formatter_class=HelpFormatter,
+                    epilog=f"examples:\n{examples}")
     command.add_arguments(parser)
-    return command.run(parser.parse_args(argv[1:]))
+    return parser

@@ -1,38 +1,38 @@
-"""Collectives, matrix products and the feed-forward block on the ranks at hand, each beside its limit.
+"""Time collectives, matrix products and the blocks on the ranks at hand, each beside its limit.
 
     allreduce   latency and bandwidth of the collectives by size
-    matmul      matrix products of a rank's share, and reading of weights, with all ranks active
+    matmul      matrix products of a rank's share, and reading of weights, all ranks at once
     ffn         the feed-forward block, forward and backward, as a share of those limits
-    block       a decoder block (layer norms, causal attention, tanh-GELU) as a share of its products
-    decode      one token behind a prompt, of a decoder of 2 layers, as a share of its matrix-vector products
+    block       a decoder block (layer norms, causal attention, GELU) as a share of its products
+    decode      one token after a prompt, 2 layers, as a share of the matrix-vector products
+
 Medians of interleaved rounds, with the fastest and the slowest; a time is that of the slowest rank.
 """
+import argparse
 import csv
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .. import __version__
+from .. import measure
 from ..arrays import compute_dtype
-from ..comm import launch
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
 from . import device, report
-from .. import measure
+from .progress import Progress
 
 BENCHES = ("allreduce", "matmul", "ffn", "block", "decode")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="*", help=f"{', '.join(BENCHES)} (all)")
     parser.add_argument("--hidden-size", type=int, default=2048, metavar="D", help="of all but allreduce (2048)")
     parser.add_argument("--num-attention-heads", type=int, default=8, metavar="H", help="of block, decode (8)")
     parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="(4 D)")
     parser.add_argument("--seq-length", type=int, default=512, metavar="S", help="tokens (512; and one token)")
-    parser.add_argument("--dtype", default="float32", help=device.DTYPES)
     parser.add_argument("--max-bytes", type=int, default=1 << 24, help="largest message of allreduce (16 MiB)")
     parser.add_argument("--rounds", type=int, default=9, help="(9)")
-    device.add_arguments(parser)
-    parser.add_argument("--reproducible", action="store_true", help="the block in reproducible mode, too")
+    device.add_group_arguments(parser, reproducible="the feed-forward block in reproducible mode, too")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--csv", metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them (needs matplotlib: pip install 'mpitp[plot]')")
@@ -42,7 +42,10 @@ def add_arguments(parser):
 
 @dataclass
 class Row:
-    """One thing timed. Seconds of one call; limit: the time that it cannot beat, share: limit over median."""
+    """One thing that was timed, in seconds of one call.
+
+    share_of_limit is the time that it cannot beat over its own, the median over the rounds.
+    """
     bench: str
     case: str
     bytes: int | None
@@ -56,44 +59,37 @@ class Row:
 
 
 @dataclass
-class Report:
-    mpitp: str
-    machine: str
-    mpi: str
-    ranks: int
-    cores_per_rank: int
+class BenchReport(report.Report):
+    """Everything that is printed and written of one run."""
     device: str                 # "cpu", or the GPU's name and the transport
     dtype: str
     hidden_size: int
     ffn_hidden_size: int
     tokens: int
     rounds: int
-    rows: list
+    rows: list[Row]
 
 
-def run(arguments):
-    """The command on this rank: 0."""
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command on this rank; returns 0."""
     check_arguments(arguments)
     if arguments.reports:
         with TensorParallelGroup() as group:
             group.root_first(lambda: draw(arguments.plot, [read_report(path) for path in arguments.reports])
                              if group.rank == 0 else None)
         return 0
-    with device.group_of(arguments) as group:
-        files = [path for path in (arguments.json, arguments.csv, arguments.plot) if path and group.rank == 0]
-        group.root_first(lambda: [report.require_writable(path) for path in files])
-        rows = []
-        run_of = {"allreduce": collectives, "matmul": products, "ffn": feed_forward, "block": decoder_block,
-                  "decode": one_token}
-        for bench in arguments.what or BENCHES:
-            rows += run_of[bench](group, arguments)
-        result = Report(__version__, launch.machine(), launch.library_name(), group.size,
-                        launch.share_of_cores(group.comm), where(group), arguments.dtype, arguments.hidden_size,
-                        arguments.ffn_hidden_size, arguments.seq_length, arguments.rounds, rows)
+    with device.group_of(arguments, reproducible=False) as group:
+        report.require_files(group, arguments.json, arguments.csv, arguments.plot)
+        rows, benches = [], arguments.what or BENCHES
+        with Progress("bench", len(benches)) as bar:
+            for bench in benches:
+                bar.what = f"bench {bench}"
+                rows += RUN[bench](group, arguments)
+                bar.advance()
+        result = BenchReport(*report.opening(group), where(group), arguments.dtype, arguments.hidden_size,
+                             arguments.ffn_hidden_size, arguments.seq_length, arguments.rounds, rows)
         if group.rank == 0:
-            print("\n".join(lines(result)), flush=True)
-            if arguments.json:
-                report.write_json(arguments.json, "mpitp.bench/1", result)
+            report.publish(lines(result), result, "mpitp.bench/1", arguments.json)
             if arguments.csv:
                 write_csv(arguments.csv, rows)
             if arguments.plot:
@@ -101,7 +97,8 @@ def run(arguments):
     return 0
 
 
-def check_arguments(arguments):
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Fill in --ffn-hidden-size; raise InputError for what cannot be timed or drawn."""
     unknown = [name for name in arguments.what if name not in BENCHES]
     if unknown:
         raise InputError(f"found bench {unknown[0]!r}, expected {', '.join(BENCHES)}")
@@ -126,25 +123,41 @@ def check_arguments(arguments):
             raise InputError("found no matplotlib, expected it for --plot: pip install 'mpitp[plot]'") from None
 
 
-def where(group):
+def where(group: TensorParallelGroup) -> str:
+    """The device of the group, and on GPUs how they add up."""
     return group.device if group.device == "cpu" else f"{group.gpu.name}, transport {group.transport.name}"
 
 
 # --- what is measured ----------------------------------------------------------------------------------------
 
-def timed(group, cases, arguments, least_seconds):
-    """{name: seconds} of each round, from an idle GPU to an idle GPU where there is one."""
+def timed(group: TensorParallelGroup, cases: dict[str, Callable], arguments: argparse.Namespace,
+          least_seconds: float) -> dict[str, list[float]]:
+    """Time the cases; {name: seconds of each round}, from an idle GPU to an idle GPU where there is one."""
     cases = {name: measure.finished(group, function) for name, function in cases.items()}
     return measure.interleave(group, cases, arguments.rounds, least_seconds)
 
 
-def row(bench, case, seconds, size=None, work=None, limit=None):
+def row(bench: str, case: str, seconds: list[float], size: int | None = None, work: int | None = None,
+        limit: list[float] | None = None) -> Row:
+    """The Row of a case.
+
+    Parameters
+    ----------
+    bench, case : str
+    seconds : list of float
+        One time a round.
+    size, work : int or None
+        The bytes that were moved, the flops that were done.
+    limit : list of float or None
+        The times of what it cannot beat, in the same rounds.
+    """
     time = measure.timing(seconds)
     return Row(bench, case, size, work, time.median, time.least, time.most, size and size / time.median,
                work and work / time.median, limit and 1 / measure.ratio(seconds, limit))
 
 
-def collectives(group, arguments):
+def collectives(group: TensorParallelGroup, arguments: argparse.Namespace) -> list[Row]:
+    """Time the four collectives for arrays of 8 bytes up to --max-bytes."""
     cases, sizes = {}, {}
     size = 8
     while size <= arguments.max_bytes:
@@ -162,7 +175,8 @@ def collectives(group, arguments):
     return [row("allreduce", name.split()[0], times[name], sizes[name]) for name in by_operation]
 
 
-def products(group, arguments):
+def products(group: TensorParallelGroup, arguments: argparse.Namespace) -> list[Row]:
+    """Time the bare products of a rank's share of the block, and a read of its weights."""
     D, F, tokens = arguments.hidden_size, arguments.ffn_hidden_size, arguments.seq_length
     cases = measure.product_cases(group, tokens, D, F, arguments.dtype)
     cases |= measure.read_case(group, D, F, arguments.dtype)
@@ -172,7 +186,8 @@ def products(group, arguments):
             row("matmul", name, times[name], None, measure.flops(tokens, D, F, "backward" in name)) for name in cases]
 
 
-def feed_forward(group, arguments):
+def feed_forward(group: TensorParallelGroup, arguments: argparse.Namespace) -> list[Row]:
+    """Time the feed-forward block, in reproducible mode too where that was asked for."""
     D, F, tokens = arguments.hidden_size, arguments.ffn_hidden_size, arguments.seq_length
     weight_bytes = 2 * D * F * compute_dtype(arguments.dtype, group.device).itemsize
     cases, layer = measure.mlp_cases(group, tokens, D, F, dtype=arguments.dtype)
@@ -184,8 +199,7 @@ def feed_forward(group, arguments):
                 times[f"products {name}"]) for name in ("forward", "forward+backward")]
     rows.append(row("ffn", "one token forward", times["one token forward"], weight_bytes, None, times["read"]))
     if arguments.reproducible:
-        with TensorParallelGroup(group.comm, device=group.device, reproducible=True, share_gpu=True, tf32=group.tf32,
-                                 transport=group.transport.name) as fixed:
+        with device.group_of(arguments, comm=group.comm, transport=group.transport.name, share_gpu=True) as fixed:
             again, _ = measure.mlp_cases(fixed, tokens, D, F, dtype=arguments.dtype, prefix="reproducible ")
             cases = measure.product_cases(group, tokens, D, F, arguments.dtype) | again
             times = timed(group, cases, arguments, 1e-3)
@@ -194,7 +208,8 @@ def feed_forward(group, arguments):
     return rows
 
 
-def decoder_block(group, arguments):
+def decoder_block(group: TensorParallelGroup, arguments: argparse.Namespace) -> list[Row]:
+    """Time a decoder block."""
     sizes = arguments.seq_length, arguments.hidden_size, arguments.num_attention_heads
     cases = measure.block_product_cases(group, *sizes, arguments.dtype)
     cases |= measure.block_cases(group, *sizes, arguments.dtype)
@@ -204,7 +219,8 @@ def decoder_block(group, arguments):
                 times[f"products {name}"]) for name in ("forward", "forward+backward")]
 
 
-def one_token(group, arguments):
+def one_token(group: TensorParallelGroup, arguments: argparse.Namespace) -> list[Row]:
+    """Time one token of a small decoder, after a prompt."""
     sizes = arguments.seq_length, arguments.hidden_size, arguments.num_attention_heads
     cases, model = measure.decode_cases(group, *sizes, arguments.dtype)
     times = timed(group, cases, arguments, 1e-3)
@@ -212,13 +228,19 @@ def one_token(group, arguments):
     return [row("decode", name, times[name], weight_bytes, None, times["matrix-vector products"]) for name in cases]
 
 
+RUN = {"allreduce": collectives, "matmul": products, "ffn": feed_forward, "block": decoder_block, "decode": one_token}
+
+
 # --- what is printed and written -----------------------------------------------------------------------------
 
-def lines(result):
-    yield f"mpitp {result.mpitp}: {result.ranks} ranks, {result.cores_per_rank} cores a rank, {result.mpi}"
+def lines(result: BenchReport) -> Iterator[str]:
+    """The lines that people read."""
+    ranks, cores = report.count(result.ranks, "rank"), report.count(result.cores_per_rank, "core")
+    yield f"mpitp {result.mpitp}: {ranks}, {cores} a rank, {result.mpi}"
     yield result.machine if result.device == "cpu" else f"{result.machine}; {result.device}"
     yield f"{result.hidden_size} -> {result.ffn_hidden_size} -> {result.hidden_size}, {result.tokens} tokens, " \
           f"{result.dtype}; {result.rounds} interleaved rounds"
+    yield "Look at `of limit`: 100% is the time of the bare products, or of reading the weights once."
     for bench in dict.fromkeys(r.bench for r in result.rows):
         yield ""
         yield from report.table(
@@ -229,14 +251,16 @@ def lines(result):
               f"{r.share_of_limit:.1%}" if r.share_of_limit else "-") for r in result.rows if r.bench == bench])
 
 
-def write_csv(path, rows):
+def write_csv(path: str, rows: list[Row]) -> None:
+    """Write the figures as comma-separated values with a header."""
     with open(path, "w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, report.plain(rows[0]))
         writer.writeheader()
         writer.writerows(report.plain(r) for r in rows)
 
 
-def read_report(path):
+def read_report(path: str) -> dict:
+    """A report that --json wrote. Raises InputError for any other file."""
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
@@ -247,6 +271,7 @@ def read_report(path):
     raise InputError(f"{path}: found no mpitp.bench/1 report, expected a file that bench --json wrote")
 
 
-def draw(path, reports):
+def draw(path: str, reports: list[dict]) -> None:
+    """Draw the reports to an image."""
     from .plots import draw_bench
     draw_bench(path, reports)

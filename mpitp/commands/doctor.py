@@ -1,13 +1,16 @@
-"""Is this machine set up right? Python, BLAS, MPI, launcher, cores, shared memory, GPUs on one page.
+"""Tell whether this machine is set up right: Python, BLAS, MPI, launcher, cores, shared memory, GPUs on one page.
 
-Each finding that costs speed or correctness comes with the line to change. Runs without mpirun, and under every
+Each finding that costs speed or correctness comes with the line to change. It runs without mpirun, and under every
 launcher. Exits with 1 when something is wrong.
 """
+import argparse
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..comm import facts as machine
-from ..comm.launch import is_first_rank
+from ..comm.facts import RankFacts
+from ..comm.launch import is_first_rank, remedy
 from . import report
 
 # OpenBLAS kernels that use less than AVX-512, or less than AVX2.
@@ -19,63 +22,66 @@ SHARED_MEMORY_A_RANK = 16 << 20     # what MPICH and Open MPI want of /dev/shm f
 
 @dataclass
 class Finding:
-    """Something wrong, what it costs, and the line to change."""
+    """Something that is wrong, what was found, and the line to change."""
     name: str
     found: str
     fix: str
 
 
 @dataclass
-class Report:
-    ranks: list
-    findings: list
+class DoctorReport:
+    """Everything that is printed and written."""
+    ranks: list[RankFacts]
+    findings: list[Finding]
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the report there, too")
 
 
-def run(arguments):
-    """The command on this rank: 0 when nothing is wrong, else 1."""
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command on this rank; returns 0 when nothing is wrong, else 1."""
     ranks, status = machine.of_all_ranks(), 0
     # Under the launcher of another MPI every process is rank 0 of its own world: the first one speaks.
     if is_first_rank() and (ranks[0].world > 1 or ranks[0].launcher_rank == 0):
-        found = Report(ranks, findings(ranks))
-        print("\n".join([*page(ranks), "", *said(found.findings)]), flush=True)
         if arguments.json:
             report.require_writable(arguments.json)
-            report.write_json(arguments.json, "mpitp.doctor/1", found)
+        found = DoctorReport(ranks, findings(ranks))
+        report.publish([*page(ranks), "", *verdict(found.findings)], found, "mpitp.doctor/1", arguments.json)
         status = 1 if found.findings else 0
     return machine.from_first_rank(status)
 
 
 # --- what is wrong: functions of the facts alone ------------------------------------------------------------
 
-def findings(ranks):
-    """Everything that is wrong with these RankFacts, the gravest first."""
+def findings(ranks: list[RankFacts]) -> list[Finding]:
+    """Everything that is wrong with these ranks, the gravest first."""
     checks = (wrong_launcher, different_ranks, oversubscribed, too_many_threads, idle_cores, crowded_cores,
               idle_threads, slow_kernel, small_quota, small_shared_memory, staged_between_gpus,
               shared_gpu)
     return [finding for check in checks for finding in [check(ranks)] if finding]
 
 
-def nodes(ranks):
+def nodes(ranks: list[RankFacts]) -> dict[str, list[RankFacts]]:
+    """The ranks of each host."""
     by_host = {}
     for rank in ranks:
         by_host.setdefault(rank.host, []).append(rank)
     return by_host
 
 
-def wrong_launcher(ranks):
+def wrong_launcher(ranks: list[RankFacts]) -> Finding | None:
+    """Several processes were started, each of which is alone in its MPI world."""
     first = ranks[0]
     if first.launcher_ranks > 1 and first.world == 1:
         return Finding(
             "wrong launcher",
             f"{first.launcher_ranks} processes started by {first.launcher}, each alone: mpi4py uses {first.mpi}",
-            f"use the mpirun of {first.mpi}, or set MPI4PY_LIBMPI to the library of the launcher")
+            remedy(first.launcher, first.mpi))
 
 
-def different_ranks(ranks):
+def different_ranks(ranks: list[RankFacts]) -> Finding | None:
+    """Ranks run with different versions, or on different kernels of BLAS."""
     for name in ("python", "numpy", "mpi4py", "mpi", "blas"):
         values = sorted({getattr(rank, name) for rank in ranks})
         if len(values) > 1:
@@ -83,7 +89,8 @@ def different_ranks(ranks):
                            "use one environment and one kind of node (reproducible mode refuses others)")
 
 
-def oversubscribed(ranks):
+def oversubscribed(ranks: list[RankFacts]) -> Finding | None:
+    """A node has more ranks than cores that they may use."""
     for host, here in nodes(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         if len(here) > len(cores):
@@ -93,18 +100,20 @@ def oversubscribed(ranks):
                 f"mpirun -n {len(cores)}")
 
 
-def too_many_threads(ranks):
+def too_many_threads(ranks: list[RankFacts]) -> Finding | None:
+    """A node has more threads of BLAS than cores."""
     for host, here in nodes(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         threads = sum(rank.blas_threads or 0 for rank in here)
         if threads > max(len(cores), len(here)):
             return Finding(
-                "more threads than cores", f"{threads} BLAS threads of {len(here)} ranks on {len(cores)} cores of {host}",
+                "more threads than cores",
+                f"{threads} BLAS threads of {len(here)} ranks on {len(cores)} cores of {host}",
                 f"export OMP_NUM_THREADS={max(1, len(cores) // len(here))} (or unset it: mpitp sets it)")
 
 
-def idle_cores(ranks):
-    """Ranks pinned to fewer cores than the node has and nobody else uses."""
+def idle_cores(ranks: list[RankFacts]) -> Finding | None:
+    """Ranks are pinned to fewer cores than the job has on this node, one each at most."""
     for host, here in nodes(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         if all(rank.launcher for rank in here) and len(cores) < here[0].machine_cores and len(cores) <= len(here):
@@ -114,17 +123,19 @@ def idle_cores(ranks):
                 "mpirun --bind-to none (Open MPI), srun --cpus-per-task=N (Slurm), I_MPI_PIN=0 (Intel MPI)")
 
 
-def crowded_cores(ranks):
-    """Ranks that share cores while others of the node are free."""
+def crowded_cores(ranks: list[RankFacts]) -> Finding | None:
+    """Ranks share cores while others of the node are free."""
     for host, here in nodes(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         free = here[0].machine_cores - len(cores)
         if len(here) > 1 and free and len(cores) < len(here) <= here[0].machine_cores:
-            return Finding("ranks share cores", f"{len(here)} ranks on {len(cores)} cores of {host}, {free} others free",
-                           "mpirun --bind-to none, or --map-by core")
+            return Finding(
+                "ranks share cores", f"{len(here)} ranks on {len(cores)} cores of {host}, {free} others free",
+                "mpirun --bind-to none, or --map-by core")
 
 
-def idle_threads(ranks):
+def idle_threads(ranks: list[RankFacts]) -> Finding | None:
+    """A rank has more cores than threads of BLAS, by the user's variables."""
     for number, rank in enumerate(ranks):
         if rank.blas_threads and rank.blas_threads < rank.share and any(
                 name.endswith("NUM_THREADS") for name in rank.variables):
@@ -133,7 +144,8 @@ def idle_threads(ranks):
                 f"export OMP_NUM_THREADS={rank.share} (or unset it)")
 
 
-def slow_kernel(ranks):
+def slow_kernel(ranks: list[RankFacts]) -> Finding | None:
+    """BLAS is told to use less than the processor has."""
     for rank in ranks:
         forced = rank.variables.get("OPENBLAS_CORETYPE", "")
         if "avx512f" in rank.instructions and forced.upper() in BELOW_AVX512 or \
@@ -146,7 +158,8 @@ def slow_kernel(ranks):
             return Finding("slow BLAS kernel", f"MKL_ENABLE_INSTRUCTIONS={limit}", "unset MKL_ENABLE_INSTRUCTIONS")
 
 
-def small_quota(ranks):
+def small_quota(ranks: list[RankFacts]) -> Finding | None:
+    """A container allows fewer cores than its ranks see."""
     for host, here in nodes(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         wanted, quota = min(len(cores), sum(rank.blas_threads or 1 for rank in here)), here[0].quota
@@ -156,7 +169,8 @@ def small_quota(ranks):
                 f"mpirun -n {max(1, int(quota))}, or a larger limit (docker run --cpus)")
 
 
-def small_shared_memory(ranks):
+def small_shared_memory(ranks: list[RankFacts]) -> Finding | None:
+    """The MPI may run out of /dev/shm."""
     for host, here in nodes(ranks).items():
         free = here[0].shared_memory
         if len(here) > 1 and free is not None and free < len(here) * SHARED_MEMORY_A_RANK:
@@ -165,7 +179,8 @@ def small_shared_memory(ranks):
                 "docker run --shm-size=1g, or remount /dev/shm larger")
 
 
-def staged_between_gpus(ranks):
+def staged_between_gpus(ranks: list[RankFacts]) -> Finding | None:
+    """GPUs talk through the memory of the host."""
     first = ranks[0]
     if first.gpus and first.gpu_transport == "staged" and first.world > 1:
         return Finding(
@@ -173,7 +188,8 @@ def staged_between_gpus(ranks):
             "an MPI built with CUDA, or a CuPy with NCCL and a GPU a rank")
 
 
-def shared_gpu(ranks):
+def shared_gpu(ranks: list[RankFacts]) -> Finding | None:
+    """Several ranks compute on one GPU."""
     shared = [str(number) for number, rank in enumerate(ranks) if rank.gpu_shared]
     if shared:
         return Finding("ranks share a GPU", f"ranks {', '.join(shared)} on {len({rank.gpu for rank in ranks})}",
@@ -182,7 +198,8 @@ def shared_gpu(ranks):
 
 # --- what is printed -----------------------------------------------------------------------------------------
 
-def page(ranks):
+def page(ranks: list[RankFacts]) -> Iterator[str]:
+    """The lines about the machine."""
     first = ranks[0]
     yield f"Python       {first.python}, NumPy {first.numpy}, mpi4py {first.mpi4py}"
     yield f"BLAS         {first.blas}"
@@ -208,7 +225,8 @@ def page(ranks):
           rank.blas_threads or "unknown") for number, rank in enumerate(ranks)])
 
 
-def said(found):
+def verdict(found: list[Finding]) -> Iterator[str]:
+    """The lines about what is wrong."""
     if not found:
         yield "nothing is wrong"
     for finding in found:

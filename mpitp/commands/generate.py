@@ -4,20 +4,27 @@ Text needs `tokenizers` (pip install 'mpitp[text]'); --ids works without. One pr
 more than once, --batch-file) are continued together and printed at the end. Greedy unless --temperature says otherwise.
 Then the figures: a share of communication is the mean of the ranks, waiting for each other included.
 """
+from __future__ import annotations
+
+import argparse
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from .. import __version__
+from ..checkpoints.loading import load_model
 from ..comm import launch
+from ..comm.group import TensorParallelGroup
 from ..errors import require, require_positive
 from ..inference.generation import ENDED, generate
-from ..checkpoints.loading import load_model
-from . import device, report, text
+from . import device, model, report, text
 
 
-def add_arguments(parser):
-    parser.add_argument("--model", metavar="DIR", required=True, help="a folder with config.json and safetensors")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model.add_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", action="append", help="a text to continue")
     parser.add_argument("--ids", metavar="1,2,3", action="append", help="token ids to continue; prints ids")
     parser.add_argument("--batch-file", metavar="FILE", help="texts to continue, one a line")
@@ -64,46 +71,48 @@ class Report:
     communication_share_of_decode: float | None
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     """The command on this rank: 0."""
     check_arguments(arguments)
+    text.print_any_character()
     with device.group_of(arguments, reproducible=arguments.reproducible) as group:
         first = group.rank == 0
         given = group.root_first(lambda: look_first(arguments) if first else None)
         stop = group.root_first(lambda: text.end_tokens(arguments.model))
         started = time.perf_counter()
-        model = load_model(arguments.model, group, arguments.dtype)
+        decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
         load_seconds = time.perf_counter() - started
-        source = group.root_first(lambda: Source(arguments, *given) if first else None)
-        ids, lengths = text.give_to_all(group, source.prompts if first else None)
-        steps = generate(model, ids, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
+        continued = group.root_first(lambda: Continuations(arguments, *given) if first else None)
+        ids, lengths = text.give_to_all(group, continued.prompts if first else None)
+        steps = generate(decoder, ids, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
                          top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
                          stop=() if arguments.ignore_eos else stop, lengths=lengths)
         run = Run(group)
         for tokens in steps:
             run.add(tokens)
             if first:
-                source.push(tokens)
+                continued.push(tokens)
         run.end()
-        cores, of_ranks = launch.share_of_cores(group.comm), group.report((model.bytes_read, run.shares))
+        cores, of_ranks = launch.share_of_cores(group.comm), group.report((decoder.bytes_read, run.shares))
         if first:
-            source.finish()
-            result = summary(arguments, group, cores, source, run, load_seconds, of_ranks)
+            continued.finish()
+            result = summary(arguments, group, cores, continued, run, load_seconds, of_ranks)
             print("\n".join(["", *lines(result)]), flush=True)
             if arguments.json:
                 report.write_json(arguments.json, "mpitp.generate/1", result)
     return 0
 
 
-def check_arguments(arguments):
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise InputError unless there is one kind of prompt."""
     kinds = {"--prompt": arguments.prompt, "--ids": arguments.ids, "--batch-file": arguments.batch_file}
     given = [flag for flag, value in kinds.items() if value is not None]
     require(len(given) == 1, " and ".join(given) or "no prompt", f"one of {', '.join(kinds)}")
     require_positive(max_new_tokens=arguments.max_new_tokens)
 
 
-def look_first(arguments):
-    """What can be looked at before anything is loaded: texts and ids as they were given, one of them None."""
+def look_first(arguments: argparse.Namespace) -> tuple[list[str] | None, list[list[int]] | None]:
+    """Read the prompts before anything is loaded: (texts, ids) as they were given, one of them None."""
     if arguments.json:
         report.require_writable(arguments.json)
     if arguments.ids:
@@ -112,15 +121,17 @@ def look_first(arguments):
         return None, found
     texts = arguments.prompt
     if arguments.batch_file is not None:
-        texts = [line for line in text.read_text(arguments.batch_file).splitlines() if line.strip()]
+        texts = [line for line in text.lines_of(text.read_text(arguments.batch_file)) if line.strip()]
         require(texts, f"no text in {arguments.batch_file}", "a text a line")
+    for prompt in texts:
+        text.require_text(prompt, "--prompt")
     return texts, None
 
 
-class Source:
-    """Prompts, and what becomes of them, on rank 0: printed as it comes where there is one, else at the end."""
+class Continuations:
+    """The prompts and their continuations, on rank 0: one is printed as it comes, several at the end."""
 
-    def __init__(self, arguments, texts, ids):
+    def __init__(self, arguments: argparse.Namespace, texts: list[str] | None, ids: list[list[int]] | None):
         self.texts, self.prompts, self.decode = texts, ids, None
         if texts is not None:
             tokenizer = text.load_tokenizer(arguments.model)
@@ -132,13 +143,15 @@ class Source:
         self.new_ids, self.pieces = [[] for _ in self.prompts], [[] for _ in self.prompts]
         self.alone, self.begun = len(self.prompts) == 1, False
 
-    def push(self, tokens):
+    def push(self, tokens: np.ndarray) -> None:
+        """Add the tokens of a step."""
         for b, token in enumerate(tokens.tolist()):
             if token != ENDED:
                 self.new_ids[b].append(token)
                 self.add(b, str(token) if self.texts is None else self.streams[b].push(token))
 
-    def add(self, b, piece):
+    def add(self, b: int, piece: str) -> None:
+        """Add a piece of the text, or an id, to sequence b."""
         self.pieces[b].append(piece)
         if self.alone:
             between = "," if self.texts is None and self.begun else "" if self.begun or self.texts is None else \
@@ -146,11 +159,11 @@ class Source:
             print(between + piece, end="", flush=True)
             self.begun = True
 
-    def text(self, b):
-        """What is new, None where ids were given."""
+    def text(self, b: int) -> str | None:
+        """The new text, None where ids were given."""
         return None if self.texts is None else "".join(self.pieces[b])
 
-    def finish(self):
+    def finish(self) -> None:
         """Print the rest."""
         if self.texts is not None:
             for b, stream in enumerate(self.streams):
@@ -165,11 +178,12 @@ class Source:
 class Run:
     """The times of the steps on this rank, and the share of them that was communication: [prefill, decode]."""
 
-    def __init__(self, group):
+    def __init__(self, group: TensorParallelGroup):
         self.group, self.times, self.tokens, self.shares = group, [time.perf_counter()], 0, []
         group.ledger.clear()
 
-    def add(self, tokens):
+    def add(self, tokens: np.ndarray) -> None:
+        """Note that a step is done."""
         self.times.append(time.perf_counter())
         if len(self.times) == 2:
             self.first_token_seconds = age_of_process()
@@ -177,23 +191,27 @@ class Run:
         else:
             self.tokens += int((tokens != ENDED).sum())
 
-    def end(self):
+    def end(self) -> None:
+        """Note that the last step is done."""
         self.part(self.decode_seconds)
 
-    def part(self, seconds):
+    def part(self, seconds: float) -> None:
+        """Note the share of communication since the last call."""
         self.shares.append(self.group.ledger.seconds() / seconds if seconds else None)
         self.group.ledger.clear()
 
     @property
-    def prefill_seconds(self):
+    def prefill_seconds(self) -> float:
+        """The time of the first step, which takes the prompts in."""
         return self.times[1] - self.times[0]
 
     @property
-    def decode_seconds(self):
+    def decode_seconds(self) -> float:
+        """The time of all other steps."""
         return self.times[-1] - self.times[1]
 
 
-def age_of_process():
+def age_of_process() -> float | None:
     """Seconds since this process started, its interpreter's start included; None where the system does not say."""
     try:
         with open("/proc/self/stat") as file:           # field 22, after the name, which may hold spaces
@@ -203,19 +221,24 @@ def age_of_process():
         return None
 
 
-def summary(arguments, group, cores, source, run, load_seconds, of_ranks):
-    def mean(part):
-        shares = [shares[part] for _, shares in of_ranks]
-        return None if None in shares else sum(shares) / len(shares)
-    sequences = [Sequence(prompt, new, source.texts and source.texts[b], source.text(b))
-                 for b, (prompt, new) in enumerate(zip(source.prompts, source.new_ids))]
+def summary(arguments: argparse.Namespace, group: TensorParallelGroup, cores: int, continued: Continuations, run: Run,
+            load_seconds: float, of_ranks: list) -> Report:
+    """The Report, from each rank's (bytes read, shares of communication)."""
+    sequences = [Sequence(prompt, new, continued.texts and continued.texts[b], continued.text(b))
+                 for b, (prompt, new) in enumerate(zip(continued.prompts, continued.new_ids))]
     return Report(__version__, launch.machine(), launch.library_name(), group.size, cores, arguments.model,
                   arguments.dtype, group.reproducible, sequences, run.first_token_seconds, load_seconds,
-                  [count for count, _ in of_ranks], sum(map(len, source.prompts)), run.prefill_seconds, run.tokens,
-                  run.decode_seconds, mean(0), mean(1))
+                  [count for count, _ in of_ranks], sum(map(len, continued.prompts)), run.prefill_seconds, run.tokens,
+                  run.decode_seconds, *(mean([shares[part] for _, shares in of_ranks]) for part in (0, 1)))
 
 
-def lines(result):
+def mean(shares: list[float | None]) -> float | None:
+    """The mean of the ranks' shares, None where one has none."""
+    return None if None in shares else sum(shares) / len(shares)
+
+
+def lines(result: Report) -> Iterator[str]:
+    """Yield the lines of the table."""
     rows = [(name, count, report.seconds(seconds), f"{count / seconds:.1f}", f"{share:.1%}")
             for name, count, seconds, share in (
                 ("prefill", result.prefill_tokens, result.prefill_seconds, result.communication_share_of_prefill),
@@ -229,12 +252,13 @@ def lines(result):
     yield last_line(result)
 
 
-def last_line(result):
-    """What computed, and how."""
+def last_line(result: Report) -> str:
+    """The line that says how many ranks computed, and in which dtype and mode."""
     ranks, cores = count(result.ranks, "rank"), count(result.cores_per_rank, "core")
     mode = ", reproducible mode" if result.reproducible else ""
     return f"  {ranks}, {cores} a rank, {result.dtype}{mode}, {result.mpi}"
 
 
-def count(number, noun):
+def count(number: int, noun: str) -> str:
+    """A number and its noun."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,29 +1,35 @@
-"""What each of P ranks would hold and read of a Hugging Face checkpoint folder. Needs no mpirun and reads no weights.
+"""What each of P ranks would hold and read of a Hugging Face checkpoint folder. Needs no mpirun.
 
-Everything that loading looks at is looked at: headers, names, shapes, config.json. Exits with 2 where that finds a
-fault.
+All that loading checks is checked: headers, names, shapes, config.json. Weights are not read, but for a head that is
+stored beside tied embeddings and stored buffers, which are compared. Exits with 2 where a fault is found.
 """
+from __future__ import annotations
+
+import argparse
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
+from ..checkpoints.loading import open_folder
+from ..checkpoints.safetensors import STORED
 from ..comm.launch import is_first_rank
 from ..errors import require, require_positive
-from ..checkpoints.loading import open_source
-from ..checkpoints.safetensors import STORED
-from . import report
+from ..sharding.partition import Place
+from . import model, report, text
 
 MOST = 1 << 14
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="checkpoint folder: config.json, model.safetensors or its shards")
     parser.add_argument("-n", "--ranks", type=int, default=1, metavar="P", help="how many ranks (1)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="computed in (float32)")
     parser.add_argument("--reproducible", action="store_true", help="as it would be split in reproducible mode")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of a dimension in reproducible mode (8)")
+    model.add_strict(parser)
     parser.add_argument("--json", metavar="FILE", help="write the report there, too")
 
 
@@ -66,10 +72,12 @@ class Report:
     other_keys: list
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
+    """The command on this rank: 0."""
     require_positive(ranks=arguments.ranks, blocks=arguments.blocks)
     require(max(arguments.ranks, arguments.blocks) <= MOST, f"{arguments.ranks} ranks, {arguments.blocks} blocks",
             f"at most {MOST}")
+    text.print_any_character()
     if arguments.json:
         report.require_writable(arguments.json)
     if is_first_rank():
@@ -80,42 +88,45 @@ def run(arguments):
     return 0
 
 
-def inspect(arguments):
-    """The Report."""
-    source, ranks = open_source(arguments.model), arguments.ranks
-    where = (ranks, arguments.blocks if arguments.reproducible else ranks)
+def inspect(arguments: argparse.Namespace) -> Report:
+    """Open the folder and count what each rank would hold and read."""
+    folder, ranks = open_folder(arguments.model, strict=arguments.strict), arguments.ranks
+    folder.warn()
+    blocks = arguments.blocks if arguments.reproducible else ranks
+    places = [Place(rank, ranks, blocks) for rank in range(ranks)]
     size = np.dtype(arguments.dtype).itemsize
     kinds, held, read = {}, [0] * ranks, [0] * ranks
-    for name, spec in source.specs.items():
-        stored = source.views[name].dtype
-        elements = [prod(spec.local_shape(rank, *where)) for rank in range(ranks)]
+    for name, spec in folder.specs.items():
+        stored = folder.views[name].dtype
+        elements = [prod(spec.local_shape(place)) for place in places]
         for rank, n in enumerate(elements):
             held[rank] += n * size
             read[rank] += n * np.dtype(STORED[stored]).itemsize
         kind = re.sub(r"\d+", "*", name, count=1)
         of_kind = kinds.get(kind)
         if of_kind is None:
-            of_kind = kinds[kind] = Parameter(kind, re.sub(r"\.\d+\.", ".*.", source.places[name].name, count=1),
+            of_kind = kinds[kind] = Parameter(kind, re.sub(r"\.\d+\.", ".*.", folder.layouts[name].name, count=1),
                                               spec.shape, 0, {None: "no", 0: "rows", 1: "columns"}[spec.axis],
                                               stored, 0, [0] * ranks)
         of_kind.count += 1
         of_kind.stored_bytes += prod(spec.shape) * np.dtype(STORED[stored]).itemsize
         of_kind.hold_bytes_of_ranks = [a + n * size for a, n in zip(of_kind.hold_bytes_of_ranks, elements)]
-    config, specs = source.config, source.specs
+    config, specs = folder.config, folder.specs
     of_ranks = []
     for rank in range(ranks):
-        rows = {part: specs[name].local_shape(rank, *where)[0] for part, name in (
+        rows = {part: specs[name].local_shape(places[rank])[0] for part, name in (
             ("query", "layers.0.attention.query.weight"), ("key", "layers.0.attention.key.weight"),
             ("up", "layers.0.mlp.up.weight"), ("vocabulary", "embedding.weight"))}
         of_ranks.append(Rank(rank, rows["query"] // config.head_dim, rows["key"] // config.head_dim, rows["up"],
                              rows["vocabulary"], held[rank], read[rank]))
-    return Report(source.checkpoint.folder, source.family.model_type, config, arguments.dtype, arguments.reproducible,
-                  len(source.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
+    return Report(folder.checkpoint.folder, folder.family.model_type, config, arguments.dtype, arguments.reproducible,
+                  len(folder.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
                   sum(kind.stored_bytes for kind in kinds.values()), of_ranks, list(kinds.values()),
-                  source.other_keys)
+                  folder.other_keys)
 
 
-def lines(found):
+def lines(found: Report) -> Iterator[str]:
+    """Yield the lines that are printed."""
     config = found.config
     yield found.model
     yield f"  {found.family}: {count(found.parameters)} parameters, {report.size(found.stored_bytes)} in " \
@@ -138,19 +149,23 @@ def lines(found):
           span(kind.hold_bytes_of_ranks)) for kind in found.tensors])
     if found.other_keys:
         yield ""
-        yield from wrapped("NOTE: keys of config.json that nothing here looks at: ", found.other_keys)
+        yield from wrapped("NOTE: keys of config.json that this family does not have: ", found.other_keys)
 
 
-def count(number):
+def count(number: int) -> str:
+    """A number with commas."""
     return f"{number:,}"
 
 
-def span(sizes):
+def span(sizes: list[int]) -> str:
+    """The least and the largest of some numbers of bytes."""
     least, most = report.size(min(sizes)), report.size(max(sizes))
     return most if least == most else f"{least} to {most}"
 
 
-def wrapped(head, words, width=98):
+def wrapped(head: str, words: Iterable[str], width: int = 98) -> Iterator[str]:
+    """Yield lines of words with commas between them, behind a head."""
+    words = list(words)
     line = head
     for i, word in enumerate(words):
         word += "" if i == len(words) - 1 else ","

@@ -4,12 +4,45 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from .. import __version__
+from ..comm import launch
+from ..comm.group import TensorParallelGroup
 from ..errors import InputError
 
 
-def table(header, rows, indent="  "):
-    """Lines of a table: text to the left, numbers (given as strings that start like one) to the right."""
+@dataclass
+class Report:
+    """What the report of every command that computes begins with: the program, the machine and its ranks."""
+    mpitp: str
+    machine: str
+    mpi: str
+    ranks: int
+    cores_per_rank: int
+
+
+def opening(group: TensorParallelGroup) -> tuple[str, str, str, int, int]:
+    """The fields of a Report for this group, in order. Collective."""
+    return (__version__, launch.machine(), launch.library_name(), group.size, launch.share_of_cores(group.comm))
+
+
+def require_files(group: TensorParallelGroup, *paths: str | None) -> None:
+    """Raise InputError on every rank unless rank 0 can write each of the paths; None is no path. Collective."""
+    group.root_first(lambda: [require_writable(path) for path in paths if path and group.rank == 0])
+
+
+def publish(lines: Iterable[str], result: Any, schema: str, path: str | None) -> None:
+    """Print the lines of a report on this rank, and write it to `path` as JSON where one is given."""
+    print("\n".join(lines), flush=True)
+    if path:
+        write_json(path, schema, result)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence], indent: str = "  ") -> list[str]:
+    """The lines of a table: text to the left, numbers (given as strings that start like one) to the right."""
     cells = [list(map(str, row)) for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [all(is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
@@ -17,11 +50,17 @@ def table(header, rows, indent="  "):
             for row in cells]
 
 
-def is_number(text):
+def is_number(text: str) -> bool:
+    """Whether a cell belongs to a column of numbers."""
     return text[:1].isdigit() or text[:1] in "+-." and text[1:2].isdigit() or text in ("inf", "nan", "-", "")
 
 
-def size(count):
+def count(number: int, noun: str) -> str:
+    """A number of things: (1, 'rank') -> '1 rank', (2, 'rank') -> '2 ranks'."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def size(count: float) -> str:
     """A number of bytes in binary units: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
@@ -29,13 +68,13 @@ def size(count):
         count /= 1024
 
 
-def seconds(value):
+def seconds(value: float) -> str:
     """A time in the unit that suits it: 0.0012 -> '1.20 ms'."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} us"
 
 
-def plain(value):
-    """Dataclasses, tuples and NaN as what JSON has: objects, lists and null."""
+def plain(value: Any) -> Any:
+    """The same value as what JSON has: dataclasses as objects, tuples as lists, NaN and infinities as null."""
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -47,14 +86,14 @@ def plain(value):
     return value
 
 
-def require_writable(path):
+def require_writable(path: str) -> None:
     """Raise InputError now rather than after the work when a report could not be written there."""
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise InputError(f"found no way to write {path!r}, expected a file in an existing, writable folder")
 
 
-def write_json(path, schema, value):
+def write_json(path: str, schema: str, value: Any) -> None:
     """Write a report, whole or not at all: a temporary name, then a rename."""
     with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(os.path.abspath(path)), delete=False) as out:
         json.dump({"schema": schema, **plain(value)}, out, indent=1)

@@ -4,23 +4,30 @@ A window of --window tokens moves by --stride. Each token but the first counts o
 one before it: so all but those of the first window are predicted from at least window - stride others. The loss is the
 mean of -log p over the tokens that count, the perplexity e^loss. Text needs `tokenizers` (pip install 'mpitp[text]').
 """
+from __future__ import annotations
+
+import argparse
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from .. import __version__
+from ..checkpoints.loading import load_model
 from ..comm import launch
 from ..errors import require, require_positive
-from ..checkpoints.loading import load_model
-from . import device, report, text
+from ..layers.decoder import Decoder
+from . import device, model, report, text
 from .generate import count, last_line
 
 WINDOW = 1024
 LOGITS = 1 << 24        # that are made at a time: a long window's would take gigabytes
 
 
-def add_arguments(parser):
-    parser.add_argument("--model", metavar="DIR", required=True, help="a folder with config.json and safetensors")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model.add_arguments(parser)
     parser.add_argument("--text", metavar="FILE", help="a UTF-8 text")
     parser.add_argument("--ids-file", metavar="FILE", help="token ids, with commas, spaces or lines between")
     parser.add_argument("--window", type=int, metavar="W", help=f"tokens seen at once ({WINDOW}, or fewer where the "
@@ -55,20 +62,21 @@ class Report:
     bytes_read_of_ranks: list
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     """The command on this rank: 0."""
     check_arguments(arguments)
+    text.print_any_character()
     with device.group_of(arguments, reproducible=arguments.reproducible) as group:
         first = group.rank == 0
         given = group.root_first(lambda: look_first(arguments) if first else None)
-        model = load_model(arguments.model, group, arguments.dtype)
+        decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
         ids = group.root_first(lambda: tokens_of(arguments, given) if first else None)
         ids = text.give_to_all(group, [ids] if first else None)[0][0]
-        window, stride = sizes(arguments, model)
+        window, stride = sizes(arguments, decoder)
         started = time.perf_counter()
-        loss, counted, windows = score(model, ids, window, stride)
+        loss, counted, windows = score(decoder, ids, window, stride)
         seconds = time.perf_counter() - started
-        cores, bytes_read = launch.share_of_cores(group.comm), group.report(model.bytes_read)
+        cores, bytes_read = launch.share_of_cores(group.comm), group.report(decoder.bytes_read)
         if first:
             utf8 = len(given.encode()) if arguments.text else None
             result = Report(__version__, launch.machine(), launch.library_name(), group.size, cores, arguments.model,
@@ -81,7 +89,8 @@ def run(arguments):
     return 0
 
 
-def check_arguments(arguments):
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise InputError unless there is one kind of text, and for a window or stride that is no size."""
     require((arguments.text is None) != (arguments.ids_file is None),
             "neither --text nor --ids-file" if arguments.text is None else "--text and --ids-file", "one of them")
     if arguments.window is not None:
@@ -90,8 +99,8 @@ def check_arguments(arguments):
         require_positive(stride=arguments.stride)
 
 
-def look_first(arguments):
-    """The text, or the ids, before anything is loaded."""
+def look_first(arguments: argparse.Namespace) -> str | list[int]:
+    """Read the text, or the ids, before anything is loaded."""
     if arguments.json:
         report.require_writable(arguments.json)
     if arguments.text is not None:
@@ -99,14 +108,15 @@ def look_first(arguments):
     return text.parse_ids(text.read_text(arguments.ids_file))
 
 
-def tokens_of(arguments, given):
+def tokens_of(arguments: argparse.Namespace, given: str | list[int]) -> list[int]:
+    """The ids of the text. Raises InputError for fewer than two."""
     ids = given if arguments.text is None else text.load_tokenizer(arguments.model).encode(given).ids
     require(len(ids) > 1, f"{len(ids)} tokens in {arguments.text or arguments.ids_file}", "at least 2: the first has "
             "nothing before it")
     return ids
 
 
-def sizes(arguments, model):
+def sizes(arguments: argparse.Namespace, model: Decoder) -> tuple[int, int]:
     """Window and stride. Raises InputError for a window of more positions than the model has."""
     most = model.position.max_positions if model.position else None
     window = arguments.window or min(WINDOW, most or WINDOW)
@@ -116,8 +126,8 @@ def sizes(arguments, model):
     return window, stride
 
 
-def score(model, ids, window, stride):
-    """(mean of -log p over all tokens but the first, how many those are, how many windows). Collective.
+def score(model: Decoder, ids: np.ndarray, window: int, stride: int) -> tuple[float, int, int]:
+    """Return (mean of -log p over all tokens but the first, how many those are, how many windows). Collective.
 
     Window w sees ids[w stride : w stride + window] and predicts the one behind each.
     """
@@ -126,16 +136,17 @@ def score(model, ids, window, stride):
     while done < len(ids):
         seen = ids[start:min(start + window, len(ids) - 1)]
         targets = ids[start + 1:start + 1 + len(seen)]
-        x, _ = model.hidden(seen[None], saved=False)
+        x, _ = model.hidden(seen[None], save=False)
         for first in range(max(0, done - start - 1), len(seen), rows):
             piece = slice(first, first + rows)
-            logits, _ = model.head.forward(x[:, piece], saved=False)
+            logits, _ = model.head.forward(x[:, piece], save=False)
             total += model.loss(logits, targets[None, piece])[0] * len(targets[piece])
         done, start, windows = start + 1 + len(seen), start + stride, windows + 1
     return total / (len(ids) - 1), len(ids) - 1, windows
 
 
-def lines(result):
+def lines(result: Report) -> Iterator[str]:
+    """Yield the lines that are printed."""
     found = [f"loss {result.loss:.6f} nats a token",
              f"perplexity {result.perplexity:.6g}" if result.perplexity else "a perplexity beyond any number"]
     if result.bits_per_byte is not None:

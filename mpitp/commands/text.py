@@ -1,39 +1,55 @@
 """Between text and token ids: the tokenizer of a checkpoint folder, prompts on every rank, text as it comes."""
-import json
+from __future__ import annotations
+
+import codecs
 import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..checkpoints.safetensors import read_json, require_no_pointer
+from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"        # what decodes from the first bytes of a character alone
 MOST_BYTES = 4                                  # of a character in UTF-8, each of which may be a token
+CONTEXT = 8                                     # tokens of a prompt that the first new one is decoded behind
 
 
-def load_tokenizer(folder):
-    """The tokenizer of tokenizer.json. Raises InputError without that file, or without the library."""
+def load_tokenizer(folder: str) -> Tokenizer:
+    """Load tokenizer.json. Raises InputError without that file, or without the library.
+
+    Truncation and padding that the file may ask for are switched off, as transformers does: a text has all its tokens.
+    """
     path = os.path.join(folder, "tokenizer.json")
     require(os.path.isfile(path), f"no {path}", "the tokenizer of the checkpoint, or ids in place of text: --ids")
     try:
         from tokenizers import Tokenizer        # late: a large vocabulary takes a second
     except ImportError:
         raise InputError("found no tokenizers, expected it for text: pip install 'mpitp[text]', or ids") from None
+    content = read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    require_no_pointer(path, content)
     try:
-        return Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_buffer(content)              # a path may have bytes that the library does not take
     except Exception as error:                  # the library raises nothing narrower
         raise InputError(f"{path}: found {str(error).splitlines()[0]}, expected a tokenizer") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
-def end_tokens(folder):
+def end_tokens(folder: str) -> list[int]:
     """The ids that end a text: eos_token_id, one or several, of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
-            try:
-                with open(path, encoding="utf-8") as file:
-                    found = json.load(file).get("eos_token_id")
-            except (ValueError, AttributeError, RecursionError):
-                raise InputError(f"{path}: found no JSON object, expected one") from None
+            found = read_json(path).get("eos_token_id")
             if found is not None:
                 found = found if isinstance(found, list) else [found]
                 good = all(isinstance(i, int) and not isinstance(i, bool) for i in found)
@@ -42,26 +58,55 @@ def end_tokens(folder):
     return []
 
 
-def parse_ids(text):
-    """"1,2,3", or with spaces or lines between, as a list of integers."""
+def parse_ids(text: str) -> list[int]:
+    """Parse "1,2,3", or with spaces or lines between, as a list of integers."""
     try:
         return [int(word) for word in text.replace(",", " ").split()]
     except ValueError:
         raise InputError(f"found ids {text[:60]!r}, expected integers with commas between") from None
 
 
-def read_text(path):
+def read_text(path: str) -> str:
+    """Read a file of UTF-8, with or without a byte order mark, which is no part of the text."""
+    content = read_bytes(path)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{path}: found UTF-16, by its byte order mark, expected text in UTF-8")
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: found bytes that are not UTF-8 at {error.start}, expected text") from None
+
+
+def read_bytes(path: str) -> bytes:
+    """Read a file. Raises InputError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}, expected a file") from None
 
 
-def give_to_all(group, prompts):
-    """Prompts of rank 0, lists of ids, on every rank: ids (B, S), padded with 0, and lengths (B,). Two broadcasts."""
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, which end at newlines alone; str.splitlines also takes U+2028, form feed and others for one."""
+    return re.split("\r\n|\n|\r", text)
+
+
+def require_text(text: str, what: str) -> None:
+    """Raise InputError for an argument of bytes that are no text, which Python keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what}: found bytes that are not UTF-8 at {error.start}, expected text") from None
+
+
+def print_any_character() -> None:
+    """Print as \\uXXXX what the encoding of stdout does not have, instead of failing."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def give_to_all(group: TensorParallelGroup, prompts: list[list[int]] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Give rank 0's prompts, lists of ids, to every rank: ids (B, S), padded with 0, and lengths (B,). Two broadcasts."""
     xp = group.xp
     shape = np.zeros(2, np.int64) if prompts is None else np.array([len(prompts), 1 + max(map(len, prompts))])
     B, width = group.broadcast(xp.asarray(shape)).tolist()
@@ -74,27 +119,50 @@ def give_to_all(group, prompts):
 
 
 class TextStream:
-    """Text of a token at a time.
+    """The text of new tokens, one at a time, behind a prompt.
 
-    A token may be a part of a character, and a space may depend on what stands before. So each is decoded behind a few
-    that were given out already, and held back while a character is unfinished.
+    A token may be a part of a character, and a space may depend on the token before it. So tokens are decoded behind a
+    context, a few tokens that begin and end at characters, and held back while they end inside of one.
+
+    decode : function of ids -> text
     """
 
-    def __init__(self, decode, prompt):
-        self.decode, self.ids = decode, list(prompt)
-        self.start, self.done = max(0, len(prompt) - 2 * MOST_BYTES), len(prompt)      # of the ids in sight, given out
+    def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int]):
+        self.decode, self.held = decode, []
+        prompt, size = list(prompt), CONTEXT
+        self.use(prompt[-size:])
+        while self.before.startswith(UNFINISHED) and size < len(prompt):    # it begins inside a character
+            size *= 2
+            self.use(prompt[-size:])
 
-    def push(self, token):
+    def use(self, context: list[int]) -> None:
+        """Decode from now on behind these tokens."""
+        self.context, self.before = context, self.decode(context)
+
+    def push(self, token: int) -> str:
         """The text that is complete with this token, often empty for a part of a character."""
-        self.ids.append(int(token))
-        before, now = self.decode(self.ids[self.start:self.done]), self.decode(self.ids[self.start:])
-        if now.endswith(UNFINISHED) and len(self.ids) - self.done < MOST_BYTES:
+        self.held.append(int(token))
+        piece = self.text(self.held)
+        if not piece.endswith(UNFINISHED):
+            if piece:
+                self.use(self.held)
+            self.held = []
+            return piece
+        if len(self.held) < MOST_BYTES:
             return ""
-        self.start, self.done = self.done, len(self.ids)
-        return now[len(before):]
+        first, self.held = self.held[:1], self.held[1:]     # it belongs to no character
+        return self.text(first)
 
-    def rest(self):
-        """What was held back and will not be completed."""
-        before, now = self.decode(self.ids[self.start:self.done]), self.decode(self.ids[self.start:])
-        self.done = len(self.ids)
-        return now[len(before):]
+    def rest(self) -> str:
+        """The text of the tokens that are held back; none will complete them."""
+        held, self.held = self.held, []
+        return self.text(held) if held else ""
+
+    def text(self, tokens: list[int]) -> str:
+        """The text of these tokens behind the context.
+
+        Byte-fallback decoders spoil a whole run of bytes for one that is no character, so also the context's; then the
+        tokens are decoded alone.
+        """
+        found = self.decode(self.context + tokens)
+        return found[len(self.before):] if found.startswith(self.before) else self.decode(tokens)

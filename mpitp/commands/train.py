@@ -10,10 +10,12 @@ import sys
 from ..comm.agreement import require_agreement
 from ..config import DecoderConfig
 from ..errors import InputError, require_positive
-from ..checkpoints import steps as checkpoint
-from ..training.data import Tokens, order_2_bits
-from ..training.loop import Settings, Trainer, TrainingStopped, read_log
-from . import device, report
+from ..checkpoints import steps as step_folders
+from ..training.data import DTYPES, Tokens, look_like_words, order_2_bits
+from ..training.log import read_log
+from ..training.loop import Trainer, TrainingStopped
+from ..training.settings import Settings
+from . import device, progress, report
 
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
@@ -22,7 +24,10 @@ SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "m
 
 def add_arguments(parser):
     defaults = Settings()
-    parser.add_argument("--data", metavar="FILE", help="bytes, or token ids in .npy (the standard library's sources)")
+    parser.add_argument("--data", metavar="FILE", help="bytes, or token ids in .npy or a file of llm.c (the standard "
+                        "library's sources)")
+    parser.add_argument("--data-dtype", choices=DTYPES, help="of token ids without a header, such as nanoGPT's uint16 "
+                        "(bytes)")
     parser.add_argument("--out", metavar="DIR", help="step folders and log.jsonl go there (nowhere)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest step folder of --out")
     for flag, default, text in (
@@ -58,14 +63,17 @@ def run(arguments):
     with device.group_of(arguments, reproducible=arguments.reproducible, blocks=arguments.blocks) as group:
         group.root_first(lambda: prepare(arguments) if group.rank == 0 else None)
         tokens = group.root_first(lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
-                                                 arguments.seed))
+                                                 arguments.seed, arguments.data_dtype))
         require_agreement(group.comm, "the data", tokens.fingerprint())
+        if group.rank == 0 and arguments.data_dtype is None and look_like_words(tokens.tokens):
+            print(f"mpitp: warning: {tokens.name}: found bytes that look like 16-bit integers, expected --data-dtype "
+                  f"uint16 for token ids; trained on as bytes", file=sys.stderr, flush=True)
         trainer = Trainer(group, config, tokens, settings, dtype=arguments.dtype, folder=arguments.out, say=print_line)
         if arguments.resume:
             trainer.resume()
         show = Progress(trainer)
         if group.rank == 0:
-            print_line(opening(trainer, arguments))
+            print_line(opening(trainer, arguments).replace("; ", "\n"))
         try:
             trainer.run(show)
         except TrainingStopped as stopped:
@@ -115,7 +123,7 @@ def prepare(arguments):
         raise InputError(f"{arguments.out}: found {error.strerror}, expected a folder to write to") from None
     if not os.access(arguments.out, os.W_OK):
         raise InputError(f"{arguments.out}: found a folder that cannot be written to, expected one that can")
-    steps = checkpoint.steps(arguments.out)
+    steps = step_folders.steps(arguments.out)
     if steps and not arguments.resume:
         raise InputError(f"{arguments.out}: found step folders up to {steps[-1]}, expected --resume or another folder")
 
@@ -129,7 +137,7 @@ def opening(trainer, arguments):
     tokens, group = trainer.tokens, trainer.group
     return f"{count:,} parameters on {group.size} rank{'s' if group.size > 1 else ''}, {trainer.model.dtype}" \
            f"{', reproducible' if group.reproducible else ''}; {len(tokens.training):,} tokens of {tokens.name}, " \
-           f"{len(tokens.validation):,} held out"
+           f"{len(tokens.validation):,} held out for validation"
 
 
 class Progress:
@@ -140,7 +148,7 @@ class Progress:
         if trainer.step and trainer.group.rank == 0:            # resumed: the curve begins where the run did
             for line in read_log(trainer.folder):
                 self.note(line["step"], line)
-        self.is_terminal = trainer.group.rank == 0 and sys.stdout.isatty()
+        self.is_terminal = trainer.group.rank == 0 and progress.is_watched()
         self.every = max(1, trainer.settings.train_iters // 20)
 
     def __call__(self, step, figures):
@@ -149,9 +157,9 @@ class Progress:
         self.note(step, figures)
         settings = self.trainer.settings
         tokens = settings.micro_batch_size * settings.gradient_accumulation * self.trainer.tokens.seq_length
-        text = f"step {step:6d}/{settings.train_iters}  {self.curve[-1][1]:7.4f} bits a token  " \
-               f"lr {figures['lr']:.2e}  gradient {figures['gradient_norm']:8.3f}  " \
-               f"{tokens / figures['seconds']:8.0f} tokens/s"
+        text = f"step {step:6d}/{settings.train_iters}  {self.curve[-1][1]:7.4f} bits  " \
+               f"lr {figures['lr']:.2e}  gradient {figures['gradient_norm']:6.3f}  " \
+               f"{tokens / figures['seconds']:6.0f} tokens/s"
         if "validation_loss" in figures:
             text += f"  validation {self.validation[-1][1]:.4f}"
         if self.is_terminal:

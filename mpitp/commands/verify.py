@@ -5,20 +5,29 @@ holds and computes. Then a block of a real size, or out of a checkpoint (--model
 x and of every weight, against the dense computation in float64; collectives, memory and time.
 Exits with 1 when a check fails, with 2 on bad input.
 """
-from dataclasses import dataclass
+from __future__ import annotations
 
-from .. import __version__
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 from ..arrays import HALF_DTYPES
 from ..comm import launch
+from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
 from ..ops.activation import ACTIVATIONS
-from . import checks, device, report, verify_all
-
+from ..verification.feed_forward import (FeedForwardCheck, FeedForwardResult, checkpoint_layer, random_layer,
+                                         require_room)
+from ..verification.notebook import Notebook, notebook_example
+from . import device, report, verify_all
+from .verify_report import VerifyReport, count, head, json_of, run_checks, take_steps
 
 HIDDEN_SIZE, ACTIVATION = 512, "gelu_tanh"      # where neither an option nor a checkpoint says otherwise
 
 
-def add_arguments(parser):
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of `verify`."""
     parser.add_argument("--all", action="store_true", help="instead: every layer and whole decoders, small")
     parser.add_argument("--hidden-size", type=int, metavar="D", help=f"features of x and y ({HIDDEN_SIZE})")
     parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="features of the middle (4 D)")
@@ -39,132 +48,142 @@ def add_arguments(parser):
 
 
 @dataclass
-class Report:
-    mpitp: str
-    machine: str
-    mpi: str
-    ranks: int
+class BlockReport(VerifyReport):
+    """The example and one feed-forward block.
+
+    Parameters
+    ----------
+    cores_per_rank : int
+    idle_cores : int
+        Of the first rank's node, which no rank may use.
+    notebook : Notebook
+    block : FeedForwardResult
+    """
     cores_per_rank: int
-    idle_cores: int             # of the first rank's node, that no rank may use
-    dtype: str
-    reproducible: bool
-    notebook: checks.Notebook
-    block: checks.Block
-    good: bool
+    idle_cores: int
+    notebook: Notebook
+    block: FeedForwardResult
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields by the keys of the JSON."""
+        return {**vars(self), "block": json_of(self.block)}
 
 
-def run(arguments):
-    """The command on this rank: 0 when every check holds, else 1."""
+def run(arguments: Namespace) -> int:
+    """Run the command on this rank, and return 0 when every check holds, else 1."""
     if arguments.dtype in HALF_DTYPES:
-        raise InputError(f"found --dtype {arguments.dtype}, expected float32 or float64, in which NumPy can compute the "
-                         f"dense side")
+        raise InputError(f"found --dtype {arguments.dtype}, expected float32 or float64, in which NumPy can compute "
+                         f"the dense side")
     if arguments.all:
         return verify_all.run(arguments)
     check_arguments(arguments)
-    with device.group_of(arguments, reproducible=arguments.reproducible, blocks=arguments.blocks,
-                         check=True) as group:
-        if arguments.json:
-            group.root_first(lambda: report.require_writable(arguments.json) if group.rank == 0 else None)
-        if arguments.model:
-            layer, what, bytes_read = checks.checkpoint_layer(group, arguments)
-        else:
-            if arguments.hidden_size is None:
-                arguments.hidden_size = HIDDEN_SIZE
-            if arguments.ffn_hidden_size is None:
-                arguments.ffn_hidden_size = 4 * arguments.hidden_size
-            arguments.activation = arguments.activation or ACTIVATION
-            layer, what, bytes_read = checks.random_layer(group, arguments), "random weights", None
-        cores, idle = launch.share_of_cores(group.comm), launch.idle_cores(group.comm)
-        notebook = checks.notebook_example(group, arguments.seed)
-        block = checks.check_block(group, layer, what, bytes_read, arguments)
-        good = True
-        if group.rank == 0:
-            good = notebook.allclose and block.good
-            result = Report(__version__, launch.machine(), launch.library_name(), group.size, cores, idle,
-                            str(layer.dtype), group.reproducible, notebook, block, good)
-            print("\n".join(lines(result)), flush=True)
-            if arguments.json:
-                report.write_json(arguments.json, "mpitp.verify/1", result)
-        return 0 if all(group.comm.allgather(good)) else 1
+    return run_checks(arguments, check_block, lines, "mpitp.verify/1")
 
 
-def check_arguments(arguments):
+def check_block(group: TensorParallelGroup, arguments: Namespace) -> BlockReport | None:
+    """Check the example, and the block that the options ask for. Collective; the report on rank 0, else None."""
+    tokens = arguments.batch * arguments.seq_length
+    if arguments.model:
+        layer, what, bytes_read = checkpoint_layer(group, arguments.model, arguments.layer or 0, arguments.dtype,
+                                                   tokens)
+    else:
+        hidden_size = HIDDEN_SIZE if arguments.hidden_size is None else arguments.hidden_size
+        ffn_hidden_size = 4 * hidden_size if arguments.ffn_hidden_size is None else arguments.ffn_hidden_size
+        require_room(group, hidden_size, ffn_hidden_size, arguments.gated, tokens)
+        layer = random_layer(group, hidden_size, ffn_hidden_size, arguments.activation or ACTIVATION, arguments.gated,
+                             arguments.bias, arguments.dtype, arguments.seed)
+        what, bytes_read = "random weights", None
+    cores, idle = launch.share_of_cores(group.comm), launch.idle_cores(group.comm)
+    notebook = notebook_example(group, arguments.seed)
+    check = FeedForwardCheck(group, layer, arguments.batch, arguments.seq_length, arguments.seed, what, bytes_read)
+    block = take_steps(check.steps())[-1]
+    if notebook is None or block is None:
+        return None
+    return BlockReport(**head(group, layer.dtype, notebook.allclose and block.good), cores_per_rank=cores,
+                       idle_cores=idle, notebook=notebook, block=block)
+
+
+def check_arguments(arguments: Namespace) -> None:
+    """Raise InputError for options that do not fit each other."""
     require_positive(seq_length=arguments.seq_length, batch=arguments.batch, blocks=arguments.blocks)
     if arguments.model is None:
         if arguments.layer is not None:
             raise InputError("found --layer without --model, expected the checkpoint folder that it is a layer of")
         return
-    own = {"--hidden-size": arguments.hidden_size, "--ffn-hidden-size": arguments.ffn_hidden_size,
-           "--activation": arguments.activation, "--gated": arguments.gated, "--bias": arguments.bias}
-    given = [flag for flag, value in own.items() if value not in (None, False)]
+    of_random_block = {"--hidden-size": arguments.hidden_size, "--ffn-hidden-size": arguments.ffn_hidden_size,
+                       "--activation": arguments.activation, "--gated": arguments.gated, "--bias": arguments.bias}
+    given = [flag for flag, setting in of_random_block.items() if setting not in (None, False)]
     if given:
         raise InputError(f"found {', '.join(given)} beside --model, expected the checkpoint alone to say it")
 
 
 # --- what is printed -------------------------------------------------------------------------------------
 
-def lines(result):
-    ranks = count(result.ranks, "rank")
-    yield f"mpitp {result.mpitp}: {ranks}, {count(result.cores_per_rank, 'core')} a rank, {result.mpi}"
-    yield f"{result.machine}"
-    if result.idle_cores:
-        idle = count(result.idle_cores, "core")
+def lines(found: BlockReport) -> Iterator[str]:
+    """Yield the lines of the report."""
+    ranks = count(found.ranks, "rank")
+    yield f"mpitp {found.mpitp}: {ranks}, {count(found.cores_per_rank, 'core')} a rank, {found.mpi}"
+    yield f"{found.machine}"
+    if found.idle_cores:
+        idle = count(found.idle_cores, "core")
         yield f"NOTE: pinned, {idle} of this node idle: python -m mpitp doctor says what to do"
     yield ""
-    yield from notebook_lines(result.notebook)
+    yield from notebook_lines(found.notebook)
     yield ""
-    yield from block_lines(result, result.block)
+    yield from block_lines(found, found.block)
     yield ""
-    yield "every check holds" if result.good else "FAILED: see the lines marked FAILED"
+    yield "every check holds" if found.good else "FAILED: see the lines marked FAILED"
 
 
-def count(number, noun):
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def notebook_lines(found):
+def notebook_lines(notebook: Notebook) -> Iterator[str]:
+    """Yield the table of the example."""
     yield "1. The notebook's example: x (1, 5, 10), weights 10 -> 40 -> 10, no bias"
     rows = []
-    for part in found.parts:
+    for part in notebook.parts:
         first, last = part.features
         rows.append((part.rank, f"{first}:{last}", part.up_shape, part.down_shape, part.partial_shape,
                      f"{part.partial_first_value:+.6f}"))
     yield from report.table(("rank", "features", "h_to_4h [out, in]", "4h_to_h [out, in]", "partial sum",
                              "its first value"), rows)
-    yield f"  MPI_Allreduce adds the partial sums: {found.sum_first_value:+.6f}; dense: {found.dense_first_value:+.6f}"
-    yield f"  allclose(parallel, dense, rtol=1e-05, atol=1e-05): {found.allclose}{failed(not found.allclose)}; " \
-          f"largest difference {found.largest_difference:.1e}"
+    yield f"  MPI_Allreduce adds the partial sums: {notebook.sum_first_value:+.6f}; dense: " \
+          f"{notebook.dense_first_value:+.6f}"
+    yield f"  allclose(parallel, dense, rtol=1e-05, atol=1e-05): {notebook.allclose}" \
+          f"{'' if notebook.allclose else '  FAILED'}; largest difference {notebook.largest_difference:.1e}"
 
 
-def block_lines(result, block):
+def block_lines(found: BlockReport, block: FeedForwardResult) -> Iterator[str]:
+    """Yield the table of the block, and its figures."""
     kind = f"{'gated ' if block.gated else ''}{block.activation}{', biases' if block.bias else ''}"
     yield f"2. A feed-forward block: {block.hidden_size} -> {block.ffn_hidden_size} -> {block.hidden_size}, {kind}, " \
-          f"{count(block.tokens, 'token')}, {result.dtype}"
-    yield f"   {block.what}{', reproducible mode' if result.reproducible else ''}; " \
+          f"{count(block.tokens, 'token')}, {found.dtype}"
+    yield f"   {block.what}{', reproducible mode' if found.reproducible else ''}; " \
           f"error = |found - exact| / (eps * magnitude)"
     yield from report.table(
         ("result", "shape", "parallel", "dense", "limit", ""),
-        [(r.name, r.shape, f"{r.parallel:.2f}", f"{r.dense:.2f}", f"{r.limit:.2f}", "ok" if r.good else "FAILED")
-         for r in block.ratios])
-    wrong = block.collectives != block.expected_collectives
-    yield f"  collectives   {said(block.collectives)}, as the closed form says" if not wrong else \
-        f"  collectives   {said(block.collectives)}, expected {said(block.expected_collectives)}  FAILED"
+        [(c.name, c.shape, f"{c.error:.2f}", f"{c.dense_error:.2f}", f"{c.limit:.2f}",
+          "ok" if block.is_good(c) else "FAILED") for c in block.comparisons])
+    yield from (f"  {comparison}" for comparison in block.comparisons if not block.is_good(comparison))
+    yield collectives_line(block)
     yield f"  on the wire   {report.size(block.wire_bytes_per_rank)} sent by a rank, forward and backward"
-    mine = block.parameter_bytes_of_ranks
-    to_most = f" to {report.size(max(mine))}" if min(mine) != max(mine) else ""
-    yield f"  parameters    {report.size(min(mine))}{to_most} a rank, {report.size(block.parameter_bytes_dense)} dense"
+    least, most = min(block.parameter_bytes_of_ranks), max(block.parameter_bytes_of_ranks)
+    to_most = f" to {report.size(most)}" if least != most else ""
+    yield f"  parameters    {report.size(least)}{to_most} a rank, {report.size(block.parameter_bytes_dense)} dense"
     if block.bytes_read_of_ranks:
         yield f"  read          {', '.join(map(report.size, block.bytes_read_of_ranks))} of the checkpoint by the ranks"
     yield f"  time          forward {report.seconds(block.forward_seconds)}, backward " \
           f"{report.seconds(block.backward_seconds)}, {block.communication_share:.0%} of it in communication " \
           f"(waiting included)"
-    for name, digest in block.sha256.items():
-        yield f"  sha256 {digest}  {name}"
+    yield from (f"  sha256 {digest}  {name}" for name, digest in block.sha256.items())
 
 
-def said(collectives):
+def collectives_line(block: FeedForwardResult) -> str:
+    """Return the line that sets counted collectives beside the closed form's."""
+    counted, expected = collectives_text(block.collectives), collectives_text(block.expected_collectives)
+    if block.collectives == block.expected_collectives:
+        return f"  collectives   {counted}, as the closed form says"
+    return f"  collectives   {counted}, expected {expected}  FAILED"
+
+
+def collectives_text(collectives: dict[str, int]) -> str:
+    """Return counted collectives as text: "2 x all_reduce 65536 float32"."""
     return ", ".join(f"{calls} x {key}" for key, calls in collectives.items()) or "none"
-
-
-def failed(it):
-    return "  FAILED" if it else ""

@@ -1,81 +1,84 @@
 """`verify --all`: the table of every layer, and its JSON."""
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from .. import __version__
-from ..comm import launch
+from ..comm.group import TensorParallelGroup
 from ..errors import InputError
-from . import device, report
-from .layers import BATCH, HIDDEN, SEQUENCE, VOCABULARY, Checks
+from ..verification.every_layer import BATCH, HIDDEN, SEQUENCE, VOCABULARY, EveryLayerCheck, LayerResult
+from . import report
+from .verify_report import VerifyReport, count, head, json_of, run_checks, take_steps
 
-NUMBERS = ("parallel", "dense", "parallel_of_norm", "dense_of_norm")
+COLUMNS = ("error", "dense_error", "normwise", "dense_normwise")       # of a Comparison
 OF_ONE_BLOCK = ("hidden_size", "ffn_hidden_size", "activation", "gated", "bias", "model", "layer")
 
 
 @dataclass
-class Report:
-    mpitp: str
-    machine: str
-    mpi: str
-    ranks: int
-    device: str
-    dtype: str
-    reproducible: bool
-    layers: list
-    good: bool
+class LayersReport(VerifyReport):
+    """Every layer.
+
+    Parameters
+    ----------
+    layers : list of LayerResult
+    """
+    layers: list[LayerResult]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields by the keys of the JSON."""
+        return {**vars(self), "layers": [json_of(layer) for layer in self.layers]}
 
 
-def run(arguments):
-    """The command on this rank: 0 when every check holds, else 1."""
+def run(arguments: Namespace) -> int:
+    """Run the command on this rank, and return 0 when every check holds, else 1."""
     given = [f"--{name.replace('_', '-')}" for name in OF_ONE_BLOCK if getattr(arguments, name) not in (None, False)]
     if given:
         raise InputError(f"found {', '.join(given)} beside --all, whose sizes are fixed, expected one or the other")
-    with device.group_of(arguments, reproducible=arguments.reproducible, blocks=arguments.blocks,
-                         check=True) as group:
-        if arguments.json:
-            group.root_first(lambda: report.require_writable(arguments.json) if group.rank == 0 else None)
-        layers = list(Checks(group, arguments.dtype, arguments.seed).all())
-        good = True
-        if group.rank == 0:
-            good = all(layer.good for layer in layers)
-            result = Report(__version__, launch.machine(), launch.library_name(), group.size, arguments.device,
-                            str(arguments.dtype), group.reproducible, layers, good)
-            print("\n".join(lines(result)), flush=True)
-            if arguments.json:
-                report.write_json(arguments.json, "mpitp.verify_all/1", result)
-        return 0 if all(group.comm.allgather(good)) else 1
+    return run_checks(arguments, check_layers, lines, "mpitp.verify_all/1")
 
 
-def lines(result):
-    ranks = f"{result.ranks} rank{'' if result.ranks == 1 else 's'}"
-    yield f"mpitp {result.mpitp}: {ranks}, {result.mpi}, {result.device}"
-    yield f"{result.machine}"
+def check_layers(group: TensorParallelGroup, arguments: Namespace) -> LayersReport | None:
+    """Check every layer. Collective; the report on rank 0, else None."""
+    layers = take_steps(EveryLayerCheck(group, arguments.dtype, arguments.seed).steps())
+    if group.rank != 0:
+        return None
+    return LayersReport(**head(group, arguments.dtype, all(layer.good for layer in layers)), layers=layers)
+
+
+def lines(found: LayersReport) -> Iterator[str]:
+    """Yield the lines of the report."""
+    yield f"mpitp {found.mpitp}: {count(found.ranks, 'rank')}, {found.mpi}, {found.device}"
+    yield f"{found.machine}"
     yield ""
     yield f"Every layer, forward and backward, {BATCH} x {SEQUENCE} tokens, hidden {HIDDEN}, vocabulary " \
-          f"{VOCABULARY}, {result.dtype}"
-    yield "error: largest |found - exact| / (eps * magnitude); limit: 4, or twice the dense one"
+          f"{VOCABULARY}, {found.dtype}"
+    yield "error: largest |found - exact| / (eps * magnitude); limit: 4, or twice the dense float32 one"
     yield "of norm: |found - exact| / (eps * |exact|), Euclidean; limit: 128, or 32 times the dense float32 one"
-    yield from report.table(
-        ("layer", "results", "error", "dense", "of norm", "dense", "collectives", ""),
-        [(layer.title, len(layer.ratios), *(number(layer.most(what)) for what in NUMBERS), layer.collectives,
-          "ok" if layer.good else "FAILED") for layer in result.layers])
-    for layer in result.layers:
+    yield from report.table(("layer", "results", "error", "dense", "of norm", "dense", "collectives", ""),
+                            [row(layer) for layer in found.layers])
+    for layer in found.layers:
         if not layer.as_closed_form:
             yield f"  FAILED  {layer.title}: {layer.collectives} collectives, not those of the closed form"
-        for ratio in layer.ratios:
-            if not ratio.good:
-                yield f"  FAILED  {layer.title}: {ratio.name} {ratio.shape}: error {number(ratio.parallel)}, limit " \
-                      f"{number(ratio.limit)}"
-            if not ratio.near:
-                yield f"  FAILED  {layer.title}: {ratio.name} {ratio.shape}: {number(ratio.parallel_of_norm)} eps of " \
-                      f"the norm, limit {number(ratio.limit_of_norm)}"
-    if result.reproducible:
+        yield from (f"  FAILED  {layer.title}: {comparison}" for comparison in layer.comparisons
+                    if not (comparison.good and comparison.near))
+    if found.reproducible:
         yield ""
-        yield from (f"  sha256 {layer.sha256}  {layer.title}" for layer in result.layers)
+        yield "SHA-256 of the results of each layer, the same for any number of ranks:"
+        yield from (f"{layer.sha256} {layer.title}" for layer in found.layers)
     yield ""
-    yield "every check holds, and every count of collectives is the closed form's" if result.good else \
+    yield "every check holds, and every count of collectives is the closed form's" if found.good else \
         "FAILED: see the lines marked FAILED"
 
 
-def number(value):
-    """Two digits or so, without an exponent where that is readable."""
-    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.1g}"
+def row(layer: LayerResult) -> tuple:
+    """Return a layer's row of the table: the largest of each ratio over its results."""
+    largest = [max(getattr(comparison, column) for comparison in layer.comparisons) for column in COLUMNS]
+    return (layer.title, len(layer.comparisons), *map(ratio_text, largest), layer.collectives,
+            "ok" if layer.good else "FAILED")
+
+
+def ratio_text(ratio: float) -> str:
+    """Return two digits or so, without an exponent where that is readable."""
+    return f"{ratio:.2f}" if ratio >= 0.1 or ratio == 0 else f"{ratio:.1g}"

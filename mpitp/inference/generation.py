@@ -2,41 +2,64 @@
 
 Dimension key: B sequences, S positions, V vocabulary, C candidates; p marks the axis that is split over the ranks.
 """
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+
 import numpy as np
 
-from ..sharding import rng
-from ..arrays import on_host
+from ..arrays import Array, on_host
 from ..errors import is_integer, require, require_positive
+from ..layers.decoder import Decoder
+from ..sharding import rng
+from ..sharding.partition import Partition
 from .graph import CapturedToken, can_record
 from .kv import KeyValues
-from ..sharding.partition import Partition
 
 RECORD_FROM = 16    # new tokens, from which recording one on a GPU costs less than it saves (3 calls of about 10)
-ENDED = -1      # what generate yields for a sequence that has come to its end, and what no vocabulary has
+ENDED = -1      # generate yields it for a sequence that has come to its end; no vocabulary has such an id
 
 
-def generate(model, ids, *, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=0, stop=(), lengths=None):
-    """Continue the prompts; an iterator over the new tokens, one of every sequence a step.
+def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temperature: float = 0.0,
+             top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: int | Sequence[int] = (),
+             lengths: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+    """Continue the prompts: iterate over the new tokens, one of every sequence a step.
 
     Parameters
     ----------
     model : Decoder
-    ids : (B, S) integers, the prompts, the same on every rank
-    max_new_tokens : how many steps at most
-    temperature : 0: the token of the largest logit, of equal ones the lowest id. Above: one drawn from
-        softmax(logits / temperature)
-    top_k : draw from the k most probable tokens (of equally probable ones, the lowest ids). None: all
-    top_p : draw from the fewest most probable tokens (of those top_k) whose probabilities sum up to p (Holtzman et
-        al., arXiv 1904.09751). None: all
-    seed : of what is drawn: token t of sequence b takes number t of the stream (seed, "generate/b"), so that equal
-        logits give equal text on any number of ranks
-    stop : an id, or several, that end a sequence
-    lengths : (B,) how many tokens of each row are the prompt, when they differ; None: all
+    ids : (B, S) integers
+        The prompts, the same on every rank.
+    max_new_tokens : int
+        How many steps at most.
+    temperature : float, optional
+        0: the token of the largest logit, of equal ones the lowest id. Above: one drawn from
+        softmax(logits / temperature).
+    top_k : int, optional
+        Draw from the k most probable tokens (of equally probable ones, the lowest ids). None: all.
+    top_p : float, optional
+        Draw from the fewest most probable tokens (of those top_k) whose probabilities sum up to p (Holtzman et al.,
+        arXiv 1904.09751). None: all.
+    seed : int, optional
+        Of the draws: token t of sequence b takes number t of the stream (seed, "generate/b"), so that equal logits give
+        equal text on any number of ranks.
+    stop : int or sequence of int, optional
+        The ids that end a sequence.
+    lengths : (B,) integers, optional
+        How many tokens of each row are the prompt. None: all.
 
     Yields
     ------
-    tokens : (B,) int64, the same on every rank. A sequence yields its end token too, then ENDED (-1). All over when all
-        sequences are.
+    (B,) int64 array
+        The new tokens, the same on every rank. A sequence yields its end token too, and then ENDED (-1). The iteration
+        ends when every sequence has ended.
+
+    Raises
+    ------
+    InputError
+        On every rank: before the first step, for prompts, numbers and choices that do not fit; in any step, for logits
+        that are not finite.
 
     Notes
     -----
@@ -45,13 +68,10 @@ def generate(model, ids, *, max_new_tokens, temperature=0.0, top_k=None, top_p=N
     P x B x k x 2 float64, and one broadcast of B int64, the tokens that rank 0 drew.
     On one GPU a step of one sequence, or of a few in float32, is a CUDA graph: recorded once, then replayed.
     Keys and values: 2 x layers x B x (S + max_new_tokens - 1) x (key/value heads of the rank) x (features of a head).
-
-    Raises InputError, before the first step, for prompts, numbers and choices that do not fit, and in any step for
-    logits that are not finite; on every rank.
     """
     ids, lengths = as_prompts(model, ids, lengths)
     require_positive(max_new_tokens=max_new_tokens)
-    capacity = ids.shape[1] + max_new_tokens - 1            # the last new token is not looked at
+    capacity = ids.shape[1] + max_new_tokens - 1            # the last new token is not continued
     if model.position:
         most = model.position.max_positions
         require(capacity <= most, f"{ids.shape[1]} tokens of a prompt and {max_new_tokens} new ones",
@@ -62,8 +82,9 @@ def generate(model, ids, *, max_new_tokens, temperature=0.0, top_k=None, top_p=N
     return steps(model, ids, lengths, choose, KeyValues(model, len(ids), capacity), max_new_tokens, stop)
 
 
-def steps(model, ids, lengths, choose, kv, max_new_tokens, stop):
-    """What generate returns, once its arguments are known to be good."""
+def steps(model: Decoder, ids: Array, lengths: Array, choose: Choice, kv: KeyValues, max_new_tokens: int,
+          stop: Array) -> Iterator[np.ndarray]:
+    """Yield the tokens of generate, whose arguments have been checked."""
     logits_BVp, running_B, extend = model.extend(ids, kv, lengths), np.ones(len(ids), bool), None
     for step in range(max_new_tokens):
         tokens_B = choose(logits_BVp, step)
@@ -75,15 +96,16 @@ def steps(model, ids, lengths, choose, kv, max_new_tokens, stop):
         logits_BVp = extend(tokens_B[:, None])
 
 
-def one_token(model, kv, tokens):
-    """The function that continues kv by one token of each sequence: recorded where it can be and pays."""
+def one_token(model: Decoder, kv: KeyValues, tokens: int) -> Callable[[Array], Array]:
+    """The function that continues kv by one token of each sequence: a recorded graph where that is possible and pays."""
     if tokens >= RECORD_FROM and can_record(model, len(kv.lengths)):
         return CapturedToken(model, kv)
     return lambda ids_B1: model.extend(ids_B1, kv)
 
 
-def as_prompts(model, ids, lengths):
-    """ids (B, S) and lengths (B,) as int64, 0 behind the end of a prompt; S is the longest. Raises InputError."""
+def as_prompts(model: Decoder, ids: Array | Sequence,
+               lengths: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids (B, S) and lengths (B,) as int64, 0 behind the end of a prompt; S is the longest. Raises InputError."""
     try:
         ids = np.asarray(ids)
     except ValueError:                                      # rows of unequal length
@@ -102,9 +124,13 @@ def as_prompts(model, ids, lengths):
 
 
 class Choice:
-    """The next token of each sequence, out of logits that are split over the ranks. Arguments as generate's."""
+    """How the next token of each sequence is chosen from logits that are split over the ranks.
 
-    def __init__(self, model, batch, temperature, top_k, top_p, seed):
+    The arguments are generate's; batch : B, how many sequences.
+    """
+
+    def __init__(self, model: Decoder, batch: int, temperature: float, top_k: int | None, top_p: float | None,
+                 seed: int):
         require(is_number(temperature) and 0 <= temperature < np.inf, f"temperature {temperature!r}",
                 "a number, at least 0")
         require(top_k is None or is_integer(top_k) and top_k > 0, f"top_k {top_k!r}", "a positive integer, or None")
@@ -119,22 +145,22 @@ class Choice:
         self.top_k = top_k if top_k is not None and top_k < model.config.vocab_size else None
         self.keys = [rng.key(seed, f"generate/{b}") for b in range(batch)]
 
-    def __call__(self, logits_BVp, step):
-        """The (B,) tokens. Collective; see generate."""
+    def __call__(self, logits_BVp: Array, step: int) -> np.ndarray:
+        """Choose the (B,) tokens of a step. Collective; see generate."""
         tokens_B = self.drawn(logits_BVp, step) if self.temperature else self.greatest(logits_BVp)
         require((tokens_B >= 0).all(), "logits that are not finite", "finite ones: a weight is damaged, or float32 "
                                                                     "overflows")
         return tokens_B
 
-    def greatest(self, logits_BVp):
-        """The id of the largest logit, of equal ones the lowest; -1 where it is not finite."""
+    def greatest(self, logits_BVp: Array) -> np.ndarray:
+        """Return the id of each largest logit, of equal ones the lowest; -1 where it is not finite."""
         of_ranks = on_host(self.group.all_gather(self.best(logits_BVp, 1), self.ranks, axis=0))[:, :, 0]
         rank_B = of_ranks[..., 0].argmax(axis=0)            # the first of equal ones, so the lowest id; NaN before all
         values_B, ids_B = of_ranks[rank_B, np.arange(len(rank_B))].T
         return np.where(np.isfinite(values_B), ids_B, ENDED).astype(np.int64)
 
-    def drawn(self, logits_BVp, step):
-        """Ids that rank 0 drew; -1 where the largest logit is not finite."""
+    def drawn(self, logits_BVp: Array, step: int) -> np.ndarray:
+        """Return the ids that rank 0 draws; -1 where the largest logit is not finite."""
         group, tokens_B = self.group, np.empty(len(logits_BVp), np.int64)
         if self.top_k is None:
             values_BC = group.gather(logits_BVp, self.partition, axis=-1)
@@ -150,8 +176,8 @@ class Choice:
                 tokens_B[b] = draw(values_C, ids_BC[b], number, self.temperature, self.top_k, self.top_p)
         return on_host(group.broadcast(group.xp.asarray(tokens_B)))
 
-    def best(self, logits_BVp, k):
-        """The k largest logits of this rank and their ids (1, B, k, 2), float64 both; -inf where it has fewer."""
+    def best(self, logits_BVp: Array, k: int) -> Array:
+        """Return the k largest logits of this rank and their ids (1, B, k, 2), both float64; -inf beyond its own."""
         xp, (B, Vp) = self.group.xp, logits_BVp.shape
         best_BC2 = xp.zeros((1, B, k, 2))
         best_BC2[..., 0] = -np.inf
@@ -162,8 +188,11 @@ class Choice:
         return best_BC2
 
 
-def largest(xp, x, k):
-    """The positions of the k largest numbers, the largest first, of equal ones the first first; of a NaN alone."""
+def largest(xp: ModuleType, x: Array, k: int) -> Array:
+    """Return the positions of the k largest numbers in falling order, equal ones by position.
+
+    Where x holds a NaN, that one position alone.
+    """
     if xp.isnan(x.max()):
         return x.argmax()[None]
     least = xp.partition(x, len(x) - k)[len(x) - k]
@@ -171,10 +200,12 @@ def largest(xp, x, k):
     return found[xp.argsort(-x[found], kind="stable")][:k]
 
 
-def draw(values_C, ids_C, number, temperature, top_k=None, top_p=None):
-    """The id at `number`, in [0, 1), of the cumulative distribution softmax(values / temperature), in float64.
+def draw(values_C: Array, ids_C: Array, number: float, temperature: float, top_k: int | None = None,
+         top_p: float | None = None) -> int:
+    """Return the id at which the cumulative distribution of softmax(values / temperature), in float64, passes `number`.
 
-    values_C, ids_C : candidates, of which equal ones come by their ids
+    values_C, ids_C : the candidates; candidates of equal value are in the order of their ids
+    number : in [0, 1)
     top_k, top_p : as generate's
     """
     values_C = values_C.astype(np.float64)
@@ -184,8 +215,8 @@ def draw(values_C, ids_C, number, temperature, top_k=None, top_p=None):
         weight_C = np.exp((values_C - values_C.max()) / temperature)
     total = weight_C.sum()
     if top_k is None and top_p is not None:
-        # The last token of the nucleus and the fewer than C ones behind it sum up to more than 1 - p, so it has more
-        # than (1 - p) / C: most of a large vocabulary need not be sorted.
+        # The last token of the nucleus and those behind it, fewer than C, sum up to more than 1 - p. So that token has
+        # more than (1 - p) / C, and most of a large vocabulary need not be sorted.
         kept = np.flatnonzero(weight_C * len(weight_C) >= (1 - top_p) * total)
         values_C, weight_C, ids_C = values_C[kept], weight_C[kept], ids_C[kept]
     if top_k is not None or top_p is not None:
@@ -196,9 +227,11 @@ def draw(values_C, ids_C, number, temperature, top_k=None, top_p=None):
         total = total if top_k is None else cumulative_C[-1]
         cumulative_C = cumulative_C[:np.searchsorted(cumulative_C, top_p * total) + 1]
     at = np.searchsorted(cumulative_C, number * cumulative_C[-1], side="right")
-    last = np.searchsorted(cumulative_C, cumulative_C[-1])  # which the product may round up to
+    # number * total may round up to the total; then the last candidate that has a probability at all is taken.
+    last = np.searchsorted(cumulative_C, cumulative_C[-1])
     return int(ids_C[min(at, last)])
 
 
-def is_number(value):
+def is_number(value: object) -> bool:
+    """Whether value is an int or a float; True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

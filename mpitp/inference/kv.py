@@ -3,66 +3,102 @@
 Dimension key: B sequences, C capacity (positions), S new positions, u key/value heads of one unit, K features of
 a head.
 """
+from typing import Any
+
 import numpy as np
 
+from ..arrays import Array
 from ..errors import require, require_positive
+from ..layers.attention import ParallelAttention
+from ..layers.decoder import Decoder
 from ..ops.keys_values import append
 from ..ops.rotary import rotary_tables
+from ..sharding.heads import KeyValueUnit
 
 
 class LayerKeyValues:
-    """Those of one ParallelAttention.
+    """The keys and values of one ParallelAttention: those of the key/value heads that this rank's query heads use.
 
-    lengths, starts : KeyValues', shared by all layers
-    tables : rotary's cos and sin of all positions; () without rotary
-    units : {unit: [keys, values]}, (B, C, u, K) each
+    Parameters
+    ----------
+    layer : ParallelAttention
+        The layer.
+    lengths, starts : array
+        KeyValues', shared by all layers.
+    capacity : int
+        Positions that there is room for, C.
+
+    Attributes
+    ----------
+    tables : tuple of array
+        Rotary's cos and sin of all positions; () without rotary.
+    units : {KeyValueUnit: [keys, values]}
+        (B, C, u, K) each.
     """
 
-    def __init__(self, layer, lengths, starts, capacity):
+    def __init__(self, layer: ParallelAttention, lengths: np.ndarray, starts: Array, capacity: int):
         xp, B = layer.group.xp, len(lengths)
-        self.lengths, self.starts, self.units = lengths, starts, {}
+        self.lengths, self.starts = lengths, starts
+        self.units: dict[KeyValueUnit, list[Array]] = {}
         for unit in layer.heads.held_units:
             self.units[unit] = [xp.zeros((B, capacity, unit.stop - unit.start, layer.kv_channels), layer.dtype)
                                 for _ in ("key", "value")]
         self.tables = rotary_tables(layer.rotary, layer.kv_channels, range(capacity), layer.sum_dtype, xp) \
             if layer.rotary else ()
 
-    def append(self, unit, k_BSuK, v_BSuK):
+    def append(self, unit: KeyValueUnit, k_BSuK: Array, v_BSuK: Array) -> list[Array]:
         """Put the new positions behind the old ones; returns all keys and values (B, C, u, K)."""
         append(self.units[unit], (k_BSuK, v_BSuK), self.starts)
         return self.units[unit]
 
-    def nbytes(self):
+    def nbytes(self) -> int:
+        """Return the bytes of this rank's keys and values."""
         return sum(array.nbytes for arrays in self.units.values() for array in arrays)
 
 
 class KeyValues:
-    """Those of all layers of a Decoder, for `batch` sequences of up to `capacity` positions.
+    """The keys and values of all layers of a Decoder: 2 x B x C x (key/value heads of the rank) x K numbers a layer.
 
-    lengths, starts : (B,) integers, how many positions of each sequence there are, on the host and where the arrays are
+    Parameters
+    ----------
+    model : Decoder
+        The model.
+    batch, capacity : int
+        Sequences, B, and positions that there is room for in each, C.
 
-    2 x B x C x (key/value heads of the rank) x K numbers a layer and rank.
+    Attributes
+    ----------
+    lengths : (B,) array
+        How many positions of each sequence there are, on the host.
+    starts : (B,) array
+        The same numbers where the keys and values are.
+
+    Raises
+    ------
+    InputError
+        For a batch or capacity that is not positive.
     """
 
-    def __init__(self, model, batch, capacity):
+    def __init__(self, model: Decoder, batch: int, capacity: int):
         require_positive(batch=batch, capacity=capacity)
         self.capacity, self.lengths = capacity, np.zeros(batch, np.int64)
         # On a GPU a copy there, which operations read: so a recorded token can be replayed at any position.
-        self.starts = self.lengths if model.group.xp is np else model.group.xp.asarray(self.lengths)
+        self.starts: Any = self.lengths if model.group.xp is np else model.group.xp.asarray(self.lengths)
         self.layers = [LayerKeyValues(block.attention, self.lengths, self.starts, capacity) for block in model.blocks]
 
-    def require_room(self, shape):
-        """Raise InputError unless ids of `shape` (B, S) fit behind what there is."""
+    def require_room(self, shape: tuple[int, ...]) -> None:
+        """Raise InputError unless ids of `shape` (B, S) fit behind the positions that there are."""
         require(len(shape) == 2 and shape[0] == len(self.lengths), f"ids of shape {shape}",
                 f"({len(self.lengths)}, tokens), a row for each sequence of the keys and values")
         longest = int(self.lengths.max()) + shape[1]
         require(longest <= self.capacity, f"{longest} positions", f"at most {self.capacity}, the capacity")
 
-    def advance(self, counts):
-        """Count so many new positions of each sequence; what lies behind them will be overwritten."""
+    def advance(self, counts: Any) -> None:
+        """Count so many new positions of each sequence; later ones will be overwritten."""
         self.set_lengths(self.lengths + counts)
 
-    def set_lengths(self, lengths):
+    def set_lengths(self, lengths: np.ndarray) -> None:
+        """Say how many positions of each sequence there are."""
         self.lengths[...] = lengths
         if self.starts is not self.lengths:
             self.starts.set(self.lengths)

@@ -3,31 +3,47 @@
 Dimension key: B sequences, S positions, N = B S rows (tokens), D hidden.
 """
 from collections import Counter
+from typing import Any
 
-from ..arrays import scaled
+from ..arrays import Array, scaled
+from ..comm.group import TensorParallelGroup
 from ..comm.ledger import Collective
+from ..comm.sums import Sum
+from ..config import DecoderConfig
 from ..ops.activation import add_to
 from ..ops.dropout import dropout_scale
-from ..sharding.partition import Partition
+from ..sharding.decoder_specs import norm_names, output_init_std
+from ..sharding.partition import Block
+from ..sharding.specs import join
 from .attention import ParallelAttention
-from .base import Composite, join, require_saved
-from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
-                       reduce_from_ranks_forward)
+from .base import require_saved
+from .composite import Composite
 from .mlp import ParallelMLP
-from .norm import Norm
+from .norm import hidden_norm
+from .products import (copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
+                       reduce_from_ranks_forward)
 
 
 class ParallelBlock(Composite):
     """x = x + attention(norm(x)), then x = x + mlp(norm(x)); or one of the other orders that DecoderConfig names.
 
-    Norms, residuals and dropout work on the complete x, alike on every rank.
+    Norms, residuals and dropout work on the complete x, in the same way on every rank.
 
     Parameters
     ----------
     group : TensorParallelGroup
+        The ranks.
     config : DecoderConfig
-    layer : which of its layers, for what differs from layer to layer
-    dtype, seed, name : as ParallelMLP's
+        Sizes and choices.
+    layer : int
+        Which of its layers, for what differs from layer to layer.
+    dtype, seed, name
+        As ParallelMLP's.
+
+    Raises
+    ------
+    InputError
+        For an unknown dtype; forward and backward as ParallelAttention's and ParallelMLP's.
 
     Notes
     -----
@@ -36,158 +52,170 @@ class ParallelBlock(Composite):
     2 x N x D where each has its own (Wang and Komatsuzaki, GPT-J, 2021).
     """
 
-    def __init__(self, group, config, layer=0, *, dtype="float32", seed=0, name=""):
+    def __init__(self, group: TensorParallelGroup, config: DecoderConfig, layer: int = 0, *, dtype: str = "float32",
+                 seed: int | None = 0, name: str = ""):
         self.config, self.seed = config, 0 if seed is None else seed
-        std = config.init_method_std
-        common = dict(dtype=dtype, seed=seed, init_std=std, output_init_std=std / (2 * config.num_layers) ** 0.5)
-        self.attention = ParallelAttention(
-            group, config.hidden_size, config.num_attention_heads, config.query_groups, config.head_dim,
-            sliding_window=config.window(layer), rotary=config.rotary_of(layer),
-            alibi=config.position_embedding == "alibi", qk_norm=config.normalization if config.qk_norm else None,
-            norm_epsilon=config.norm_epsilon, zero_centered_gamma=config.zero_centered_gamma,
-            attention_scale=config.scale, qkv_bias=config.qkv_bias, bias=config.attention_bias,
-            dropout=config.attention_dropout, name=join(name, "attention"), **common)
+        common: dict[str, Any] = dict(dtype=dtype, seed=seed, init_std=config.init_method_std,
+                                      output_init_std=output_init_std(config))
+        self.attention = ParallelAttention(group, config.attention(layer), name=join(name, "attention"), **common)
         self.mlp = ParallelMLP(group, config.hidden_size, config.ffn_size, config.activation, config.gated,
                                config.mlp_bias, name=join(name, "mlp"), **common)
-        self.norms = {}
-        for part in ("attention", "mlp"):
-            if config.norm_placement in ("before", "both") and not (part == "mlp" and config.shared_norm):
-                self.norms[f"{part}_norm"] = make_norm(group, config, dtype, join(name, f"{part}_norm"))
-            if config.norm_placement != "before":
-                self.norms[f"{part}_post_norm"] = make_norm(group, config, dtype, join(name, f"{part}_post_norm"))
+        self.norms = {norm: hidden_norm(group, config, dtype, join(name, norm)) for norm in norm_names(config)}
         super().__init__(group, [self.attention, self.mlp, *self.norms.values()], dtype, name)
+        # For the parallel residual: number i is block i of the heads and block i of the feed-forward features together.
+        self.set_partition(group.partition(group.blocks))
 
-    def forward(self, x, *, mask=None, step=None, kv=None, saved=True):
-        """x (..., S, D), the same on every rank -> the same shape; and what backward needs (None if not saved).
+    def forward(self, x: Array, *, mask: Array | None = None, step: int | None = None, kv: Any = None,
+                save: bool = True) -> tuple[Array, Any]:
+        """Return y, shaped as x (..., S, D), the same on every rank; and what backward needs (None if not save).
 
         mask, step, kv : as ParallelAttention's
         """
         if self.config.parallel_residual:
-            return self.parallel_forward(x, mask, step, kv, saved)
-        x, first = self.branch_forward("attention", x, dict(mask=mask, step=step, kv=kv), step, saved)
-        x, second = self.branch_forward("mlp", x, {}, step, saved)
-        return x, ((first, second) if saved else None)
+            return self.parallel_forward(x, mask, step, kv, save)
+        x, first = self.branch_forward("attention", x, dict(mask=mask, step=step, kv=kv), step, save)
+        x, second = self.branch_forward("mlp", x, {}, step, save)
+        return x, ((first, second) if save else None)
 
-    def backward(self, dy, saved, *, out=None):
-        """dy (shaped as x) -> dx and {name: gradient} of this rank's slices."""
-        require_saved(saved)
+    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:
+        """Return dx of dy (shaped as x), and {name: gradient} of this rank's slices.
+
+        out : an earlier backward's gradients, whose arrays are used again
+        """
+        first, second = require_saved(saved)
         gradients = self.gradients(out)
         if self.config.parallel_residual:
-            return self.parallel_backward(dy, saved, gradients), gradients
-        first, second = saved
+            return self.parallel_backward(dy, first, second, gradients), gradients
         dy = self.branch_backward("mlp", dy, second, gradients)
         return self.branch_backward("attention", dy, first, gradients), gradients
 
     # --- one after the other: x + f(x), twice ----------------------------------------------------------------
 
-    def branch_forward(self, part, x, options, step, saved):
-        branch, after = getattr(self, part), self.norms.get(f"{part}_post_norm")
-        h, before_saved = self.norm_forward(f"{part}_norm", x, saved)
-        y, branch_saved = branch.forward(h, saved=saved, **options)
+    def branch_forward(self, part: str, x: Array, options: dict[str, Any], step: int | None,
+                       save: bool) -> tuple[Array, Any]:
+        """Return x + f(x), f attention or feed-forward with the norms around it; and what backward needs."""
+        branch = getattr(self, part)
+        h, of_norm = self.norm_forward(f"{part}_norm", x, save)
+        y, of_branch = branch.forward(h, save=save, **options)
         scale = self.dropout_scale(f"{part}.dropout", x.shape, step)
         y = scaled(y, scale, out=y)
         if self.config.norm_placement == "after_residual":
             add_to(y, x)
-            y, after_saved = after.forward(y, saved=saved)
+            y, of_post_norm = self.norm_forward(f"{part}_post_norm", y, save)
         else:
-            y, after_saved = self.norm_forward(f"{part}_post_norm", y, saved)
+            y, of_post_norm = self.norm_forward(f"{part}_post_norm", y, save)
             add_to(y, x)
-        return y, (before_saved, branch_saved, scale, after_saved)
+        return y, (of_norm, of_branch, scale, of_post_norm)
 
-    def branch_backward(self, part, dy, saved, gradients):
-        before_saved, branch_saved, scale, after_saved = saved
+    def branch_backward(self, part: str, dy: Array, saved: Any, gradients: dict[str, Array]) -> Array:
+        """Return dx of x + f(x), and leave the gradients of the branch and its norms."""
+        of_norm, of_branch, scale, of_post_norm = saved
         branch = getattr(self, part)
-        d_branch = self.norm_backward(f"{part}_post_norm", dy, after_saved, gradients)
+        d_branch = self.norm_backward(f"{part}_post_norm", dy, of_post_norm, gradients)
         d_residual = d_branch if self.config.norm_placement == "after_residual" else dy
         d_branch = scaled(d_branch, scale)
-        dx, _ = branch.backward(d_branch, branch_saved, out=self.of(branch, gradients))
-        dx = self.norm_backward(f"{part}_norm", dx, before_saved, gradients)
+        dx, _ = branch.backward(d_branch, of_branch, out=self.gradients_of(branch, gradients))
+        dx = self.norm_backward(f"{part}_norm", dx, of_norm, gradients)
         add_to(dx, d_residual)
         return dx
 
-    # --- side by side: x + attention(norm(x)) + mlp(norm(x)) ---------------------------------------------------
+    # --- side by side: x + attention(norm(x)) + mlp(norm(x)), one sum for both -----------------------------------
 
-    def parallel_forward(self, x, mask, step, kv, saved):
-        attention, mlp, kept = self.attention, self.mlp, ({} if saved else None, {} if saved else None)
-        call = attention.look_at(x, mask, step, kv)
-        h, attention_saved = self.norm_forward("attention_norm", x, saved)
-        g, mlp_saved = (h, None) if self.config.shared_norm else self.norm_forward("mlp_norm", x, saved)
-        h_ND, g_ND = (copy_to_ranks_forward(self.rows(a, self.config.hidden_size)) for a in (h, g))
-        partials = attention.partial_forward(h_ND, kept[0], call), mlp.partial_forward(g_ND, kept[1])
-
-        def partial(block):
-            summands = [y_ND for y_ND in self.both(partials, block) if y_ND is not None]
-            if not summands:
-                return self.group.xp.zeros(h_ND.shape, self.leaf_dtype)
-            for other in summands[1:]:
-                add_to(summands[0], other)
-            return summands[0]
-
-        y_ND = reduce_from_ranks_forward(partial, self.block_numbers(), self.group, h_ND.shape, self.dtype)
-        attention.add_bias(y_ND)
-        mlp.add_bias(y_ND)
+    def parallel_forward(self, x: Array, mask: Array | None, step: int | None, kv: Any,
+                         save: bool) -> tuple[Array, Any]:
+        """Return x + attention(norm(x)) + mlp(norm(x)). Collective: one all-reduce."""
+        call = self.attention.call(x, mask, step, kv)
+        h, of_norm = self.norm_forward("attention_norm", x, save)
+        g, of_mlp_norm = (h, None) if self.config.shared_norm else self.norm_forward("mlp_norm", x, save)
+        h_ND, g_ND = (copy_to_ranks_forward(self.rows(a, self.config.hidden_size)) for a in (h, g))     # f
+        units, kept = self.attention.keys_and_values(h_ND, call), {}
+        total = self.group.sum(self.partition, h_ND.shape, self.dtype)
+        for block, (y_ND, of_block) in self.group.each(
+                self.block_forward, self.own_blocks, h_ND, g_ND, units, call, total, save):
+            total.add(block, y_ND)
+            kept[block.index] = of_block
+        y_ND = reduce_from_ranks_forward(total)                                                         # g
+        self.attention.add_bias(y_ND)
+        self.mlp.add_bias(y_ND)
         y = y_ND.reshape(x.shape)
         scale = self.dropout_scale("dropout", x.shape, step)
         y = scaled(y, scale, out=y)
         add_to(y, x)
-        return y, ((attention_saved, mlp_saved, h_ND, g_ND, kept, call, scale) if saved else None)
+        return y, (((of_norm, of_mlp_norm, scale), (h_ND, g_ND, units, kept, call)) if save else None)
 
-    def parallel_backward(self, dy, saved, gradients):
-        attention_saved, mlp_saved, h_ND, g_ND, kept, call, scale = saved
-        d_sum = scaled(dy, scale)
-        dy_ND = reduce_from_ranks_backward(self.rows(d_sum, self.config.hidden_size, "dy", len(h_ND)))
-        later = Later(self.group)
-        partials = (self.attention.partial_backward(dy_ND, h_ND, kept[0], call, gradients, later),
-                    self.mlp.partial_backward(dy_ND, g_ND, kept[1], gradients, later))
-        shared, shape = self.config.shared_norm, h_ND.shape
+    def block_forward(self, number: Block, h_ND: Array, g_ND: Array, units: dict, call: Any, total: Sum,
+                      save: bool) -> tuple[Array, Any]:
+        """Return what attention and feed-forward add to y (N, D) in one block; and what backward needs of each."""
+        y_ND = of_attention = of_mlp = None
+        for block in block_numbered(number, self.attention.own_blocks):
+            y_ND, of_attention = self.attention.block_forward(block, h_ND, units, call, total, save)
+        for block in block_numbered(number, self.mlp.own_blocks):
+            of_attention_ND = y_ND
+            y_ND, of_mlp = self.mlp.block_forward(block, g_ND, total, save)
+            if of_attention_ND is not None:
+                add_to(of_attention_ND, y_ND)
+                y_ND = of_attention_ND
+        if y_ND is None:
+            y_ND = self.group.xp.zeros(h_ND.shape, total.summand_dtype)
+        return y_ND, (of_attention, of_mlp)
 
-        def partial(block):
-            """The summand of the one norm's gradient (1, N, D), or of both norms' (2, N, D)."""
-            d_norms = self.group.xp.zeros((1 if shared else 2, *shape), self.leaf_dtype)
-            for i, d_ND in enumerate(self.both(partials, block)):
-                if d_ND is not None:
-                    d_norms[0 if shared else i] += d_ND
-            return d_norms
-
-        d_norms = copy_to_ranks_backward(partial, self.block_numbers(), self.group, (1 if shared else 2, *shape),
-                                         self.dtype, later)
-        self.attention.sum_norm_gradients(kept[0], gradients)
-        dx = self.norm_backward("attention_norm", d_norms[0].reshape(dy.shape), attention_saved, gradients)
+    def parallel_backward(self, dy: Array, of_hidden: Any, of_branches: Any, gradients: dict[str, Array]) -> Array:
+        """Return dx. Collective: one all-reduce of the gradients of the one norm's output, or of both norms'."""
+        (of_norm, of_mlp_norm, scale), (h_ND, g_ND, units, kept, call) = of_hidden, of_branches
+        attention, shared = self.attention, self.config.shared_norm
+        dy_ND = reduce_from_ranks_backward(self.rows(scaled(dy, scale), self.config.hidden_size, "dy", len(h_ND)))  # g*
+        of_attention = {index: found[0] for index, found in kept.items()}
+        of_mlp = {index: found[1] for index, found in kept.items()}
+        d_scores = attention.scores_backward(dy_ND, units, of_attention, call, gradients)
+        self.mlp.bias_backward(dy_ND, gradients)
+        total = self.group.sum(self.partition, (1 if shared else 2, *h_ND.shape), self.dtype)
+        d_units = attention.keys_and_values_backward(d_scores, h_ND, units, call, gradients, total)
+        norms = {}
+        for block, (d_norms, of_heads) in self.group.each(
+                self.block_backward, self.own_blocks, dy_ND, (h_ND, d_scores, of_attention, d_units, call),
+                (g_ND, of_mlp), gradients, total):
+            total.add(block, d_norms)
+            norms[block.index] = of_heads
+        d_norms = copy_to_ranks_backward(total)                                                         # f*
+        attention.sum_norm_gradients(norms, gradients)
+        dx = self.norm_backward("attention_norm", d_norms[0].reshape(dy.shape), of_norm, gradients)
         if not shared:
-            dx += self.norm_backward("mlp_norm", d_norms[1].reshape(dy.shape), mlp_saved, gradients)
+            dx += self.norm_backward("mlp_norm", d_norms[1].reshape(dy.shape), of_mlp_norm, gradients)
         add_to(dx, dy)
         return dx
 
-    def block_numbers(self):
-        """The partition whose block i is block i of the heads and block i of the feed-forward features together."""
-        return Partition(self.group.blocks, self.group.size, self.group.blocks)
-
-    def both(self, partials, number):
-        """What attention and feed-forward give for one block; None where they have no such block."""
-        found = []
-        for partial, layer in zip(partials, (self.attention, self.mlp)):
-            block = next((b for b in layer.partition.blocks_of(self.group.rank) if b.index == number.index), None)
-            found.append(None if block is None else partial(block))
-        return found
+    def block_backward(self, number: Block, dy_ND: Array, of_attention: tuple, of_mlp: tuple,
+                       gradients: dict[str, Array], total: Sum) -> tuple[Array, Any]:
+        """Return one block's part in the gradient of the one norm's output (1, N, D), or of both norms' (2, N, D)."""
+        d_norms, of_heads = self.group.xp.zeros(total.shape, total.summand_dtype), None
+        h_ND, d_scores, kept, d_units, call = of_attention
+        for block in block_numbered(number, self.attention.own_blocks):
+            d_ND, of_heads = self.attention.block_backward(block, d_scores, h_ND, kept, d_units, call, gradients, total)
+            d_norms[0] += d_ND
+        g_ND, kept = of_mlp
+        for block in block_numbered(number, self.mlp.own_blocks):
+            d_norms[-1] += self.mlp.block_backward(block, dy_ND, g_ND, kept, gradients, total)
+        return d_norms, of_heads
 
     # --- what both have ------------------------------------------------------------------------------------------
 
-    def norm_forward(self, name, x, saved):
-        """The norm of that name, or x itself where the block has none."""
-        return self.norms[name].forward(x, saved=saved) if name in self.norms else (x, None)
+    def norm_forward(self, name: str, x: Array, save: bool) -> tuple[Array, Any]:
+        """Return the norm of that name of x, or x itself where the block has none."""
+        return self.norms[name].forward(x, save=save) if name in self.norms else (x, None)
 
-    def norm_backward(self, name, dy, saved, gradients):
+    def norm_backward(self, name: str, dy: Array, saved: Any, gradients: dict[str, Array]) -> Array:
+        """Return dx of norm_forward, and leave the gradients of the norm."""
         if name not in self.norms:
             return dy
-        return self.norms[name].backward(dy, saved, out=self.of(self.norms[name], gradients))[0]
+        return self.norms[name].backward(dy, saved, out=self.gradients_of(self.norms[name], gradients))[0]
 
-    def dropout_scale(self, name, shape, step):
-        """Of the complete sum, the same on every rank; None without dropout."""
+    def dropout_scale(self, name: str, shape: tuple[int, ...], step: int | None) -> Array | None:
+        """Return dropout's scales of the complete sum, the same on every rank; None without dropout."""
         return hidden_dropout(self.group, self.seed, join(self.name, name), step, self.config.hidden_dropout, shape,
                               self.sum_dtype)
 
-    def collectives(self, tokens):
-        """The closed form: (forward, backward), each a Counter of logical data collectives."""
+    def collectives(self, tokens: int) -> tuple[Counter, Counter]:
+        """Return the closed form: (forward, backward), each a Counter of logical data collectives."""
         if not self.config.parallel_residual:
             (one, two), (three, four) = self.attention.collectives(tokens), self.mlp.collectives(tokens)
             return one + three, two + four
@@ -197,13 +225,14 @@ class ParallelBlock(Composite):
             self.attention.inner_collectives(tokens) + Counter({of_norms: 1})
 
 
-def make_norm(group, config, dtype, name):
-    return Norm(group, config.hidden_size, config.normalization, config.norm_epsilon, config.has_norm_bias,
-                config.zero_centered_gamma, dtype=dtype, name=name)
+def block_numbered(number: Block, blocks: tuple[Block, ...]) -> list[Block]:
+    """Return the one of a layer's blocks that has this number, or none."""
+    return [block for block in blocks if block.index == number.index]
 
 
-def hidden_dropout(group, seed, name, step, probability, shape, dtype):
-    """Scales 0 or 1 / (1 - p) for a complete array, the same on every rank; None without dropout.
+def hidden_dropout(group: TensorParallelGroup, seed: int, name: str, step: int | None, probability: float,
+                   shape: tuple[int, ...], dtype: Any) -> Array | None:
+    """Return scales 0 or 1 / (1 - p) for a complete array, the same on every rank; None without dropout.
 
     Of `dtype`, which is float32 for a 16-bit array: 1 / (1 - p) rounded to 8 bits would be a mistake in the mean.
     """

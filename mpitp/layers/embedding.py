@@ -5,15 +5,18 @@ the ranks.
 """
 from collections import Counter
 from math import isfinite, prod
+from typing import Any
 
 import numpy as np
 
-from ..arrays import module_of, scaled
+from ..arrays import Array, module_of, scaled
+from ..comm.group import TensorParallelGroup
 from ..comm.ledger import Collective
 from ..errors import InputError, is_integer, require, require_positive
 from ..ops.embedding import embedding_backward, embedding_forward
 from ..sharding.parameters import ParameterSpec
-from .base import ParallelLayer, join, require_saved
+from ..sharding.specs import join
+from .base import ParallelLayer, require_saved
 
 
 class VocabParallelEmbedding(ParallelLayer):
@@ -22,22 +25,34 @@ class VocabParallelEmbedding(ParallelLayer):
     Parameters
     ----------
     group : TensorParallelGroup
-    vocab_size, hidden_size : V, D; any, on any number of ranks
-    multiplier : of what is looked up
-    dtype : "float32" or "float64"
-    seed : of the initial weights N(0, init_std^2), the same for any number of ranks; None for zeros
-    name : prefix of the parameter's name, "weight"
+        The ranks.
+    vocab_size, hidden_size : int
+        V, D; any, on any number of ranks.
+    multiplier : float
+        Of the rows of W.
+    dtype : str
+        "float32" or "float64"; on a GPU "float16" and "bfloat16" too.
+    seed : int or None
+        Of the initial weights N(0, init_std^2), the same for any number of ranks; None for zeros.
+    init_std : float
+        Of the initial weights.
+    name : str
+        Prefix of the parameter's name, "weight".
+
+    Raises
+    ------
+    InputError
+        For sizes that are not positive; forward: ids that are no integers, and an id outside the vocabulary, naming its
+        position; on every rank, before any collective.
 
     Notes
     -----
     As in Megatron-LM (arXiv 1909.08053, section 3), for any V. Collectives, N = tokens: forward one all-reduce of
     N x D, backward none, as dy is complete. The sum is exact in any order: all but one rank add zeros.
-    Raises InputError for sizes that are not positive, ids that are no integers, and an id outside the vocabulary,
-    naming its position; on every rank, before any collective.
     """
 
-    def __init__(self, group, vocab_size, hidden_size, multiplier=1.0, *, dtype="float32", seed=0, init_std=0.02,
-                 name=""):
+    def __init__(self, group: TensorParallelGroup, vocab_size: int, hidden_size: int, multiplier: float = 1.0, *,
+                 dtype: str = "float32", seed: int | None = 0, init_std: float = 0.02, name: str = ""):
         require_positive(vocab_size=vocab_size, hidden_size=hidden_size)
         is_number = isinstance(multiplier, (int, float)) and not isinstance(multiplier, bool) and isfinite(multiplier)
         require(is_number, f"multiplier {multiplier!r}", "a number")
@@ -46,30 +61,30 @@ class VocabParallelEmbedding(ParallelLayer):
         super().__init__(group, specs, dtype, seed, name)
         self.partition = group.partition(self.vocab_size)
 
-    def forward(self, ids, *, saved=True):
-        """ids (...), integers, the same on every rank -> y (..., D), complete; and what backward needs, or None."""
+    def forward(self, ids: Any, *, save: bool = True) -> tuple[Array, Any]:
+        """Return y (..., D), complete, of ids (...), the same on every rank; and what backward needs, or None."""
         ids = self.checked(ids)
-        return self.look_up(ids), (self.local(ids) if saved else None)
+        return self.look_up(ids), (self.local(ids) if save else None)
 
-    def checked(self, ids):
-        """ids where the weights are, after token_ids has looked at them."""
+    def checked(self, ids: Any) -> Array:
+        """Return ids where the weights are. Raises InputError as token_ids."""
         return self.group.xp.asarray(token_ids(ids, self.vocab_size))
 
-    def local(self, ids):
-        """The rows of this rank's part that ids (N,) mean, where they are there."""
+    def local(self, ids: Array) -> Array:
+        """Return the rows (N,) of this rank's part that ids mean, outside of it where another rank has them."""
         return ids.reshape(-1) - self.partition.bounds[self.group.rank]
 
-    def look_up(self, ids):
-        """forward() of checked ids."""
-        y_ND = embedding_forward(self.parameter("weight"), self.local(ids))
+    def look_up(self, ids: Array) -> Array:
+        """Return y of ids that were checked. Collective: one all-reduce of N x D."""
+        y_ND = embedding_forward(self.own["weight"], self.local(ids))
         if self.multiplier != 1:
             scaled(y_ND, self.multiplier, out=y_ND)
         self.group.all_reduce(y_ND, out=y_ND)
         y_ND += 0.0                             # -0.0 becomes 0.0 on one rank too, as it does in a sum with zeros
         return y_ND.reshape(*ids.shape, self.hidden_size)
 
-    def backward(self, dy, saved, *, out=None):
-        """dy (..., D), complete -> None, as ids have no gradient, and {name: gradient} of this rank's rows.
+    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[None, dict[str, Array]]:
+        """Return None, as ids have no gradient, and {name: gradient} of this rank's rows, of dy (..., D), complete.
 
         out : an earlier backward's gradients, whose arrays are used again
         """
@@ -81,8 +96,8 @@ class VocabParallelEmbedding(ParallelLayer):
         embedding_backward(dy_ND, saved, len(dw_VpD), out=dw_VpD)
         return None, gradients
 
-    def collectives(self, tokens):
-        """The closed form: (forward, backward), each a Counter of logical data collectives."""
+    def collectives(self, tokens: int) -> tuple[Counter, Counter]:
+        """Return the closed form: (forward, backward), each a Counter of logical data collectives."""
         return Counter({Collective("all_reduce", tokens * self.hidden_size, self.dtype.name): 1}), Counter()
 
 
@@ -91,28 +106,36 @@ class PositionEmbedding(ParallelLayer):
 
     Parameters
     ----------
-    max_positions, hidden_size : M, D
-    group, dtype, seed, init_std, name : as VocabParallelEmbedding's
+    max_positions, hidden_size : int
+        M, D.
+    group, dtype, seed, init_std, name
+        As VocabParallelEmbedding's.
+
+    Raises
+    ------
+    InputError
+        For sizes that are not positive; forward: for more positions than the table has.
 
     Notes
     -----
-    No collectives. Raises InputError for more positions than the table has.
+    No collectives.
     """
 
-    def __init__(self, group, max_positions, hidden_size, *, dtype="float32", seed=0, init_std=0.02, name=""):
+    def __init__(self, group: TensorParallelGroup, max_positions: int, hidden_size: int, *, dtype: str = "float32",
+                 seed: int | None = 0, init_std: float = 0.02, name: str = ""):
         require_positive(max_positions=max_positions, hidden_size=hidden_size)
         self.max_positions, self.hidden_size = int(max_positions), int(hidden_size)
         specs = [ParameterSpec(join(name, "weight"), (self.max_positions, self.hidden_size), None, init_std)]
         super().__init__(group, specs, dtype, seed, name)
 
-    def forward(self, positions, *, saved=True):
-        """positions : how many, S -> y (S, D), a new array, and what backward needs (None if not saved)."""
+    def forward(self, positions: int, *, save: bool = True) -> tuple[Array, Any]:
+        """Return y (S, D), a new array, of so many positions, S; and what backward needs (None if not save)."""
         good = is_integer(positions) and 0 <= positions <= self.max_positions
         require(good, f"{positions!r} positions", f"0 to {self.max_positions}, the size of the table")
-        return self.parameter("weight")[:positions].copy(), (int(positions) if saved else None)
+        return self.own["weight"][:positions].copy(), (int(positions) if save else None)
 
-    def backward(self, dy, saved, *, out=None):
-        """dy (..., S, D) -> None and {name: gradient}, summed over the batch, the leading axes.
+    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[None, dict[str, Array]]:
+        """Return None and {name: gradient} of dy (..., S, D), summed over the batch, the leading axes.
 
         out : an earlier backward's gradients, whose arrays are used again
         """
@@ -125,17 +148,31 @@ class PositionEmbedding(ParallelLayer):
         dy_ND.reshape(prod(dy.shape[:-2]), S, D).sum(axis=0, dtype=self.sum_dtype, out=dw_MD[:S])
         return None, gradients
 
-    def collectives(self, tokens=0):
-        """The closed form: (forward, backward), both empty."""
+    def collectives(self, tokens: int = 0) -> tuple[Counter, Counter]:
+        """Return the closed form: (forward, backward), both empty."""
         return Counter(), Counter()
 
 
-def token_ids(ids, vocab_size, what="ids", ignore_index=None):
-    """ids as an int64 array where they are, after looking at each: nothing is communicated, as every rank has the same.
+def token_ids(ids: Any, vocab_size: int, what: str = "ids", ignore_index: int | None = None) -> Array:
+    """Return ids as an int64 array where they are, after checking each. No collective: every rank has the same ids.
 
-    Ids on the host are looked at there: a look at a device's is a copy back, which waits for all that it has to do.
+    Ids on the host are checked there. On a device a check is a copy back, which waits for all pending kernels.
 
-    Raises InputError unless they are integers from 0 to vocab_size - 1, or ignore_index; it names the first other one.
+    Parameters
+    ----------
+    ids : array
+        Of any shape.
+    vocab_size : int
+        Ids go from 0 to vocab_size - 1.
+    what : str
+        Their name, for the message.
+    ignore_index : int, optional
+        An id that is legal beside these.
+
+    Raises
+    ------
+    InputError
+        For ids that are no integers, and naming the first that is outside the vocabulary.
     """
     xp = module_of(ids) or np
     ids = xp.asarray(ids)

@@ -4,53 +4,70 @@ Dimension key: N tokens, V vocabulary; p marks an axis split over the ranks, b t
 """
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
-from ..arrays import compute_dtype, module_of, sum_dtype
+from ..arrays import Array, compute_dtype, module_of, sum_dtype
+from ..comm.group import TensorParallelGroup
 from ..comm.ledger import Collective
 from ..errors import InputError, is_integer, require
 from ..ops.cross_entropy import row_gradient, row_maximum, row_sums
+from ..sharding.partition import Block, Partition
 from .embedding import token_ids
 
 
-def vocab_parallel_cross_entropy_forward(logits, targets, group, partition, *, label_smoothing=0.0, ignore_index=-100):
-    """The mean over the counted tokens of (1 - s) (lse - z_t) + s (lse - mean of z), lse = log of the sum of e^z.
+def vocab_parallel_cross_entropy_forward(logits: Array, targets: Any, group: TensorParallelGroup,
+                                         partition: Partition, *, label_smoothing: float = 0.0,
+                                         ignore_index: int = -100) -> tuple[float, Any]:
+    """Return the mean over the counted tokens of (1 - s) (lse - z_t) + s (lse - mean of z), lse = log(sum of e^z).
 
     Target, sum and mean are those of the whole vocabulary, s is `label_smoothing`.
 
     Parameters
     ----------
-    logits : (..., V p) array, this rank's columns of `partition`. Backward needs it, not a copy: let it be until then
-    targets : (...) integers, token ids of the whole vocabulary, the same on every rank
+    logits : (..., V p) array
+        This rank's columns of `partition`. Backward needs it, not a copy: do not change it until then.
+    targets : (...) integers
+        Token ids of the whole vocabulary, the same on every rank.
     group : TensorParallelGroup
-    partition : group.partition(V)
-    label_smoothing : s, from 0 to 1 (Szegedy et al., arXiv 1512.00567, section 7)
-    ignore_index : tokens with this target do not count
+        The ranks.
+    partition : Partition
+        group.partition(V).
+    label_smoothing : float
+        s, from 0 to 1 (Szegedy et al., arXiv 1512.00567, section 7).
+    ignore_index : int
+        Tokens with this target do not count.
 
     Returns
     -------
-    loss : Python float, the same on every rank; 0.0 where no token counts; NaN where the logits of a token that counts
-        hold NaN or infinity. A logit of minus infinity is a probability of 0, though.
-    saved : what backward needs
+    loss : float
+        The same on every rank; 0.0 where no token counts; NaN where the logits of a token that counts hold NaN or
+        infinity. A logit of minus infinity is a probability of 0, though.
+    saved : tuple
+        What backward needs.
+
+    Raises
+    ------
+    InputError
+        Before any collective, for a target outside the vocabulary (naming its position), shapes or dtypes that do not
+        fit, another group's partition, or s outside 0 to 1.
 
     Notes
     -----
     As Megatron-LM's (arXiv 1909.08053, section 3), but with the mean of label smoothing over V, not a rank's V / P.
     Collectives, N = tokens: one all-reduce (max) of N, one all-reduce of 2 x N, with label smoothing 3 x N.
-    Raises InputError, before any collective, for a target outside the vocabulary (naming its position), shapes or
-    dtypes that do not fit, another group's partition, or s outside 0 to 1.
     """
-    z_NVp, targets_N = look_at(logits, targets, group, partition, label_smoothing, ignore_index)
+    z_NVp, targets_N = checked(logits, targets, group, partition, label_smoothing, ignore_index)
     xp, smooth, counted_N = group.xp, label_smoothing > 0, targets_N != ignore_index
     count = int(counted_N.sum())                # before they go to the device, if they come from the host
     targets_N, counted_N = xp.asarray(targets_N), xp.asarray(counted_N)
     max_N = group.all_reduce(row_maximum(z_NVp), "max")
 
-    def partial(block):
-        return row_sums(z_NVp[:, block.local], max_N, targets_N - block.start, smooth)
-
-    sums = group.sum_blocks(partial, partition, (3 if smooth else 2, len(z_NVp)), sum_dtype(z_NVp.dtype))
+    total = group.sum(partition, (3 if smooth else 2, len(z_NVp)), sum_dtype(z_NVp.dtype))
+    for block, sums in group.each(block_forward, partition.blocks_of(group.rank), z_NVp, max_N, targets_N, smooth):
+        total.add(block, sums)
+    sums = total.all_reduce()
     with np.errstate(invalid="ignore"):         # the loss says it
         lse_N = xp.log(sums[0].astype(np.float64))
         loss_N = lse_N - sums[1]
@@ -61,8 +78,13 @@ def vocab_parallel_cross_entropy_forward(logits, targets, group, partition, *, l
     return loss, saved
 
 
-def vocab_parallel_cross_entropy_backward(saved, d_loss=1.0):
-    """d_logits = d_loss / count (softmax(z) - (1 - s) [target] - s / V) for tokens that count, 0 for the others.
+def block_forward(block: Block, z_NVp: Array, max_N: Array, targets_N: Array, smooth: bool) -> Array:
+    """Return a block's part of each token's sums: of e^(z - max), the target's z - max, and of z - max if smooth."""
+    return row_sums(z_NVp[:, block.local], max_N, targets_N - block.start, smooth)
+
+
+def vocab_parallel_cross_entropy_backward(saved: Any, d_loss: float = 1.0) -> Array:
+    """Return d_logits = d_loss / count (softmax(z) - (1 - s) [target] - s / V) for tokens that count, 0 for the others.
 
     Shaped as logits, this rank's columns. No collectives.
     """
@@ -74,24 +96,29 @@ def vocab_parallel_cross_entropy_backward(saved, d_loss=1.0):
     everywhere_N = (label_smoothing / partition.size * weight_N).astype(dtype) if label_smoothing > 0 else None
     dz_NVp = xp.empty(z_NVp.shape, z_NVp.dtype)
 
-    def columns(block):
-        row_gradient(z_NVp[:, block.local], max_N, targets_N - block.start, factor_N, at_target_N, everywhere_N,
-                     out=dz_NVp[:, block.local])
-
-    for _ in group.each_block(columns, partition):
-        pass
+    blocks = partition.blocks_of(group.rank)
+    for _ in group.each(block_backward, blocks, z_NVp, max_N, targets_N, factor_N, at_target_N, everywhere_N, dz_NVp):
+        pass                                                # each block writes its columns
     return dz_NVp.reshape(shape)
 
 
-def cross_entropy_collectives(tokens, label_smoothing=0.0, dtype="float32"):
-    """The closed form: a Counter of the logical data collectives of forward; backward has none."""
-    dtype = sum_dtype(compute_dtype(dtype, "gpu")).name
-    return Counter([Collective("all_reduce", tokens, dtype),
-                    Collective("all_reduce", (3 if label_smoothing > 0 else 2) * tokens, dtype)])
+def block_backward(block: Block, z_NVp: Array, max_N: Array, targets_N: Array, factor_N: Array, at_target_N: Array,
+                   everywhere_N: Array | None, dz_NVp: Array) -> None:
+    """Write a block's columns of d_logits."""
+    row_gradient(z_NVp[:, block.local], max_N, targets_N - block.start, factor_N, at_target_N, everywhere_N,
+                 out=dz_NVp[:, block.local])
 
 
-def look_at(logits, targets, group, partition, label_smoothing, ignore_index):
-    """logits as rows (N, V p) and targets (N,), after checking all that vocab_parallel_cross_entropy_forward says."""
+def cross_entropy_collectives(tokens: int, label_smoothing: float = 0.0, dtype: str = "float32") -> Counter:
+    """Return the closed form: a Counter of the logical data collectives of forward; backward has none."""
+    name = sum_dtype(compute_dtype(dtype, "gpu")).name      # any dtype that a layer has on some device
+    return Counter([Collective("all_reduce", tokens, name),
+                    Collective("all_reduce", (3 if label_smoothing > 0 else 2) * tokens, name)])
+
+
+def checked(logits: Array, targets: Any, group: TensorParallelGroup, partition: Partition, label_smoothing: float,
+            ignore_index: int) -> tuple[Array, Array]:
+    """Return logits as rows (N, V p) and targets (N,). Raises InputError as vocab_parallel_cross_entropy_forward."""
     is_number = isinstance(label_smoothing, (int, float)) and not isinstance(label_smoothing, bool)
     require(is_number and 0 <= label_smoothing <= 1, f"label_smoothing = {label_smoothing!r}", "a number from 0 to 1")
     require(is_integer(ignore_index), f"ignore_index = {ignore_index!r}", "an integer")

@@ -4,15 +4,21 @@ Dimension key: N rows (tokens), D hidden, F feed-forward; p marks an axis split 
 in one block.
 """
 from collections import Counter
+from typing import Any
 
+from ..arrays import Array
+from ..comm.group import TensorParallelGroup
 from ..comm.ledger import Collective
-from ..errors import require, require_positive
+from ..comm.sums import Sum
+from ..errors import one_of, require_positive
 from ..ops.activation import ACTIVATIONS, activation_backward, activation_forward, gated_backward, gated_forward
-from ..ops.linear import add_bias, bias_backward, linear_backward, linear_forward, linear_weight_backward, product
-from ..sharding.parameters import ParameterSpec
-from .base import ParallelLayer, cut, join, require_saved
-from .mappings import (Later, copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
-                       reduce_from_ranks_forward)
+from ..ops.linear import add_bias, bias_backward
+from ..sharding.partition import Block
+from ..sharding.specs import join, mlp_specs
+from .base import ParallelLayer, require_saved
+from .products import (column_parallel_backward, column_parallel_forward, copy_to_ranks_backward, copy_to_ranks_forward,
+                       reduce_from_ranks_backward, reduce_from_ranks_forward, row_parallel_backward,
+                       row_parallel_forward, rows_of)
 
 
 class ParallelMLP(ParallelLayer):
@@ -26,127 +32,122 @@ class ParallelMLP(ParallelLayer):
     Parameters
     ----------
     group : TensorParallelGroup
-    hidden_size, ffn_hidden_size : D and F of the whole block, any on any number of ranks; F defaults to 4 D
-    activation : "gelu_tanh", "gelu", "silu", "relu" or "identity"
-    gated, bias : see the equations
-    dtype : "float32" or "float64"
-    seed : of the initial weights N(0, 1/in), the same for any number of ranks; None for zeros
-    init_std, output_init_std : of the initial weights of up and gate, and of down, in place of in^-0.5
-    name : prefix of the parameters' names: "up.weight" [F, D], "gate.weight" [F, D], "down.weight" [D, F],
-        "up.bias" [F], "gate.bias" [F], "down.bias" [D]
+        The ranks.
+    hidden_size, ffn_hidden_size : int
+        D and F of the whole block, any on any number of ranks; F defaults to 4 D.
+    activation : str
+        "gelu_tanh", "gelu", "silu", "relu" or "identity".
+    gated, bias : bool
+        See the equations.
+    dtype : str
+        "float32" or "float64"; on a GPU "float16" and "bfloat16" too.
+    seed : int or None
+        Of the initial weights N(0, 1/in), the same for any number of ranks; None for zeros.
+    init_std, output_init_std : float, optional
+        Of the initial weights of up and gate, and of down, in place of in^-0.5.
+    name : str
+        Prefix of the parameters' names: "up.weight" [F, D], "gate.weight" [F, D], "down.weight" [D, F],
+        "up.bias" [F], "gate.bias" [F], "down.bias" [D].
+
+    Raises
+    ------
+    InputError
+        For sizes that are not positive, an unknown dtype or activation.
 
     Notes
     -----
     Collectives, N = tokens: forward one all-reduce of N x D (g), backward one of N x D (f, which up and gate share);
     2 (P-1)/P N D itemsize bytes a rank each (Megatron-LM, arXiv 1909.08053, section 3).
-    Raises InputError for sizes that are not positive, an unknown dtype or activation, an x of another size, dtype or
-    device.
     """
 
-    def __init__(self, group, hidden_size, ffn_hidden_size=None, activation="gelu_tanh", gated=False, bias=True, *,
-                 dtype="float32", seed=0, init_std=None, output_init_std=None, name=""):
+    def __init__(self, group: TensorParallelGroup, hidden_size: int, ffn_hidden_size: int | None = None,
+                 activation: str = "gelu_tanh", gated: bool = False, bias: bool = True, *, dtype: str = "float32",
+                 seed: int | None = 0, init_std: float | None = None, output_init_std: float | None = None,
+                 name: str = ""):
         require_positive(hidden_size=hidden_size)
         ffn_hidden_size = 4 * int(hidden_size) if ffn_hidden_size is None else ffn_hidden_size
         require_positive(ffn_hidden_size=ffn_hidden_size)
-        known = isinstance(activation, str) and activation in ACTIVATIONS
-        require(known, f"activation {activation!r}", f"one of {', '.join(ACTIVATIONS)}")
+        one_of("activation", activation, tuple(ACTIVATIONS))
         D, F = int(hidden_size), int(ffn_hidden_size)           # NumPy's integers would overflow
-        specs, in_std = [], D ** -0.5 if init_std is None else init_std
-        for part in ("up", "gate") if gated else ("up",):
-            specs.append(ParameterSpec(join(name, f"{part}.weight"), (F, D), 0, in_std))
-            if bias:
-                specs.append(ParameterSpec(join(name, f"{part}.bias"), (F,), 0, decay=False))
-        specs.append(ParameterSpec(join(name, "down.weight"), (D, F), 1,
-                                   F ** -0.5 if output_init_std is None else output_init_std))
-        if bias:
-            specs.append(ParameterSpec(join(name, "down.bias"), (D,), None, decay=False))
-        super().__init__(group, specs, dtype, seed, name)
+        super().__init__(group, mlp_specs(D, F, gated, bias, init_std, output_init_std, name), dtype, seed, name)
         self.hidden_size, self.ffn_hidden_size, self.activation, self.gated = D, F, activation, gated
-        self.partition = group.partition(F)
+        self.set_partition(group.partition(F))
 
-    def forward(self, x, *, saved=True):
-        """x (..., D), the same on every rank -> y (..., D), complete; and what backward needs (None if not saved).
+    def forward(self, x: Array, *, save: bool = True) -> tuple[Array, Any]:
+        """Return y (..., D), complete, of x (..., D), the same on every rank; and what backward needs.
 
-        What backward needs includes x itself, not a copy: do not change x until then.
+        What backward needs includes x itself, not a copy: do not change x until then. save=False: None in its place.
         """
-        x_ND = copy_to_ranks_forward(self.rows(x, self.hidden_size))
-        kept = {} if saved else None
-        y_ND = reduce_from_ranks_forward(self.partial_forward(x_ND, kept), self.partition, self.group, x_ND.shape,
-                                         self.dtype)
+        x_ND = copy_to_ranks_forward(self.rows(x, self.hidden_size))                                # f
+        total, kept = self.group.sum(self.partition, x_ND.shape, self.dtype), {}
+        for block, (y_ND, of_block) in self.group.each(self.block_forward, self.own_blocks, x_ND, total, save):
+            total.add(block, y_ND)
+            kept[block.index] = of_block
+        y_ND = reduce_from_ranks_forward(total)                                                     # g
         self.add_bias(y_ND)
-        return y_ND.reshape(x.shape), ((x_ND, kept) if saved else None)
+        return y_ND.reshape(x.shape), ((x_ND, kept) if save else None)
 
-    def partial_forward(self, x_ND, kept):
-        """The function of a block that gives its summand of y (N, D). What backward needs goes to `kept`, or None."""
-        down_DFp = self.parameter("down.weight")
+    def block_forward(self, block: Block, x_ND: Array, total: Sum, save: bool) -> tuple[Array, Any]:
+        """Return a block's summand of y (N, D): product, activation, product; and what backward needs."""
+        own, part = self.own, block.local
+        up_NFb, b_Fb = column_parallel_forward(x_ND, own["up.weight"], part), rows_of(own.get("up.bias"), part)
+        if self.gated:
+            gate_NFb, gate_b_Fb = column_parallel_forward(x_ND, own["gate.weight"], part), \
+                rows_of(own.get("gate.bias"), part)
+            a_NFb, of_activation = gated_forward(self.activation, gate_NFb, up_NFb, gate_b_Fb, b_Fb, save)
+        elif save:                                          # the derivative takes the place of what it is taken at
+            a_NFb, of_activation = activation_forward(self.activation, up_NFb, None, up_NFb, b_Fb)
+        else:
+            a_NFb, of_activation = activation_forward(self.activation, up_NFb, up_NFb, None, b_Fb)
+        y_ND = row_parallel_forward(a_NFb, own["down.weight"], part, total)
+        return y_ND, ((a_NFb, of_activation) if save else None)
 
-        def project(part, block):
-            """x times this block of a projection, and the bias that is still to be added."""
-            w_FpD, b_Fp = self.parameter(f"{part}.weight"), self.parameter(f"{part}.bias")
-            h_NFb, _ = linear_forward(x_ND, cut(w_FpD, block.local))
-            return h_NFb, (None if b_Fp is None else cut(b_Fp, block.local))
+    def add_bias(self, y_ND: Array) -> None:
+        """Add b_v, on every rank, but after the sum: once."""
+        add_bias(y_ND, self.own.get("down.bias"))
 
-        def partial(block):
-            h_NFb, b_Fb = project("gate" if self.gated else "up", block)
-            if self.gated:
-                up_NFb, up_b_Fb = project("up", block)
-                a_NFb, of_activation = gated_forward(self.activation, h_NFb, up_NFb, b_Fb, up_b_Fb, kept is not None)
-            elif kept is not None:                          # the derivative takes the place of h
-                a_NFb, of_activation = activation_forward(self.activation, h_NFb, derivative=h_NFb, bias=b_Fb)
-            else:
-                a_NFb, of_activation = activation_forward(self.activation, h_NFb, out=h_NFb, bias=b_Fb)
-            if kept is not None:
-                kept[block.index] = a_NFb, of_activation
-            y_ND, _ = linear_forward(a_NFb, cut(down_DFp, block.local, axis=1), dtype=self.leaf_dtype)
-            return y_ND
-
-        return partial
-
-    def add_bias(self, y_ND):
-        """y += b_v, on every rank, but after the sum: once."""
-        add_bias(y_ND, self.parameter("down.bias"))
-
-    def backward(self, dy, saved, *, out=None):
-        """dy (..., D), complete -> dx (..., D), complete, and {name: gradient} of this rank's slices.
+    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:
+        """Return dx (..., D), complete, of dy (..., D), complete; and {name: gradient} of this rank's slices.
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        require_saved(saved)
-        x_ND, kept = saved
-        dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy", len(x_ND)))
+        x_ND, kept = require_saved(saved)
+        dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy", len(x_ND)))        # g*
         gradients = self.gradients(out)
-        later = Later(self.group)
-        dx_ND = copy_to_ranks_backward(self.partial_backward(dy_ND, x_ND, kept, gradients, later), self.partition,
-                                       self.group, x_ND.shape, self.dtype, later)
+        self.bias_backward(dy_ND, gradients)
+        total = self.group.sum(self.partition, x_ND.shape, self.dtype)
+        for block, dx_ND in self.group.each(self.block_backward, self.own_blocks, dy_ND, x_ND, kept, gradients, total):
+            total.add(block, dx_ND)
+        dx_ND = copy_to_ranks_backward(total)                                                       # f*
         return dx_ND.reshape(dy.shape), gradients
 
-    def partial_backward(self, dy_ND, x_ND, kept, gradients, later):
-        """The function of a block that gives its summand of dx (N, D) and leaves the block's gradients."""
-        if self.parameter("down.bias") is not None:
-            bias_backward(dy_ND, out=gradients[join(self.name, "down.bias")])   # dy is complete: so is this
+    def block_backward(self, block: Block, dy_ND: Array, x_ND: Array, kept: dict, gradients: dict[str, Array],
+                       total: Sum) -> Array:
+        """Return a block's summand of dx (N, D), and leave the gradients of its weights and biases."""
+        (a_NFb, of_activation), part = kept[block.index], block.local
+        da_NFb = row_parallel_backward(dy_ND, a_NFb, self.own["down.weight"], part,
+                                       gradients[join(self.name, "down.weight")])
+        if not self.gated:
+            dup_NFb = activation_backward(da_NFb, of_activation, out=da_NFb)
+            return self.projection_backward("up", dup_NFb, x_ND, part, gradients, total)
+        dgate_NFb, dup_NFb = gated_backward(da_NFb, of_activation)
+        dx_ND = self.projection_backward("up", dup_NFb, x_ND, part, gradients, total)
+        return self.projection_backward("gate", dgate_NFb, x_ND, part, gradients, total, dx_ND)
 
-        def project_backward(part, dh_NFb, block, dx_ND=None):
-            """dx of one projection, added to dx_ND if given; its weight and bias gradients go where they belong."""
-            if self.parameter(f"{part}.bias") is not None:
-                bias_backward(dh_NFb, out=cut(gradients[join(self.name, f"{part}.bias")], block.local))
-            w_FbD = cut(self.parameter(f"{part}.weight"), block.local)
-            dw_FbD = cut(gradients[join(self.name, f"{part}.weight")], block.local)
-            later.append(lambda: linear_weight_backward(dh_NFb, x_ND, out=dw_FbD))
-            return product(dh_NFb, w_FbD, dx_ND, self.leaf_dtype, add=dx_ND is not None)
+    def projection_backward(self, projection: str, dh_NFb: Array, x_ND: Array, part: slice,
+                            gradients: dict[str, Array], total: Sum, dx_ND: Array | None = None) -> Array:
+        """Return what up or gate adds to dx, added to dx_ND if given; leave the gradients of its weight and bias."""
+        if projection + ".bias" in self.own:
+            bias_backward(dh_NFb, out=rows_of(gradients[join(self.name, projection + ".bias")], part))
+        return column_parallel_backward(dh_NFb, x_ND, self.own[projection + ".weight"], part,
+                                        gradients[join(self.name, projection + ".weight")], total, dx_ND)
 
-        def partial(block):
-            a_NFb, of_activation = kept[block.index]
-            down_DFb = cut(self.parameter("down.weight"), block.local, axis=1)
-            ddown_DFb = cut(gradients[join(self.name, "down.weight")], block.local, axis=1)
-            da_NFb, _ = linear_backward(dy_ND, (a_NFb, down_DFb), dw_out=ddown_DFb)
-            if not self.gated:
-                return project_backward("up", activation_backward(da_NFb, of_activation, out=da_NFb), block)
-            dh_NFb, dup_NFb = gated_backward(da_NFb, of_activation)
-            return project_backward("gate", dh_NFb, block, project_backward("up", dup_NFb, block))
+    def bias_backward(self, dy_ND: Array, gradients: dict[str, Array]) -> None:
+        """Leave the gradient of b_v: dy is complete on every rank, so this is."""
+        if "down.bias" in self.own:
+            bias_backward(dy_ND, out=gradients[join(self.name, "down.bias")])
 
-        return partial
-
-    def collectives(self, tokens):
-        """The closed form: (forward, backward), each a Counter of logical data collectives."""
+    def collectives(self, tokens: int) -> tuple[Counter, Counter]:
+        """Return the closed form: (forward, backward), each a Counter of logical data collectives."""
         one = {Collective("all_reduce", tokens * self.hidden_size, self.dtype.name): 1}
         return Counter(one), Counter(one)

@@ -14,7 +14,6 @@ import numpy as np
 
 from ..arrays import Array
 from ..errors import InputError
-from .erf import erf
 from .twin import cuda_twin
 
 PIECE = 1 << 15     # numbers at a time
@@ -45,10 +44,7 @@ def silu(h: Array, a: Array, d: Array | None) -> None:
 
 
 def gelu_tanh(h: Array, a: Array, d: Array | None) -> None:
-    """Compute a = h s and d = s + a (1 - s) 2 u', where s = 1 / (1 + e^-2u) and u = k (h + c h^3).
-
-    The source is Hendrycks and Gimpel, arXiv 1606.08415.
-    """
+    """Compute a = h s, d = s + a (1 - s) 2 u', s = 1 / (1 + e^-2u), u = k (h + c h^3) (arXiv 1606.08415)."""
     square = h * h
     s = square * (-2 * GELU_K * GELU_C)
     s -= 2 * GELU_K
@@ -67,11 +63,9 @@ def gelu_tanh(h: Array, a: Array, d: Array | None) -> None:
 
 
 def gelu(h: Array, a: Array, d: Array | None) -> None:
-    """Compute a = h F and d = F + h e^(-h^2/2) / sqrt(2 pi), where F = (1 + erf(h / sqrt 2)) / 2.
-
-    The source is Hendrycks and Gimpel, arXiv 1606.08415.
-    """
+    """Compute a = h F, d = F + h e^(-h^2/2) / sqrt(2 pi), F = (1 + erf(h / sqrt 2)) / 2 (arXiv 1606.08415)."""
     gauss = np.exp(-0.5 * h * h)
+    from .erf import erf                        # where it is used: most models have the tanh form
     cdf = erf(h * math.sqrt(0.5), gauss)
     cdf += 1
     cdf *= 0.5
@@ -94,27 +88,15 @@ def activation_forward(name: str, h: Array, out: Array | None = None, derivative
 
     Parameters
     ----------
-    name : str
-        Of ACTIVATIONS.
-    h : (..., F) array
-        C-contiguous.
-    out : (..., F) array or None
-        Where a goes; h itself for in place, None for a new array.
-    derivative : (..., F) array or None
-        Where act'(h + bias) goes, h itself if `out` is another array; None: it is not computed.
-    bias : (F,) array or None
-        Added to every row of h, which is overwritten then; None for 0.
+    name : of ACTIVATIONS; InputError for another
+    h : (..., F) array, C-contiguous
+    out : where a goes; h itself for in place, None for a new array
+    derivative : where act'(h + bias) goes, h itself if `out` is another array; None: it is not computed
+    bias : (F,) array added to every row of h, which is overwritten then; None for 0
 
     Returns
     -------
-    a : (..., F) array
-    saved : (..., F) array or None
-        `derivative`, which activation_backward takes.
-
-    Raises
-    ------
-    InputError
-        For an unknown name.
+    a, saved : `saved` is `derivative`, what activation_backward takes
     """
     if name not in ACTIVATIONS:
         raise InputError(f"found activation {name!r}, expected one of {', '.join(ACTIVATIONS)}")
@@ -139,24 +121,11 @@ def activation_backward(da: Array, saved: Array, out: Array | None = None) -> Ar
 @cuda_twin(by="h")
 def gated_forward(name: str, h: Array, up: Array, bias: Array | None = None, up_bias: Array | None = None,
                   saved: bool = True) -> tuple[Array, tuple[Array, Array, Array] | None]:
-    """Compute a = act(h + bias) (up + up_bias), elementwise (Shazeer, arXiv 2002.05202).
-
-    Parameters
-    ----------
-    name : str
-        Of ACTIVATIONS.
-    h, up : (..., F) arrays
-        C-contiguous, of one shape. Both are overwritten.
-    bias, up_bias : (F,) arrays or None
-        None for 0.
-    saved : bool
-        Whether backward follows.
+    """Compute a = act(h + bias) (up + up_bias); h and up, C-contiguous, are overwritten (arXiv 2002.05202).
 
     Returns
     -------
-    a : (..., F) array
-    saved : tuple or None
-        act(h + bias), act'(h + bias) and up + up_bias, which gated_backward takes; None if not `saved`.
+    a, saved : act(h + bias), act'(h + bias) and up + up_bias, what gated_backward takes; None if not `saved`
     """
     if up_bias is not None:
         up += up_bias
@@ -169,22 +138,7 @@ def gated_forward(name: str, h: Array, up: Array, bias: Array | None = None, up_
 
 @cuda_twin(by="da")
 def gated_backward(da: Array, saved: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    """Compute the gradients of gated_forward.
-
-    Parameters
-    ----------
-    da : (..., F) array
-        It is overwritten.
-    saved : tuple
-        What gated_forward returned.
-
-    Returns
-    -------
-    dh : (..., F) array
-        da (up + up_bias) act'(h + bias), in the memory of da.
-    dup : (..., F) array
-        da act(h + bias), a new array.
-    """
+    """Compute dh = da (up + up_bias) act'(h + bias), in the memory of da, and dup = da act(h + bias)."""
     act, slope, up = saved
     dup = da * act
     da *= up

@@ -2,7 +2,7 @@
 import importlib
 import sys
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps, cache
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -12,7 +12,7 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-@lru_cache(maxsize=None)
+@cache
 def twin(name: str) -> ModuleType:
     """Import the CuPy twin of mpitp.ops.<name>: the same functions with the same arguments, as kernels of the GPU."""
     return importlib.import_module(f"{__package__}.cuda.{name}")
@@ -27,21 +27,12 @@ def is_cupy(value: Any) -> bool:
 def cuda_twin(by: str) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
     """Hand an operation's CuPy arrays to its twin, the function of the same name in mpitp/ops/cuda.
 
-    The module of the twin, and with it CuPy's kernels, is imported when the first CuPy array arrives.
+    by : the parameter that decides: an array or, where an operation makes arrays out of none, their array module
 
-    Parameters
-    ----------
-    by : str
-        The operation's parameter that decides: an array or, where an operation makes arrays out of none, the array
-        module that they are for.
-
-    Returns
-    -------
-    decorator
-        It leaves the operation's signature and docstring as they are, and adds one Python call to each of its own.
+    The twin's module, and with it CuPy's kernels, is imported when the first CuPy array arrives.
     """
     def decorate(operation: Callable[P, Result]) -> Callable[P, Result]:
-        code, name = operation.__code__, operation.__name__            # type: ignore[attr-defined]
+        code, name = operation.__code__, operation.__name__
         position, module = code.co_varnames[:code.co_argcount].index(by), operation.__module__.rpartition(".")[2]
 
         @wraps(operation)

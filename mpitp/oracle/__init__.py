@@ -1,1 +1,33 @@
-"""The same model on one process, in the plainest form: what everything else is judged by. Shares no code with it."""
+"""Dense transformers on one process, forward and backward, and how far another computation may be from them.
+
+What the parallel layers of mpitp are judged by, and what any other tensor-parallel code can be judged by. Nothing here
+shares code with the layers: formulas stand in their plainest form, and nothing is imported but NumPy.
+
+    linear, norm, embedding, feed_forward, attention, block, decoder, cross_entropy
+                    modules with `forward` and `backward`; weights are a dict by the names of the parameters
+    Magnitude       an array that carries a bound on its rounding error; every function above runs on it
+    compare         judges one result against the exact one; compare_all judges all of a computation
+    Comparison      what they return
+
+Examples
+--------
+A gradient in float32, judged:
+
+>>> import numpy as np
+>>> from mpitp import oracle
+>>> draw = np.random.default_rng(0).standard_normal
+>>> x, dy, w = draw((5, 4)), draw((5, 3)), {"weight": draw((3, 4))}
+>>> _, saved = oracle.linear.forward(oracle.Magnitude(x), {"weight": oracle.Magnitude(w["weight"])})
+>>> dx, gradients = oracle.linear.backward(oracle.Magnitude(dy), saved)
+>>> mine = dy.T @ x
+>>> oracle.compare(mine, gradients["weight"]).good
+True
+>>> oracle.compare(mine * (1 + 1e-12), gradients["weight"]).good
+False
+"""
+from . import attention, block, cross_entropy, decoder, embedding, feed_forward, linear, norm
+from .comparison import Comparison, compare, compare_all, error_ratio, limit, normwise_limit, normwise_ratio
+from .magnitude import Magnitude
+
+__all__ = ["Comparison", "Magnitude", "attention", "block", "compare", "compare_all", "cross_entropy", "decoder",
+           "embedding", "error_ratio", "feed_forward", "limit", "linear", "norm", "normwise_limit", "normwise_ratio"]

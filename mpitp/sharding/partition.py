@@ -7,30 +7,52 @@ blocks, and so everything that is computed per block, are the same for any numbe
     10 features, 3 ranks, one block each     [0 1 2] [3 4 5] [6 7 8 9]
     10 features, 3 ranks, 4 blocks           [0 1] [2 3 4] [5 6] [7 8 9]  ->  ranks 0: 1 block, 1: 1, 2: 2
 
-Attention heads are units of several features that stay together; and a key/value head that several query heads
-share is held wherever one of them is, owned by the rank of the first:
-
-    6 query heads, 2 key/value heads, 4 ranks, one block each
-    query heads      [0]   [1 2]   [3]   [4 5]
-    key/value heads   0      0      1      1         held; rank 0 owns head 0, rank 2 owns head 1
+Attention heads are units of several features that stay together: see heads.py.
 """
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from typing import NamedTuple
 
 
-def ranges(size, parts):
-    """Bounds of `parts` contiguous ranges of `size`, as equal as can be; empty ones where parts > size."""
+def ranges(size: int, parts: int) -> list[int]:
+    """Return the bounds of `parts` contiguous ranges of `size`, as equal as can be; empty ones where parts > size."""
     return [size * i // parts for i in range(parts + 1)]
+
+
+class Place(NamedTuple):
+    """A rank's place in its group: everything that decides which part of a parameter it holds.
+
+    Attributes
+    ----------
+    rank : int
+        Number of the rank.
+    ranks : int
+        Number of ranks in the group.
+    blocks : int
+        Number of blocks that a split dimension is cut into: `ranks` in ordinary mode, fixed in reproducible mode.
+    """
+    rank: int
+    ranks: int
+    blocks: int
+
+    def partition(self, size: int, unit: int = 1, share: int = 1) -> "Partition":
+        """Return how a dimension of `size` is split over the group; `unit` and `share` are Partition's."""
+        return Partition(size, self.ranks, self.blocks, unit, share)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One unit of work and of summation.
+    """A block is the unit of work and of summation.
 
-    index : position among the blocks of the dimension, and leaf of the summation tree
-    start, stop : its range in the whole dimension
-    local : the same range as a slice of the array of the rank that owns it
+    Attributes
+    ----------
+    index : int
+        Position among the blocks of the dimension, and leaf of the summation tree.
+    start, stop : int
+        Its range in the whole dimension.
+    local : slice
+        The same range in the array of the rank that owns it.
     """
     index: int
     start: int
@@ -40,12 +62,22 @@ class Block:
 
 @dataclass(frozen=True)
 class Partition:
-    """A dimension of `size` cut into `blocks`, dealt in runs over `ranks`; empty ranges are normal.
+    """A partition cuts a dimension of `size` into `blocks` and deals them in runs over `ranks`.
 
-    A rank may own no block (more ranks than blocks), a block may own nothing (more blocks than features).
+    Empty ranges are normal: a rank may own no block (more ranks than blocks), and a block may hold nothing (more
+    blocks than features).
 
-    unit : how many neighbours stay together, such as the features of a head
-    share : how many query heads need one unit: those are dealt, and a unit belongs to the block of its first one
+    Parameters
+    ----------
+    size : int
+        Length of the dimension.
+    ranks, blocks : int
+        How many ranks and blocks there are.
+    unit : int
+        How many neighbours stay together, such as the features of a head.
+    share : int
+        Grouped-query attention: how many query heads use one unit (a key/value head). The query heads are dealt, and
+        a unit belongs to the block of its first query head.
     """
     size: int
     ranks: int
@@ -54,52 +86,60 @@ class Partition:
     share: int = 1
 
     @cached_property
-    def dealt_bounds(self):
-        """Bounds of the blocks in what is dealt: query heads for a shared unit, else the units themselves."""
+    def dealt_bounds(self) -> list[int]:
+        """The bounds of the blocks in what is dealt: query heads for a shared unit, else the units themselves."""
         return ranges(self.size // self.unit * self.share, self.blocks)
 
     @cached_property
-    def block_bounds(self):
+    def block_bounds(self) -> list[int]:
+        """Block b holds features block_bounds[b] up to block_bounds[b + 1]."""
         return [self.unit * -(-bound // self.share) for bound in self.dealt_bounds]
 
     @cached_property
-    def run_bounds(self):
+    def run_bounds(self) -> list[int]:
         """Rank r owns blocks run_bounds[r] up to run_bounds[r + 1]."""
         return ranges(self.blocks, self.ranks)
 
     @cached_property
-    def bounds(self):
+    def bounds(self) -> list[int]:
         """Rank r owns features bounds[r] up to bounds[r + 1]."""
         return [self.block_bounds[run] for run in self.run_bounds]
 
     @cached_property
-    def lengths(self):
+    def lengths(self) -> list[int]:
+        """How many features each rank owns."""
         return [stop - start for start, stop in zip(self.bounds, self.bounds[1:])]
 
-    def range(self, rank):
-        """The part of the dimension that this rank owns, as a slice."""
+    def range(self, rank: int) -> slice:
+        """Return the part of the dimension that this rank owns."""
         return slice(self.bounds[rank], self.bounds[rank + 1])
 
-    def held(self, rank):
-        """The part that this rank has a copy of: what it owns and, before it, the shared unit that it needs."""
+    def held(self, rank: int) -> slice:
+        """Return the part that this rank has a copy of.
+
+        That is the part that it owns. In front of it may stand one unit more, a key/value head that an earlier rank
+        owns and that this rank's first query heads use too.
+        """
         first, last = (self.dealt_bounds[run] for run in self.run_bounds[rank:rank + 2])
         if first == last:
             return self.range(rank)
         return slice(self.unit * (first // self.share), self.bounds[rank + 1])
 
-    def owned_of_held(self, rank):
-        """Where the owned part lies in the array that holds the held part, as a slice."""
+    def owned_of_held(self, rank: int) -> slice:
+        """Return where the owned part lies in the array of the held part."""
         start = self.held(rank).start
         return slice(self.bounds[rank] - start, self.bounds[rank + 1] - start)
 
-    def rank_of(self, block):
+    def rank_of(self, block: int) -> int:
+        """Return the rank that owns a block."""
         return bisect_right(self.run_bounds, block) - 1
 
-    def is_empty(self, block):
+    def is_empty(self, block: int) -> bool:
+        """Return whether a block holds nothing."""
         return self.block_bounds[block] == self.block_bounds[block + 1]
 
-    def blocks_of(self, rank):
-        """The blocks that this rank owns and that hold anything, in order."""
+    def blocks_of(self, rank: int) -> tuple[Block, ...]:
+        """Return the blocks that this rank owns and that hold anything, in order."""
         found = self.known_blocks.get(rank)
         if found is None:
             first = self.bounds[rank]
@@ -110,61 +150,6 @@ class Partition:
         return found
 
     @cached_property
-    def known_blocks(self):
-        """Those of ranks that were asked for. Not lru_cache: to hash a partition would cost more than a token's sum."""
+    def known_blocks(self) -> dict[int, tuple[Block, ...]]:
+        """The results of blocks_of, kept. Hashing a partition for lru_cache would cost more than a token's sum."""
         return {}
-
-
-@dataclass(frozen=True)
-class Segment(Partition):
-    """A partition of which only first..last - 1 is there: the query heads of one key/value head, to be summed over."""
-    first: int = 0
-    last: int = 0
-
-    @cached_property
-    def block_bounds(self):
-        return [min(max(bound, self.first), self.last) for bound in self.dealt_bounds]
-
-
-@dataclass(frozen=True)
-class KeyValueUnit:
-    """Key/value heads that are projected in one product, on every rank that needs them.
-
-    start, stop : the key/value heads
-    blocks : the blocks of query heads that need them; the first owns them
-    partition : their query heads, over which the gradients of key and value add up
-    """
-    start: int
-    stop: int
-    blocks: tuple
-    partition: Segment
-
-    @property
-    def is_shared(self):
-        """Whether several ranks hold a copy."""
-        return self.partition.rank_of(self.blocks[0]) != self.partition.rank_of(self.blocks[-1])
-
-    def held_by(self, rank):
-        return any(self.partition.rank_of(block) == rank for block in self.blocks)
-
-
-@lru_cache(maxsize=None)
-def key_value_units(heads, groups, ranks, blocks):
-    """The units of `groups` key/value heads that serve `heads` query heads, in order.
-
-    Heads that one block alone needs form one unit, a head that several blocks need is a unit of its own. So a
-    unit, and the bits of its product, depend on the blocks and never on which rank asks.
-    """
-    share, query = heads // groups, Partition(heads, ranks, blocks)
-    bounds = query.block_bounds
-    runs = []                                   # [first kv head, stop, blocks]
-    for head in range(groups):
-        first, last = (bisect_right(bounds, query_head) - 1 for query_head in (head * share, (head + 1) * share - 1))
-        needed_by = tuple(b for b in range(first, last + 1) if not query.is_empty(b))
-        if runs and runs[-1][2] == needed_by and len(needed_by) == 1:
-            runs[-1][1] = head + 1
-        else:
-            runs.append([head, head + 1, needed_by])
-    return tuple(KeyValueUnit(start, stop, needed_by,
-                              Segment(heads, ranks, blocks, first=start * share, last=stop * share))
-                 for start, stop, needed_by in runs)

@@ -15,14 +15,14 @@ import numpy as np
 PIECE = 1 << 15     # numbers made at a time: the temporaries stay in cache and out of the memory figures
 
 
-def key(seed, name):
-    """The 128-bit Philox key of a stream: SHA-256 over seed and name."""
+def key(seed: int, name: str) -> np.ndarray:
+    """Return the 128-bit Philox key of a stream: SHA-256 over seed and name."""
     digest = hashlib.sha256(f"mpitp/philox4x64-10/{int(seed)}/{name}".encode()).digest()
     return np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
 
 
-def words(stream_key, start, stop):
-    """Words start..stop-1 of the stream, uint64.
+def words(stream_key: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Return words start..stop-1 of the stream, uint64.
 
     Word i is lane i % 4 of Philox at counter i // 4.
     """
@@ -34,8 +34,8 @@ def words(stream_key, start, stop):
     return stream.random_raw(stop - 4 * first)[start - 4 * first:]
 
 
-def normals(stream_key, start, stop):
-    """Standard normals start..stop-1 of the stream, float64.
+def normals(stream_key: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Return standard normals start..stop-1 of the stream, float64.
 
     Words 2j and 2j+1, as u1 in (0, 1] and u2 in [0, 1), make normals 2j and 2j+1:
     sqrt(-2 ln u1) cos(2 pi u2) and sqrt(-2 ln u1) sin(2 pi u2).
@@ -50,14 +50,22 @@ def normals(stream_key, start, stop):
     return pairs.ravel()[start - first:stop - first]
 
 
-def fill_normal(out, seed, name, shape, window, std):
+def fill_normal(out: np.ndarray, seed: int, name: str, shape: tuple[int, ...], window: tuple[slice, ...],
+                std: float) -> None:
     """Fill `out` with window of the array N(0, std^2) of `shape` that belongs to (seed, name).
 
     Parameters
     ----------
-    out : array of the window's shape, C-contiguous, one or two axes
-    shape : shape of the whole array; number i of the stream is its element i in C order
-    window : tuple of slices, the part that `out` holds
+    out : array
+        Of the window's shape, C-contiguous, one or two axes; written.
+    seed, name : int, str
+        The address of the stream.
+    shape : tuple of int
+        Shape of the whole array; number i of the stream is its element i in C order.
+    window : tuple of slice
+        The part of the whole array that `out` holds.
+    std : float
+        Standard deviation.
     """
     stream_key = key(seed, name)
     *rows, columns = window

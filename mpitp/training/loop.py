@@ -1,73 +1,31 @@
 """The loop: batches, gradients, clipping, AdamW, validation, checkpoints, and what ends a run early."""
-import contextlib
+from __future__ import annotations
+
 import hashlib
 import json
 import math
-import os
 import signal
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
+from types import FrameType
 
 import numpy as np
 
-from ..arrays import on_host
+from ..arrays import Array, on_host
+from ..checkpoints import steps as step_folders
+from ..comm.group import TensorParallelGroup
+from ..config import DecoderConfig
+from ..errors import InputError, require
 from ..layers.decoder import Decoder
-from ..errors import InputError, require, require_positive
-from ..checkpoints import steps as checkpoint
+from .data import Tokens
+from .log import append_log, cut_log
 from .optimizer import AdamW, gradient_norm, learning_rate, non_finite
+from .settings import Settings
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on, on every rank alike: one line that says at which step and why. Checkpoints stay."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a decoder is trained. Batches are of one rank group: all ranks see the same tokens.
-
-    micro_batch_size, gradient_accumulation : sequences of a forward, and forwards of a step
-    train_iters : steps
-    lr, min_lr, warmup : see learning_rate; adam_*, weight_decay : see AdamW
-    clip_grad : largest Euclidean norm of all gradients, 0 for none
-    label_smoothing : of the training loss
-    seed : of weights, windows and dropout
-    eval_interval, eval_batches : validation every so many steps (0: at the end) on so many batches
-    save_interval, keep : a checkpoint every so many steps (0: at the end), of which the newest `keep` stay (0: all)
-    check_interval : every so many steps what several ranks hold is compared between them
-    """
-    micro_batch_size: int = 8
-    gradient_accumulation: int = 1
-    train_iters: int = 200
-    lr: float = 3e-3
-    min_lr: float = 3e-4
-    warmup: int = 20
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_grad: float = 1.0
-    label_smoothing: float = 0.0
-    seed: int = 0
-    eval_interval: int = 0
-    eval_batches: int = 8
-    save_interval: int = 0
-    keep: int = 3
-    check_interval: int = 50
-
-    def __post_init__(self):
-        require_positive(micro_batch_size=self.micro_batch_size, gradient_accumulation=self.gradient_accumulation,
-                         train_iters=self.train_iters, eval_batches=self.eval_batches,
-                         check_interval=self.check_interval)
-        for name in ("lr", "min_lr", "warmup", "clip_grad", "eval_interval", "save_interval", "keep"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, f"{name} = {value!r}", "a number from 0")
-
-    def of_the_result(self):
-        """The settings that the result depends on: a run is resumed with the same."""
-        own = asdict(self)
-        for name in ("eval_interval", "eval_batches", "save_interval", "keep", "check_interval"):
-            del own[name]
-        return own
+    """Training cannot go on; raised on every rank, with one line that says at which step and why. Checkpoints stay."""
 
 
 class Trainer:
@@ -75,14 +33,21 @@ class Trainer:
 
     Parameters
     ----------
-    group, config, dtype : as Decoder's
-    tokens : Tokens, the same on every rank
+    group : TensorParallelGroup
+    config : DecoderConfig
+    tokens : Tokens
+        The same on every rank.
     settings : Settings
-    folder : where checkpoints and the log go, None for nowhere
-    say : function(text) that rank 0 tells people what happens with
+    dtype : str, optional
+        Of the decoder.
+    folder : str, optional
+        Where checkpoints and the log go; None: neither is written.
+    say : function(text), optional
+        Rank 0 tells people with it what happens.
     """
 
-    def __init__(self, group, config, tokens, settings, *, dtype="float32", folder=None, say=print):
+    def __init__(self, group: TensorParallelGroup, config: DecoderConfig, tokens: Tokens, settings: Settings, *,
+                 dtype: str = "float32", folder: str | None = None, say: Callable[[str], None] = print):
         self.group, self.config, self.tokens, self.settings = group, config, tokens, settings
         self.folder, self.say = folder, say
         self.model = Decoder(group, config, dtype=dtype, seed=settings.seed)
@@ -94,7 +59,7 @@ class Trainer:
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def train_step(self):
+    def train_step(self) -> dict[str, float]:
         """One optimizer step on gradient_accumulation micro-batches. Returns {"loss", "gradient_norm", "lr"}."""
         settings, loss = self.settings, 0.0
         for micro in range(settings.gradient_accumulation):
@@ -107,8 +72,8 @@ class Trainer:
         self.optimizer.step(self.gradients, lr, self.step, scale)
         return {"loss": loss, "gradient_norm": norm, "lr": lr}
 
-    def add_gradients(self, micro):
-        """Forward and backward of one micro-batch; its gradients are added to those of the step. Returns its loss."""
+    def add_gradients(self, micro: int) -> float:
+        """Add the gradients of one micro-batch to those of the step. Returns its loss."""
         number = self.step * self.settings.gradient_accumulation + micro
         ids, targets = self.tokens.batch(number, self.settings.micro_batch_size)
         logits, saved = self.model.forward(ids, step=number)
@@ -122,7 +87,7 @@ class Trainer:
                 g += self.more[name]
         return loss
 
-    def require_finite(self, loss, norm):
+    def require_finite(self, loss: float, norm: float) -> None:
         """Raise TrainingStopped, before anything moves, where loss or gradients are not finite."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
@@ -136,29 +101,34 @@ class Trainer:
         raise TrainingStopped(f"step {self.step + 1}: found loss {loss} and gradient norm {norm}, expected finite "
                               f"numbers ({where}); the weights of the last checkpoint stay")
 
-    def require_finite_weights(self):
-        """Raise TrainingStopped where a step has left weights that are no numbers: no checkpoint of those."""
+    def require_finite_weights(self) -> None:
+        """Raise TrainingStopped where a step has left weights that are not finite, so that no checkpoint holds them."""
         found = non_finite(self.model, self.model.weights)
         names = self.group.comm.bcast(list(found) if found else [])
         if names:
             raise TrainingStopped(f"step {self.step}: found {len(names)} parameters that are not finite, {names[0]} "
                                   f"first, expected finite ones; the last checkpoint stays")
 
-    def validate(self):
+    def validate(self) -> float:
         """The mean loss over the validation windows, without dropout."""
         total = count = 0
         for ids, targets in self.tokens.validation_batches(self.settings.micro_batch_size, self.settings.eval_batches):
-            logits, _ = self.model.forward(ids, saved=False)
+            logits, _ = self.model.forward(ids, save=False)
             total += self.model.loss(logits, targets)[0] * ids.size
             count += ids.size
         return total / count
 
     # --- the run --------------------------------------------------------------------------------------------------
 
-    def run(self, progress=None):
-        """Train to the last step. progress : function(step, figures) on every rank, after each step.
+    def run(self, progress: Callable[[int, dict], None] | None = None) -> None:
+        """Train to the last step.
 
-        USR1 asks for a checkpoint at the next step; the ranks agree on it.
+        The signal USR1, to any rank, asks for a checkpoint at the next step.
+
+        Parameters
+        ----------
+        progress : function(step, figures), optional
+            Called on every rank after each step.
         """
         settings, before = self.settings, None
         if hasattr(signal, "SIGUSR1"):
@@ -166,7 +136,7 @@ class Trainer:
         try:
             while self.step < settings.train_iters:
                 start = time.perf_counter()
-                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # the loss says it
+                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # require_finite reports it
                     figures = self.train_step()
                 figures["seconds"] = time.perf_counter() - start
                 last = self.step == settings.train_iters
@@ -175,7 +145,7 @@ class Trainer:
                 save = self.is_time_to_save(last)
                 if self.step % settings.check_interval == 0 or last or save:    # no checkpoint of copies that differ
                     self.require_equal_copies()
-                self.group.root_first(lambda: self.log(figures))
+                self.group.root_first(lambda: self.log(figures) if self.group.rank == 0 else None)
                 if progress:
                     progress(self.step, figures)
                 if save:
@@ -185,27 +155,24 @@ class Trainer:
             if before is not None:
                 signal.signal(signal.SIGUSR1, before)
 
-    def ask_to_save(self, number, frame):
+    def ask_to_save(self, number: int, frame: FrameType | None) -> None:
+        """Handle USR1."""
         self.asked_to_save = True
 
-    def is_time_to_save(self, last):
+    def log(self, figures: dict) -> None:
+        """Add this step's line to the log, where there is a folder for it."""
+        if self.folder:
+            append_log(self.folder, self.step, figures)
+
+    def is_time_to_save(self, last: bool) -> bool:
+        """Whether a checkpoint is due after this step. Collective: the ranks agree on whether a signal came."""
         asked = self.group.any(self.asked_to_save)
         due = last or self.settings.save_interval and self.step % self.settings.save_interval == 0
         if asked:
             self.asked_to_save = False
         return bool(self.folder) and (due or asked)
 
-    def log(self, figures):
-        """One JSON line a step into log.jsonl, by rank 0."""
-        if self.folder and self.group.rank == 0:
-            path = os.path.join(self.folder, "log.jsonl")
-            try:
-                with open(path, "a", encoding="utf-8") as out:
-                    out.write(json.dumps({"step": self.step, **figures}) + "\n")
-            except OSError as error:
-                raise InputError(f"{path}: found {error.strerror}, expected to write it") from None
-
-    def require_equal_copies(self):
+    def require_equal_copies(self) -> None:
         """Raise TrainingStopped where ranks that hold the same weights hold different ones."""
         of_ranks = self.group.comm.allgather(self.copies())
         different = [label for label in set().union(*of_ranks)
@@ -214,90 +181,73 @@ class Trainer:
             raise TrainingStopped(f"step {self.step}: found different weights of {min(different)} on the ranks, "
                                   f"expected equal copies: memory or library errors; the last checkpoint stays")
 
-    def copies(self):
-        """{what: SHA-256} of everything of which other ranks have a copy: replicated weights, shared heads."""
-        found, where = {}, (self.group.rank, self.group.size, self.group.blocks)
+    def copies(self) -> dict[str, str]:
+        """{parameter or key/value head: SHA-256} of everything of which other ranks have a copy."""
+        found = {}
         for name, spec in self.model.specs.items():
             w = self.model.weights[name]
             if spec.axis is None:
                 found[name] = digest(w)
             elif spec.share > 1:
-                first = spec.window(*where)[0].start // spec.unit
+                first = spec.window(self.group.place)[0].start // spec.unit
                 for head in range(len(w) // spec.unit):
                     found[f"{name}, head {first + head}"] = digest(w[head * spec.unit:(head + 1) * spec.unit])
         return found
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def files(self):
-        """What a step folder holds, as checkpoint.save takes it. Of a 16-bit model, its float32 weights."""
+    def files(self) -> step_folders.Files:
+        """The tensors of a step folder, as step_folders.save takes them; for a 16-bit model, its float32 weights."""
         specs = self.model.specs
         state = {f"exp_avg.{name}": (specs[name], m) for name, m in self.optimizer.exp_avg.items()}
         state |= {f"exp_avg_sq.{name}": (specs[name], v) for name, v in self.optimizer.exp_avg_sq.items()}
         return {"model.safetensors": {name: (specs[name], w) for name, w in self.optimizer.master.items()},
                 "optimizer.safetensors": state}
 
-    def state(self):
-        """What state.json says: nothing that depends on ranks, time or host."""
+    def state(self) -> dict:
+        """The contents of state.json: nothing that depends on ranks, time or host."""
         return json.loads(json.dumps({"schema": "mpitp.checkpoint/1", "step": self.step, "config": asdict(self.config),
                                       "settings": self.settings.of_the_result(), "data": self.tokens.fingerprint(),
                                       "seq_length": self.tokens.seq_length, "dtype": self.model.dtype.name,
                                       "blocks": self.group.blocks if self.group.reproducible else None}))
 
-    def save(self):
-        path = checkpoint.save(self.group, self.folder, self.step, self.files(), self.state(), self.settings.keep)
+    def save(self) -> None:
+        """Write a step folder. Collective."""
+        path = step_folders.save(self.group, self.folder, self.step, self.files(), self.state(), self.settings.keep)
         if self.group.rank == 0:
             self.say(f"saved {path}")
 
-    def resume(self):
-        """Go on from the newest complete step folder, whatever number of ranks wrote it; says what it found."""
+    def resume(self) -> None:
+        """Continue from the newest complete step folder, whatever number of ranks wrote it. Collective."""
         found = self.group.root_first(lambda: self.find() if self.group.rank == 0 else None)
         step, left = self.group.comm.bcast(found)
-        if step is None:
-            return
-        checkpoint.load(self.group, self.folder, step, self.files())
+        step_folders.load(self.group, self.folder, step, self.files())
         self.optimizer.round_weights()
         self.step = step
         if self.group.rank == 0:
             self.say(f"resumed from {self.folder}, step {step}" + (f"; removed {', '.join(left)}" if left else ""))
 
-    def find(self):
-        left, steps = checkpoint.clean(self.folder), checkpoint.steps(self.folder)
+    def find(self) -> tuple[int, list[str]]:
+        """The newest step folder and the unfinished ones that were removed; rank 0 alone.
+
+        Raises InputError unless that folder belongs to the same run.
+        """
+        left, steps = step_folders.clean(self.folder), step_folders.steps(self.folder)
         removed = f" (removed the unfinished {', '.join(left)})" if left else ""
         require(steps, f"no step folder in {self.folder}{removed}", "one to resume from")
-        state, mine = checkpoint.read_state(self.folder, steps[-1]), self.state()
+        state, mine = step_folders.read_state(self.folder, steps[-1]), self.state()
         for key in ("config", "settings", "data", "seq_length", "dtype", "blocks"):
             if state.get(key) != mine[key]:
                 raise InputError(f"{self.folder}: found {difference(key, state.get(key), mine[key])}: a run is resumed "
                                  f"with what it began with")
         require(steps[-1] < self.settings.train_iters, f"step {steps[-1]} in {self.folder}",
                 f"a run that is not at its end, --train-iters {self.settings.train_iters}")
-        self.cut_log(steps[-1])
+        cut_log(self.folder, steps[-1])
         return steps[-1], left
 
-    def cut_log(self, step):
-        """Drop what log.jsonl says of later steps: they will be taken again."""
-        lines = [line for line in read_log(self.folder) if line["step"] <= step]
-        path = os.path.join(self.folder, "log.jsonl")
-        with open(f"{path}.partial", "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(line) + "\n" for line in lines)
-        os.replace(f"{path}.partial", path)
 
-
-def read_log(folder):
-    """The lines of log.jsonl as dicts, but for one that a killed run left unfinished."""
-    found, path = [], os.path.join(folder, "log.jsonl")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)
-            and isinstance(line.get("loss"), float)]
-
-
-def difference(key, found, expected):
-    """The first thing that two parts of a state differ in."""
+def difference(key: str, found: object, expected: object) -> str:
+    """The first thing that two parts of a state differ in, for a message."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
@@ -305,5 +255,6 @@ def difference(key, found, expected):
     return f"{key} = {found}, expected {expected}"
 
 
-def digest(w):
+def digest(w: Array) -> str:
+    """SHA-256 of an array's bytes."""
     return hashlib.sha256(on_host(w).tobytes()).hexdigest()

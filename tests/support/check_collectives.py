@@ -1,6 +1,6 @@
 """Every collective against NumPy on data that each rank can compute for all ranks. Returns what is wrong by name.
 
-A list instead of asserts, so that planted faults can be required to be found, on every rank alike.
+A list instead of asserts, so that planted faults can be required to be found on every rank.
 """
 import numpy as np
 

@@ -2,10 +2,10 @@
 import numpy as np
 
 import mpitp
-from mpitp.oracle import decoder as dense_decoder, layers as dense_layers
-from mpitp.commands.layers import compare
+from mpitp import oracle
 from mpitp.layers.loss import cross_entropy_collectives
-from mpitp.oracle.magnitude import value
+from mpitp.oracle.block import no_dropout
+from mpitp.oracle.magnitude import numbers_of
 from mpitp.ops.dropout import dropout_scale
 from spmd import draw
 
@@ -31,17 +31,18 @@ def dropout_of(seed, dtype=float):
     return scale
 
 
-def dense_decoder_results(configuration, weights, ids, targets, mask=None, dropout=dense_decoder.no_dropout,
-                          label_smoothing=0.0):
-    logits, saved = dense_decoder.decoder_forward(configuration, weights, ids, mask, dropout)
-    loss, d_logits = dense_layers.cross_entropy(logits, targets, label_smoothing)
-    gradients = dense_decoder.decoder_backward(configuration, weights, d_logits, saved)
-    return {"logits": logits, "loss": loss, "d_logits": d_logits, **gradients}
+def dense_decoder_results(configuration, weights, ids, targets, mask=None, dropout=no_dropout, label_smoothing=0.0):
+    """{"logits", "loss", "d_logits", and the gradient of every weight} on one process."""
+    logits, saved = oracle.decoder.forward(ids, weights, configuration, mask, dropout)
+    loss, saved_loss = oracle.cross_entropy.forward(logits, targets, label_smoothing)
+    d_logits = oracle.cross_entropy.backward(saved_loss)
+    return {"logits": logits, "loss": loss, "d_logits": d_logits, **oracle.decoder.backward(d_logits, saved)}
 
 
-def over_the_limit(found, results, weights, *inputs):
-    """Names of what lies further from exact than the accuracy formula allows; see commands.layers.compare."""
-    return [ratio.name for ratio in compare(found, results, weights, *inputs) if not (ratio.good and ratio.near)]
+def over_the_limit(found, dense, weights, *inputs):
+    """Names of what lies further from exact than the accuracy formula allows; see oracle.compare_all."""
+    return [comparison.name for comparison in oracle.compare_all(found, dense, weights, *inputs)
+            if not (comparison.good and comparison.near)]
 
 
 def decoder_problems(group, configuration, shape=(2, 7), dtype="float64", dropout=False, mask=False,
@@ -67,9 +68,9 @@ def decoder_problems(group, configuration, shape=(2, 7), dtype="float64", dropou
     found = {"logits": whole["logits"], "loss": np.asarray(loss, model.dtype), "d_logits": whole["d_logits"],
              **group.comm.bcast(model.gather(gradients))}
 
-    def results(w):
-        dtype_of_w = value(next(iter(w.values()))).dtype
-        scales = dropout_of(seed, dtype_of_w) if dropout else dense_decoder.no_dropout
+    def dense(w):
+        dtype_of_w = numbers_of(next(iter(w.values()))).dtype
+        scales = dropout_of(seed, dtype_of_w) if dropout else no_dropout
         return dense_decoder_results(configuration, w, ids, targets, may_see, scales, label_smoothing)
 
-    return problems + over_the_limit(found, results, weights)
+    return problems + over_the_limit(found, dense, weights)

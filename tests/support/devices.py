@@ -17,15 +17,18 @@ LAYERS = {"layers.linear": ("ColumnParallelLinear", "RowParallelLinear"), "layer
           "layers.embedding": ("VocabParallelEmbedding", "PositionEmbedding"), "layers.decoder": ("Decoder",)}
 METHODS = ("forward", "backward", "loss", "loss_backward", "gather_logits", "extend", "gather")
 OTHERS = {"comm.group": {"TensorParallelGroup": ("all_reduce", "all_gather", "gather", "reduce_scatter", "broadcast",
-                                                 "sum_blocks", "sum_own_blocks", "begin_all_reduce")},
+                                                 "begin_all_reduce")},
+          "comm.sums": {"Sum": ("add", "all_reduce", "local_sum")},
+          "comm.tree": {"TreeSum": ("add", "all_reduce", "local_sum")},
           "comm.collectives": {"PendingReduction": ("wait",)},
           "training.loop": {"Trainer": ("train_step", "run", "validate", "resume", "save", "add_gradients")},
           "training.optimizer": {"AdamW": ("step",), None: ("gradient_norm", "non_finite")},
           "layers.loss": {None: ("vocab_parallel_cross_entropy_forward", "vocab_parallel_cross_entropy_backward")},
-          "layers.mappings": {None: ("copy_to_ranks_backward", "reduce_from_ranks_forward", "gather_from_ranks_forward",
+          "layers.products": {None: ("copy_to_ranks_backward", "reduce_from_ranks_forward", "gather_from_ranks_forward",
                                      "gather_from_ranks_backward", "scatter_to_ranks_forward",
                                      "scatter_to_ranks_backward")},
-          "inference.generation": {"Choice": ("__call__",)}, "inference.graph": {"CapturedToken": ("__init__", "__call__")},
+          "inference.generation": {"Choice": ("__call__",)},
+          "inference.graph": {"CapturedToken": ("__init__", "__call__")},
           "checkpoints.saving": {None: ("save_model",)}, "checkpoints.loading": {None: ("load_model",)}}
 depth = 0               # of the library's calls of itself: 0 in a test
 
@@ -117,7 +120,7 @@ def to_device(x, cupy, moved, kinds):
     if type(x) in (tuple, list):
         return type(x)(to_device(value, cupy, moved, kinds) for value in x)
     if getattr(x, "__module__", None) in TESTS and callable(x) and not isinstance(x, type):
-        return lambda *arguments: to_device(x(*arguments), cupy, {}, kinds)        # a test's summands of sum_blocks
+        return lambda *arguments: to_device(x(*arguments), cupy, {}, kinds)        # a test's summands
     return x
 
 

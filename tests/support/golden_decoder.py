@@ -32,7 +32,7 @@ def fractions(size, number):
 
 
 def shapes(config):
-    """{name: shape} of every parameter, by the names alone: the classes of mpitp are not asked."""
+    """{name: shape} of every parameter, written down by hand: no class of mpitp is used."""
     D, V, K, F = config.hidden_size, config.vocab_size, config.head_dim, config.ffn_size
     queries, keys = config.num_attention_heads * K, config.query_groups * K
     found = {"embedding.weight": (V, D)}
@@ -108,12 +108,12 @@ def places(size, count=ENTRIES):
 def summary(logits, loss, gradients):
     """What the file holds of results, in float64: the loss, a dozen logits; of each gradient sum, norm, entries."""
     flat = np.asarray(logits).reshape(-1)
-    said = {"loss": [float(loss)], "logits": [float(flat[i]) for i in places(flat.size, 12)]}
+    numbers = {"loss": [float(loss)], "logits": [float(flat[i]) for i in places(flat.size, 12)]}
     for name, gradient in sorted(gradients.items()):
         flat = np.asarray(gradient).reshape(-1)
         entries = [float(flat[i]) for i in places(flat.size)]
-        said[name] = [float(flat.sum()), float((flat * flat).sum() ** 0.5), *entries]
-    return said
+        numbers[name] = [float(flat.sum()), float((flat * flat).sum() ** 0.5), *entries]
+    return numbers
 
 
 def differences(found, expected):

@@ -1,4 +1,6 @@
-"""Steps of torch.optim.AdamW, as JSON on standard output: `python tests/support/make_golden_adamw.py > tests/data/golden_adamw.json`.
+"""Print steps of torch.optim.AdamW as JSON.
+
+    python tests/support/make_golden_adamw.py > tests/data/golden_adamw.json
 
 Needs torch; the tests do not.
 """
@@ -16,4 +18,5 @@ for t in range(1, 6):
     state = optimizer.state[w]
     steps.append({"gradient": w.grad.tolist(), "weight": w.tolist(), "exp_avg": state["exp_avg"].tolist(),
                   "exp_avg_sq": state["exp_avg_sq"].tolist()})
-print(json.dumps({"torch": torch.__version__, **SETTINGS, "start": [0.5, -1.25, 3.0, 0.0, 1e-3], "steps": steps}, indent=1))
+print(json.dumps({"torch": torch.__version__, **SETTINGS, "start": [0.5, -1.25, 3.0, 0.0, 1e-3], "steps": steps},
+                 indent=1))

@@ -1,6 +1,6 @@
 """Write data/tiny_*.json: what transformers computes, in float64, from a tiny checkpoint of every family.
 
-    pip install torch==2.13.0 transformers==5.23.0 safetensors && python tests/support/make_tiny_checkpoints.py
+    pip install torch==2.13.0 transformers==5.24.0 safetensors && python tests/support/make_tiny_checkpoints.py
 
 A file has config.json as transformers saves it, the names and shapes of the tensors that it saves, token ids, logits,
 and greedy tokens with the margin between the best two. The weights are not in it: values() makes them, here and in the
@@ -56,6 +56,17 @@ CASES = {       # name: (model_type, what its configuration class is called with
     "falcon_in_turn": ("falcon", dict(vocab_size=37, hidden_size=20, num_hidden_layers=2, num_attention_heads=5,
                                       multi_query=False, parallel_attn=False, bias=True)),
     "bloom": ("bloom", dict(vocab_size=37, hidden_size=20, n_layer=2, n_head=5)),
+}
+ROPE_SCALING = dict(type="linear", factor=2.0)
+
+# Folders that contradict themselves: name: (case, keys that are added to its config.json, tensors that are).
+CONTRADICTIONS = {
+    "gpt2_own_head": ("gpt2", {}, {"lm_head.weight": [37, 20]}),
+    "gemma3_own_head": ("gemma3_text", {}, {"lm_head.weight": [37, 20]}),
+    "llama_rope_scaling": ("llama_yarn", dict(rope_scaling=ROPE_SCALING, rope_theta=77.0), {}),
+    "gemma3_rope_scaling": ("gemma3_text", dict(rope_scaling=dict(ROPE_SCALING, rope_type="linear")), {}),
+    "gpt_neox_rope_scaling": ("gpt_neox_in_turn", dict(rope_scaling=ROPE_SCALING, rotary_pct=0.25), {}),
+    "llama_other_keys": ("llama", dict(hidden_activation="gelu", scale_attn_weights=False), {}),
 }
 
 
@@ -124,7 +135,7 @@ def widen_buffers(model):
                 setattr(module, name, getattr(again, name))
 
 
-def golden_of(model_type, options, folder):
+def golden_of(model_type, options, folder, keys=(), more=()):
     import torch
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -134,7 +145,8 @@ def golden_of(model_type, options, folder):
         shapes = {name: list(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
     said = json.loads((folder / "config.json").read_text())
     said.pop("transformers_version")
-    golden = dict(config=said, tensors=shapes)
+    said.update(keys)
+    golden = dict(config=said, tensors=dict(shapes, **dict(more)))
     write(folder, golden)                                       # with our values; transformers loads it
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
@@ -161,10 +173,10 @@ def main(names):
     import transformers
     transformers.logging.set_verbosity_error()
     DATA.mkdir(exist_ok=True)
-    for name in names or CASES:
-        model_type, options = CASES[name]
+    for name in names or (*CASES, *CONTRADICTIONS):
+        case, keys, more = CONTRADICTIONS.get(name, (name, {}, {}))
         with tempfile.TemporaryDirectory() as folder:
-            golden = golden_of(model_type, options, Path(folder))
+            golden = golden_of(*CASES[case], Path(folder), keys, more)
         made = {"torch": torch.__version__, "transformers": transformers.__version__}
         lines = [f'"{key}": {json.dumps(value)}' for key, value in {**made, **golden}.items()]
         (DATA / f"tiny_{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -27,6 +27,14 @@ def draw(seed, *shape, dtype=np.float64):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
+def sum_of_blocks(group, compute, partition, shape, dtype):
+    """The sum of compute(block) over all blocks of all ranks. Collective."""
+    total = group.sum(partition, shape, dtype)
+    for block, summand in group.each(compute, partition.blocks_of(group.rank)):
+        total.add(block, summand)
+    return total.all_reduce()
+
+
 def job_environment(**more):
     """This environment without the launcher's variables of this job, for jobs that start on a busy, small machine."""
     clean = {key: value for key, value in os.environ.items()

@@ -1,9 +1,13 @@
 """Families of checkpoints, one small table each: config keys, tensor names, fused layouts."""
+from __future__ import annotations
+
 from dataclasses import asdict
 from importlib import import_module
 from math import isclose
 
+from ...config import DecoderConfig
 from ...errors import InputError
+from .family import Family
 from .keys import Keys, short
 
 MODULES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama",
@@ -11,7 +15,7 @@ MODULES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama
 OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_method_std")        # no part of what a checkpoint computes
 
 
-def family_named(model_type):
+def family_named(model_type: object) -> Family:
     """The Family of a config.json's model_type. Raises InputError for one that is not known."""
     if not isinstance(model_type, str) or model_type not in MODULES:
         raise InputError(f"config.json: found model_type {str(model_type)[:80]!r}, expected one of "
@@ -20,24 +24,24 @@ def family_named(model_type):
     return next(family for family in module.FAMILIES if family.model_type == model_type)
 
 
-def config_json(config, of):
+def config_json(config: DecoderConfig, family: Family) -> dict:
     """The config.json of a DecoderConfig as a Family has it.
 
     Raises InputError naming the first choice that the family cannot express: what is written is read again.
     """
-    keys = {"architectures": [of.architecture], "model_type": of.model_type, **of.write(config)}
+    keys = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
     if keys.get("max_position_embeddings") is None and "n_positions" not in keys:
         keys["max_position_embeddings"] = config.max_position_embeddings or 2048
-    said, asked = described(of.read(Keys(keys))), described(config)
-    for name, value in asked.items():
-        if said[name] != value and not (isinstance(value, float) and isclose(said[name], value, rel_tol=1e-12)):
-            raise InputError(f"found {name} = {short(value)}, expected {short(said[name])}, as model_type "
-                             f"{of.model_type} has it")
+    written, wanted = described(family.config(Keys(keys))), described(config)
+    for name, value in wanted.items():
+        if written[name] != value and not (isinstance(value, float) and isclose(written[name], value, rel_tol=1e-12)):
+            raise InputError(f"found {name} = {short(value)}, expected {short(written[name])}, as model_type "
+                             f"{family.model_type} has it")
     return keys
 
 
-def described(config):
-    """A config with nothing left open, so that two that mean the same are equal."""
+def described(config: DecoderConfig) -> dict:
+    """The fields of a config with every default filled in, so that two that mean the same are equal."""
     layers = range(config.num_layers)
     found = {name: value for name, value in vars(config).items() if name not in OF_TRAINING}
     found.update(num_query_groups=config.query_groups, kv_channels=config.head_dim, ffn_hidden_size=config.ffn_size,

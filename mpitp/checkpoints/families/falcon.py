@@ -3,9 +3,12 @@
 7B: one key/value head and one norm for both branches. 40B and 180B ("new_decoder_architecture"): several key/value
 heads, a norm for each branch. 11B: several key/value heads, one norm.
 """
+from __future__ import annotations
+
 from ...config import DecoderConfig
+from .activations import THEIR_ACTIVATIONS
 from .family import Family
-from .feed_forward import THEIR_ACTIVATIONS
+from .keys import Keys
 from .layout import Fused
 from .rope import rope_keys, rotary
 
@@ -25,23 +28,21 @@ TENSORS = {
 TWO_NORMS_SIDE_BY_SIDE = {"attention_norm": "h.{}.ln_attn", "mlp_norm": "h.{}.ln_mlp"}
 
 
-def read(keys):
-    keys.refuse(alibi=False, hidden_dropout=0)  # theirs scales the slopes, and drops no embedding
+def read(keys: Keys) -> DecoderConfig:
     hidden, heads = keys.size("n_embed", "hidden_size"), keys.size("num_attention_heads", "n_head")
     new, bias = keys.flag("new_decoder_architecture", default=False), keys.flag("bias", default=False)
     side_by_side, norms = keys.flag("parallel_attn", default=True), keys.get("num_ln_in_parallel_attn", default=None)
     if norms not in (None, 1, 2) or norms == 2 and not new:
         keys.fail(["num_ln_in_parallel_attn"], norms, "1, or 2 with new_decoder_architecture")
     if new:
-        keys.refuse(parallel_attn=True)
+        keys.refuse({"parallel_attn": (True,)})
         groups = keys.size("num_kv_heads", "n_head_kv", default=heads)
     else:
-        keys.get("num_kv_heads", "n_head_kv", default=None)     # which the old architecture does not look at
         groups = 1 if keys.flag("multi_query", default=True) else heads
     return DecoderConfig(
         vocab_size=keys.size("vocab_size"), hidden_size=hidden, num_layers=keys.layers("num_hidden_layers", "n_layer"),
         num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=keys.size("ffn_hidden_size", default=None),
-        activation=keys.activation(), rotary=rotary(keys, hidden // heads),
+        activation=keys.activation("activation", default="gelu"), rotary=rotary(keys, hidden // heads),
         norm_epsilon=keys.number("layer_norm_epsilon", default=1e-5, above=0), parallel_residual=side_by_side,
         shared_norm=side_by_side and not (new and norms in (None, 2)), qkv_bias=bias, attention_bias=bias,
         mlp_bias=bias, tie_word_embeddings=keys.flag("tie_word_embeddings", default=True),
@@ -49,7 +50,7 @@ def read(keys):
         init_method_std=keys.number("initializer_range", default=0.02))
 
 
-def write(config):
+def write(config: DecoderConfig) -> dict:
     """The old architecture where it has as many key/value heads and norms, else the new one."""
     side_by_side, groups = config.parallel_residual, config.query_groups
     old = config.shared_norm and groups == 1 or not side_by_side
@@ -63,12 +64,12 @@ def write(config):
         attention_dropout=config.attention_dropout, initializer_range=config.init_method_std)
 
 
-def tensors(config):
+def tensors(config: DecoderConfig) -> dict:
     return {**TENSORS, **(TWO_NORMS_SIDE_BY_SIDE if config.parallel_residual and not config.shared_norm else {})}
 
 
-def by_group(config):
-    """The query heads that share a key/value head, its k, its v, then the next."""
+def by_group(config: DecoderConfig) -> dict:
+    """The fused tensor holds the query heads that share a key/value head, its k, its v, then the next ones."""
     share = config.num_attention_heads // config.query_groups
     bounds = {"query": (0, share), "key": (share, share + 1), "value": (share + 1, share + 2)}
     return {f"attention.{part}": Fused(config.query_groups, share + 2, config.head_dim, *bound)
@@ -76,4 +77,8 @@ def by_group(config):
 
 
 FAMILIES = [Family("falcon", "FalconForCausalLM", read, write, tensors, "transformer.", by_group,
-                   ignored=r".*\.rotary_emb\.inv_freq")]
+                   buffers=r".*\.rotary_emb\.inv_freq",
+                   # The first two: each belongs to one of the two architectures, and the other does not read it.
+                   without_effect=("multi_query", "num_kv_heads", "n_head_kv", "ff_factor"),
+                   refused=(("alibi", (False,)), ("hidden_dropout", (0,)),  # theirs scales slopes, drops no embedding
+                            ("apply_residual_connection_post_layernorm", (False,))))]

@@ -1,14 +1,21 @@
 """What a family of checkpoints is: how its config.json and its tensors' names become a decoder's."""
-import re
-from dataclasses import dataclass
-from typing import Callable
+from __future__ import annotations
 
-from .layout import Place
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from ...config import DecoderConfig
+from ...errors import InputError
+from ...sharding.parameters import ParameterSpec
+from .keys import REFUSED, WITHOUT_EFFECT, Keys
+from .layout import Fused, Layout
 
 OF_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
-def nothing_fused(config):
+def nothing_fused(config: DecoderConfig) -> dict:
+    """The fused tensors of a family that has none."""
     return {}
 
 
@@ -23,36 +30,65 @@ class Family:
     prefix : in front of all of theirs but the head's; checkpoints of the bare model lack it
     fused : function of the config -> {module of ours: Fused}
     transposed : modules of ours whose weights are stored [in, out]
-    ignored : pattern of stored tensors that are no parameters
+    buffers : pattern of stored tensors that are no parameters: the model computes their values itself
+    without_effect : keys that change nothing in this family, beside those of keys.WITHOUT_EFFECT
+    refused : (key, values that change nothing), beside those of keys.REFUSED
     """
     model_type: str
     architecture: str
-    read: Callable
-    write: Callable
-    tensors: Callable
+    read: Callable[[Keys], DecoderConfig]
+    write: Callable[[DecoderConfig], dict]
+    tensors: Callable[[DecoderConfig], Mapping[str, str]]
     prefix: str
-    fused: Callable = nothing_fused
+    fused: Callable[[DecoderConfig], Mapping[str, Fused]] = nothing_fused
     transposed: tuple = ()
-    ignored: str = "(?!)"
+    buffers: str = "(?!)"
+    without_effect: tuple = ()
+    refused: tuple = ()
 
-    def places(self, config, specs, prefix):
-        """{name of ours: Place} of all parameters."""
+    def config(self, keys: Keys) -> DecoderConfig:
+        """Read the config.json. Raises InputError for a value that is not supported."""
+        keys.refuse({**REFUSED, **dict(self.refused)})
+        keys.ignore(WITHOUT_EFFECT)
+        keys.ignore(self.without_effect)
+        try:
+            return self.read(keys)
+        except InputError as error:
+            text = str(error)                   # DecoderConfig's own checks do not name the file
+            raise error if text.startswith(keys.where) else InputError(f"{keys.where}: {text}") from None
+
+    def layouts(self, config: DecoderConfig, specs: Mapping[str, ParameterSpec], prefix: str) -> dict[str, Layout]:
+        """{name of ours: Layout} of all parameters."""
         tensors, fused, found = self.tensors(config), self.fused(config), {}
         for name, spec in specs.items():
             of_layer = OF_LAYER.fullmatch(name)
             layer, inside = of_layer.groups() if of_layer else (None, name)
             module, kind = inside.rsplit(".", 1)
             theirs = tensors[module].format(layer)
-            found[name] = Place(f"{theirs if module == 'head' else prefix + theirs}.{kind}", spec.shape,
-                                kind == "weight" and module in self.transposed, fused.get(module))
+            found[name] = Layout(f"{theirs if module == 'head' else prefix + theirs}.{kind}", spec.shape,
+                                 kind == "weight" and module in self.transposed, fused.get(module))
         return found
 
-    def prefix_in(self, names):
-        """The prefix that the checkpoint's names have: the family's, or none."""
+    def head(self, config: DecoderConfig) -> str:
+        """The stored tensor of the head's weight, which a tied model need not have."""
+        return self.tensors(config)["head"] + ".weight"
+
+    def embedding(self, config: DecoderConfig, prefix: str) -> str:
+        """The stored tensor of the embedding's weight."""
+        return f"{prefix}{self.tensors(config)['embedding']}.weight"
+
+    def prefix_in(self, names: Iterable[str], config: DecoderConfig) -> str:
+        """The prefix that the checkpoint's names have: the family's, or none. Raises InputError for another one."""
+        names, bare = set(names), self.embedding(config, "")
+        for prefix in (self.prefix, ""):
+            if prefix + bare in names:
+                return prefix
+        other = sorted(name.removesuffix(bare) for name in names if name.endswith(f".{bare}"))
+        if other:
+            raise InputError(f"found {other[0] + bare!r}, expected {self.prefix + bare!r} or {bare!r}: prefix "
+                             f"{self.prefix!r} or none, as model_type {self.model_type} has it")
         return self.prefix if any(name.startswith(self.prefix) for name in names) else ""
 
-    def is_no_parameter(self, name, config):
-        """Whether a stored tensor beside the parameters is known to be none: a buffer, or the copy of a tied head."""
-        if config.tie_word_embeddings and name == self.tensors(config)["head"] + ".weight":
-            return True
-        return re.fullmatch(self.ignored, name) is not None
+    def is_buffer(self, name: str) -> bool:
+        """Whether a stored tensor is known to be no parameter."""
+        return re.fullmatch(self.buffers, name) is not None

@@ -1,8 +1,11 @@
 """GPT-2 (Radford et al., 2019): learned positions; weights stored [in, out]; q, k and v in one tensor."""
+from __future__ import annotations
+
 from ...config import DecoderConfig
 from ...errors import InputError
+from .activations import THEIR_ACTIVATIONS
 from .family import Family
-from .feed_forward import THEIR_ACTIVATIONS
+from .keys import Keys
 from .layout import Fused
 
 TENSORS = {
@@ -22,18 +25,17 @@ TENSORS = {
 CONV1D = ("attention.query", "attention.key", "attention.value", "attention.out", "mlp.up", "mlp.down")
 
 
-def read(keys):
-    keys.refuse(scale_attn_by_inverse_layer_idx=False)
+def read(keys: Keys) -> DecoderConfig:
     of_embedding, of_branches = (keys.number(name, default=0.1) for name in ("embd_pdrop", "resid_pdrop"))
     if of_embedding != of_branches:
-        raise InputError(f"config.json: found embd_pdrop = {of_embedding} and resid_pdrop = {of_branches}, expected "
-                         f"one value: two are not supported")
+        raise InputError(f"config.json: found embd_pdrop = {of_embedding} and resid_pdrop = {of_branches} (0.1 where "
+                         f"config.json has none), expected one value: two are not supported")
     return DecoderConfig(
         vocab_size=keys.size("vocab_size"), hidden_size=keys.size("n_embd", "hidden_size"),
         num_layers=keys.layers("n_layer", "num_hidden_layers"),
         num_attention_heads=keys.size("n_head", "num_attention_heads"),
         ffn_hidden_size=keys.size("n_inner", default=None),
-        activation=keys.activation(), position_embedding="learned",
+        activation=keys.activation("activation_function", default="gelu_new"), position_embedding="learned",
         max_position_embeddings=keys.size("n_positions", "max_position_embeddings"),
         norm_epsilon=keys.number("layer_norm_epsilon", default=1e-5, above=0),
         attention_scale=None if keys.flag("scale_attn_weights", default=True) else 1.0,
@@ -42,7 +44,7 @@ def read(keys):
         init_method_std=keys.number("initializer_range", default=0.02))
 
 
-def write(config):
+def write(config: DecoderConfig) -> dict:
     return dict(
         vocab_size=config.vocab_size, n_embd=config.hidden_size, n_layer=config.num_layers,
         n_head=config.num_attention_heads, n_inner=config.ffn_size,
@@ -53,15 +55,18 @@ def write(config):
         initializer_range=config.init_method_std)
 
 
-def tensors(config):
+def tensors(config: DecoderConfig) -> dict:
     return TENSORS
 
 
-def fused(config):
-    """All of q, all of k, all of v."""
+def fused(config: DecoderConfig) -> dict:
+    """The fused tensor holds all of q, all of k, all of v."""
     return {f"attention.{part}": Fused(1, 3, config.hidden_size, i, i + 1)
             for i, part in enumerate(("query", "key", "value"))}
 
 
 FAMILIES = [Family("gpt2", "GPT2LMHeadModel", read, write, tensors, "transformer.", fused, CONV1D,
-                   r".*\.attn\.(bias|masked_bias)")]
+                   r".*\.attn\.(bias|masked_bias)",
+                   ("reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_activation",
+                    "summary_proj_to_labels", "summary_first_dropout", "summary_last_dropout"),
+                   (("scale_attn_by_inverse_layer_idx", (False,)),))]

@@ -1,7 +1,10 @@
 """GPT-NeoX and Pythia (arXiv 2204.06745): attention and feed-forward side by side; q, k and v head by head."""
+from __future__ import annotations
+
 from ...config import DecoderConfig
+from .activations import THEIR_ACTIVATIONS
 from .family import Family
-from .feed_forward import THEIR_ACTIVATIONS
+from .keys import Keys
 from .layout import Fused
 from .rope import rope_keys, rotary
 
@@ -20,15 +23,16 @@ TENSORS = {
 }
 
 
-def read(keys):
+def read(keys: Keys) -> DecoderConfig:
     hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
+    keys.refuse({"head_dim": (hidden // heads,)})           # theirs turns as many features, whatever a head has
     side_by_side = keys.flag("use_parallel_residual", default=True)
     dropout, bias = keys.number("hidden_dropout", default=0.0), keys.flag("attention_bias", default=True)
     if side_by_side:
-        keys.refuse(hidden_dropout=0)           # theirs drops the two branches apart, ours their sum
+        keys.refuse({"hidden_dropout": (0,)})   # theirs drops the two branches apart, ours their sum
     return DecoderConfig(
         vocab_size=keys.size("vocab_size"), hidden_size=hidden, num_layers=keys.layers("num_hidden_layers"),
-        num_attention_heads=heads, ffn_hidden_size=keys.size("intermediate_size"), activation=keys.activation(),
+        num_attention_heads=heads, ffn_hidden_size=keys.size("intermediate_size"), activation=keys.activation("hidden_act", default="gelu"),
         rotary=rotary(keys, hidden // heads, theta_key="rotary_emb_base", part=0.25, part_key="rotary_pct"),
         norm_epsilon=keys.number("layer_norm_eps", default=1e-5, above=0), parallel_residual=side_by_side,
         qkv_bias=bias, attention_bias=bias, tie_word_embeddings=keys.flag("tie_word_embeddings", default=False),
@@ -36,7 +40,7 @@ def read(keys):
         init_method_std=keys.number("initializer_range", default=0.02))
 
 
-def write(config):
+def write(config: DecoderConfig) -> dict:
     turns = config.rotary_of(0)
     return dict(
         rope_keys(turns, "rotary_emb_base"), vocab_size=config.vocab_size, hidden_size=config.hidden_size,
@@ -49,15 +53,16 @@ def write(config):
         attention_dropout=config.attention_dropout, initializer_range=config.init_method_std)
 
 
-def tensors(config):
+def tensors(config: DecoderConfig) -> dict:
     return TENSORS
 
 
-def head_by_head(config):
-    """q, k and v of head 0, then those of head 1, ..."""
+def head_by_head(config: DecoderConfig) -> dict:
+    """The fused tensor holds q, k and v of head 0, then those of head 1, ..."""
     return {f"attention.{part}": Fused(config.num_attention_heads, 3, config.head_dim, i, i + 1)
             for i, part in enumerate(("query", "key", "value"))}
 
 
 FAMILIES = [Family("gpt_neox", "GPTNeoXForCausalLM", read, write, tensors, "gpt_neox.", head_by_head,
-                   ignored=r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")]
+                   buffers=r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
+                   without_effect=("attention_probs_dropout_prob", "hidden_dropout_prob"))]

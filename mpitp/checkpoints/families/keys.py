@@ -1,47 +1,58 @@
-"""The keys of a config.json, each looked at once, by kind, and refused by name where it is not what it should be."""
+"""The keys of a config.json: each is read by its family, known to be without effect in it, or refused by name."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 from math import isfinite
 
 from ...errors import InputError, is_integer
-from .feed_forward import activation_of
+from .activations import ACTIVATIONS
 
 REQUIRED = object()
 MOST = 1 << 40                  # no model has as many of anything
 
-# Keys of any family that change the results and that no family here has, and the value that changes nothing.
+# Keys that change the results in some family and that no family here has: the values that change nothing. null, [] and
+# {} change nothing anywhere.
 REFUSED = {
-    "quantization_config": None, "is_encoder_decoder": False, "pruned_heads": None, "add_cross_attention": False,
-    "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_multiplier": None,
-    "residual_multiplier": 1, "embedding_multiplier": 1, "logits_scaling": 1, "logit_scale": 1, "clip_qkv": None,
-    "num_experts": None, "num_local_experts": None, "n_routed_experts": None,
+    "quantization_config": (), "is_encoder_decoder": (False,), "pruned_heads": (), "add_cross_attention": (False,),
+    "is_causal": (True,), "per_layer_config": (), "attn_logit_softcapping": (), "final_logit_softcapping": (),
+    "attention_multiplier": (), "residual_multiplier": (1,), "embedding_multiplier": (1,), "logits_scaling": (1,),
+    "logit_scale": (1,), "clip_qkv": (), "num_experts": (0,), "num_local_experts": (0,), "n_routed_experts": (0,),
 }
 
-# Keys that change nothing here: how to train, to sample, to lay out memory, and what saved the file.
-HARMLESS = {
-    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "_model_name_or_path",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
-    "tokenizer_class", "task_specific_params", "problem_type", "id2label", "label2id", "return_dict",
-    "output_attentions", "output_hidden_states", "use_cache", "chunk_size_feed_forward", "is_decoder", "prefix",
-    "max_position_embeddings", "pretraining_tp", "slow_but_exact", "reorder_and_upcast_attn", "classifier_dropout",
-    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
-    "_sliding_window_pattern", "cache_implementation", "n_ctx", "gradient_checkpointing", "model_type",
-}
+# Keys that change nothing in any family here: what saved the file, how to train, to sample, to classify, to lay out
+# memory; and notes of other programs.
+WITHOUT_EFFECT = frozenset("""
+    _attn_implementation _attn_implementation_autoset _commit_hash _model_name_or_path _name_or_path _num_labels
+    architectures attn_implementation auto_map bos_token_id cache_implementation chunk_size_feed_forward
+    classifier_dropout custom_pipelines decoder_start_token_id dtype eos_token_id finetuning_task gradient_checkpointing
+    id2label is_decoder label2id language max_position_embeddings max_sequence_length model_type n_ctx name_or_path
+    num_labels output_attentions output_hidden_states output_past pad_token_id prefix problem_type return_dict
+    sep_token_id seq_length task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype
+    torchscript transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version use_bfloat16
+    use_cache
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+""".split())
 
 
 class Keys:
-    """The keys of a config.json.
+    """The keys of a config.json, or of an object in it.
 
     values : the JSON object
+    where : its name in messages
     most_layers, most_features : more than the files can hold, so that a hostile number costs nothing
     """
 
-    def __init__(self, values, where="config.json", most_layers=MOST, most_features=MOST):
+    def __init__(self, values: dict, where: str = "config.json", most_layers: int = MOST, most_features: int = MOST):
         self.values, self.where, self.most_layers, self.most_features = values, where, most_layers, most_features
-        self.looked_at = set()
+        self.known = set()
 
-    def get(self, *names, default=REQUIRED):
-        """The value under the first of these names that is there and not null, else the default."""
+    def get(self, *names: str, default: object = REQUIRED) -> object:
+        """The value under the first of these names that exists and is not null, else the default."""
         found = {name: self.values[name] for name in names if self.values.get(name) is not None}
-        self.looked_at.update(names)
+        self.known.update(names)
         if not found:
             if default is REQUIRED:
                 raise InputError(f"{self.where}: found no {' or '.join(names)}, expected it there")
@@ -53,25 +64,29 @@ class Keys:
                                  f"expected one value")
         return found[first]
 
-    def fail(self, names, value, expected):
+    def fail(self, names: Iterable[str], value: object, expected: str) -> None:
+        """Raise InputError for the value under the first of these names that exists."""
+        names = list(names)
         name = next((name for name in names if self.values.get(name) is not None), names[0])
         raise InputError(f"{self.where}: found {name} = {short(value)}, expected {expected}")
 
-    def count(self, *names, default=REQUIRED, most=MOST):
+    def count(self, *names: str, default: object = REQUIRED, most: int = MOST) -> int:
         """A positive integer."""
         value = self.get(*names, default=default)
         if value is not default and not (is_integer(value) and 0 < value <= most):
             self.fail(names, value, f"a positive integer, at most {most}")
         return value
 
-    def size(self, *names, default=REQUIRED):
+    def size(self, *names: str, default: object = REQUIRED) -> int:
         """A positive integer: the size, or a divisor of the size, of an axis of a tensor."""
         return self.count(*names, default=default, most=self.most_features)
 
-    def layers(self, *names):
+    def layers(self, *names: str) -> int:
+        """The number of layers."""
         return self.count(*names, most=self.most_layers)
 
-    def number(self, *names, default=REQUIRED, above=None):
+    def number(self, *names: str, default: object = REQUIRED, above: float | None = None) -> float:
+        """A finite number."""
         value = self.get(*names, default=default)
         if value is not default:
             good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
@@ -80,45 +95,61 @@ class Keys:
             value = float(value)
         return value
 
-    def flag(self, *names, default=REQUIRED):
+    def flag(self, *names: str, default: object = REQUIRED) -> bool:
+        """True or false."""
         value = self.get(*names, default=default)
         if not isinstance(value, bool):
             self.fail(names, value, "true or false")
         return value
 
-    def activation(self):
-        self.looked_at.update(("hidden_activation", "hidden_act", "activation_function", "activation"))
-        return activation_of(self.values)
+    def activation(self, name: str, default: str) -> str:
+        """DecoderConfig's activation, by the family's key and the name that config.json has for it."""
+        value = self.get(name, default=default)
+        if not isinstance(value, str) or value not in ACTIVATIONS:
+            self.fail([name], value, f"one of {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[value]
 
-    def refuse(self, **neutral):
-        """Raise InputError for a key whose value is not this one (nor null): it would change the results."""
-        for name, value in neutral.items():
-            found = self.get(name, default=None)
-            if found not in (None, value, [], {}):
-                expected = "none" if value is None else repr(value)
-                raise InputError(f"{self.where}: found {name} = {short(found)}, expected {expected}: it changes the "
-                                 f"results and is not supported")
-
-    def inner(self, *names):
+    def inner(self, *names: str) -> Keys | None:
         """The keys of an object inside, None where there is none."""
         value = self.get(*names, default=None)
         if value is not None and not isinstance(value, dict):
             self.fail(names, value, "an object")
         return None if value is None else Keys(value, f"{self.where}: {names[0]}")
 
-    def others(self):
-        """Keys that nothing has looked at and that are not known to change nothing."""
-        return sorted(key for key in set(self.values) - self.looked_at - HARMLESS if self.values[key] is not None)
+    def layer_types(self, layers: int) -> list[str] | None:
+        """What layer_types says of each layer, "sliding_attention" or "full_attention"; None where it says nothing."""
+        kinds = self.get("layer_types", default=None)
+        if kinds is None:
+            return None
+        if not (isinstance(kinds, list) and len(kinds) == layers and all(isinstance(kind, str) for kind in kinds)):
+            self.fail(["layer_types"], kinds, f"a list of {layers} names, one a layer")
+        for kind in kinds:
+            if kind not in ("sliding_attention", "full_attention"):
+                self.fail(["layer_types"], kind, "sliding_attention or full_attention")
+        return kinds
 
-    def of_layers(self, name, layers):
-        """A list of one text a layer, None where there is none."""
-        value = self.get(name, default=None)
-        if value is not None and not (isinstance(value, list) and len(value) == layers
-                                      and all(isinstance(kind, str) for kind in value)):
-            self.fail([name], value, f"a list of {layers} names, one a layer")
-        return value
+    def ignore(self, names: Iterable[str]) -> None:
+        """Note keys that change nothing in this family."""
+        self.known.update(names)
+
+    def refuse(self, neutral: Mapping[str, tuple]) -> None:
+        """Raise InputError for a key whose value is none of these, nor empty: it would change the results.
+
+        neutral : {key: the values that change nothing}
+        """
+        for name, harmless in neutral.items():
+            found = self.get(name, default=None)
+            if found not in (None, [], {}) and found not in harmless:
+                expected = repr(harmless[-1]) if harmless else "none"
+                raise InputError(f"{self.where}: found {name} = {short(found)}, expected {expected}: it changes the "
+                                 f"results and is not supported")
+
+    def unknown(self) -> list[str]:
+        """The keys that are neither read nor known to change nothing; null says nothing."""
+        return sorted(key for key in set(self.values) - self.known if self.values[key] is not None)
 
 
-def short(value, most=80):
+def short(value: object, most: int = 80) -> str:
+    """A value for a message."""
     text = repr(value)
     return text if len(text) <= most else text[:most] + "..."

@@ -6,9 +6,18 @@ Ours are [out, in]. GPT-2 stores [in, out]. Query, key and value may lie in one 
     GPT-NeoX   outer heads, parts 3             q, k, v of head 0, then those of head 1, ...
     Falcon     outer key/value heads            the q of all heads that share one, its k, its v, then the next
 """
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from ...arrays import Array
+
+if TYPE_CHECKING:
+    from ..safetensors import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -21,11 +30,12 @@ class Fused:
     last: int
 
     @property
-    def stored_rows(self):
+    def stored_rows(self) -> int:
+        """The rows of the whole fused tensor."""
         return self.outer * self.parts * self.inner
 
-    def runs(self, start, stop):
-        """Yield (first, first in the tensor, count) for the unbroken runs of rows start..stop - 1."""
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (first row, first row in the tensor, count) for the unbroken runs of rows start..stop - 1."""
         length = (self.last - self.first) * self.inner
         while start < stop:
             group, within = divmod(start, length)
@@ -35,20 +45,27 @@ class Fused:
 
 
 @dataclass(frozen=True)
-class Place:
-    """The stored tensor that a parameter of this shape lies in, and how."""
+class Layout:
+    """The stored tensor that a parameter of this shape lies in, and how.
+
+    name : of the tensor
+    shape : of the parameter, [out, in]
+    transposed : whether the tensor is [in, out]
+    fused : which of the tensor's rows are the parameter's, None: all
+    """
     name: str
     shape: tuple
     transposed: bool = False
     fused: Fused | None = None
 
     @property
-    def stored_shape(self):
+    def stored_shape(self) -> tuple:
+        """The shape of the whole stored tensor."""
         shape = self.shape if self.fused is None else (self.fused.stored_rows, *self.shape[1:])
         return shape[::-1] if self.transposed else shape
 
-    def pieces(self, window):
-        """Yield (where in the window, where in the tensor, as tuples of slices) for a window of the parameter."""
+    def runs(self, window: tuple) -> Iterator[tuple[slice, tuple]]:
+        """Yield (rows of the window, window of the stored tensor), both slices, for a window of the parameter."""
         rows, rest = window[0], tuple(window[1:])
         runs = [(rows.start, rows.start, rows.stop - rows.start)] if self.fused is None else \
             self.fused.runs(rows.start, rows.stop)
@@ -58,19 +75,23 @@ class Place:
 
 
 class View:
-    """A parameter in a checkpoint, with a shape and slices: only what is sliced is read. Rank-local."""
+    """A parameter in a checkpoint, with a shape and slices: only what is sliced is read. Rank-local.
 
-    def __init__(self, tensor, place):
-        self.tensor, self.place = tensor, place
-        self.shape, self.dtype = place.shape, tensor.dtype
+    shape : of the parameter
+    dtype : as stored, by its name in the file ("BF16")
+    """
 
-    def read(self, window, out):
+    def __init__(self, tensor: StoredTensor, layout: Layout):
+        self.tensor, self.layout = tensor, layout
+        self.shape, self.dtype = layout.shape, tensor.dtype
+
+    def read(self, window: tuple, out: Array) -> None:
         """Read a window (a tuple of slices with both ends) into an array of its shape."""
-        for mine, theirs in self.place.pieces(window):
-            part = out[mine]
-            self.tensor.read(theirs, part.T if self.place.transposed else part)
+        for rows, stored in self.layout.runs(window):
+            part = out[rows]
+            self.tensor.read(stored, part.T if self.layout.transposed else part)
 
-    def __getitem__(self, window):
+    def __getitem__(self, window: tuple) -> Array:
         window = tuple(slice(*part.indices(n)) for part, n in zip(window, self.shape))
         out = np.empty([part.stop - part.start for part in window], "float64" if self.dtype == "F64" else "float32")
         self.read(window, out)

@@ -1,46 +1,82 @@
 """Rotary positions out of a config.json, in both of its styles.
 
-rope_theta and rope_scaling {"type" or "rope_type", ...} beside the other keys; or rope_parameters with all of it, in
-one object or in one for each kind of layer.
+Old: rope_theta and rope_scaling {"type" or "rope_type", ...} beside the other keys. New: rope_parameters with all of it,
+in one object or in one for each kind of layer. Where both exist, rope_scaling counts, as in transformers.
 """
+from __future__ import annotations
+
 import math
 
 from ...config import Rotary
 from ...errors import InputError
+from .keys import Keys
 
 KINDS = ("default", "linear", "llama3", "yarn")
+# The keys of any kind. A key that this kind does not read changes nothing in it; all others are refused.
 KNOWN = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
          "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale",
-         "mscale_all_dim", "truncate", "finetuned"}     # what a type does not look at it does not have
+         "mscale_all_dim", "truncate", "finetuned"}
 
 
-def rotary(keys, head_dim, theta=10000.0, theta_key="rope_theta", part=1.0, part_key=None, layer_type=None,
-           scaled=True):
-    """The Rotary of the model, or of its layers of one type.
+def rotary(keys: Keys, head_dim: int, theta: float = 10000.0, theta_key: str = "rope_theta", part: float = 1.0,
+           part_key: str | None = None) -> Rotary:
+    """Return the Rotary of all layers.
 
-    keys : of the whole config.json
-    theta, part : where it does not say it; part: of a head's features that turn
-    theta_key, part_key : what the old style calls them; no part_key: all of a head turns in this family
-    layer_type : the key of rope_parameters that its layers' object is under
-    scaled : whether the old style's rope_scaling is theirs
+    Parameters
+    ----------
+    keys : Keys
+        Of the whole config.json.
+    head_dim : int
+        Features of a head.
+    theta, part : float, optional
+        Where config.json does not say them; part: the share of a head's features that turn.
+    theta_key, part_key : str, optional
+        Their names in the old style; no part_key: all of a head turns in this family.
     """
     theta = keys.number(theta_key, default=theta, above=0)
     if part_key is None:
-        keys.refuse(partial_rotary_factor=1)
+        keys.refuse({"partial_rotary_factor": (1,)})
     else:
         part = keys.number(part_key, default=part, above=0)
-    found = keys.inner("rope_parameters")
-    if layer_type is not None and found is not None:
-        found = found.inner(layer_type)
-    if found is None and scaled:
-        found = keys.inner("rope_scaling")
-    if found is None:
-        return Rotary(dim=turning(part, head_dim, keys), base=theta)
+    old, new = keys.inner("rope_scaling"), keys.inner("rope_parameters")
+    found = old if old is not None and old.values else new
+    return scaled_rotary(keys, found or Keys({}), head_dim, theta, part, part_key is not None)
+
+
+def rotary_of_layer_types(keys: Keys, head_dim: int, thetas: dict[str, tuple[str, float]]) -> dict[str, Rotary]:
+    """Return {layer type: Rotary} where rope_parameters has an object for each type of layer.
+
+    rope_scaling, of the old style, is added to that of the "full_attention" layers.
+
+    Parameters
+    ----------
+    keys : Keys
+        Of the whole config.json.
+    head_dim : int
+    thetas : {layer type: (its rope_theta's name in the old style, default)}
+    """
+    keys.refuse({"partial_rotary_factor": (1,)})
+    old, new = keys.inner("rope_scaling"), keys.inner("rope_parameters")
+    other = sorted(new.values.keys() - thetas.keys()) if new else []
+    if other:
+        raise InputError(f"{new.where}: found {other[0]!r}, expected an object for each of {', '.join(thetas)}")
+    turns = {}
+    for layer_type, (key, theta) in thetas.items():
+        theta = keys.number(key, default=theta, above=0)
+        found = (new and new.inner(layer_type)) or Keys({}, f"{keys.where}: rope_parameters: {layer_type}")
+        if layer_type == "full_attention" and old:
+            found = Keys({**found.values, **old.values}, old.where)
+        turns[layer_type] = scaled_rotary(keys, found, head_dim, theta, 1.0, False)
+    return turns
+
+
+def scaled_rotary(keys: Keys, found: Keys, head_dim: int, theta: float, part: float, partial: bool) -> Rotary:
+    """The Rotary of one object of the new style; theta, part: where the object does not say them."""
     theta = found.number("rope_theta", default=theta, above=0)
-    if part_key is None:
-        found.refuse(partial_rotary_factor=1)
-    else:
+    if partial:
         part = found.number("partial_rotary_factor", default=part, above=0)
+    else:
+        found.refuse({"partial_rotary_factor": (1,)})
     kind = found.get("rope_type", default=None) or found.get("type", default="default")
     if kind not in KINDS:
         raise InputError(f"{found.where}: found rope_type {kind!r}, expected one of {', '.join(KINDS)}")
@@ -52,8 +88,8 @@ def rotary(keys, head_dim, theta=10000.0, theta_key="rope_theta", part=1.0, part
     return Rotary(dim=turning(part, head_dim, found), base=theta, **more)
 
 
-def rope_keys(rotary, theta_key="rope_theta"):
-    """What says so in the old style, which every transformers reads."""
+def rope_keys(rotary: Rotary | None, theta_key: str = "rope_theta") -> dict:
+    """The keys of a Rotary in the old style, which every transformers reads."""
     if rotary is None:
         return {}
     scaling = None
@@ -67,7 +103,7 @@ def rope_keys(rotary, theta_key="rope_theta"):
     return {theta_key: rotary.base, "rope_scaling": scaling}
 
 
-def turning(part, head_dim, keys):
+def turning(part: float, head_dim: int, keys: Keys) -> int | None:
     """How many features of a head turn; None: all."""
     dim = int(head_dim * part)
     if not 0 < part <= 1 or dim % 2 or dim == 0:
@@ -76,7 +112,7 @@ def turning(part, head_dim, keys):
     return None if dim == head_dim else dim
 
 
-def scaling(kind, found, keys):
+def scaling(kind: str, found: Keys, keys: Keys) -> dict:
     """The fields of Rotary that stretch the frequencies."""
     if kind == "linear":
         return dict(scaling=kind, factor=found.number("factor", above=0))
@@ -105,5 +141,6 @@ def scaling(kind, found, keys):
                 truncate=found.flag("truncate", default=True))
 
 
-def temperature(factor, scale):
+def temperature(factor: float, scale: float) -> float:
+    """The attention factor of yarn (arXiv 2309.00071, section 3.4), with DeepSeek's mscale."""
     return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0

@@ -1,5 +1,5 @@
 """Transport of a group of one rank: nothing travels, and a plain MPI is handed no device pointer."""
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ...arrays import DeviceArray
 
@@ -30,20 +30,20 @@ class OneRankTransport:
     def broadcast(self, x: DeviceArray, root: int) -> None:
         """Leave x as it is."""
 
-    def all_gather(self, send: DeviceArray, receive: DeviceArray, counts: Sequence[int]) -> None:
+    def all_gather(self, send: DeviceArray, receive: DeviceArray, counts: list[int]) -> None:
         """Copy send to receive."""
         receive[...] = send
 
-    def gather(self, send: DeviceArray, receive: DeviceArray, counts: Sequence[int], root: int) -> None:
+    def gather(self, send: DeviceArray, receive: DeviceArray, counts: list[int], root: int) -> None:
         """Copy send to receive."""
         receive[...] = send
 
-    def reduce_scatter(self, send: DeviceArray, receive: DeviceArray, counts: Sequence[int], op: str) -> None:
+    def reduce_scatter(self, send: DeviceArray, receive: DeviceArray, counts: list[int], op: str) -> None:
         """Copy send to receive."""
         receive[...] = send
 
-    def all_to_all(self, send: DeviceArray, send_counts: Sequence[int], receive: DeviceArray,
-                   receive_counts: Sequence[int]) -> None:
+    def all_to_all(self, send: DeviceArray, send_counts: list[int], receive: DeviceArray,
+                   receive_counts: list[int]) -> None:
         """Copy send to receive."""
         receive[...] = send
 

@@ -7,7 +7,6 @@ import os
 
 from mpi4py import MPI
 
-from ...arrays import array_module  # noqa: F401 - imported from here by comm/group.py
 from ...errors import InputError
 from .. import agreement
 

@@ -97,6 +97,7 @@ def use_device(cupy: ModuleType, number: int, tf32: bool) -> tuple[str, str]:
 def require_own(gpu: Gpu, holders: list[int], share: bool) -> str:
     """Raise InputError where a GPU has several holders that may not share it, else return one text."""
     if gpu.shared and not share:
-        raise InputError(f"found ranks {', '.join(map(str, holders))} on one GPU, {gpu.name} {gpu.uuid}, expected a GPU "
-                         f"a rank: fewer ranks, or share_gpu=True (--share-gpu, MPITP_SHARE_GPU=1)")
+        ranks = ", ".join(map(str, holders))
+        raise InputError(f"found ranks {ranks} on one GPU, {gpu.name} {gpu.uuid}, expected a GPU a rank: "
+                         "fewer ranks, or share_gpu=True (--share-gpu, MPITP_SHARE_GPU=1)")
     return "own GPU"

@@ -4,7 +4,6 @@ mpi : MPI on the arrays themselves; on a GPU only where the MPI is CUDA-aware. T
 nccl : NCCL through CuPy, on device arrays
 staged : MPI on copies in pinned host memory
 """
-import os
 import sys
 import time
 from functools import partial
@@ -13,17 +12,17 @@ from typing import Any, NamedTuple
 
 from mpi4py import MPI
 
-from ...errors import InputError, require
-from ..mpi import MpiTransport
+from ...errors import InputError
+from ..mpi import requested_transport
 from .alone import OneRankTransport
 from .aware import cuda_aware_everywhere
 from .binding import Gpu
+from .mpi_device import DeviceMpiTransport
 from .staged import StagedTransport
 
-NAMES = ("auto", "mpi", "nccl", "staged")
 TIMED_BYTES = 16 << 20
 SLOW = 3e9          # bytes a second, below which a sum goes through the host: Open MPI 5 does 0.7e9, a good MPI 250e9
-Transport = Any     # MpiTransport, or a class of this folder with its methods
+Transport = Any     # a class of this folder with the methods of MpiTransport
 _printed_reasons: set[str] = set()
 
 
@@ -34,43 +33,30 @@ class Decision(NamedTuple):
     problem: str = ""
 
 
-def requested(transport: str) -> str:
-    """Find the transport asked for: the argument, or MPITP_TRANSPORT where that is "auto"."""
-    if transport == "auto":
-        transport = os.environ.get("MPITP_TRANSPORT", "auto")
-    require(transport in NAMES, f"transport {transport!r}", f"one of {', '.join(NAMES)}")
-    return transport
-
-
-def choose_transport(comm: MPI.Comm, device: str, xp: ModuleType, gpu: Gpu | None, transport: str) -> Transport:
-    """Make the transport of a group. Collective.
+def choose_transport(comm: MPI.Comm, xp: ModuleType, gpu: Gpu, transport: str) -> Transport:
+    """Make the transport of a group on GPUs. Collective.
 
     Parameters
     ----------
     comm : mpi4py communicator
-    device : {"cpu", "gpu"}
     xp : module
-        Of the device's arrays.
-    gpu : Gpu or None
-        This rank's, from bind; None on a CPU.
+        cupy.
+    gpu : Gpu
+        This rank's, from bind.
     transport : str
-        One of NAMES; MPITP_TRANSPORT stands in for "auto".
+        One of TRANSPORTS in comm/mpi.py; MPITP_TRANSPORT stands in for "auto".
 
     Returns
     -------
     transport
-        Its `name` is one of NAMES without "auto", its `how` says why it is that one.
+        Its `name` is one of TRANSPORTS without "auto", its `how` says why it is that one.
 
     Raises
     ------
     InputError
         On every rank, for a transport that cannot be had here.
     """
-    name_asked = requested(transport)
-    if device == "cpu":
-        require(name_asked in ("auto", "mpi"), f"transport {name_asked!r} on device 'cpu'",
-                "'mpi', which host arrays travel by")
-        return MpiTransport(comm)
+    name_asked = requested_transport(transport)
     aware, aware_reason = cuda_aware_everywhere(comm)
     seconds = timed_all_reduce(comm, xp) if aware and comm.size > 1 and name_asked == "auto" else None
     obstacles = comm.allgather(nccl_obstacle(gpu))
@@ -93,7 +79,7 @@ def decide(name_asked: str, size: int, aware: bool, aware_reason: str, seconds: 
     Parameters
     ----------
     name_asked : str
-        One of NAMES.
+        One of TRANSPORTS.
     size : int
         How many ranks there are.
     aware, aware_reason : bool, str
@@ -129,7 +115,7 @@ def decide(name_asked: str, size: int, aware: bool, aware_reason: str, seconds: 
 
 def timed_all_reduce(comm: MPI.Comm, xp: ModuleType) -> float:
     """Measure the seconds of one all-reduce on device buffers, the longest of the ranks'. Collective."""
-    transport = MpiTransport(comm, partial(wait_for_device, xp))
+    transport = DeviceMpiTransport(comm, partial(wait_for_device, xp))
     x = xp.zeros(TIMED_BYTES // 4, "float32")
     transport.all_reduce(x, "sum")              # opens connections
     wait_for_device(xp)
@@ -139,7 +125,7 @@ def timed_all_reduce(comm: MPI.Comm, xp: ModuleType) -> float:
     return max(comm.allgather(time.perf_counter() - start))
 
 
-def nccl_obstacle(gpu: Gpu | None) -> str | None:
+def nccl_obstacle(gpu: Gpu) -> str | None:
     """Say why this rank cannot use NCCL; None where it can."""
     try:
         from cupy.cuda import nccl
@@ -147,7 +133,7 @@ def nccl_obstacle(gpu: Gpu | None) -> str | None:
             return "a CuPy without NCCL"
     except ImportError:
         return "a CuPy without NCCL"
-    return f"ranks that share a GPU ({gpu.name}), which NCCL refuses" if gpu and gpu.shared else None
+    return f"ranks that share a GPU ({gpu.name}), which NCCL refuses" if gpu.shared else None
 
 
 def make_transport(decision: Decision, comm: MPI.Comm, xp: ModuleType) -> Transport:
@@ -157,7 +143,7 @@ def make_transport(decision: Decision, comm: MPI.Comm, xp: ModuleType) -> Transp
         return NcclTransport(comm, xp, decision.how)
     synchronise = partial(wait_for_device, xp)
     if decision.name == "mpi":
-        return MpiTransport(comm, synchronise, in_pairs=True, how=decision.how)
+        return DeviceMpiTransport(comm, synchronise, decision.how)
     return StagedTransport(comm, synchronise, decision.how,
                            streams=(xp.cuda.Stream(non_blocking=True), xp.cuda.Stream(non_blocking=True)))
 

@@ -3,14 +3,14 @@
 Calls are put on CuPy's current stream, behind the kernels that make what they send. Arrays are flat or C-contiguous;
 counts are elements per rank. Every call is collective.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from mpi4py import MPI
 
 from ...arrays import DeviceArray
-from ..mpi import cut
+from .mpi_device import runs
 
 # NCCL moves bytes in these too, so that 16-bit arrays may come under the dtype that MPI knows for them, uint16.
 TYPES = {"float32": "NCCL_FLOAT32", "float64": "NCCL_FLOAT64", "int32": "NCCL_INT32", "int64": "NCCL_INT64",
@@ -64,22 +64,22 @@ class NcclTransport:
         done = self.side_stream.record()
         return lambda: self.cupy.cuda.get_current_stream().wait_event(done)
 
-    def all_gather(self, send: DeviceArray, receive: DeviceArray, counts: Sequence[int]) -> None:
+    def all_gather(self, send: DeviceArray, receive: DeviceArray, counts: list[int]) -> None:
         """receive = the send arrays of all ranks, one after the other."""
         if len(set(counts)) == 1:
             pointer, count, kind = self.arguments(send)
             if count:
                 self.comm.allGather(pointer, receive.data.ptr, count, kind, self.stream())
             return
-        self.exchange([send] * self.size, cut(receive, counts))
+        self.exchange([send] * self.size, runs(receive, counts))
 
-    def gather(self, send: DeviceArray, receive: DeviceArray | None, counts: Sequence[int], root: int) -> None:
+    def gather(self, send: DeviceArray, receive: DeviceArray | None, counts: list[int], root: int) -> None:
         """receive on root = the send arrays of all ranks, one after the other; receive is None elsewhere."""
         nothing = send[:0]
-        parts = cut(receive, counts) if self.rank == root else [nothing] * self.size
+        parts = [nothing] * self.size if receive is None else runs(receive, counts)
         self.exchange([send if p == root else nothing for p in range(self.size)], parts)
 
-    def reduce_scatter(self, send: DeviceArray, receive: DeviceArray, counts: Sequence[int], op: str) -> None:
+    def reduce_scatter(self, send: DeviceArray, receive: DeviceArray, counts: list[int], op: str) -> None:
         """receive = this rank's run of the sum (max, min) of the send arrays, cut by counts."""
         operation, stream = getattr(self.nccl, OPERATIONS[op]), self.stream()
         if len(set(counts)) == 1:
@@ -88,17 +88,17 @@ class NcclTransport:
                 self.comm.reduceScatter(pointer, receive.data.ptr, counts[0], kind, operation, stream)
             return
         self.nccl.groupStart()
-        for root, part in enumerate(cut(send, counts)):
+        for root, part in enumerate(runs(send, counts)):
             if part.size:
                 pointer, count, kind = self.arguments(part)
                 target = receive.data.ptr if root == self.rank else 0
                 self.comm.reduce(pointer, target, count, kind, operation, root, stream)
         self.nccl.groupEnd()
 
-    def all_to_all(self, send: DeviceArray, send_counts: Sequence[int], receive: DeviceArray,
-                   receive_counts: Sequence[int]) -> None:
+    def all_to_all(self, send: DeviceArray, send_counts: list[int], receive: DeviceArray,
+                   receive_counts: list[int]) -> None:
         """Run p of send goes to rank p; receive = what every rank sent here, one after the other."""
-        self.exchange(cut(send, send_counts), cut(receive, receive_counts))
+        self.exchange(runs(send, send_counts), runs(receive, receive_counts))
 
     def exchange(self, outgoing: list[DeviceArray], incoming: list[DeviceArray]) -> None:
         """outgoing[p] goes to rank p, incoming[p] comes from it; one group of sends and receives."""

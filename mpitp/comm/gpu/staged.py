@@ -3,7 +3,7 @@
 Given a device array, such an MPI reads it as a host address: a segmentation fault. So each call copies to
 pinned memory, lets MPI work there, and copies back.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -93,32 +93,32 @@ class StagedTransport:
         host = self.to_host(x)
         return partial(self.finish_all_reduce, self.host.begin_all_reduce(host, op), host, x)
 
-    def finish_all_reduce(self, wait: Callable[[], None], host: Array, x: DeviceArray) -> None:
+    def finish_all_reduce(self, wait: Callable[[], object], host: Array, x: DeviceArray) -> None:
         """Wait for a sum on the host, and copy it to x."""
         wait()
         self.to_device(host, x)
 
-    def all_gather(self, send: DeviceArray, receive: DeviceArray, counts: Sequence[int]) -> None:
+    def all_gather(self, send: DeviceArray, receive: DeviceArray, counts: list[int]) -> None:
         """receive = the send arrays of all ranks, one after the other."""
         host = self.pinned_like(receive)
         self.host.all_gather(self.to_host(send), host, counts)
         self.to_device(host, receive)
 
-    def gather(self, send: DeviceArray, receive: DeviceArray | None, counts: Sequence[int], root: int) -> None:
+    def gather(self, send: DeviceArray, receive: DeviceArray | None, counts: list[int], root: int) -> None:
         """receive on root = the send arrays of all ranks, one after the other; receive is None elsewhere."""
         host = None if receive is None else self.pinned_like(receive)
         self.host.gather(self.to_host(send), host, counts, root)
         if host is not None:
             self.to_device(host, receive)
 
-    def reduce_scatter(self, send: DeviceArray, receive: DeviceArray, counts: Sequence[int], op: str) -> None:
+    def reduce_scatter(self, send: DeviceArray, receive: DeviceArray, counts: list[int], op: str) -> None:
         """receive = this rank's run of the sum (max, min) of the send arrays, cut by counts."""
         host = self.pinned_like(receive)
         self.host.reduce_scatter(self.to_host(send), host, counts, op)
         self.to_device(host, receive)
 
-    def all_to_all(self, send: DeviceArray, send_counts: Sequence[int], receive: DeviceArray,
-                   receive_counts: Sequence[int]) -> None:
+    def all_to_all(self, send: DeviceArray, send_counts: list[int], receive: DeviceArray,
+                   receive_counts: list[int]) -> None:
         """Run p of send goes to rank p; receive = what every rank sent here, one after the other."""
         host = self.pinned_like(receive)
         self.host.all_to_all(self.to_host(send), send_counts, host, receive_counts)

@@ -1,6 +1,6 @@
 """The activations on the GPU: bias, activation, gate and derivative in one pass over the data, 16 bytes a thread."""
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial, cache
 from typing import Any
 
 import cupy
@@ -81,7 +81,7 @@ THREADS = 256
 NOTHING = np.uint64(0)      # a null pointer
 
 
-@lru_cache(maxsize=None)
+@cache
 def activate(name: str, dtype: np.dtype, with_slope: bool, wide: int) -> Any:
     """Find the kernel of an activation, with or without its derivative. Raises InputError for an unknown name."""
     if name not in BODIES:
@@ -90,7 +90,7 @@ def activate(name: str, dtype: np.dtype, with_slope: bool, wide: int) -> Any:
                   (f"-DWIDE={wide}", f"-DSLOPE={int(with_slope)}"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def elementwise(name: str, dtype: np.dtype, wide: int) -> Any:
     """Find a kernel of PRODUCTS."""
     return kernel(PRODUCTS, name, dtype, (f"-DWIDE={wide}",))

@@ -5,7 +5,7 @@ the time of the reading for 2 to 16 rows of float32. Which thread adds what does
 
 Dimension key: N rows (tokens), I in features, O out features.
 """
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import cupy
@@ -145,7 +145,7 @@ def one_row(x_1I: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None = None
     return y_1O
 
 
-@lru_cache(maxsize=None)
+@cache
 def gemv(dtype: np.dtype, warps: int, in_vectors: bool, rounded: bool) -> Any:
     """Find the kernel of one row; `rounded`: y has the dtype of w, not that of sums."""
     return kernel(GEMV, "gemv", dtype, (f"-DWARPS={warps}", f"-DROWS={ROWS}", f"-DVECTORS={int(in_vectors)}",
@@ -174,7 +174,7 @@ def few_rows(x_NI: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None = Non
     return y_NO
 
 
-@lru_cache(maxsize=None)
+@cache
 def few(padded: int, rows: int) -> Any:
     """Find the kernel of up to `padded` rows of x, which takes `rows` rows of w a warp."""
     chunk = 512 if padded <= 8 else 256                     # 2 x padded x chunk numbers of shared memory

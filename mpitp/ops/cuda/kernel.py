@@ -3,7 +3,7 @@
 T is float, double or one of the 16-bit types, of which a kernel sees the bits; A is double for double, else float.
 up(T) -> A is exact, down(A) -> T rounds to nearest even.
 """
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import cupy
@@ -71,7 +71,7 @@ __device__ A block_max(A x) {
 INFINITY = "__int_as_float(0x7f800000)"
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(source: str, name: str, dtype: np.dtype, options: tuple[str, ...] = ()) -> Any:
     """Make the kernel `name` of a CUDA source, for arrays of this dtype; CuPy compiles it at its first call."""
     whole = ROUND[dtype.name] + FAST[dtype.itemsize == 2] + REDUCE + source

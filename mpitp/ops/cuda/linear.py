@@ -5,7 +5,7 @@ alignment depend on the number of ranks: operands that the hardware would read o
 
 Dimension key: N rows (tokens), I in features, O out features.
 """
-from functools import lru_cache
+from functools import lru_cache, cache
 
 import cupy
 import numpy as np
@@ -122,13 +122,13 @@ def layout_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype,
     return in_place, op, gap // size, (apart // size if in_place else rows * length)
 
 
-@lru_cache(maxsize=None)
+@cache
 def cuda_type(dtype: np.dtype) -> int:
     """Find the number that cuBLAS has for a dtype."""
     return CUDA_R[dtype.name]
 
 
-@lru_cache(maxsize=None)
+@cache
 def numbers(dtype: np.dtype) -> tuple[int, int, int]:
     """Find what cuBLAS computes products of a dtype in, and the addresses of a 1 and a 0 of that."""
     computed = sum_dtype(dtype)

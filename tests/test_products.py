@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpitp.comm.ledger import Collective
-from mpitp.layers import mappings
+from mpitp.layers import products
 from spmd import draw, everywhere, same_bytes
 
 SIZES = pytest.mark.parametrize("size", [1, 2, 7, 16, 33])
@@ -43,13 +43,16 @@ def test_f_and_g(group, size):
     terms = leaves(partition)
     mine = [b.index for b in partition.blocks_of(group.rank)]
     x, dy = draw(1, ROWS, 4), draw(2, ROWS, 4)
-    for reduce in (mappings.copy_to_ranks_backward, mappings.reduce_from_ranks_forward):
+    for reduce in (products.copy_to_ranks_backward, products.reduce_from_ranks_forward):
         group.ledger.clear()
-        total = reduce(lambda block: terms[block.index].copy(), partition, group, (ROWS, 4), np.float64)
+        total = group.sum(partition, (ROWS, 4), np.float64)
+        for block in partition.blocks_of(group.rank):
+            total.add(block, terms[block.index].copy())
+        total = reduce(total)
         assert everywhere(np.abs(total - sum(terms.values())).max() < 1e-13)
         assert group.ledger.counts() == Counter({Collective("all_reduce", ROWS * 4, "float64"): 1})
         # f: every block used x, and sent back its term;  g: every block's term counts once
-        for identity, value in ((mappings.copy_to_ranks_forward, x), (mappings.reduce_from_ranks_backward, dy)):
+        for identity, value in ((products.copy_to_ranks_forward, x), (products.reduce_from_ranks_backward, dy)):
             assert identity(value) is value
             of_parts = group.comm.allreduce(sum(inner(terms[b], identity(value)) for b in mine))
             assert close(inner(total, value), of_parts)
@@ -62,10 +65,10 @@ def test_gather(group, size):
     whole, dy = draw(1, ROWS, size), draw(2, ROWS, size)
     part = np.ascontiguousarray(whole[:, partition.range(group.rank)])
     group.ledger.clear()
-    y = mappings.gather_from_ranks_forward(part, partition, group)
+    y = products.gather_from_ranks_forward(part, partition, group)
     assert everywhere(same_bytes(y, whole))
     assert group.ledger.counts() == Counter({Collective("all_gather", ROWS * size, "float64"): 1})
-    d_part = mappings.gather_from_ranks_backward(dy, partition, group)
+    d_part = products.gather_from_ranks_backward(dy, partition, group)
     assert everywhere(same_bytes(d_part, np.ascontiguousarray(dy[:, partition.range(group.rank)])))
     assert sum(group.ledger.counts().values()) == 1         # the way back needs none
     assert close(inner(dy, y), split_inner(group, d_part, part))
@@ -76,11 +79,11 @@ def test_scatter(group, size):
     partition = group.partition(size)
     x, whole_dy = draw(1, ROWS, size), draw(2, ROWS, size)
     group.ledger.clear()
-    part = mappings.scatter_to_ranks_forward(x, partition, group)
+    part = products.scatter_to_ranks_forward(x, partition, group)
     assert not group.ledger.counts()
     assert everywhere(same_bytes(part, np.ascontiguousarray(x[:, partition.range(group.rank)])))
     dy = np.ascontiguousarray(whole_dy[:, partition.range(group.rank)])
-    dx = mappings.scatter_to_ranks_backward(dy, partition, group)
+    dx = products.scatter_to_ranks_backward(dy, partition, group)
     assert everywhere(same_bytes(dx, whole_dy))
     assert group.ledger.counts() == Counter({Collective("all_gather", ROWS * size, "float64"): 1})
     assert close(split_inner(group, dy, part), inner(dx, x))

@@ -1,0 +1,33 @@
+"""Sphinx's settings: python -m sphinx -W --keep-going -b html docs build/docs (packages: docs/requirements.txt)."""
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mpitp                                                    # noqa: E402
+
+project = "mpitp"
+author = "The mpitp developers"
+copyright = author                                              # noqa: A001
+release = version = mpitp.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.viewcode", "numpydoc"]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+exclude_patterns = ["packaging"]
+myst_heading_anchors = 3
+
+templates_path = ["_templates"]
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"                                      # the docstrings name the types
+numpydoc_show_class_members = False                             # autodoc lists them
+
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_title = f"mpitp {release}"
+html_copy_source = False
+html_show_sphinx = False
+pygments_style = "tango"
+pygments_dark_style = "monokai"

@@ -1,0 +1,23 @@
+"""An all-reduce that was begun and is waited for later."""
+from collections.abc import Callable
+from typing import Any
+
+from ..arrays import Array
+from .collectives import _deliver
+
+
+class PendingReduction:
+    """An all-reduce under way, which `group.begin_all_reduce` returns."""
+
+    def __init__(self, group: Any, finish: Callable[[], None], x: Array, wire: Array, out: Array):
+        self.group, self.x, self.wire, self.out = group, x, wire, out
+        self.finish: Callable[[], None] | None = finish
+
+    def wait(self) -> Array:
+        """Finish the sum, once, and return it."""
+        if self.finish is not None:
+            with self.group._record("all_reduce", self.x):
+                self.finish()
+            self.finish = None
+            _deliver(self.wire, self.out)
+        return self.out

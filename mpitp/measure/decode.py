@@ -1,0 +1,68 @@
+"""Cases of generation: one token after the other, and the matrix-vector products that it cannot do without."""
+from __future__ import annotations
+
+import numpy as np
+
+from ..arrays import Array
+from ..comm.group import TensorParallelGroup
+from ..config import DecoderConfig
+from ..inference.generation import RECORD_FROM, one_token
+from ..inference.kv import KeyValues
+from ..layers.decoder import Decoder
+from ..ops.linear import linear_forward
+from .block import BLOCK_HEADS
+from .rounds import Case
+
+
+class Decode:
+    """One token in the same place again and again, behind a prompt, as generation does it."""
+
+    def __init__(self, model: Decoder, tokens: int) -> None:
+        self.kv = KeyValues(model, 1, tokens + 1)
+        model.extend(np.arange(tokens)[None] % model.config.vocab_size, self.kv)
+        self.extend = one_token(model, self.kv, RECORD_FROM)
+
+    def run(self) -> None:
+        """Decode one token, and forget it."""
+        self.extend(np.array([[1]]))
+        self.kv.advance(-1)
+
+
+def decode_cases(group: TensorParallelGroup, tokens: int, hidden: int, heads: int = BLOCK_HEADS,
+                 dtype: str = "float32") -> tuple[dict[str, Case], Decoder]:
+    """Return {"decode", "matrix-vector products"} of a small decoder, and the decoder.
+
+    It is of Llama's kind, with 2 layers and a vocabulary of 8,192. A call decodes one token behind a prompt of `tokens`.
+    """
+    config = DecoderConfig(8192, hidden, 2, heads, normalization="rmsnorm", activation="silu", gated=True,
+                           qkv_bias=False, attention_bias=False, mlp_bias=False, tie_word_embeddings=True)
+    model = Decoder(group, config, dtype=dtype)
+    return {"decode": Decode(model, tokens).run, "matrix-vector products": matrix_vector_products(model)}, model
+
+
+def matrix_vector_products(model: Decoder) -> Case:
+    """Return a case that multiplies every matrix of this rank by a vector, the head's once: the limit of decoding."""
+    return MatrixVectorProducts(model).run
+
+
+class MatrixVectorProducts:
+    """Every matrix of a decoder that decoding reads as a whole, times a vector."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.weights = [w for name, w in model.weights.items() if w.ndim == 2 and not name.startswith("position")]
+        if not model.config.tie_word_embeddings:                # a lookup reads one row of it
+            self.weights = [w for w in self.weights if w is not model.weights["embedding.weight"]]
+        xp = model.group.xp
+        self.x = {w.shape[1]: xp.ones((1, w.shape[1]), w.dtype) for w in self.weights}
+        self.y = {w.shape[0]: xp.empty((1, w.shape[0]), w.dtype) for w in self.weights}
+        self.multiply = multiply if xp is np else linear_forward
+
+    def run(self) -> None:
+        """Multiply each."""
+        for w in self.weights:
+            self.multiply(self.x[w.shape[1]], w, self.y[w.shape[0]])
+
+
+def multiply(x: Array, w: Array, y: Array) -> None:
+    """Write x W^T to y."""
+    np.matmul(x, w.T, out=y)

@@ -1,0 +1,64 @@
+"""How a decoder is trained, apart from the model and the data."""
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from ..errors import require, require_positive
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a decoder is trained. All ranks of the group see the same tokens.
+
+    Parameters
+    ----------
+    micro_batch_size, gradient_accumulation : sequences of a forward, and forwards of a step
+    train_iters : steps
+    lr, min_lr, warmup : see learning_rate
+    adam_beta1, adam_beta2, adam_eps, weight_decay : see AdamW
+    clip_grad : largest Euclidean norm of all gradients, 0 for none
+    label_smoothing : of the training loss
+    seed : of weights, windows and dropout
+    eval_interval, eval_batches : validation every so many steps (0: at the end) on so many batches
+    save_interval, keep : a checkpoint every so many steps (0: at the end); the newest `keep` of them stay (0: all)
+    check_interval : every so many steps the copies that several ranks hold are compared
+
+    Raises
+    ------
+    InputError
+        For a number that is none of these.
+    """
+    micro_batch_size: int = 8
+    gradient_accumulation: int = 1
+    train_iters: int = 200
+    lr: float = 3e-3
+    min_lr: float = 3e-4
+    warmup: int = 20
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    label_smoothing: float = 0.0
+    seed: int = 0
+    eval_interval: int = 0
+    eval_batches: int = 8
+    save_interval: int = 0
+    keep: int = 3
+    check_interval: int = 50
+
+    def __post_init__(self):
+        require_positive(micro_batch_size=self.micro_batch_size, gradient_accumulation=self.gradient_accumulation,
+                         train_iters=self.train_iters, eval_batches=self.eval_batches,
+                         check_interval=self.check_interval)
+        for name in ("lr", "min_lr", "warmup", "clip_grad", "eval_interval", "save_interval", "keep"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"{name} = {value!r}", "a number from 0")
+
+    def of_the_result(self) -> dict:
+        """The settings that the result depends on, with which alone a run is resumed."""
+        own = asdict(self)
+        for name in ("eval_interval", "eval_batches", "save_interval", "keep", "check_interval"):
+            del own[name]
+        return own

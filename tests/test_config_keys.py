@@ -1,0 +1,246 @@
+"""Every key of config.json is read, known to be without effect in its family, or refused by name; nothing is left out
+silently."""
+import json
+import warnings
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import make_tiny_checkpoints as tiny
+import mpitp
+from mpitp import InputError
+from mpitp.checkpoints.families import MODULES, family_named
+from mpitp.checkpoints.families.keys import Keys
+from mpitp.checkpoints.loading import CheckpointWarning, open_folder
+from spmd import everywhere, job
+
+COMMON = dict(architectures=["X"], torch_dtype="bfloat16", transformers_version="4.40.0", use_cache=True, bos_token_id=1,
+              eos_token_id=2, initializer_range=0.02)
+LLAMA = dict(COMMON, hidden_act="silu", hidden_size=64, intermediate_size=128, num_hidden_layers=2, rms_norm_eps=1e-6,
+             num_attention_heads=4, num_key_value_heads=2, vocab_size=100, max_position_embeddings=2048,
+             rope_theta=1e6, tie_word_embeddings=False, attention_dropout=0.0)
+# The keys of well-known folders, in sizes of ours. None of them is cause for a warning.
+ORDINARY = {
+    "GPT-2": dict(model_type="gpt2", activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1,
+                  bos_token_id=9, embd_pdrop=0.1, eos_token_id=9, initializer_range=0.02, layer_norm_epsilon=1e-5,
+                  n_ctx=64, n_embd=64, n_head=4, n_layer=2, n_positions=64, resid_pdrop=0.1, summary_activation=None,
+                  summary_first_dropout=0.1, summary_proj_to_labels=True, summary_type="cls_index", vocab_size=100,
+                  summary_use_proj=True, task_specific_params={"text-generation": {"do_sample": True}}),
+    "DistilGPT-2": dict(model_type="gpt2", _num_labels=1, n_ctx=64, n_embd=64, n_head=4, n_layer=2, n_positions=64,
+                        vocab_size=100, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, output_past=True),
+    "Llama 3": dict(LLAMA, model_type="llama", attention_bias=False, mlp_bias=False, pretraining_tp=1, head_dim=16,
+                    rope_scaling=dict(factor=8.0, high_freq_factor=4.0, low_freq_factor=1.0, rope_type="llama3",
+                                      original_max_position_embeddings=8192)),
+    "Llama 2, saved again": dict(LLAMA, model_type="llama", _name_or_path="x", pretraining_tp=2, rope_scaling=None,
+                                 max_sequence_length=2048, pad_token_id=0, quantization_config=None),
+    "SmolLM": dict(LLAMA, model_type="llama", is_llama_config=True, rope_interleaved=False, rope_scaling=None,
+                   **{"transformers.js_config": {"kv_cache_dtype": {}}}),
+    "Mistral": dict(LLAMA, model_type="mistral", sliding_window=None, head_dim=16),
+    "Mistral 0.1": dict(LLAMA, model_type="mistral", sliding_window=4096),
+    "Qwen2": dict(LLAMA, model_type="qwen2", max_window_layers=28, sliding_window=32768, use_sliding_window=False),
+    "DeepSeek's Qwen2": dict(LLAMA, model_type="qwen2", max_window_layers=28, sliding_window=4096, use_mrope=False,
+                             use_sliding_window=False),
+    "Qwen3": dict(LLAMA, model_type="qwen3", attention_bias=False, head_dim=16, max_window_layers=28, rope_scaling=None,
+                  sliding_window=None, use_sliding_window=False),
+    "Gemma 3": dict(COMMON, model_type="gemma3_text", _sliding_window_pattern=6, attention_bias=False,
+                    attention_dropout=0.0, attn_logit_softcapping=None, final_logit_softcapping=None, head_dim=16,
+                    hidden_activation="gelu_pytorch_tanh", hidden_size=64, intermediate_size=128, vocab_size=100,
+                    layer_types=["sliding_attention", "full_attention"], max_position_embeddings=32768,
+                    num_attention_heads=4, num_hidden_layers=2, num_key_value_heads=1, pad_token_id=0,
+                    query_pre_attn_scalar=16, rms_norm_eps=1e-6, rope_local_base_freq=1e4, rope_scaling=None,
+                    rope_theta=1e6, sliding_window=512, use_bidirectional_attention=False,
+                    cache_implementation="hybrid", unsloth_fixed=True),
+    "Pythia": dict(COMMON, model_type="gpt_neox", hidden_act="gelu", hidden_size=64, intermediate_size=256,
+                   layer_norm_eps=1e-5, max_position_embeddings=2048, num_attention_heads=4, num_hidden_layers=2,
+                   rotary_emb_base=10000, rotary_pct=0.25, tie_word_embeddings=False, use_parallel_residual=True,
+                   vocab_size=100, classifier_dropout=0.1, hidden_dropout=0.0, attention_dropout=0.0),
+    "GPT-NeoX-20B": dict(COMMON, model_type="gpt_neox", attention_probs_dropout_prob=0, hidden_act="gelu_fast",
+                         hidden_dropout_prob=0, hidden_size=64, intermediate_size=256, num_attention_heads=4,
+                         num_hidden_layers=2, rotary_emb_base=10000, rotary_pct=0.25, vocab_size=100),
+    "Falcon-7B": dict(COMMON, model_type="falcon", alibi=False, apply_residual_connection_post_layernorm=False,
+                      attention_dropout=0.0, auto_map={}, bias=False, hidden_dropout=0.0, hidden_size=64,
+                      layer_norm_epsilon=1e-5, multi_query=True, new_decoder_architecture=False, vocab_size=100,
+                      num_attention_heads=4, num_hidden_layers=2, parallel_attn=True),
+    "Falcon-40B": dict(COMMON, model_type="falcon", alibi=False, attention_dropout=0.0, bias=False, hidden_dropout=0.0,
+                       hidden_size=64, layer_norm_epsilon=1e-5, multi_query=True, new_decoder_architecture=True,
+                       num_attention_heads=4, num_hidden_layers=2, num_kv_heads=2, parallel_attn=True, vocab_size=100),
+    "Falcon-11B": dict(COMMON, model_type="falcon", alibi=False, activation="gelu", bias=False, ff_factor=4,
+                       ffn_hidden_size=256, hidden_size=64, multi_query=True, new_decoder_architecture=True,
+                       num_attention_heads=4, num_hidden_layers=2, num_kv_heads=2, num_ln_in_parallel_attn=1,
+                       parallel_attn=True, rope_scaling=None, rope_theta=500042.0, vocab_size=100),
+    "BLOOM": dict(COMMON, model_type="bloom", apply_residual_connection_post_layernorm=False, attention_dropout=0.0,
+                  attention_softmax_in_fp32=True, bias_dropout_fusion=True, hidden_dropout=0.0, layer_norm_epsilon=1e-5,
+                  masked_softmax_fusion=True, n_embed=64, n_inner=None, n_layer=2, num_attention_heads=4,
+                  offset_alibi=100, pretraining_tp=2, seq_length=2048, skip_bias_add=True, skip_bias_add_qkv=False,
+                  slow_but_exact=False, unk_token_id=0, vocab_size=100),
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_no_false_alarm(name):
+    keys = Keys(ORDINARY[name])
+    family_named(ORDINARY[name]["model_type"]).config(keys)
+    assert keys.unknown() == []
+
+
+def test_every_family_has_an_ordinary_folder():
+    assert {config["model_type"] for config in ORDINARY.values()} == set(MODULES)
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize("case, changes, said", [
+    *[(case, dict(is_causal=False), "found is_causal = False, expected True: it changes the results")
+      for case in ("llama", "mistral", "qwen2", "gpt2", "gpt_neox", "falcon_7b", "bloom", "gemma3_text")],
+    ("llama", dict(per_layer_config={"0": {"num_attention_heads": 2}}), "found per_layer_config"),
+    ("llama", dict(sliding_window=3), "found sliding_window = 3, expected none"),
+    ("llama", dict(layer_types=[SLIDING, FULL]), "found layer_types = 'sliding_attention', expected full_attention in"),
+    ("llama", dict(rope_interleaved=True), "found rope_interleaved = True"),
+    ("mistral", dict(layer_types=[FULL, FULL]), "found layer_types = 'full_attention', expected sliding_attention in"),
+    ("mistral", dict(layer_types=[SLIDING, FULL]), "found layer_types = 'full_attention'"),
+    ("mistral", dict(layer_types=[SLIDING]), "expected a list of 2 names"),
+    ("mistral", dict(layer_types=[SLIDING, SLIDING], sliding_window=None), "found layer_types = 'sliding_attention'"),
+    ("qwen2", dict(use_sliding_window=False), "expected full_attention where there is no sliding_window"),
+    ("qwen2", dict(use_mrope=True), "found use_mrope = True, expected False"),
+    ("gemma3_text", dict(sliding_window=None), "expected full_attention where there is no sliding_window"),
+    ("gemma3_text", dict(rope_parameters=dict(rope_type="linear", factor=8.0)), "found 'factor', expected an object for"),
+    ("gpt_neox", dict(head_dim=4), "found head_dim = 4, expected 8"),
+    ("bloom", dict(slow_but_exact=True, pretraining_tp=2), "found pretraining_tp = 2, expected 1"),
+    ("falcon_7b", dict(apply_residual_connection_post_layernorm=True), "apply_residual_connection_post_layernorm = True"),
+])
+def test_refused_by_name(case, changes, said, tmp_path):
+    golden = tiny.load(case)
+    tiny.write(tmp_path, golden, config={**golden["config"], **changes})
+    with pytest.raises(InputError) as caught:
+        open_folder(tmp_path)
+    assert said in str(caught.value) and str(caught.value).startswith("config.json: "), caught.value
+
+
+@pytest.mark.parametrize("case, changes", [
+    ("bloom", dict(slow_but_exact=True, pretraining_tp=1)), ("bloom", dict(slow_but_exact=False, pretraining_tp=4)),
+    ("llama", dict(is_causal=True, num_experts=0, residual_multiplier=1.0, layer_types=[FULL, FULL])),
+    ("mistral", dict(layer_types=[SLIDING, SLIDING])), ("gpt2", dict(temperature=0.7, max_length=50, pruned_heads={})),
+])
+def test_what_changes_nothing(case, changes, tmp_path):
+    golden = tiny.load(case)
+    tiny.write(tmp_path / "plain", golden)
+    tiny.write(tmp_path / "more", golden, config={**golden["config"], **changes})
+    more = open_folder(tmp_path / "more", strict=True)
+    assert more.config == open_folder(tmp_path / "plain").config and more.warnings() == []
+
+
+def test_keys_that_no_family_knows(world, tmp_path):
+    """A warning on rank 0, in the name of config.json; an error on every rank with strict."""
+    golden = tiny.load("qwen3")
+    tiny.write(tmp_path, golden, config={**golden["config"], "a_key_of_tomorrow": 1, "another": [2], "nothing": None})
+    with mpitp.TensorParallelGroup(check=True) as group:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mpitp.load_model(tmp_path, group)
+        texts = [str(found.message) for found in caught if found.category is CheckpointWarning]
+        assert everywhere(len(texts) == (group.rank == 0))
+        assert all(text == "found 'a_key_of_tomorrow', 'another', expected keys that model_type qwen3 has: left out"
+                   for text in texts)
+        with pytest.raises(InputError, match="config.json: found 'a_key_of_tomorrow', 'another', expected"):
+            mpitp.load_model(tmp_path, group, strict=True)
+
+
+@pytest.mark.launcher
+def test_the_commands_warn(tmp_path):
+    golden = tiny.load("llama")
+    tiny.write(tmp_path, golden, config={**golden["config"], "a_key_of_tomorrow": 1})
+    (tmp_path / "ids").write_text("1 2 3")
+    folder = str(tmp_path)
+    for command in (["generate", "--model", folder, "--ids", "1", "--max-new-tokens", "2"],
+                    ["score", "--model", folder, "--ids-file", str(tmp_path / "ids")], ["inspect", folder]):
+        done = job(2, "-m", "mpitp", *command)
+        assert done.returncode == 0 and done.stderr.count("a_key_of_tomorrow") == 1, done.stderr
+        assert done.stderr.count("\n") == 1
+        done = job(2, "-m", "mpitp", *command, "--strict")
+        assert done.returncode == 2 and not done.stdout and done.stderr.count("mpitp: ") == 1, done.stderr
+        assert "found 'a_key_of_tomorrow', expected keys that model_type llama has" in done.stderr
+    done = job(2, "-m", "mpitp", "verify", "--model", folder)
+    assert done.returncode == 0 and done.stderr.count("a_key_of_tomorrow") == 1, done.stderr
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+def add(folder, **tensors):
+    """Store more tensors; None removes one."""
+    stored = {**load_file(folder / "model.safetensors"), **tensors}
+    save_file({name: w for name, w in stored.items() if w is not None}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+
+
+def test_a_head_of_its_own_is_used_and_saved(world, tmp_path):
+    """transformers does not tie it either; test_load_model has its logits."""
+    golden = tiny.load("gpt2_own_head")
+    tiny.write(tmp_path / "a", golden)
+    with mpitp.TensorParallelGroup(check=True) as group:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = mpitp.load_model(tmp_path / "a", group)
+        assert not model.config.tie_word_embeddings and "head.weight" in model.weights
+        texts = [str(found.message) for found in caught if found.category is CheckpointWarning]
+        assert everywhere(texts == (["found tie_word_embeddings = True, but lm_head.weight differs from the embedding: "
+                                     "the head is used as it is stored"] if group.rank == 0 else []))
+        shared = world.bcast(str(tmp_path))
+        mpitp.save_model(model, f"{shared}/b")
+        stored, config = load_file(f"{shared}/b/model.safetensors"), json.loads(open(f"{shared}/b/config.json").read())
+        assert np.array_equal(stored["lm_head.weight"], tiny.tensors(golden)["lm_head.weight"])
+        assert config == {**golden["config"], "tie_word_embeddings": False}
+        world.barrier()
+
+
+@pytest.mark.parametrize("case, embedding", [("gpt2", "transformer.wte.weight"), ("qwen2", "model.embed_tokens.weight")])
+def test_a_head_that_equals_the_embedding_is_tied(world, case, embedding, tmp_path):
+    golden = tiny.load(case)
+    tiny.write(tmp_path, golden)
+    w = tiny.tensors(golden)[embedding]
+    add(tmp_path, **{"lm_head.weight": w})
+    folder = open_folder(tmp_path)
+    assert folder.config.tie_word_embeddings and folder.warnings() == []
+    changed = w.copy()
+    changed[-1, -1] += 1
+    add(tmp_path, **{"lm_head.weight": changed})
+    assert open_folder(tmp_path).own_head
+    add(tmp_path, **{"lm_head.weight": np.ones((38, 20), "f")})
+    with pytest.raises(InputError, match=r"lm_head.weight: found shape \(38, 20\), expected \(37, 20\)"):
+        open_folder(tmp_path)
+    add(tmp_path, **{"lm_head.weight": w, embedding: None})            # tied, under the other name
+    with mpitp.TensorParallelGroup(check=True) as group:
+        model = mpitp.load_model(tmp_path, group)
+        logits = model.gather_logits(model.forward(np.array([golden["ids"]]), save=False)[0])[0]
+    assert everywhere(np.abs(logits - golden["logits"]).max() < 1e-4)
+
+
+TRI = np.tri(19, dtype="f")[None, None]
+
+
+@pytest.mark.parametrize("case, name, right, wrong", [
+    ("gpt2", "transformer.h.0.attn.bias", TRI, np.ones_like(TRI)),
+    ("gpt2", "transformer.h.1.attn.masked_bias", np.array(-1e4, "f"), np.ones(3, "f")),
+    ("gpt_neox", "gpt_neox.layers.0.attention.bias", TRI.astype(bool), TRI[0]),
+    ("gpt_neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq", np.ones(1, "f"), np.full(1, 2, "f")),
+    ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq", 1e4 ** -(np.arange(3, dtype="f") / 3),
+     5e5 ** -(np.arange(3, dtype="f") / 3)),
+])
+def test_stored_buffers_are_what_the_model_computes_or_named(case, name, right, wrong, tmp_path):
+    tiny.write(tmp_path, tiny.load(case))
+    add(tmp_path, **{name: right.astype(right.dtype)})
+    assert open_folder(tmp_path).warnings() == []
+    add(tmp_path, **{name: wrong})
+    (text,) = open_folder(tmp_path).warnings()
+    assert text == f"found {name} with values of its own, expected those that the model computes: left out"
+
+
+def test_another_prefix_is_named(tmp_path):
+    golden = tiny.load("gemma3_text")
+    tiny.write(tmp_path, golden)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file({f"language_model.{name}": w for name, w in stored.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="found 'language_model.model.embed_tokens.weight', expected "
+                                         "'model.embed_tokens.weight' or 'embed_tokens.weight'"):
+        open_folder(tmp_path)

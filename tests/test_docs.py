@@ -1,0 +1,107 @@
+"""The pages of docs/: what they print, their tables, their links, and the site that is built of them."""
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import mpitp
+import pages
+from spmd import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+SITE = ("sphinx", "furo", "myst_parser", "numpydoc")                # docs/requirements.txt
+
+
+def load_figures():
+    found = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_its_outputs(page, tmp_path):
+    pages.check(page, tmp_path)
+
+
+def test_every_block_is_run_or_says_why_not():
+    """The few that are only shown are known here, so that a new one is seen."""
+    found = {page.name: [pages.kind(block) for block in pages.blocks(page)] for page in PAGES}
+    left_out = {name: kinds.count("not run") for name, kinds in found.items() if "not run" in kinds}
+    assert left_out == {"checkpoints.md": 2, "sharp_bits.md": 3}
+    assert sum(kinds.count("console") for kinds in found.values()) >= 15
+    assert found["tutorial.md"].count("python") >= 10
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("text", [
+    "```python\nprint(1 + 1)\n```\n\n```text\n3\n```\n",
+    "```python\nprint(1 + 1)\n```\n",                               # prints what the page does not show
+    "```console\n$ echo 0.1250\n0.1251\n```\n",
+    "```console\n$ false\n```\n",
+    "```console\n$ false | cat\n```\n",
+    "<!-- fails -->\n```console\n$ true\n```\n",
+    "<!-- rounding -->\n```console\n$ echo y 0.1250\ny 0.1252\n```\n",
+    "<!-- machine -->\n```console\n$ echo 0123456789abcdef x\nfedcba9876543210 y\n```\n",
+    "<!-- verdicts -->\n```console\n$ echo 'mlp  6  2  ok'\nmlp  6  3  ok\n```\n",
+    "<!-- shown in LICENSE -->\n```python\nnot = there\n```\n",
+    "<!-- no such mark -->\n```console\n$ true\n```\n",
+    "```ruby\nputs 1\n```\n",
+])
+def test_a_page_that_is_wrong_is_found(text, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(AssertionError):
+        pages.check(page, tmp_path / "work")
+
+
+def test_tables_are_those_of_the_result_files(tmp_path):
+    figures = load_figures()
+    for page in figures.PAGES:
+        assert figures.filled(page.read_text()) == page.read_text(), f"{page.name}: python docs/figures.py"
+    names = [name for page in figures.PAGES for _, name, _ in figures.MARKED.findall(page.read_text())]
+    assert sorted(names) == sorted(figures.TABLES)                  # each once, and none without its end
+    assert sum(page.read_text().count("<!-- figures:") for page in figures.PAGES) == len(names)
+
+
+def test_a_table_that_was_changed_by_hand_is_found():
+    figures = load_figures()
+    text = (DOCS / "performance.md").read_text()
+    assert "| 1.03 | 2.17 |" in text or figures.filled(text) == text
+    wrong = re.sub(r"(\| \*\*mpitp\*\* \| )(\d)", r"\g<1>9\2", text, count=1)
+    assert wrong != text and figures.filled(wrong) == text
+
+
+def test_the_api_page_has_every_public_name():
+    text = (DOCS / "api.md").read_text()
+    listed = [name for names in re.findall(r":nosignatures:\n\n((?:   \S+\n)+)", text) for name in names.split()]
+    assert sorted(listed) == sorted(mpitp.__all__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (DOCS / link).exists(), link
+
+
+def test_no_page_is_lost():
+    index = (DOCS / "index.md").read_text()
+    listed = [name for names in re.findall(r":hidden:\n\n((?:\w+\n)+)", index) for name in names.split()]
+    assert sorted([*listed, "index"]) == [page.stem for page in PAGES]
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in SITE), reason="needs docs/requirements.txt")
+def test_the_site_builds_without_a_warning(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", tmp_path],
+                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tutorial.html").exists() and (tmp_path / "generated" / "mpitp.ParallelMLP.html").exists()

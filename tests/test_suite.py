@@ -1,0 +1,34 @@
+"""The suite itself: which session runs what, and that it may be started in the background."""
+import subprocess
+import sys
+
+import pytest
+from spmd import ROOT, job, job_environment
+
+pytestmark = pytest.mark.launcher
+
+
+def collected(ranks, *files, **environment):
+    done = job(ranks, "-m", "pytest", "--collect-only", "-q", *files, environment=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {line.split("::")[-1].split("[")[0] for line in done.stdout.splitlines() if "::" in line}
+
+
+def test_several_ranks_run_what_needs_them():
+    """By its fixtures, by a fixture that makes a group, by its own code; a Hypothesis test too. The others run once."""
+    files = [f"tests/test_{name}.py" for name in ("partition", "norm", "same_bits", "decoder_dense", "ledger", "guard")]
+    one, two, other = collected(1, *files), collected(2, *files), collected(1, *files, MPITP_SECOND_MPI="1")
+    of_ranks = {"test_mlp", "test_any_size", "test_both_modes_record_the_same_logical_operation"}
+    of_the_launcher = {"test_ctrl_c_without_a_launcher"}
+    of_one_process = {"test_units_cover_the_heads_and_do_not_depend_on_the_ranks", "test_one_entry_a_kind"}
+    assert of_ranks | of_the_launcher | of_one_process <= one
+    assert of_ranks <= two and not two & (of_the_launcher | of_one_process)
+    assert of_ranks | of_the_launcher <= other and not other & of_one_process
+
+
+def test_in_the_background_of_a_shell():
+    """There SIGINT is ignored, and the jobs that a test interrupts would inherit that."""
+    test = "tests/test_guard.py::test_ctrl_c_without_a_launcher"
+    done = subprocess.run(["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "pytest", "-q", test],
+                          cwd=ROOT, env=job_environment(), text=True, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
