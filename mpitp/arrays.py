@@ -1,6 +1,6 @@
 """Which array module an array or a device has, and the dtypes that are computed in."""
 import sys
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +11,8 @@ from .errors import InputError
 
 # What annotations call an array: NumPy's, or on a GPU CuPy's, which has the same methods.
 Array = np.ndarray
+# What they call an array that must be CuPy's, whose methods get and set, and data.ptr, no type describes.
+DeviceArray = Any
 
 COMPUTE_DTYPES = ("float32", "float64")     # CPU; 16-bit types are storage there (no fast 16-bit BLAS)
 HALF_DTYPES = ("float16", "bfloat16")       # the GPU multiplies them too, and adds up in float32
@@ -26,13 +28,7 @@ def module_of(array: Any) -> ModuleType | None:
 
 
 def array_module(device: str) -> ModuleType:
-    """Import the array module of a device: numpy for "cpu", cupy for "gpu".
-
-    Raises
-    ------
-    InputError
-        For another device, and for "gpu" where CuPy is missing.
-    """
+    """Import the array module of a device, numpy or cupy. Raises InputError for an unknown device, a missing CuPy."""
     if device == "cpu":
         return np
     if device != "gpu":
@@ -48,11 +44,7 @@ def array_module(device: str) -> ModuleType:
 def compute_dtype(dtype: DTypeLike | None, device: str = "cpu") -> np.dtype:
     """Find the NumPy dtype that `dtype` names.
 
-    Raises
-    ------
-    InputError
-        Unless it is a dtype that layers compute in on this device: float32 or float64, on a GPU also float16 and
-        bfloat16, in the byte order of the machine.
+    Raises InputError unless it is one that layers compute in on this device, in the byte order of the machine.
     """
     known = COMPUTE_DTYPES if device == "cpu" else GPU_DTYPES
     try:
@@ -70,13 +62,9 @@ def compute_dtype(dtype: DTypeLike | None, device: str = "cpu") -> np.dtype:
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def sum_dtype(dtype: DTypeLike) -> np.dtype:
-    """Find the dtype that sums are computed in.
-
-    Products of `dtype` are added up in it, and gradients, norms and losses are computed in it: float32 for 16-bit
-    types, else `dtype` itself.
-    """
+    """Find what sums of `dtype` are computed in, and gradients, norms and losses: float32 for 16 bits, else itself."""
     dtype = np.dtype(dtype)
     return np.dtype(np.float32) if dtype.name in HALF_DTYPES else dtype
 

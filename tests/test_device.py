@@ -8,7 +8,7 @@ import stand_in
 
 import mpitp
 from mpitp import InputError
-from mpitp.comm.gpu import aware as device, staged, choose as transport
+from mpitp.comm.gpu import aware as device, choose as transport
 from mpitp.comm.mpi import MpiTransport
 from mpitp.comm.gpu.staged import StagedTransport
 from spmd import draw, job, same_bytes, sum_of_blocks
@@ -83,7 +83,8 @@ def test_each_way_to_say_it(monkeypatch):
 
 
 @pytest.mark.parametrize("kinds, takes", [
-    ("cuda", True), ("system, cuda", True), ("system,cuda:device", True), ("cuda:host", False), ("cuda:host:device", True),
+    ("cuda", True), ("system, cuda", True), ("system,cuda:device", True), ("cuda:host", False),
+    ("cuda:host:device", True),
     ("cuda:managed", False), ("cudax", False), ("rocm:device", False), ("", False)])
 def test_memory_kinds(kinds, takes):
     assert device.takes_device(kinds) == takes
@@ -115,7 +116,7 @@ def test_a_missing_cupy(world, monkeypatch):
 def stand_in_for_cupy(monkeypatch):
     """CuPy's stand-in in its place, with a GPU of its own for each rank."""
     stand_in.install(monkeypatch)
-    monkeypatch.setattr(transport, "_said", set())
+    monkeypatch.setattr(transport, "_printed_reasons", set())
 
 
 @pytest.fixture(params=["staged", "mpi", "nccl"])
@@ -201,19 +202,19 @@ def test_staging_is_said_once_by_rank_0(world, stand_in_for_cupy, monkeypatch, c
     assert capfd.readouterr().err.count("staging through host memory") == (world.rank == 0 and world.size > 1)
 
 
-# --- the tester, tested ----------------------------------------------------------------------------------------------
+# --- the tester, tested ---------------------------------------------------------------------------------------------
 
 def test_a_transport_that_does_not_synchronise_is_seen(world):
     stand_in.default_stream.reset()
     MpiTransport(world).all_reduce(on_device(np.ones(3)), "sum")
     assert stand_in.default_stream.mistakes
     stand_in.default_stream.reset()
-    hasty = StagedTransport(world, lambda: None, lambda x: np.empty(x.shape, x.dtype))
+    hasty = StagedTransport(world, lambda: None, "in a test", pinned_like=lambda x: np.empty(x.shape, x.dtype))
     hasty.all_reduce(on_device(np.ones(3)), "sum")
     assert stand_in.default_stream.copies
 
 
-# --- the suite on a device -----------------------------------------------------------------------------------------------
+# --- the suite on a device ------------------------------------------------------------------------------------------
 
 @pytest.mark.launcher
 @pytest.mark.slow

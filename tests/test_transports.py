@@ -16,7 +16,7 @@ NO_NCCL = "a CuPy without NCCL"
 @pytest.fixture(autouse=True)
 def stand_in_for_cupy(monkeypatch):
     stand_in.install(monkeypatch)
-    monkeypatch.setattr(transport, "_said", {"asked for"})
+    monkeypatch.setattr(transport, "_printed_reasons", {"asked for"})
     for name in ("MPITP_TRANSPORT", "MPITP_SHARE_GPU", "MPITP_CUDA_AWARE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -33,11 +33,12 @@ def stand_in_for_cupy(monkeypatch):
     ("auto", 1, False, None, NO_NCCL, "mpi", "nothing travels"),
     ("mpi", 2, True, None, None, "mpi", "asked for"), ("mpi", 1, False, None, NO_NCCL, "mpi", "asked for"),
     ("nccl", 2, True, None, None, "nccl", "asked for"), ("staged", 2, True, None, None, "staged", "asked for"),
-    ("mpi", 2, False, None, None, None, "found an MPI that does not take device buffers (how), expected a CUDA-aware one"),
+    ("mpi", 2, False, None, None, None,
+     "found an MPI that does not take device buffers (how), expected a CUDA-aware one"),
     ("nccl", 2, True, None, NO_NCCL, None, "found a CuPy without NCCL, expected NCCL for transport 'nccl'")])
 def test_decision(asked, size, aware, seconds, no_nccl, name, why):
     found, how, problem = transport.decide(asked, size, aware, "how", seconds, no_nccl)
-    assert found == name and why in (how or problem) and (problem is None) == (name is not None)
+    assert found == (name or "") and why in (how or problem) and bool(found) == bool(how) != bool(problem)
 
 
 def test_auto(world, monkeypatch, capfd):
@@ -87,7 +88,7 @@ def test_transports_that_cannot_be_had(world, monkeypatch):
         mpitp.TensorParallelGroup(device="gpu", transport="nccl")
 
 
-# --- a GPU a rank --------------------------------------------------------------------------------------------------------
+# --- a GPU a rank ---------------------------------------------------------------------------------------------------
 
 def test_one_gpu_a_rank(world, monkeypatch):
     """Every rank sees all GPUs of the node, or one of its own."""
@@ -111,7 +112,8 @@ def test_shared_gpus(world, monkeypatch):
         mpitp.TensorParallelGroup(device="gpu").close()
         return
     ranks = ", ".join(map(str, range(world.size)))
-    with pytest.raises(InputError, match=f"found ranks {ranks} on one GPU, Stand-in {b'the one'.hex()}, expected a GPU a rank"):
+    line = f"found ranks {ranks} on one GPU, Stand-in {b'the one'.hex()}, expected a GPU a rank"
+    with pytest.raises(InputError, match=line):
         mpitp.TensorParallelGroup(device="gpu")
     with mpitp.TensorParallelGroup(device="gpu", share_gpu=True) as group:
         assert group.gpu.shared and group.transport.name == "staged" and "share a GPU" in group.transport.how
@@ -135,12 +137,12 @@ def test_no_gpu(world, monkeypatch):
         mpitp.TensorParallelGroup(device="gpu")
 
 
-# --- what is done meanwhile -------------------------------------------------------------------------------------------------
+# --- what is done meanwhile -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["nccl", "staged"])
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_meanwhile(world, name, reproducible):
-    """Work is done once the sum has begun where the transport can add up meanwhile, else at once; each once, in order."""
+    """Work is done once a sum has begun where the transport can add up meanwhile, else at once; each once, in order."""
     with mpitp.TensorParallelGroup(device="gpu", transport=name, reproducible=reproducible) as group:
         assert group.overlaps == (name == "nccl" and world.size > 1 and not reproducible)
         done, own = [], [draw(r, 5).astype("float32") for r in range(group.blocks)]
@@ -161,8 +163,8 @@ def test_meanwhile(world, name, reproducible):
         assert all(len_begun == group.overlaps for _, len_begun, _ in done)
         assert all(waited == 0 for _, _, waited in done)    # before this stream waits for the sum
         if group.overlaps:
-            assert stand_in.default_stream.waited == [group.transport.beside]      # which it does afterwards
-            assert group.transport.beside.waited == [stand_in.default_stream]      # as that one did for what it adds up
+            assert stand_in.default_stream.waited == [group.transport.side_stream]     # which it does afterwards
+            assert group.transport.side_stream.waited == [stand_in.default_stream]     # as that did for the summands
         expected = own[0]
         if not reproducible:
             for other in own[1:]:
@@ -183,7 +185,8 @@ def test_sums_of_16_bit_are_rounded_once(world, dtype, reproducible):
             total = total + leaf
         assert same_bytes(y.memory, total.astype(dtype))
         (key, entry), = group.ledger.data.items()
-        assert key == ("all_reduce", 3, dtype) and (reproducible or entry.wire_bytes == 2 * 12 * (world.size - 1) // world.size)
+        assert key == ("all_reduce", 3, dtype)
+        assert reproducible or entry.wire_bytes == 2 * 12 * (world.size - 1) // world.size
         with pytest.raises(InputError, match="expected a C-contiguous float32"):
             sum_of_blocks(group, lambda block: stand_in.array(np.ones(3, "float64")), group.partition(64), (3,), dtype)
 
@@ -225,7 +228,7 @@ def test_large_sums_are_staged_in_pieces(world, monkeypatch):
         assert not stand_in.default_stream.copies and not stand_in.default_stream.mistakes
 
 
-# --- memory that does not suffice ---------------------------------------------------------------------------------------------
+# --- memory that does not suffice -----------------------------------------------------------------------------------
 
 class OutOfMemoryError(MemoryError):
     """As CuPy's."""
@@ -237,10 +240,23 @@ def test_out_of_memory_is_one_line(world, monkeypatch, capfd):
     monkeypatch.setattr(stand_in.runtime, "memGetInfo", lambda: (1 << 30, 80 << 30), raising=False)
     monkeypatch.setattr(guard, "active", False)
     monkeypatch.setattr(guard, "watch_threads", lambda: None)
-    line = "found 1.0 of 80.0 GiB of the GPU's memory free, expected 5.0 GiB for one more array beside the 3.0 GiB of this rank\n"
+    line = "found 1.0 of 80.0 GiB of the GPU's memory free, expected 5.0 GiB for one more array " \
+           "beside the 3.0 GiB of this rank\n"
     assert guard.out_of_memory(OutOfMemoryError()) == line and guard.out_of_memory(MemoryError()) is None
 
     def main():
         raise OutOfMemoryError("Out of memory allocating 5 GiB")
     if world.size == 1:                         # several ranks: abort() takes the same line for the traceback's place
         assert guard.guarded(main) == 1 and capfd.readouterr().err == "mpitp: " + line
+
+
+# --- what may be recorded as a graph --------------------------------------------------------------------------------
+
+def test_groups_that_cannot_be_recorded(world):
+    with mpitp.TensorParallelGroup() as group:
+        with pytest.raises(InputError, match="found device 'cpu', expected 'gpu', to record a CUDA graph"):
+            mpitp.Captured(group, abs, np.ones(3))
+    with mpitp.TensorParallelGroup(device="gpu", transport="staged") as group:
+        if world.size > 1:
+            with pytest.raises(InputError, match="found transport 'staged', expected 'nccl', or one rank"):
+                mpitp.Captured(group, abs, stand_in.array(np.ones(3)))

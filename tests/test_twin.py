@@ -1,4 +1,4 @@
-"""The GPU's side of an operation: found by the kind of array alone, imported with the first CuPy array, called alike."""
+"""The CuPy twin of an operation is found by the kind of array, imported with the first and called as the operation."""
 import ast
 import importlib
 import inspect
@@ -8,13 +8,14 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from spmd import ROOT, job_environment
 
 from mpitp.ops.linear import linear_forward
 from mpitp.ops.twin import cuda_twin, is_cupy, twin
-from spmd import ROOT, job_environment
 
 OPS = ROOT / "mpitp" / "ops"
-CUDA = sorted(path.stem for path in (OPS / "cuda").glob("*.py") if (OPS / path.name).exists() and path.stem != "__init__")
+CUDA = sorted(path.stem for path in (OPS / "cuda").glob("*.py")
+              if (OPS / path.name).exists() and path.stem != "__init__")
 
 
 def functions(path):
@@ -30,7 +31,7 @@ def deciding_parameter(node):
     return None
 
 
-# --- which side is called ----------------------------------------------------------------------------------------------
+# --- which side is called -------------------------------------------------------------------------------------------
 
 class CupyArray:
     """An array of CuPy, in these tests."""
@@ -88,7 +89,7 @@ def test_a_decorated_operation_looks_as_before():
     assert list(inspect.signature(linear_forward).parameters) == ["x_NI", "w_OI", "out", "dtype"]
 
 
-# --- every operation and its twin ------------------------------------------------------------------------------------------
+# --- every operation and its twin -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", CUDA)
 def test_a_twin_takes_the_same_arguments(name):
@@ -100,7 +101,7 @@ def test_a_twin_takes_the_same_arguments(name):
         ours, theirs = operations[function].args, twins[function].args
         names = [argument.arg for argument in ours.args]
         assert [argument.arg for argument in theirs.args][:len(names)] == names, function
-        assert [argument.arg for argument in theirs.kwonlyargs] == [argument.arg for argument in ours.kwonlyargs], function
+        assert [argument.arg for argument in theirs.kwonlyargs] == [argument.arg for argument in ours.kwonlyargs]
         extra = len(theirs.args) - len(names)
         defaults = [ast.unparse(default).replace("cupy", "np") for default in theirs.defaults]
         assert defaults[:len(defaults) - extra] == [ast.unparse(default) for default in ours.defaults], function
@@ -122,7 +123,7 @@ def test_no_operation_asks_for_itself():
             assert "module_of" not in text and "is not np" not in text and "import cupy" not in text, path.name
 
 
-# --- what it costs --------------------------------------------------------------------------------------------------------
+# --- what it costs --------------------------------------------------------------------------------------------------
 
 def python_calls(function, *arguments):
     """How many Python functions run in one call."""
@@ -165,9 +166,7 @@ with mpitp.TensorParallelGroup() as group:
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("more", [
-    "", LAYERS, pytest.param("import numpy as np" + GROUP, marks=pytest.mark.xfail(
-        reason="comm/group.py imports mpitp.comm.gpu for every device"))], ids=["ops", "layers", "group"])
+@pytest.mark.parametrize("more", ["", LAYERS, "import numpy as np" + GROUP], ids=["ops", "layers", "group"])
 def test_a_cpu_imports_no_gpu_module(more):
     done = subprocess.run([sys.executable, "-c", IMPORTS.format(more=more)], env=job_environment(), cwd=ROOT, text=True,
                           capture_output=True, timeout=60)

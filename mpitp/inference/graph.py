@@ -2,47 +2,65 @@
 
 For a token through many small layers, most of the time is Python's: some 6 us a kernel, which take the GPU 2.
 """
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from ..arrays import Array, DeviceArray
 from ..errors import require
+
+if TYPE_CHECKING:
+    from ..comm.group import TensorParallelGroup
+    from ..layers.decoder import Decoder
+    from .kv import KeyValues
 
 
 class Captured:
-    """function(*arrays) on a GPU, replayed.
+    """A function of arrays on a GPU, recorded as a CUDA graph; calling it replays the graph.
 
     Parameters
     ----------
-    group : TensorParallelGroup on a GPU, of one rank or with the NCCL transport: MPI works on the host, which a graph
-        cannot
-    function : of arrays to an array, or to a tuple of them; it must start kernels only. Products of one row qualify, or
-        of a few in float32 (mpitp/ops/cuda/few_rows.py); others go through cuBLAS, which CuPy refuses to record
-    arrays : of the shapes and dtypes that it will be called with
+    group : TensorParallelGroup
+        On a GPU, of one rank or with the NCCL transport: MPI works on the host, which a graph cannot.
+    function : function
+        Of arrays to an array, or to a tuple of them. It must start kernels only: products of one row qualify, or of a
+        few rows in float32 (mpitp/ops/cuda/few_rows.py); others go through cuBLAS, which CuPy refuses to record.
+    *arrays : array
+        Of the shapes and dtypes that the function will be called with.
+
+    Raises
+    ------
+    InputError
+        For a group that cannot be recorded.
 
     Notes
     -----
-    Collective. The function is called twice, to compile what it needs and to record it; its collectives enter the
-    ledger then, not when replayed. Arrays that it makes lie in a pool of its own, so that nobody else is given them.
-    Raises InputError for a group that cannot be recorded.
+    The constructor is collective. It calls the function twice, to compile what it needs and to record it. The
+    function's collectives enter the ledger then, not when they are replayed. Arrays that the function makes lie in a
+    memory pool of the graph's own, from which no other array is taken.
     """
 
-    def __init__(self, group, function, *arrays):
+    def __init__(self, group: TensorParallelGroup, function: Callable[..., DeviceArray | tuple[DeviceArray, ...]],
+                 *arrays: DeviceArray) -> None:
         require(group.device == "gpu", f"device {group.device!r}", "'gpu', to record a CUDA graph")
         require(group.size == 1 or group.transport.name == "nccl", f"transport {group.transport.name!r}",
                 "'nccl', or one rank, to record a CUDA graph")
-        cuda = group.xp.cuda
+        self.cuda = group.xp.cuda
         self.inputs = [x.copy() for x in arrays]
-        self.pool, stream = cuda.MemoryPool(), cuda.Stream(non_blocking=True)
-        cuda.get_current_stream().synchronize()
-        with cuda.using_allocator(self.pool.malloc), stream:
+        self.pool, stream = self.cuda.MemoryPool(), self.cuda.Stream(non_blocking=True)
+        self.cuda.get_current_stream().synchronize()
+        with self.cuda.using_allocator(self.pool.malloc), stream:
             function(*self.inputs)              # what it allocates is in the pool now: recording must not allocate
             stream.synchronize()
             stream.begin_capture()
             self.outputs = function(*self.inputs)
             self.graph = stream.end_capture()
-        self.cuda = cuda
 
-    def __call__(self, *arrays):
-        """What function(*arrays) returns, in arrays that the next call overwrites."""
+    def __call__(self, *arrays: DeviceArray) -> DeviceArray | tuple[DeviceArray, ...]:
+        """Return what function(*arrays) returns, in arrays that the next call overwrites."""
         for held, x in zip(self.inputs, arrays):
             held[...] = x
         self.graph.launch(self.cuda.get_current_stream())
@@ -50,34 +68,39 @@ class Captured:
 
 
 class CapturedToken:
-    """Decoder.extend by one token of each sequence, recorded: the positions that it continues at are on the device.
+    """Decoder.extend by one token of each sequence, recorded; the positions that it continues at lie on the device.
 
     Parameters
     ----------
-    model : Decoder that can_record says can be
-    kv : KeyValues, which it continues
+    model : Decoder
+        One of which can_record is true.
+    kv : KeyValues
+        The keys and values that every call continues.
     """
 
-    def __init__(self, model, kv):
-        def step(ids):
-            logits = model.continued(ids, kv)
-            kv.starts += 1
-            return logits
+    def __init__(self, model: Decoder, kv: KeyValues) -> None:
         self.model, self.kv = model, kv
-        self.captured = Captured(model.group, step, model.group.xp.zeros((len(kv.lengths), 1), np.int64))
+        self.captured = Captured(model.group, self.continue_kv, model.group.xp.zeros((len(kv.lengths), 1), np.int64))
         kv.set_lengths(kv.lengths)              # the call that compiled did not count; what it wrote is overwritten
 
-    def __call__(self, ids):
-        """As extend(ids, kv), in an array that the next call overwrites."""
+    def continue_kv(self, ids: DeviceArray) -> DeviceArray:
+        """Compute the logits of one more token of each sequence: what is recorded."""
+        logits = self.model.continued(ids, self.kv)
+        self.kv.starts += 1
+        return logits
+
+    def __call__(self, ids: Array) -> DeviceArray:
+        """Return what extend(ids, kv) returns, in an array that the next call overwrites."""
         self.kv.require_room(ids.shape)
         logits = self.captured(self.model.embedding.checked(ids))
         self.kv.lengths += 1
         return logits
 
 
-def can_record(model, batch):
-    """Whether a token of each of so many sequences takes kernels of this model only that a graph may hold: one GPU, and
-    products of one row, or of a few that are read in vectors.
+def can_record(model: Decoder, batch: int) -> bool:
+    """Whether a graph may hold what a token of each of `batch` sequences takes.
+
+    That needs one GPU, and kernels of mpitp/ops/cuda alone: products of one row, or of a few that are read in vectors.
     """
     group = model.group
     if group.device != "gpu" or group.size > 1:

@@ -5,47 +5,63 @@ computes the probabilities again from the logarithm of each row's sum (Dao et al
 
 Dimension key: G key/value heads, H query heads of each, Q queries, S keys, K features of a head; T queries of one
 tile, V the keys that it sees; g and h mark the heads that are computed at once.
+
+The bits of a result depend on the content of a query head and of its key/value head alone, not on G, H or strides.
 """
+from collections.abc import Callable, Iterator
 from math import inf
 
 import numpy as np
 
+from ..arrays import Array
 from .linear import NARROW
 from .twin import cuda_twin
 
 TILE = 64               # queries; fixed, since it is part of the bits
 SCORES = 1 << 17        # scores of as many heads as are computed at once: these stay in cache. Not part of the bits
+Keep = Callable[[int, int], Array]      # keep(first query, the one after the last): see attention_forward
 
 
 @cuda_twin(by="q_GHQK")
-def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=None, slopes=None, mask=None, keep=None):
-    """out = (softmax(scale q k^T + slope (key - query)) keep) v, over the keys that each query may attend to.
+def attention_forward(q_GHQK: Array, k_GSK: Array, v_GSK: Array, scale: float, *, out: Array, causal: bool = True,
+                      window: int | None = None, slopes: Array | None = None, mask: Array | None = None,
+                      keep: Keep | None = None) -> Array:
+    """Compute out = (softmax(scale q k^T + slope (key - query)) keep) v, over the keys that each query may attend to.
 
     Query i stands at position S - Q + i and key j at j, so Q < S continues a sequence. A query that may attend to
     nothing gets 0.
 
     Parameters
     ----------
-    q_GHQK, k_GSK, v_GSK : with any strides, Q <= S
-    scale : of the scores, a number
-    out : (G, H, Q, K) with any strides, written
-    causal : whether key <= query
-    window : query - key < window; None: any
-    slopes : (G, H) of ALiBi (Press et al., arXiv 2108.12409), or None
-    mask : bool, True: may be attended; (S,) or (Q, S), or None
-    keep : function(first, stop) -> (G, H, stop - first, S) of q's dtype, what dropout multiplies the weights of these
-        queries by, 0 or 1/(1-p); or None
+    q_GHQK : (G, H, Q, K) array
+        With any strides, Q <= S.
+    k_GSK, v_GSK : (G, S, K) arrays
+        With any strides.
+    scale : float
+        Of the scores.
+    out : (G, H, Q, K) array
+        With any strides; the result is written to it.
+    causal : bool
+        Whether a query attends to no later key.
+    window : int or None
+        A query attends to keys less than `window` positions before it; None for all.
+    slopes : (G, H) array or None
+        Of ALiBi (Press et al., arXiv 2108.12409).
+    mask : (S,) or (Q, S) array of bool or None
+        True where a key may be attended to.
+    keep : function or None
+        keep(first, stop) gives what dropout multiplies the weights of these queries by, (G, H, stop - first, S) of q's
+        dtype: 0 or 1/(1-p).
 
     Returns
     -------
-    lse_GHQ : the logarithm of the sum of e^score of each row, 0 for a query that may attend to nothing
-
-    Bits depend on the content of a query head and of its key/value head alone, not on G, H or strides.
+    lse_GHQ : (G, H, Q) array
+        The logarithm of the sum of e^score of each query, 0 where it may attend to nothing.
     """
     G, H, Q, K = q_GHQK.shape
     k_GSK, v_GSK = without_gaps(k_GSK), without_gaps(v_GSK)
     if Q == 1 and mask is None and keep is None and G * H:
-        return of_last_query(q_GHQK, k_GSK, v_GSK, scale, out, window, slopes)
+        return attend_last_query(q_GHQK, k_GSK, v_GSK, scale, out, window, slopes)
     tiles = Tiles(q_GHQK, k_GSK, causal, window, slopes, mask)
     lse_GHQ, ones_S1 = np.empty((G, H, Q), q_GHQK.dtype), np.ones((tiles.S, 1), q_GHQK.dtype)
     for first, stop, seen in tiles:
@@ -63,15 +79,16 @@ def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=N
             sum_ghT1 = np.matmul(s_ghTV, ones_S1[seen])         # four times as fast as sum()
             if mask is not None:
                 sum_ghT1[sum_ghT1 == 0] = 1
-            if keep is not None:
+            if keep_GHTS is not None:
                 s_ghTV *= keep_GHTS[g, h, :, seen]
             np.divide(np.matmul(s_ghTV, v_GSK[g, None, seen]), sum_ghT1, out=out[g, h, first:stop])
             lse_GHQ[g, h, first:stop] = (np.log(sum_ghT1) + peak_ghT1)[..., 0]
     return lse_GHQ
 
 
-def of_last_query(q_GH1K, k_GSK, v_GSK, scale, out, window, slopes):
-    """attention_forward for Q = 1, which sees the last keys: the same steps, with nothing to hide; generation's."""
+def attend_last_query(q_GH1K: Array, k_GSK: Array, v_GSK: Array, scale: float, out: Array, window: int | None,
+                      slopes: Array | None) -> Array:
+    """Do attention_forward for Q = 1, a token of generation: the same steps, without tiles and hidden keys."""
     first = 0 if window is None else max(0, k_GSK.shape[1] - window)
     k_GVK, v_GVK = k_GSK[:, first:], v_GSK[:, first:]
     V = k_GVK.shape[1]
@@ -87,21 +104,33 @@ def of_last_query(q_GH1K, k_GSK, v_GSK, scale, out, window, slopes):
 
 
 @cuda_twin(by="q_GHQK")
-def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, dk=None, dv=None, causal=True,
-                       window=None, slopes=None, mask=None, keep=None):
-    """The gradients of attention_forward. dq is written to `dq` (G, H, Q, K), dk and dv where given.
+def attention_backward(dout_GHQK: Array, lse_GHQ: Array, q_GHQK: Array, k_GSK: Array, v_GSK: Array, out: Array,
+                       scale: float, *, dq: Array, dk: Array | None = None, dv: Array | None = None,
+                       causal: bool = True, window: int | None = None, slopes: Array | None = None,
+                       mask: Array | None = None, keep: Keep | None = None) -> tuple[Array, Array]:
+    """Compute the gradients of attention_forward.
 
     p = e^(score - lse), dv = (p keep)^T dout, ds = p (keep dout v^T - delta) where delta = sum(dout out) of each row,
     dq = scale ds k, dk = scale ds^T q.
 
+    Parameters
+    ----------
+    dout_GHQK : (G, H, Q, K) array
+        The gradient of out.
+    lse_GHQ : (G, H, Q) array
+        What attention_forward returned.
+    q_GHQK, k_GSK, v_GSK, out, scale, causal, window, slopes, mask, keep
+        As in attention_forward; `out` is its result.
+    dq : (G, H, Q, K) array
+        The gradient of q is written to it.
+    dk, dv : (G, S, K) arrays or None
+        Where the gradients of k and v go; None for new arrays.
+
     Returns
     -------
-    dk_GSK, dv_GSK : summed tile by tile, and in each over the H query heads in their order
+    dk_GSK, dv_GSK : (G, S, K) arrays
+        Summed tile by tile, and in each tile over the H query heads in their order.
     """
-    if dk is not None:                                      # added up without gaps, then put there
-        dk[...], dv[...] = attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, dq=dq,
-                                              causal=causal, window=window, slopes=slopes, mask=mask, keep=keep)
-        return dk, dv
     K = q_GHQK.shape[-1]
     k_GSK, v_GSK = without_gaps(k_GSK), without_gaps(v_GSK)
     dk_GSK, dv_GSK = np.zeros(k_GSK.shape, k_GSK.dtype), np.zeros(v_GSK.shape, v_GSK.dtype)
@@ -119,7 +148,7 @@ def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, 
             dout_ghTK, out_ghTK = (x[g, h, first:stop].copy(order="C") for x in (dout_GHQK, out))
             delta_ghT1 = np.matmul(np.multiply(out_ghTK, dout_ghTK, out=out_ghTK), ones_K1)
             ds_ghTV, kept_ghTV = tiles.product(1, dout_ghTK, v_GSK[g, seen]), p_ghTV
-            if keep is not None:
+            if keep_GHTS is not None:
                 ds_ghTV *= keep_GHTS[g, h, :, seen]
                 kept_ghTV = p_ghTV * keep_GHTS[g, h, :, seen]
             ds_ghTV -= delta_ghT1
@@ -128,49 +157,61 @@ def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, 
             add_heads(dv_GSK[g, seen], np.matmul(transposed(kept_ghTV), dout_ghTK))
             add_heads(dk_GSK[g, seen], np.matmul(transposed(ds_ghTV), q_ghTK))
             np.multiply(np.matmul(ds_ghTV, k_GSK[g, None, seen]), float(scale), out=dq[g, h, first:stop])
-    return dk_GSK, dv_GSK
+    return written(dk_GSK, dk), written(dv_GSK, dv)         # which are added up without gaps
+
+
+def written(x: Array, out: Array | None) -> Array:
+    """Copy x to `out` if given; return the array that holds it."""
+    if out is None:
+        return x
+    out[...] = x
+    return out
 
 
 class Tiles:
-    """The tiles of queries, what each may attend to, and the buffers that all use again."""
+    """The tiles of queries, what each may attend to, and the buffers that all use again.
 
-    def __init__(self, q_GHQK, k_GSK, causal, window, slopes, mask):
+    The parameters are those of attention_forward.
+    """
+
+    def __init__(self, q_GHQK: Array, k_GSK: Array, causal: bool, window: int | None, slopes: Array | None,
+                 mask: Array | None) -> None:
         self.dtype = q_GHQK.dtype
         self.G, self.H, self.Q = q_GHQK.shape[:3]
         self.S, self.causal, self.window = k_GSK.shape[1], causal, window
         self.slopes_GH = None if slopes is None else np.asarray(slopes, self.dtype)
         self.mask = mask
         self.above_TT = np.arange(min(TILE, self.Q)) > np.arange(min(TILE, self.Q))[:, None]
-        self.buffers = {}
+        self.buffers: dict[int, Array] = {}
 
-    def __iter__(self):
-        """(first query, the one after the last, slice of the keys that the tile sees) of each."""
+    def __iter__(self) -> Iterator[tuple[int, int, slice]]:
+        """Yield the first query of each tile, the one after its last, and the slice of the keys that it sees."""
         for first in range(0, self.Q, TILE):
             stop = min(first + TILE, self.Q)
             yield first, stop, slice(max(0, self.start(first)), self.S - self.Q + stop if self.causal else self.S)
 
-    def start(self, query):
-        """The first position in the query's window: negative, if before the first key."""
+    def start(self, query: int) -> int:
+        """Find the first position in the query's window, which is negative if it lies before the first key."""
         return 0 if self.window is None else self.S - self.Q + query - self.window + 1
 
-    def heads(self, queries, seen):
-        """Slices of G and of H: the heads that are computed at once."""
+    def heads(self, queries: int, seen: slice) -> Iterator[tuple[slice, slice]]:
+        """Yield slices of G and of H: the heads that are computed at once."""
         most = max(1, SCORES // (queries * (seen.stop - seen.start)))
         groups, heads = max(1, most // max(1, self.H)), min(most, max(1, self.H))
         for g in range(0, self.G, groups):
             for h in range(0, self.H, heads):
                 yield slice(g, min(g + groups, self.G)), slice(h, min(h + heads, self.H))
 
-    def product(self, number, x_ghTK, y_gVK):
-        """x y^T in buffer `number`, without gaps: fresh arrays of this size would cost page faults."""
+    def product(self, number: int, x_ghTK: Array, y_gVK: Array) -> Array:
+        """Compute x y^T in buffer `number`, without gaps: fresh arrays of this size would cost page faults."""
         (g, h, T, _), V = x_ghTK.shape, y_gVK.shape[1]
-        if self.buffers.get(number) is None or self.buffers[number].size < g * h * T * V:
+        if number not in self.buffers or self.buffers[number].size < g * h * T * V:
             self.buffers[number] = np.empty(g * h * T * V, self.dtype)
         product_ghTV = self.buffers[number][:g * h * T * V].reshape(g, h, T, V)
         return np.matmul(x_ghTK, transposed(y_gVK)[:, None], out=product_ghTV)
 
-    def bias_and_hide(self, s_ghTV, g, h, first, stop, seen):
-        """scores += slope (key - query), and -inf where the query may not attend to the key."""
+    def bias_and_hide(self, s_ghTV: Array, g: slice, h: slice, first: int, stop: int, seen: slice) -> None:
+        """Add slope (key - query) to the scores, and make them -inf where the query may not attend to the key."""
         T = stop - first
         if self.slopes_GH is not None:
             queries_T1 = np.arange(self.S - self.Q + first, self.S - self.Q + stop, dtype=self.dtype)[:, None]
@@ -179,28 +220,29 @@ class Tiles:
         if self.causal:                                     # the tile ends at its last query: hide above the diagonal
             np.copyto(s_ghTV[..., -T:], -inf, where=self.above_TT[:T, :T])
         if self.start(stop - 1) > 0:                        # where the windows begin: hide below the diagonal
-            before = seen.start - self.start(first)         # of the diagonal's columns lie before the first key
+            before = seen.start - self.start(first)         # columns of the diagonal that lie before the first key
             np.copyto(s_ghTV[..., :T - before], -inf, where=self.above_TT.T[:T, before:T])
         if self.mask is not None:
             mask_TS = self.mask[first:stop] if self.mask.ndim == 2 else self.mask
             np.copyto(s_ghTV, -inf, where=~mask_TS[..., seen])
 
 
-def transposed(x):
+def transposed(x: Array) -> Array:
+    """Return a view of each matrix of a stack with its axes exchanged."""
     return x.swapaxes(-1, -2)
 
 
-def without_gaps(x_GSK):
-    """x itself where BLAS adds up its rows as it does those of an array without gaps, else a copy that is one.
+def without_gaps(x_GSK: Array) -> Array:
+    """Return a C-contiguous copy of x, or x itself where BLAS adds up its rows as it would those of the copy.
 
-    The copy of all keys is what one token of generation would spend its time on.
+    To copy all keys for every token would be what generation spends its time on.
     """
     (_, row, feature), K, size = x_GSK.strides, x_GSK.shape[-1], x_GSK.itemsize
-    as_good = K > NARROW and feature == size and row >= K * size and row % size == 0
-    return x_GSK if as_good else np.ascontiguousarray(x_GSK)
+    same_bits = K > NARROW and feature == size and row >= K * size and row % size == 0
+    return x_GSK if same_bits else np.ascontiguousarray(x_GSK)
 
 
-def add_heads(total_gVK, parts_ghVK):
-    """total += each head's part, head by head."""
+def add_heads(total_gVK: Array, parts_ghVK: Array) -> None:
+    """Add each head's part to the total, head by head."""
     for h in range(parts_ghVK.shape[1]):
         total_gVK += parts_ghVK[:, h]

@@ -1,36 +1,49 @@
-"""Dropout from numbers with an address: which elements drop does not depend on who holds them.
+"""Dropout from addressed random numbers: which elements drop does not depend on who holds them.
 
-Element i of an array, in C order of its global shape, drops where word i of the stream of (seed, name, step) says
-so. Every rank draws the part that it holds: the same mask on any number of ranks, and another at every position.
+Whether element i of an array drops, in C order of its global shape, depends on word i of the stream of (seed, name,
+step). Every rank draws the part that it holds: together they have the same mask on any number of ranks.
 """
 import math
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from ..arrays import Array
 from ..sharding.rng import key, words
 from .twin import cuda_twin
 
 PIECE = 1 << 15     # words at a time: the temporaries stay in cache
-NEAR = 1 << 11      # to draw so many words and not use them is as fast as to start a stream anew (measured)
+NEAR = 1 << 11      # to draw so many words in vain takes as long as to start a stream anew (measured)
 
 
 @cuda_twin(by="xp")
-def dropout_scale(seed, name, step, probability, shape, window, dtype, xp=np):
-    """0 where an element drops, 1 / (1 - probability) elsewhere; multiply by it in forward and in backward.
+def dropout_scale(seed: int, name: str, step: int, probability: float, shape: Sequence[int],
+                  window: Sequence[slice | int], dtype: DTypeLike, xp: ModuleType = np) -> Array:
+    """Draw what dropout multiplies by, forward and backward: 0 where an element drops, else 1 / (1 - probability).
 
     Element i drops where (word i of the Philox stream of key(seed, f"{name}/{step}")) >> 11 < probability * 2^53.
 
     Parameters
     ----------
-    seed, name, step : address of the stream, such as (0, "layers.3.mlp.dropout", 17)
-    probability : from 0 to below 1
-    shape : of the whole array
-    window : tuple of a slice or an int for each axis of `shape`: the part that is asked for. As in indexing, an int
-        drops its axis.
+    seed, name, step : int, str, int
+        The address of the stream, such as 0, "layers.3.mlp.dropout", 17.
+    probability : float
+        From 0 to below 1.
+    shape : sequence of int
+        Of the whole array.
+    window : sequence of slice or int
+        The part of it to draw, an entry for each axis of `shape`; an int drops its axis, as in indexing.
+    dtype : dtype
+        Of the result.
+    xp : module
+        numpy or cupy, whose array the result is.
 
     Returns
     -------
-    scale : array of the window's shape and `dtype`, of the module `xp`
+    scale : array
+        Of the window's shape.
     """
     shape = tuple(map(int, shape))              # NumPy's integers would overflow
     ends = [at.indices(n)[:2] if isinstance(at, slice) else (int(at), int(at) + 1) for at, n in zip(window, shape)]
@@ -46,12 +59,32 @@ def dropout_scale(seed, name, step, probability, shape, window, dtype, xp=np):
     return out
 
 
-def runs_of(shape, ends, lengths, flat):
-    """Where the window lies in the stream: yield (first word, pitch, runs), runs (count, length) a part of `flat`.
+def runs_of(shape: Sequence[int], ends: Sequence[tuple[int, int]], lengths: Sequence[int], flat: Array
+            ) -> Iterator[tuple[int, int, Array]]:
+    """Yield where the runs of a window lie in the stream, and where they go in `flat`, the window's array.
 
-    A run is a stretch of the window that follows itself in the global array: the axes at the end that are whole,
-    and the one before them. Runs that lie near each other, `pitch` words apart, are drawn together with what lies
-    between; long runs are cut.
+    A run is a stretch of the window without gaps in the global array: the axes at the end that are whole, and the one
+    before them. Runs that lie near each other are drawn together with the words between them; long runs are cut.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Of the whole array.
+    ends : sequence of pairs
+        The first index of the window along each axis and the one after its last.
+    lengths : sequence of int
+        Of the window along each axis.
+    flat : (n,) array
+        Of the window.
+
+    Yields
+    ------
+    first : int
+        The first word.
+    pitch : int
+        The words from one run to the next.
+    runs : (count, length) array
+        A part of `flat`.
     """
     split = len(shape)
     while split > 1 and lengths[split - 1] == shape[split - 1]:

@@ -1,10 +1,13 @@
 """The error function, which NumPy does not have.
 
-W. J. Cody, "Rational Chebyshev approximations for the error function", Math. Comp. 23 (1969): one ratio of
-polynomials for |x| <= 0.5, one for erfc up to 4, one beyond. Largest error found against 36-digit
-values: 3.4 ULP in float64, 3.5 ULP in float32 (his program's switch at 0.46875: 5.2 and 6.1).
+The method is W. J. Cody's, "Rational Chebyshev approximations for the error function", Math. Comp. 23 (1969): one
+ratio of polynomials for |x| <= 0.5, one for erfc up to 4, one beyond. The largest error against values of 36 digits,
+measured: 3.4 ULP in float64 and 3.5 in float32, against 5.2 and 6.1 where the first ratio ends at 0.46875, as in
+his program.
 """
 import numpy as np
+
+from ..arrays import Array
 
 SMALL = ((1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2, 3.77485237685302021e2,
           3.20937758913846947e3),
@@ -21,8 +24,8 @@ LARGE = ((1.63153871373020978e-2, 3.05326634961232344e-1, 3.60344899949804439e-1
 INVERSE_SQRT_PI = 0.56418958354775628695
 
 
-def ratio(coefficients, x):
-    """Numerator and denominator polynomials in x by Horner's rule, highest power first."""
+def ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Array) -> Array:
+    """Compute the ratio of two polynomials in x by Horner's rule, from their coefficients, highest power first."""
     numerator, denominator = (c[0] * x + c[1] for c in coefficients)
     for p, q in zip(coefficients[0][2:], coefficients[1][2:]):
         numerator *= x
@@ -33,8 +36,20 @@ def ratio(coefficients, x):
     return numerator
 
 
-def erf(x, gauss=None):
-    """erf(x), elementwise, in the dtype of x. gauss: exp(-x^2), if the caller has it already."""
+def erf(x: Array, gauss: Array | None = None) -> Array:
+    """Compute erf(x) elementwise, in the dtype of x.
+
+    Parameters
+    ----------
+    x : array
+    gauss : array or None
+        e^(-x^2), if the caller has it already.
+
+    Returns
+    -------
+    erf : array
+        A new array, of x's shape and dtype.
+    """
     if gauss is None:
         gauss = np.exp(-x * x)
     size = np.abs(x)

@@ -15,22 +15,10 @@ NARROW = 16     # rows or columns: up to here a product is computed on arrays wi
 @cuda_twin(by="x_NI")
 def linear_forward(x_NI: Array, w_OI: Array, out: Array | None = None,
                    dtype: DTypeLike | None = None) -> tuple[Array, tuple[Array, Array]]:
-    """Compute y = x w^T.
+    """Compute y = x w^T (N, O); also return what linear_backward takes: x and w themselves, not copies.
 
-    Parameters
-    ----------
-    x_NI : (N, I) array
-    w_OI : (O, I) array of x's dtype
-    out : (N, O) array or None
-        Where y goes; None for a new array.
-    dtype : dtype or None
-        Of a new y; None for x's. A GPU can leave the sums of 16-bit factors in float32, others have x's dtype.
-
-    Returns
-    -------
-    y : (N, O) array
-    saved : tuple
-        What linear_backward takes: x and w themselves, not copies.
+    out : where y goes; None for a new array
+    dtype : of a new y, None for x's; a GPU can leave the sums of 16-bit factors in float32, others have x's dtype
     """
     if not 1 < len(x_NI) <= FEW:
         return compact_product(x_NI, w_OI.T, out), (x_NI, w_OI)
@@ -41,23 +29,7 @@ def linear_forward(x_NI: Array, w_OI: Array, out: Array | None = None,
 
 def linear_backward(dy_NO: Array, saved: tuple[Array, Array], dw_out: Array | None = None,
                     dtype: DTypeLike | None = None) -> tuple[Array, Array]:
-    """Compute dx = dy w and dw = dy^T x.
-
-    Parameters
-    ----------
-    dy_NO : (N, O) array
-    saved : tuple
-        What linear_forward returned.
-    dw_out : (O, I) array or None
-        Where dw goes; None for a new array.
-    dtype : dtype or None
-        Of dx; None for dy's.
-
-    Returns
-    -------
-    dx : (N, I) array
-    dw : (O, I) array
-    """
+    """Compute dx = dy w (N, I), of `dtype` or dy's, and dw = dy^T x (O, I), written to `dw_out` if given."""
     x_NI, w_OI = saved
     return product(dy_NO, w_OI, dtype=dtype), product(dy_NO.T, x_NI, dw_out)
 
@@ -86,19 +58,10 @@ def product(a: Array, b: Array, out: Array | None = None, dtype: DTypeLike | Non
 
     Parameters
     ----------
-    a, b : (m, k) and (k, n) arrays of one dtype
-        On a GPU also two stacks of such matrices.
-    out : (m, n) array or None
-        Where the result goes; None for a new array.
-    dtype : dtype or None
-        Of a new result; None for a's. A GPU can leave the sums of 16-bit factors in float32, others have a's dtype.
-    add : bool
-        Whether the product is added to what `out` holds.
-
-    Returns
-    -------
-    product : (m, n) array
-        `out`, or the new array.
+    a, b : (m, k) and (k, n) arrays of one dtype, on a GPU also two stacks of such matrices
+    out : (m, n) array for the result; None for a new one
+    dtype : of a new result, as in linear_forward
+    add : whether the product is added to what `out` holds
     """
     if not add:
         return compact_product(a, b, out)

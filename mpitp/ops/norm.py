@@ -1,13 +1,14 @@
 """Layer norm and RMS norm over the last axis, forward and backward side by side.
 
 A norm is cheap arithmetic on much data, as an activation is: it runs over pieces of rows that stay in cache, in
-place on what it made itself. The bits of a row depend on nothing but the row: sums over features are one dot
-product a row. A matrix-vector product would treat the last few rows differently, and einsum one row alone (measured).
+place on what it made itself. The bits of a row depend on nothing but the row, since sums over features are one dot
+product a row. A matrix-vector product has other bits for the last few rows, and einsum for one row alone (measured).
 
 Dimension key: N rows, n rows of a piece, K features.
 """
 import numpy as np
 
+from ..arrays import Array
 from ..errors import InputError
 from .twin import cuda_twin
 
@@ -17,25 +18,35 @@ PIECE = 1 << 16     # numbers at a time; measured: 2^15 to 2^18 take the same ti
 
 
 @cuda_twin(by="x")
-def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
-    """y = xhat * g + b, over the last axis of x, with
+def norm_forward(x: Array, w: Array, b: Array | None, kind: str, epsilon: float,
+                 zero_centered: bool = False) -> tuple[Array, tuple]:
+    """Compute y = xhat * g + b over the last axis of x.
 
     layernorm (Ba et al., arXiv 1607.06450): xhat = (x - mean(x)) rstd, rstd = (mean((x - mean(x))^2) + epsilon)^-1/2
     rmsnorm (Zhang and Sennrich, arXiv 1910.07467): xhat = x rstd, rstd = (mean(x^2) + epsilon)^-1/2
 
     Parameters
     ----------
-    x : (..., K) array, any leading axes
-    w : (K,) array; g = w, or 1 + w where `zero_centered`
-    b : (K,) array or None, for no bias
-    kind : "layernorm" or "rmsnorm"
+    x : (..., K) array
+    w : (K,) array
+        g is w, or 1 + w if `zero_centered`.
+    b : (K,) array or None
+        None for no bias.
+    kind : {"layernorm", "rmsnorm"}
+    epsilon : float
+    zero_centered : bool
 
     Returns
     -------
-    y : (..., K), a new array
-    saved : xhat, rstd, g, and whether there is a bias: what norm_backward takes. x itself may change.
+    y : (..., K) array
+        A new array.
+    saved : tuple
+        What norm_backward takes: xhat, rstd, g, the kind, and whether there is a bias. x itself may change.
 
-    Raises InputError for an unknown kind.
+    Raises
+    ------
+    InputError
+        For an unknown kind.
     """
     if kind not in KINDS:                       # the messages of require() would cost more than a token's norm
         raise InputError(f"found norm kind {kind!r}, expected one of {', '.join(KINDS)}")
@@ -47,16 +58,17 @@ def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
         normalise(x_NK, g_K, b, kind, epsilon, xhat_NK, rstd_N1, y_NK)
     else:
         steps = pieces(x_NK.shape)
-        g_nK, b_nK = for_a_piece(g_K, steps), for_a_piece(b, steps)
+        g_nK, b_nK = for_a_piece(g_K, steps), None if b is None else for_a_piece(b, steps)
         for piece in steps:
             x_nK = x_NK[piece]
-            g, bias = (None if array is None else array[:len(x_nK)] for array in (g_nK, b_nK))
-            normalise(x_nK, g, bias, kind, epsilon, xhat_NK[piece], rstd_N1[piece], y_NK[piece])
+            normalise(x_nK, g_nK[:len(x_nK)], None if b_nK is None else b_nK[:len(x_nK)], kind, epsilon,
+                      xhat_NK[piece], rstd_N1[piece], y_NK[piece])
     return y_NK.reshape(x.shape), (xhat_NK, rstd_N1, g_K, kind, b is not None)
 
 
-def normalise(x_nK, g, b, kind, epsilon, xhat_nK, rstd_n1, y_nK):
-    """Write xhat, rstd and y of some rows; g and b for each of them, or for all."""
+def normalise(x_nK: Array, g: Array, b: Array | None, kind: str, epsilon: float, xhat_nK: Array, rstd_n1: Array,
+              y_nK: Array) -> None:
+    """Write xhat, rstd and y of some rows; g and b are (n, K) or (K,)."""
     K = x_nK.shape[-1]
     x_nK = np.ascontiguousarray(x_nK)
     if kind == "layernorm":
@@ -74,19 +86,28 @@ def normalise(x_nK, g, b, kind, epsilon, xhat_nK, rstd_n1, y_nK):
 
 
 @cuda_twin(by="dy")
-def norm_backward(dy, saved, dw_out=None, db_out=None):
-    """dx = rstd (dyg - mean(dyg) - xhat mean(dyg xhat)) with dyg = dy * g; dw = sum of dy * xhat, db = sum of dy.
+def norm_backward(dy: Array, saved: tuple, dw_out: Array | None = None,
+                  db_out: Array | None = None) -> tuple[Array, Array, Array | None]:
+    """Compute dx = rstd (dyg - mean(dyg) - xhat mean(dyg xhat)) with dyg = dy * g, dw and db.
 
-    rmsnorm: without mean(dyg). The means are over the features of a row, the sums over the rows.
+    dw is the sum of dy * xhat over the rows, db that of dy; the means are over the features of a row. An rmsnorm has
+    no mean(dyg).
 
     Parameters
     ----------
-    dy : array, shaped as y
-    dw_out, db_out : (K,) arrays that dw and db are written to, None for new ones
+    dy : (..., K) array
+        Of y's shape.
+    saved : tuple
+        What norm_forward returned.
+    dw_out, db_out : (K,) arrays or None
+        Where dw and db go; None for new arrays.
 
     Returns
     -------
-    dx (..., K), dw (K,), and db (K,), which is None where there is no bias
+    dx : (..., K) array
+    dw : (K,) array
+    db : (K,) array or None
+        None where there is no bias.
     """
     xhat_NK, rstd_N1, g_K, kind, has_bias = saved
     K = dy.shape[-1]
@@ -118,27 +139,25 @@ def norm_backward(dy, saved, dw_out=None, db_out=None):
     return dx_NK.reshape(dy.shape), dw_K, db_K
 
 
-def pieces(shape):
-    """Slices of rows that hold about PIECE numbers each, the first the longest."""
+def pieces(shape: tuple[int, int]) -> list[slice]:
+    """Cut rows into slices of about PIECE numbers each, of which the first is the longest."""
     rows, K = shape
     step = max(1, PIECE // max(1, K))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def for_a_piece(w_K, steps):
-    """w_K for each row of the longest piece: NumPy multiplies arrays of one shape twice as fast as rows by a row."""
-    if w_K is None or not steps:
-        return w_K
-    return np.ascontiguousarray(np.broadcast_to(w_K, (steps[0].stop, *w_K.shape)))
+def for_a_piece(w_K: Array, steps: list[slice]) -> Array:
+    """Repeat w_K for each row of the longest piece.
 
-
-def row_dot(a_nK, b, out=None):
-    """The dot product of each row of a with b (K,), or with its own row of b (n, K): a column (n, 1).
-
-    As a stack of products of one row and one column, for which NumPy calls the dot product of BLAS.
+    NumPy multiplies two arrays of one shape twice as fast as each row of an array by one row.
     """
-    product = np.matmul(a_nK[:, None, :], b[..., None])[:, 0]
-    if out is None:
-        return product
-    out[...] = product
-    return out
+    rows = steps[0].stop if steps else 0
+    return np.ascontiguousarray(np.broadcast_to(w_K, (rows, *w_K.shape)))
+
+
+def row_dot(a_nK: Array, b: Array) -> Array:
+    """Compute the dot product of each row of a with b (K,), or with its own row of b (n, K): a column (n, 1).
+
+    It is a stack of products of one row and one column, for which NumPy calls the dot product of BLAS.
+    """
+    return np.matmul(a_nK[:, None, :], b[..., None])[:, 0]

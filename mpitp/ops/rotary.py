@@ -1,42 +1,59 @@
-"""Rotary positions (Su et al., arXiv 2104.09864): pairs of features turn by an angle that grows with the position.
+"""Rotary positions (Su et al., arXiv 2104.09864): pairs of features are rotated by angles that grow with the position.
 
 Dimension key: S positions, d rotary features of a head, K all features of a head.
 """
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from ..arrays import Array
 from .twin import cuda_twin
 
+if TYPE_CHECKING:
+    from ..config import Rotary
 
-def rotary_tables(rotary, head_dim, positions, dtype, xp=np):
-    """cos and sin of position * frequency, each times the attention factor.
+
+def rotary_tables(rotary: Rotary, head_dim: int, positions: Sequence[int] | Array, dtype: DTypeLike,
+                  xp: ModuleType = np) -> tuple[Array, Array]:
+    """Compute the cosine and the sine of position * frequency, each times the attention factor.
 
     Parameters
     ----------
-    rotary : mpitp.config.Rotary
-    head_dim : K, of which d = rotary.dim features turn (None: all)
+    rotary : Rotary
+    head_dim : int
+        K, of which d = rotary.dim features are rotated; all where that is None.
     positions : (S,) integers
-    dtype : of the tables, which are computed in float64 and rounded once
-    xp : the array module that they are for
+    dtype : dtype
+        Of the tables, which are computed in float64 and rounded once.
+    xp : module
+        numpy or cupy, whose arrays the tables are.
 
     Returns
     -------
-    cos, sin : (S, d / 2)
+    cos, sin : (S, d / 2) arrays
     """
     frequency_d, factor = frequencies(rotary, head_dim if rotary.dim is None else rotary.dim)
     angle_Sd = np.asarray(positions, np.float64)[:, None] * frequency_d
-    return tuple(xp.asarray((f(angle_Sd) * factor).astype(dtype)) for f in (np.cos, np.sin))
+    cos_Sd, sin_Sd = ((f(angle_Sd) * factor).astype(dtype) for f in (np.cos, np.sin))
+    return xp.asarray(cos_Sd), xp.asarray(sin_Sd)
 
 
-def frequencies(rotary, dim):
-    """Radians per position of each of the dim / 2 pairs, base^(-2 i / dim) before scaling, and the attention factor.
+def frequencies(rotary: Rotary, dim: int) -> tuple[Array, float]:
+    """Compute the radians per position of each of the dim / 2 pairs, and the attention factor.
 
-    linear : all over `factor` (Chen et al., arXiv 2306.15595)
-    llama3 : a wave that turns less than `low_freq_factor` times within the original positions over `factor`, one that
-        turns more than `high_freq_factor` times as it was, in between a ramp (Llama 3.1)
-    yarn : the same with a ramp over the pairs, which begins at the one that turns `beta_fast` times and ends at the one
-        that turns `beta_slow` times (Peng et al., arXiv 2309.00071, sections 3.2 and 3.4)
+    Pair i has base^(-2 i / dim) before scaling. Scaling divides by `factor`:
+
+    - linear: all pairs (Chen et al., arXiv 2306.15595).
+    - llama3: a pair that makes fewer than `low_freq_factor` rotations within the original positions, and none that
+      makes more than `high_freq_factor`; between these there is a ramp over the rotations (Llama 3.1).
+    - yarn: as llama3, with a ramp over the pairs, from the one that makes `beta_fast` rotations to the one that makes
+      `beta_slow` (Peng et al., arXiv 2309.00071, sections 3.2 and 3.4).
     """
     plain = rotary.base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if rotary.scaling is None:
@@ -44,41 +61,50 @@ def frequencies(rotary, dim):
     slow = plain / rotary.factor
     if rotary.scaling == "linear":
         return slow, 1.0
+    keep: Array
     if rotary.scaling == "llama3":
-        turns = rotary.original_max_positions * plain / (2 * math.pi)
-        keep = (turns - rotary.low_freq_factor) / (rotary.high_freq_factor - rotary.low_freq_factor)
+        rotations = rotary.original_max_positions * plain / (2 * math.pi)       # type: ignore[operator] # config has it
+        keep = (rotations - rotary.low_freq_factor) / (rotary.high_freq_factor - rotary.low_freq_factor)
         factor = 1.0
     else:
-        first, last = (pair_that_turns(times, rotary, dim) for times in (rotary.beta_fast, rotary.beta_slow))
+        first, last = (pair_of(rotations, rotary, dim) for rotations in (rotary.beta_fast, rotary.beta_slow))
         if rotary.truncate:
             first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, dim - 1)     # dim - 1, not dim / 2 - 1: so it is in use
+        first, last = max(first, 0), min(last, dim - 1)     # dim - 1, not dim / 2 - 1, as in the programs in use
         width = last - first if last != first else 0.001
         keep = 1 - (np.arange(dim // 2) - first) / width
-        factor = rotary.attention_factor
-        if factor is None:
-            factor = 0.1 * math.log(rotary.factor) + 1 if rotary.factor > 1 else 1.0
+        factor = 0.1 * math.log(rotary.factor) + 1 if rotary.factor > 1 else 1.0
+        if rotary.attention_factor is not None:
+            factor = rotary.attention_factor
     keep = np.clip(keep, 0, 1)
     return (1 - keep) * slow + keep * plain, factor
 
 
-def pair_that_turns(times, rotary, dim):
-    """The pair, a real number, whose wave turns so many times within the original positions."""
-    return dim * math.log(rotary.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(rotary.base))
+def pair_of(rotations: float, rotary: Rotary, dim: int) -> float:
+    """Find the pair, as a real number, that makes so many rotations within the original positions."""
+    wave = rotary.original_max_positions / (rotations * 2 * math.pi)            # type: ignore[operator] # config has it
+    return dim * math.log(wave) / (2 * math.log(rotary.base))
 
 
 @cuda_twin(by="x")
-def rotary_forward(x, cos, sin, interleaved, starts=None):
-    """(u, v) -> (u cos - v sin, v cos + u sin) for each pair (u, v) of the first d features; the others stay.
+def rotary_forward(x: Array, cos: Array, sin: Array, interleaved: bool, starts: Array | None = None) -> Array:
+    """Compute (u cos - v sin, v cos + u sin) for each pair (u, v) of the first d features; the others stay.
 
     Parameters
     ----------
-    x : (..., S, heads, K) array; with starts (B, S, heads, K)
-    cos, sin : (positions, d / 2), of rotary_tables, in the dtype that x is computed in
-    interleaved : pair i is features (2 i, 2 i + 1); False: (i, i + d / 2)
-    starts : (B,) the position of the first row of each sequence. None: 0
+    x : (..., S, heads, K) array
+        With starts (B, S, heads, K).
+    cos, sin : (positions, d / 2) arrays
+        From rotary_tables, in the dtype that x is computed in.
+    interleaved : bool
+        Whether pair i is the features 2 i and 2 i + 1, or else i and i + d / 2.
+    starts : (B,) array of integers or None
+        The position of the first row of each sequence; None for 0.
 
-    Returns a new array, shaped as x.
+    Returns
+    -------
+    y : array
+        A new array of x's shape.
     """
     half = cos.shape[-1]
     cos, sin = (table[rows_of(x.shape[-3], starts), None] for table in (cos, sin))      # the same for every head
@@ -94,13 +120,13 @@ def rotary_forward(x, cos, sin, interleaved, starts=None):
 
 
 @cuda_twin(by="dy")
-def rotary_backward(dy, cos, sin, interleaved):
-    """dx of dy: turned back, by the opposite angle. Shaped as dy."""
+def rotary_backward(dy: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
+    """Compute dx, which is dy rotated by the opposite angles: a new array of dy's shape."""
     return rotary_forward(dy, cos, -sin, interleaved)
 
 
-def rows_of(S, starts):
-    """Which rows of the tables belong to S positions of each sequence: a slice where one sequence is all there is."""
+def rows_of(S: int, starts: Array | None) -> slice | Array:
+    """Find the rows of the tables for S positions of each sequence: a slice where there is one sequence alone."""
     if starts is None:
         return slice(0, S)
     if len(starts) == 1:                                    # a view: a token's copies cost more than they copy

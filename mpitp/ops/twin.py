@@ -2,7 +2,7 @@
 import importlib
 import sys
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps, cache
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -12,7 +12,7 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-@lru_cache(maxsize=None)
+@cache
 def twin(name: str) -> ModuleType:
     """Import the CuPy twin of mpitp.ops.<name>: the same functions with the same arguments, as kernels of the GPU."""
     return importlib.import_module(f"{__package__}.cuda.{name}")
@@ -32,7 +32,7 @@ def cuda_twin(by: str) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
     The twin's module, and with it CuPy's kernels, is imported when the first CuPy array arrives.
     """
     def decorate(operation: Callable[P, Result]) -> Callable[P, Result]:
-        code, name = operation.__code__, operation.__name__            # type: ignore[attr-defined]
+        code, name = operation.__code__, operation.__name__
         position, module = code.co_varnames[:code.co_argcount].index(by), operation.__module__.rpartition(".")[2]
 
         @wraps(operation)

@@ -86,7 +86,8 @@ def check_arguments(kernel, arguments, dtype):
     for place, (kind, argument) in enumerate(zip(types, arguments)):
         expected, found = known[kind.rstrip("*")], getattr(argument, "dtype", type(argument))
         null = kind.endswith("*") and isinstance(argument, np.uint64) and argument == 0
-        good = null or found == expected and isinstance(argument, stand_in.ndarray if kind.endswith("*") else np.generic)
+        right_kind = isinstance(argument, stand_in.ndarray if kind.endswith("*") else np.generic)
+        good = null or right_kind and found == expected
         assert good, f"{kernel.name}, argument {place}: {kind} {expected}, but {type(argument).__name__} {found}"
 
 

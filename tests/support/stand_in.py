@@ -82,7 +82,7 @@ default_stream = Stream()
 streams = [default_stream]      # the last one is current
 
 
-# --- arrays ------------------------------------------------------------------------------------------------------------
+# --- arrays ---------------------------------------------------------------------------------------------------------
 
 class ndarray:
     """An array of the device; `memory` is the NumPy array underneath, which the library must not see."""
@@ -131,7 +131,8 @@ class ndarray:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, key):
-        return device(np.asarray(host(self)[host(key)]))    # a number of the device is an array; CuPy copies a host's key
+        found = host(self)[host(key)]                       # CuPy copies a key of the host to the device
+        return device(np.asarray(found))                    # a number of the device is an array
 
     def __setitem__(self, key, value):
         refuse_host([value], "assignment")
@@ -205,7 +206,7 @@ def refuse_host(values, what):
             raise TypeError(f"{what}: Unsupported type <class 'numpy.ndarray'>")        # as CuPy says
 
 
-# --- the module ----------------------------------------------------------------------------------------------------------
+# --- the module -----------------------------------------------------------------------------------------------------
 
 class CuPy(ModuleType):
     """The module cupy. What is not set below is NumPy's, of arrays of the device alone."""
@@ -287,7 +288,7 @@ class cublas:
         cls.mode = mode
 
 
-# --- NCCL ----------------------------------------------------------------------------------------------------------------
+# --- NCCL -----------------------------------------------------------------------------------------------------------
 
 class Nccl:
     """NCCL, of ranks that are all of MPI's world: at once, behind what its stream was told before, as NCCL would."""
@@ -359,7 +360,7 @@ vars(cupy).update(ndarray=ndarray, array=array, asarray=asarray, ascontiguousarr
                   empty_like=empty_like, cuda=cuda)
 
 
-# --- the kernels -----------------------------------------------------------------------------------------------------------
+# --- the kernels ----------------------------------------------------------------------------------------------------
 
 KERNELS = ("activation", "adamw", "attention", "cross_entropy", "dropout", "embedding", "keys_values", "linear", "norm",
            "rotary")

@@ -1,25 +1,35 @@
-"""Whether the MPI may be handed a device's buffers.
+"""Whether the MPI may be handed a GPU's buffers.
 
-Never a guess: a device pointer given to an MPI that is not CUDA-aware is a segmentation fault.
+That is never guessed: a device pointer given to an MPI that is not CUDA-aware is a segmentation fault.
 """
 import ctypes
 import os
 
 from mpi4py import MPI
 
-from ...arrays import array_module      # noqa: F401 - imported from here by comm/group.py
 from ...errors import InputError
 from .. import agreement
 
 MPIX_GPU_SUPPORT_CUDA = 0       # a constant of MPICH's mpi.h
 
 
-def cuda_aware(comm):
-    """Whether this MPI takes CUDA buffers, and how that was found: (bool, str).
+def cuda_aware(comm: MPI.Comm) -> tuple[bool, str]:
+    """Find out whether this MPI takes CUDA buffers.
 
-    In this order: the environment variable MPITP_CUDA_AWARE (0 or 1) that overrides;
-    MPIX_Query_cuda_support() (Open MPI, Intel MPI); MPIX_GPU_query_support() (MPICH); "cuda" in the
-    communicator's info key mpi_memory_alloc_kinds (MPI 4.1).
+    These are asked in turn: the environment variable MPITP_CUDA_AWARE (0 or 1), which overrides the others;
+    MPIX_Query_cuda_support() (Open MPI, Intel MPI); MPIX_GPU_query_support() (MPICH); "cuda" in the communicator's
+    info key mpi_memory_alloc_kinds (MPI 4.1).
+
+    Returns
+    -------
+    aware : bool
+    reason : str
+        What was found, of all of them where none says yes.
+
+    Raises
+    ------
+    InputError
+        For another value of MPITP_CUDA_AWARE.
     """
     override = os.environ.get("MPITP_CUDA_AWARE")
     if override is not None:
@@ -29,8 +39,7 @@ def cuda_aware(comm):
     library = ctypes.CDLL(MPI.__file__)         # finds the symbols of the MPI library that it is linked to
     found = []
     if hasattr(library, "MPIX_Query_cuda_support"):
-        yes = library.MPIX_Query_cuda_support() == 1
-        if yes:
+        if library.MPIX_Query_cuda_support() == 1:
             return True, "MPIX_Query_cuda_support() = 1"
         found.append("MPIX_Query_cuda_support() = 0")
     if hasattr(library, "MPIX_GPU_query_support"):
@@ -48,7 +57,7 @@ def cuda_aware(comm):
     return False, "; ".join(found)
 
 
-def takes_device(kinds):
+def takes_device(kinds: str) -> bool:
     """Whether "cuda", or "cuda:device" with or without other restrictors, is among comma-separated kinds (MPI 4.1)."""
     for kind in kinds.split(","):
         name, *restrictors = kind.strip().split(":")
@@ -57,12 +66,8 @@ def takes_device(kinds):
     return False
 
 
-def cuda_aware_everywhere(comm):
-    """cuda_aware(), which every rank must answer alike. Collective."""
-    found = []
-
-    def look():
-        found.append(cuda_aware(comm))
-        return "{} ({})".format(*found[0])
-    agreement.require_everywhere(comm, "whether MPI takes device buffers", look)
-    return found[0]
+def cuda_aware_everywhere(comm: MPI.Comm) -> tuple[bool, str]:
+    """Call cuda_aware() on every rank, and raise InputError on all of them where two disagree. Collective."""
+    agreement.require_everywhere(comm, "whether MPI takes device buffers",
+                                 lambda: "{} ({})".format(*cuda_aware(comm)))
+    return cuda_aware(comm)

@@ -1,4 +1,4 @@
-"""The transport: who carries what the ranks add up. Chosen once, by rank 0, out of what all of them found.
+"""Choose the transport: what carries the arrays that the ranks add up. Rank 0 decides, from what all of them found.
 
 mpi : MPI on the arrays themselves; on a GPU only where the MPI is CUDA-aware. The default wherever that is not slow
 nccl : NCCL through CuPy, on device arrays
@@ -6,82 +6,127 @@ staged : MPI on copies in pinned host memory
 """
 import sys
 import time
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from mpi4py import MPI
 
 from ...errors import InputError
+from ..mpi import requested_transport
 from .alone import OneRankTransport
 from .aware import cuda_aware_everywhere
-from ..mpi import requested_transport
+from .binding import Gpu
 from .mpi_device import DeviceMpiTransport
 from .staged import StagedTransport
 
 TIMED_BYTES = 16 << 20
 SLOW = 3e9          # bytes a second, below which a sum goes through the host: Open MPI 5 does 0.7e9, a good MPI 250e9
-_said: set[str] = set()
+Transport = Any     # a class of this folder with the methods of MpiTransport
+_printed_reasons: set[str] = set()
 
 
-def choose_transport(comm, xp, gpu, transport):
-    """The transport of a group, with its name and `how`, why it is that one. Collective.
+class Decision(NamedTuple):
+    """A transport's name and why it is that one; or no name, and the problem with the one that was asked for."""
+    name: str
+    how: str
+    problem: str = ""
 
-    Raises InputError, on every rank, for a transport that cannot be had here.
+
+def choose_transport(comm: MPI.Comm, xp: ModuleType, gpu: Gpu, transport: str) -> Transport:
+    """Make the transport of a group on GPUs. Collective.
+
+    Parameters
+    ----------
+    comm : mpi4py communicator
+    xp : module
+        cupy.
+    gpu : Gpu
+        This rank's, from bind.
+    transport : str
+        One of TRANSPORTS in comm/mpi.py; MPITP_TRANSPORT stands in for "auto".
+
+    Returns
+    -------
+    transport
+        Its `name` is one of TRANSPORTS without "auto", its `how` says why it is that one.
+
+    Raises
+    ------
+    InputError
+        On every rank, for a transport that cannot be had here.
     """
-    asked = requested_transport(transport)
-    aware, how_aware = cuda_aware_everywhere(comm)
-    mpi = DeviceMpiTransport(comm, lambda: xp.cuda.get_current_stream().synchronize())
-    seconds = None
-    if aware and comm.size > 1 and asked == "auto":
-        seconds = timed_all_reduce(comm, xp, mpi)
-    no_nccl = first_reason(comm.gather(why_not_nccl(xp, gpu)))
-    decision = decide(asked, comm.size, aware, how_aware, seconds, no_nccl) if comm.rank == 0 else None
-    name, how, problem = comm.bcast(decision)
-    if problem:
-        raise InputError(problem)
-    made = OneRankTransport(name) if comm.size == 1 else mpi if name == "mpi" else \
-        make_nccl(comm, xp) if name == "nccl" else make_staged(comm, xp)
-    made.how = how
-    if name == "staged" and comm.size > 1 and asked == "auto" and comm.rank == 0 and how not in _said:
-        _said.add(how)                          # once a process, not once a group
-        print(f"mpitp: staging through host memory: {how}", file=sys.stderr, flush=True)
-    return made
+    name_asked = requested_transport(transport)
+    aware, aware_reason = cuda_aware_everywhere(comm)
+    seconds = timed_all_reduce(comm, xp) if aware and comm.size > 1 and name_asked == "auto" else None
+    obstacles = comm.allgather(nccl_obstacle(gpu))
+    obstacle = next((found for found in obstacles if found), None)
+    decision = comm.bcast(decide(name_asked, comm.size, aware, aware_reason, seconds, obstacle))
+    if decision.problem:
+        raise InputError(decision.problem)
+    if comm.size == 1:
+        return OneRankTransport(decision.name, decision.how)
+    if decision.name == "staged" and name_asked == "auto" and comm.rank == 0 and decision.how not in _printed_reasons:
+        _printed_reasons.add(decision.how)          # once a process, not once a group
+        print(f"mpitp: staging through host memory: {decision.how}", file=sys.stderr, flush=True)
+    return make_transport(decision, comm, xp)
 
 
-def decide(asked, size, aware, how_aware, seconds, no_nccl):
-    """(name, why, None), or (None, None, the problem), from what was found: see choose_transport.
+def decide(name_asked: str, size: int, aware: bool, aware_reason: str, seconds: float | None,
+           no_nccl: str | None) -> Decision:
+    """Decide from what was found.
 
-    seconds : of one all-reduce of TIMED_BYTES by a CUDA-aware MPI, where it was timed
-    no_nccl : why NCCL cannot be used, None where it can
+    Parameters
+    ----------
+    name_asked : str
+        One of TRANSPORTS.
+    size : int
+        How many ranks there are.
+    aware, aware_reason : bool, str
+        What cuda_aware found.
+    seconds : float or None
+        Of one all-reduce of TIMED_BYTES by a CUDA-aware MPI; None where it was not timed.
+    no_nccl : str or None
+        Why NCCL cannot be used; None where it can.
     """
-    if asked == "mpi" and not aware and size > 1:
-        return None, None, f"found an MPI that does not take device buffers ({how_aware}), expected a CUDA-aware one " \
-                           f"for transport 'mpi', or transport 'nccl' or 'staged'"
-    if asked == "nccl" and no_nccl and size > 1:
-        return None, None, f"found {no_nccl}, expected NCCL for transport 'nccl', or transport 'mpi' or 'staged'"
-    if asked != "auto":
-        return asked, "asked for", None
+    if name_asked == "mpi" and not aware and size > 1:
+        return Decision("", "", f"found an MPI that does not take device buffers ({aware_reason}), expected a "
+                                f"CUDA-aware one for transport 'mpi', or transport 'nccl' or 'staged'")
+    if name_asked == "nccl" and no_nccl and size > 1:
+        return Decision("", "", f"found {no_nccl}, expected NCCL for transport 'nccl', or transport 'mpi' or "
+                                f"'staged'")
+    if name_asked != "auto":
+        return Decision(name_asked, "asked for")
     if size == 1:
-        return "mpi", "one rank: nothing travels", None
-    if aware and (seconds is None or TIMED_BYTES / seconds >= SLOW):
-        timed = "" if seconds is None else f", {TIMED_BYTES >> 20} MiB in {seconds * 1e3:.2f} ms"
-        return "mpi", how_aware + timed, None
-    reason = f"this MPI does not take device buffers ({how_aware})" if not aware else \
-        f"this MPI takes {seconds * 1e3:.0f} ms for {TIMED_BYTES >> 20} MiB on the device, so it goes through the host"
+        return Decision("mpi", "one rank: nothing travels")
+    if not aware:
+        reason = f"this MPI does not take device buffers ({aware_reason})"
+    elif seconds is None:
+        return Decision("mpi", aware_reason)
+    elif TIMED_BYTES / seconds >= SLOW:
+        return Decision("mpi", f"{aware_reason}, {TIMED_BYTES >> 20} MiB in {seconds * 1e3:.2f} ms")
+    else:
+        reason = f"this MPI takes {seconds * 1e3:.0f} ms for {TIMED_BYTES >> 20} MiB on the device, so it goes " \
+                 f"through the host"
     if no_nccl is None:
-        return "nccl", reason, None
-    return "staged", f"{reason}; {no_nccl}", None
+        return Decision("nccl", reason)
+    return Decision("staged", f"{reason}; {no_nccl}")
 
 
-def timed_all_reduce(comm, xp, mpi):
-    """Seconds of one all-reduce on device buffers, the longest of the ranks'. Collective."""
+def timed_all_reduce(comm: MPI.Comm, xp: ModuleType) -> float:
+    """Measure the seconds of one all-reduce on device buffers, the longest of the ranks'. Collective."""
+    transport = DeviceMpiTransport(comm, partial(wait_for_device, xp))
     x = xp.zeros(TIMED_BYTES // 4, "float32")
-    mpi.all_reduce(x, "sum")                    # opens connections
-    xp.cuda.get_current_stream().synchronize()
+    transport.all_reduce(x, "sum")              # opens connections
+    wait_for_device(xp)
     comm.Barrier()
     start = time.perf_counter()
-    mpi.all_reduce(x, "sum")
+    transport.all_reduce(x, "sum")
     return max(comm.allgather(time.perf_counter() - start))
 
 
-def why_not_nccl(xp, gpu):
-    """Why NCCL cannot be used by this rank, None where it can."""
+def nccl_obstacle(gpu: Gpu) -> str | None:
+    """Say why this rank cannot use NCCL; None where it can."""
     try:
         from cupy.cuda import nccl
         if not getattr(nccl, "available", True):        # what CuPy has in its place
@@ -91,15 +136,18 @@ def why_not_nccl(xp, gpu):
     return f"ranks that share a GPU ({gpu.name}), which NCCL refuses" if gpu.shared else None
 
 
-def first_reason(reasons):
-    return next((reason for reason in reasons or () if reason), None)
+def make_transport(decision: Decision, comm: MPI.Comm, xp: ModuleType) -> Transport:
+    """Make the transport of several ranks. Collective."""
+    if decision.name == "nccl":
+        from .nccl import NcclTransport
+        return NcclTransport(comm, xp, decision.how)
+    synchronise = partial(wait_for_device, xp)
+    if decision.name == "mpi":
+        return DeviceMpiTransport(comm, synchronise, decision.how)
+    return StagedTransport(comm, synchronise, decision.how,
+                           streams=(xp.cuda.Stream(non_blocking=True), xp.cuda.Stream(non_blocking=True)))
 
 
-def make_nccl(comm, xp):
-    from .nccl import NcclTransport
-    return NcclTransport(comm, xp)
-
-
-def make_staged(comm, xp):
-    streams = tuple(xp.cuda.Stream(non_blocking=True) for _ in range(2)) if hasattr(xp.cuda, "Stream") else None
-    return StagedTransport(comm, lambda: xp.cuda.get_current_stream().synchronize(), streams=streams)
+def wait_for_device(cupy: ModuleType) -> None:
+    """Wait until everything on CuPy's current stream is done."""
+    cupy.cuda.get_current_stream().synchronize()

@@ -3,6 +3,13 @@
 Calls are put on CuPy's current stream, behind the kernels that make what they send. Arrays are flat or C-contiguous;
 counts are elements per rank. Every call is collective.
 """
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from mpi4py import MPI
+
+from ...arrays import DeviceArray
 from .mpi_device import runs
 
 # NCCL moves bytes in these too, so that 16-bit arrays may come under the dtype that MPI knows for them, uint16.
@@ -12,42 +19,52 @@ OPERATIONS = {"sum": "NCCL_SUM", "max": "NCCL_MAX", "min": "NCCL_MIN"}
 
 
 class NcclTransport:
+    """MpiTransport's methods, done by NCCL.
+
+    Parameters
+    ----------
+    comm : mpi4py communicator
+        Of ranks with a GPU each. The constructor is collective over it.
+    cupy : module
+    how : str
+        Why it is this transport that a group has.
+    """
     name = "nccl"
     overlaps = True
     piece_bytes = 1 << 62       # nothing is too long: NCCL counts in 64 bits
 
-    def __init__(self, comm, cupy):
-        """Collective over comm, an mpi4py communicator of ranks with a GPU each."""
+    def __init__(self, comm: MPI.Comm, cupy: ModuleType, how: str) -> None:
         from cupy.cuda import nccl
-        self.nccl, self.cupy, self.rank, self.size = nccl, cupy, comm.rank, comm.size
+        self.nccl, self.cupy, self.rank, self.size, self.how = nccl, cupy, comm.rank, comm.size, how
         identity = comm.bcast(nccl.get_unique_id() if comm.rank == 0 else None)
         self.comm = nccl.NcclCommunicator(comm.size, identity, comm.rank)
-        self.beside = None      # the stream of sums that are under way while the device computes
+        self.side_stream: Any = None    # of sums that are under way while the device computes
 
-    def arguments(self, x, count=None):
+    def arguments(self, x: DeviceArray) -> tuple[int, int, int]:
         """(pointer, elements, type) of an array."""
-        return x.data.ptr, x.size if count is None else count, getattr(self.nccl, TYPES[x.dtype.name])
+        return x.data.ptr, x.size, getattr(self.nccl, TYPES[x.dtype.name])
 
-    def stream(self):
+    def stream(self) -> int:
+        """The handle of CuPy's current stream."""
         return self.cupy.cuda.get_current_stream().ptr
 
-    def all_reduce(self, x, op):
+    def all_reduce(self, x: DeviceArray, op: str) -> None:
         """x becomes the sum (max, min) over the ranks, in place."""
         pointer, count, kind = self.arguments(x)
         if count:
             self.comm.allReduce(pointer, pointer, count, kind, getattr(self.nccl, OPERATIONS[op]), self.stream())
 
-    def begin_all_reduce(self, x, op):
+    def begin_all_reduce(self, x: DeviceArray, op: str) -> Callable[[], None]:
         """Start all_reduce(x, op) on a stream of its own; returns a function after which the current one may use x."""
-        if self.beside is None:
-            self.beside = self.cupy.cuda.Stream(non_blocking=True)
-        self.beside.wait_event(self.cupy.cuda.get_current_stream().record())
-        with self.beside:
+        if self.side_stream is None:
+            self.side_stream = self.cupy.cuda.Stream(non_blocking=True)
+        self.side_stream.wait_event(self.cupy.cuda.get_current_stream().record())
+        with self.side_stream:
             self.all_reduce(x, op)
-        done = self.beside.record()
+        done = self.side_stream.record()
         return lambda: self.cupy.cuda.get_current_stream().wait_event(done)
 
-    def all_gather(self, send, receive, counts):
+    def all_gather(self, send: DeviceArray, receive: DeviceArray, counts: list[int]) -> None:
         """receive = the send arrays of all ranks, one after the other."""
         if len(set(counts)) == 1:
             pointer, count, kind = self.arguments(send)
@@ -56,13 +73,13 @@ class NcclTransport:
             return
         self.exchange([send] * self.size, runs(receive, counts))
 
-    def gather(self, send, receive, counts, root):
+    def gather(self, send: DeviceArray, receive: DeviceArray | None, counts: list[int], root: int) -> None:
         """receive on root = the send arrays of all ranks, one after the other; receive is None elsewhere."""
         nothing = send[:0]
-        parts = runs(receive, counts) if self.rank == root else [nothing] * self.size
+        parts = [nothing] * self.size if receive is None else runs(receive, counts)
         self.exchange([send if p == root else nothing for p in range(self.size)], parts)
 
-    def reduce_scatter(self, send, receive, counts, op):
+    def reduce_scatter(self, send: DeviceArray, receive: DeviceArray, counts: list[int], op: str) -> None:
         """receive = this rank's run of the sum (max, min) of the send arrays, cut by counts."""
         operation, stream = getattr(self.nccl, OPERATIONS[op]), self.stream()
         if len(set(counts)) == 1:
@@ -78,11 +95,12 @@ class NcclTransport:
                 self.comm.reduce(pointer, target, count, kind, operation, root, stream)
         self.nccl.groupEnd()
 
-    def all_to_all(self, send, send_counts, receive, receive_counts):
+    def all_to_all(self, send: DeviceArray, send_counts: list[int], receive: DeviceArray,
+                   receive_counts: list[int]) -> None:
         """Run p of send goes to rank p; receive = what every rank sent here, one after the other."""
         self.exchange(runs(send, send_counts), runs(receive, receive_counts))
 
-    def exchange(self, outgoing, incoming):
+    def exchange(self, outgoing: list[DeviceArray], incoming: list[DeviceArray]) -> None:
         """outgoing[p] goes to rank p, incoming[p] comes from it; one group of sends and receives."""
         stream = self.stream()
         if outgoing[self.rank].size:
@@ -95,13 +113,13 @@ class NcclTransport:
                 self.comm.recv(*self.arguments(incoming[p]), p, stream)
         self.nccl.groupEnd()
 
-    def broadcast(self, x, root):
+    def broadcast(self, x: DeviceArray, root: int) -> None:
         """x becomes root's x, in place."""
         pointer, count, kind = self.arguments(x)
         if count:
             self.comm.broadcast(pointer, pointer, count, kind, root, self.stream())
 
-    def close(self):
+    def close(self) -> None:
         """Give the communicator back. Collective."""
         self.cupy.cuda.get_current_stream().synchronize()
         self.comm.destroy()

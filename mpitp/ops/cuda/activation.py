@@ -1,13 +1,16 @@
 """The activations on the GPU: bias, activation, gate and derivative in one pass over the data, 16 bytes a thread."""
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import partial, cache
+from typing import Any
 
 import cupy
 import numpy as np
 
+from ...arrays import DeviceArray
 from ...errors import InputError
 from .kernel import kernel, launch
 
-# Of A x: A a = act(x) and A d = act'(x); the formulas are those of mpitp/ops/activation.py.
+# What computes A a = act(x) and A d = act'(x) from A x, by the formulas of mpitp/ops/activation.py.
 BODIES = {
     "identity": "A a = x, d = 1;",
     "relu": "A a = x > 0 ? x : (x != x ? x : (A)0), d = x > 0;",
@@ -78,22 +81,32 @@ THREADS = 256
 NOTHING = np.uint64(0)      # a null pointer
 
 
-@lru_cache(maxsize=None)
-def activate(name, dtype, with_slope, wide):
+@cache
+def activate(name: str, dtype: np.dtype, with_slope: bool, wide: int) -> Any:
+    """Find the kernel of an activation, with or without its derivative. Raises InputError for an unknown name."""
     if name not in BODIES:
         raise InputError(f"found activation {name!r}, expected one of {', '.join(BODIES)}")
     return kernel(FORWARD.replace("BODY", BODIES[name]), "activate", dtype,
                   (f"-DWIDE={wide}", f"-DSLOPE={int(with_slope)}"))
 
 
-@lru_cache(maxsize=None)
-def of_pairs(name, dtype, wide):
+@cache
+def elementwise(name: str, dtype: np.dtype, wide: int) -> Any:
+    """Find a kernel of PRODUCTS."""
     return kernel(PRODUCTS, name, dtype, (f"-DWIDE={wide}",))
 
 
-def over_vectors(function, arrays, *more):
-    """Launch function(wide) on arrays of one size and dtype, C-contiguous or None, and more; 16 bytes a thread where
-    rows and addresses allow it.
+def over_vectors(function: Callable[[int], Any], arrays: Sequence[DeviceArray | None], *more: Any) -> None:
+    """Launch a kernel on arrays of one size and dtype, 16 bytes a thread where rows and addresses allow it.
+
+    Parameters
+    ----------
+    function : function
+        function(wide) is the kernel that takes `wide` numbers a thread.
+    arrays : sequence of arrays or None
+        C-contiguous; None for a null pointer.
+    *more
+        The kernel's other arguments.
     """
     given = [x for x in arrays if x is not None]
     first, pointers = given[0], 0
@@ -106,7 +119,8 @@ def over_vectors(function, arrays, *more):
            tuple(NOTHING if x is None else x for x in (*arrays, *more)))
 
 
-def activation_forward(name, h, out=None, derivative=None, bias=None):
+def activation_forward(name: str, h: DeviceArray, out: DeviceArray | None = None, derivative: DeviceArray | None = None,
+                       bias: DeviceArray | None = None) -> tuple[DeviceArray, DeviceArray | None]:
     """As mpitp.ops.activation.activation_forward."""
     out = cupy.empty_like(h) if out is None else out
     over_vectors(partial(activate, name, h.dtype, derivative is not None), (h, None, out, None, derivative),
@@ -114,14 +128,15 @@ def activation_forward(name, h, out=None, derivative=None, bias=None):
     return out, derivative
 
 
-def activation_backward(da, saved, out=None):
+def activation_backward(da: DeviceArray, saved: DeviceArray, out: DeviceArray | None = None) -> DeviceArray:
     """As mpitp.ops.activation.activation_backward."""
     out = cupy.empty_like(da) if out is None else out
-    over_vectors(partial(of_pairs, "derive", da.dtype), (da, None, saved, None, out, None), np.int64(da.size))
+    over_vectors(partial(elementwise, "derive", da.dtype), (da, None, saved, None, out, None), np.int64(da.size))
     return out
 
 
-def gated_forward(name, h, up, bias=None, up_bias=None, saved=True):
+def gated_forward(name: str, h: DeviceArray, up: DeviceArray, bias: DeviceArray | None = None,
+                  up_bias: DeviceArray | None = None, saved: bool = True) -> tuple[DeviceArray, tuple | None]:
     """As mpitp.ops.activation.gated_forward."""
     a, act, slope = (cupy.empty_like(h), cupy.empty_like(h), h) if saved else (h, None, None)
     over_vectors(partial(activate, name, h.dtype, saved), (h, up, a, act, slope), bias, up_bias, np.int64(h.size),
@@ -129,16 +144,16 @@ def gated_forward(name, h, up, bias=None, up_bias=None, saved=True):
     return a, ((act, slope, up) if saved else None)
 
 
-def gated_backward(da, saved):
+def gated_backward(da: DeviceArray, saved: tuple) -> tuple[DeviceArray, DeviceArray]:
     """As mpitp.ops.activation.gated_backward."""
     (act, slope, up), du = saved, cupy.empty_like(da)
-    over_vectors(partial(of_pairs, "derive", da.dtype), (da, up, slope, act, da, du), np.int64(da.size))
+    over_vectors(partial(elementwise, "derive", da.dtype), (da, up, slope, act, da, du), np.int64(da.size))
     return da, du
 
 
-def add_to(y, x):
+def add_to(y: DeviceArray, x: DeviceArray) -> None:
     """As mpitp.ops.activation.add_to."""
     if y.dtype == x.dtype and y.flags.c_contiguous and x.flags.c_contiguous:
-        over_vectors(partial(of_pairs, "add_to", y.dtype), (y, x), np.int64(y.size))
+        over_vectors(partial(elementwise, "add_to", y.dtype), (y, x), np.int64(y.size))
     else:
         y += x

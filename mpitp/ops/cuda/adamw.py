@@ -1,6 +1,7 @@
 """One step of AdamW on the GPU: every array is read and written once."""
 import numpy as np
 
+from ...arrays import DeviceArray
 from .kernel import kernel, launch
 
 THREADS, EACH = 256, 4      # numbers a thread moves
@@ -22,7 +23,9 @@ extern "C" __global__ void adamw(A* w, const A* g, A* m, A* v, T* rounded, long 
 }"""
 
 
-def adamw_step(w, g, m, v, *, beta1, beta2, rate, root, eps, decay, scale, rounded=None):
+def adamw_step(w: DeviceArray, g: DeviceArray, m: DeviceArray, v: DeviceArray, *, beta1: float, beta2: float,
+               rate: float, root: float, eps: float, decay: float, scale: float,
+               rounded: DeviceArray | None = None) -> None:
     """As mpitp.ops.adamw.adamw_step."""
     numbers = [w.dtype.type(number) for number in (beta1, beta2, rate, root, eps, decay, scale)]
     launch(kernel(SOURCE, "adamw", w.dtype if rounded is None else rounded.dtype, (f"-DEACH={EACH}",)),

@@ -1,20 +1,23 @@
 """Softmax attention of one sequence on the GPU: cuBLAS for the products, one kernel for the softmax between them.
 
-As the NumPy, in tiles of queries, so that memory grows with the sequence; the query heads that share keys go through
-the products as one matrix. The number of heads in a product is part of its bits, so callers hand over as many whatever
-the number of ranks is (a block's).
+It works in tiles of queries, as on the CPU, so that memory grows with the sequence; the query heads that share keys go
+through the products as one matrix. The number of heads in a product is part of its bits, so callers hand over the heads
+of a block, whose number does not depend on the ranks.
 
 Dimension key: G key/value heads, H query heads of each, Q queries, S keys, K features of a head; T queries of one
 tile, V the keys that it sees.
 """
+from collections.abc import Callable, Iterator
+
 import cupy
 import numpy as np
 
-from ...arrays import sum_dtype
+from ...arrays import DeviceArray, sum_dtype
 from .kernel import INFINITY, kernel, launch, threads_for
 from .linear import product
 
 NOTHING = np.uint64(0)  # a null pointer
+Keep = Callable[[int, int], DeviceArray]        # as in mpitp/ops/attention.py
 TILE = 1024             # queries; fixed, since it is part of the bits
 COMMON = f"""
 #define INF ((A){INFINITY})
@@ -83,7 +86,9 @@ extern "C" __global__ void softmax_backward(const A* s, const A* dp, const A* ls
 }"""
 
 
-def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=None, slopes=None, mask=None, keep=None):
+def attention_forward(q_GHQK: DeviceArray, k_GSK: DeviceArray, v_GSK: DeviceArray, scale: float, *, out: DeviceArray,
+                      causal: bool = True, window: int | None = None, slopes: DeviceArray | None = None,
+                      mask: DeviceArray | None = None, keep: Keep | None = None) -> DeviceArray:
     """As mpitp.ops.attention.attention_forward; scores and lse in float32 for 16-bit q."""
     (G, H, Q, _), dtype = q_GHQK.shape, q_GHQK.dtype
     lse_GHQ = cupy.ndarray((G, H, Q), sum_dtype(dtype))
@@ -96,8 +101,11 @@ def attention_forward(q_GHQK, k_GSK, v_GSK, scale, *, out, causal=True, window=N
     return lse_GHQ
 
 
-def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, dq, dk=None, dv=None, causal=True,
-                       window=None, slopes=None, mask=None, keep=None):
+def attention_backward(dout_GHQK: DeviceArray, lse_GHQ: DeviceArray, q_GHQK: DeviceArray, k_GSK: DeviceArray,
+                       v_GSK: DeviceArray, out: DeviceArray, scale: float, *, dq: DeviceArray,
+                       dk: DeviceArray | None = None, dv: DeviceArray | None = None, causal: bool = True,
+                       window: int | None = None, slopes: DeviceArray | None = None, mask: DeviceArray | None = None,
+                       keep: Keep | None = None) -> tuple[DeviceArray, DeviceArray]:
     """As mpitp.ops.attention.attention_backward; dk and dv in float32 for 16-bit q."""
     (G, H, _, K), dtype = q_GHQK.shape, q_GHQK.dtype
     computed = sum_dtype(dtype)
@@ -126,14 +134,14 @@ def attention_backward(dout_GHQK, lse_GHQ, q_GHQK, k_GSK, v_GSK, out, scale, *, 
     return dk_GSK, dv_GSK
 
 
-def rows_of_heads(x_GHQK, first, stop):
-    """Those queries of the heads of a key/value head as one matrix each, (G, H T, K): a view where strides allow."""
+def rows_of_heads(x_GHQK: DeviceArray, first: int, stop: int) -> DeviceArray:
+    """Put these queries of all heads of a key/value head in one matrix, (G, H T, K): a view where strides allow."""
     G, H, _, K = x_GHQK.shape
     return x_GHQK[:, :, first:stop].reshape(G, H * (stop - first), K)
 
 
-def write_rows_of_heads(out_GHQK, first, stop, a_GnV, b_GVK):
-    """out[:, :, first:stop] = a b, the rows of a matrix being those of rows_of_heads; in place where strides allow."""
+def write_rows_of_heads(out_GHQK: DeviceArray, first: int, stop: int, a_GnV: DeviceArray, b_GVK: DeviceArray) -> None:
+    """Compute out[:, :, first:stop] = a b, whose rows lie as in rows_of_heads; in place where strides allow."""
     part_GHTK = out_GHQK[:, :, first:stop]
     if part_GHTK.shape[1] == 1:
         product(a_GnV, b_GVK, part_GHTK[:, 0])
@@ -141,13 +149,15 @@ def write_rows_of_heads(out_GHQK, first, stop, a_GnV, b_GVK):
         part_GHTK[...] = product(a_GnV, b_GVK).reshape(part_GHTK.shape)
 
 
-def strides_of(x_GHQK):
-    """Strides in numbers instead of bytes."""
+def strides_of(x_GHQK: DeviceArray) -> list[np.int64]:
+    """Count strides in numbers instead of bytes."""
     return [np.int64(stride // x_GHQK.itemsize) for stride in x_GHQK.strides]
 
 
-def tiles(q_GHQK, k_GSK, scale, causal, window, slopes, mask, keep):
-    """Yield (first query, the one after the last, slice of the keys seen, arguments of RULES)."""
+def tiles(q_GHQK: DeviceArray, k_GSK: DeviceArray, scale: float, causal: bool, window: int | None,
+          slopes: DeviceArray | None, mask: DeviceArray | None,
+          keep: Keep | None) -> Iterator[tuple[int, int, slice, tuple]]:
+    """Yield the first query of each tile, the one after its last, the slice of its keys, and the arguments of RULES."""
     (G, H, Q, _), S, computed = q_GHQK.shape, k_GSK.shape[1], sum_dtype(q_GHQK.dtype)
     slopes = None if slopes is None else cupy.ascontiguousarray(slopes, computed)
     for first in range(0, Q, TILE) if G * H else ():

@@ -5,7 +5,7 @@ Dimension key: N rows (tokens), V these columns.
 import cupy
 import numpy as np
 
-from ...arrays import sum_dtype
+from ...arrays import DeviceArray, sum_dtype
 from .kernel import kernel, launch, threads_for
 
 SOURCE = r"""
@@ -51,7 +51,7 @@ extern "C" __global__ void row_gradient(const T* z, const A* top, const long lon
 }"""
 
 
-def row_maximum(z_NV):
+def row_maximum(z_NV: DeviceArray) -> DeviceArray:
     """As mpitp.ops.cross_entropy.row_maximum, in float32 for 16-bit logits. A NaN stays."""
     N, V = z_NV.shape
     out_N = cupy.empty(N, sum_dtype(z_NV.dtype))
@@ -59,7 +59,7 @@ def row_maximum(z_NV):
     return out_N
 
 
-def row_sums(z_NV, max_N, targets_N, with_sum):
+def row_sums(z_NV: DeviceArray, max_N: DeviceArray, targets_N: DeviceArray, with_sum: bool) -> DeviceArray:
     """As mpitp.ops.cross_entropy.row_sums, in float32 for 16-bit logits."""
     N, V = z_NV.shape
     sums = cupy.empty((3 if with_sum else 2, N), sum_dtype(z_NV.dtype))
@@ -68,7 +68,8 @@ def row_sums(z_NV, max_N, targets_N, with_sum):
     return sums
 
 
-def row_gradient(z_NV, max_N, targets_N, factor_N, at_target_N, everywhere_N, out):
+def row_gradient(z_NV: DeviceArray, max_N: DeviceArray, targets_N: DeviceArray, factor_N: DeviceArray,
+                 at_target_N: DeviceArray, everywhere_N: DeviceArray | None, out: DeviceArray) -> DeviceArray:
     """As mpitp.ops.cross_entropy.row_gradient."""
     N, V = z_NV.shape
     launch(kernel(SOURCE, "row_gradient", z_NV.dtype), N if V else 0, threads_for(V),
@@ -77,6 +78,6 @@ def row_gradient(z_NV, max_N, targets_N, factor_N, at_target_N, everywhere_N, ou
     return out
 
 
-def pitch(x):
-    """From row to row, in numbers; inside a row there is no gap."""
+def pitch(x: DeviceArray) -> np.int64:
+    """Count the numbers from one row to the next; inside a row there is no gap."""
     return np.int64(x.strides[0] // x.itemsize)

@@ -3,10 +3,14 @@
 Source of Philox4x64-10: Salmon et al., SC 2011.
 """
 import math
+from collections.abc import Sequence
+from types import ModuleType
 
 import cupy
 import numpy as np
+from numpy.typing import DTypeLike
 
+from ...arrays import DeviceArray
 from ...sharding.rng import key
 
 ROUND = """
@@ -35,7 +39,8 @@ KERNEL = cupy.ElementwiseKernel(
     "uint64 k0, uint64 k1, uint64 limit, T keep", "T y", BODY, "mpitp_dropout", preamble=ROUND)
 
 
-def dropout_scale(seed, name, step, probability, shape, window, dtype, xp=cupy):
+def dropout_scale(seed: int, name: str, step: int, probability: float, shape: Sequence[int],
+                  window: Sequence[slice | int], dtype: DTypeLike, xp: ModuleType = cupy) -> DeviceArray:
     """As mpitp.ops.dropout.dropout_scale: the same zeros, on the device."""
     shape = tuple(map(int, shape))              # NumPy's integers would overflow
     ends = [(at, at + 1) if not isinstance(at, slice) else at.indices(n)[:2] for n, at in zip(shape, window)]
@@ -53,9 +58,9 @@ def dropout_scale(seed, name, step, probability, shape, window, dtype, xp=cupy):
     return out
 
 
-def merged(lengths, strides):
-    """The same walk in AXES axes: those of one index left out, neighbours without a gap made one."""
-    axes = []
+def merged(lengths: list[int], strides: list[int]) -> tuple[list[int], list[int]]:
+    """Describe a walk by AXES axes: leave out those of one index, and make one of neighbours without a gap."""
+    axes: list[list[int]] = []
     for n, stride in zip(lengths, strides):
         if n == 1:
             continue

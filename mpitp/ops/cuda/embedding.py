@@ -5,7 +5,7 @@ Dimension key: N tokens, H features.
 import cupy
 import numpy as np
 
-from ...arrays import sum_dtype
+from ...arrays import DeviceArray, sum_dtype
 from .kernel import kernel, launch, threads_for
 
 SOURCE = r"""
@@ -28,7 +28,7 @@ extern "C" __global__ void add_segments(const T* d, const long long* sorted, con
 }"""
 
 
-def embedding_forward(w_RH, ids_N):
+def embedding_forward(w_RH: DeviceArray, ids_N: DeviceArray) -> DeviceArray:
     """As mpitp.ops.embedding.embedding_forward."""
     (rows, H), N = w_RH.shape, len(ids_N)
     y_NH = cupy.empty((N, H), w_RH.dtype)
@@ -36,7 +36,7 @@ def embedding_forward(w_RH, ids_N):
     return y_NH
 
 
-def embedding_backward(d_NH, ids_N, rows, out=None):
+def embedding_backward(d_NH: DeviceArray, ids_N: DeviceArray, rows: int, out: DeviceArray | None = None) -> DeviceArray:
     """As mpitp.ops.embedding.embedding_backward; in float32 for 16-bit d."""
     N, H = d_NH.shape
     dw_RH = cupy.empty((rows, H), sum_dtype(d_NH.dtype)) if out is None else out
@@ -48,7 +48,7 @@ def embedding_backward(d_NH, ids_N, rows, out=None):
     return dw_RH
 
 
-def stable_argsort(ids_N):
-    """Where each id comes in sorted order, equal ones as they were; CuPy's argsort does not promise that."""
+def stable_argsort(ids_N: DeviceArray) -> DeviceArray:
+    """Sort the ids, equal ones in the order that they had, which CuPy's argsort does not promise; return the order."""
     N = len(ids_N)
     return cupy.argsort(ids_N * N + cupy.arange(N)).astype(np.int64)

@@ -5,11 +5,14 @@ the time of the reading for 2 to 16 rows of float32. Which thread adds what does
 
 Dimension key: N rows (tokens), I in features, O out features.
 """
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 import cupy
 import numpy as np
+from numpy.typing import DTypeLike
 
+from ...arrays import DeviceArray
 from .kernel import kernel, launch
 
 ALIGNED = 16        # bytes that one instruction reads
@@ -125,8 +128,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) few_rows(
 """
 
 
-def one_row(x_1I, w_OI, out=None, dtype=None):
-    """y = x w^T of one row, to `out` or a new array of `dtype` (x's)."""
+def one_row(x_1I: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None = None,
+            dtype: DTypeLike | None = None) -> DeviceArray:
+    """Compute y = x w^T of one row, to `out` or a new array of `dtype` (x's)."""
     O, I = w_OI.shape
     y_1O = cupy.ndarray((1, O), x_1I.dtype if dtype is None else dtype) if out is None else out
     w_OI, x_1I = in_rows(w_OI), in_rows(x_1I)
@@ -141,19 +145,20 @@ def one_row(x_1I, w_OI, out=None, dtype=None):
     return y_1O
 
 
-@lru_cache(maxsize=None)
-def gemv(dtype, warps, in_vectors, rounded):
+@cache
+def gemv(dtype: np.dtype, warps: int, in_vectors: bool, rounded: bool) -> Any:
+    """Find the kernel of one row; `rounded`: y has the dtype of w, not that of sums."""
     return kernel(GEMV, "gemv", dtype, (f"-DWARPS={warps}", f"-DROWS={ROWS}", f"-DVECTORS={int(in_vectors)}",
                                         *(("-DY=T", "-DROUND_Y=down") if rounded else ("-DY=A", "-DROUND_Y="))))
 
 
-def takes(x_NI, w_OI):
+def takes(x_NI: DeviceArray, w_OI: DeviceArray) -> bool:
     """Whether few_rows is for these: up to MOST rows of float32, which are read in vectors."""
-    return len(x_NI) <= MOST and w_OI.dtype == np.float32 and w_OI.size and w_OI.shape[1] % 4 == 0
+    return len(x_NI) <= MOST and w_OI.dtype == np.float32 and w_OI.size > 0 and w_OI.shape[1] % 4 == 0
 
 
-def few_rows(x_NI, w_OI, out=None):
-    """y = x w^T of a few rows, to `out` or a new array."""
+def few_rows(x_NI: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None = None) -> DeviceArray:
+    """Compute y = x w^T of a few rows, to `out` or a new array."""
     (N, I), O = x_NI.shape, len(w_OI)
     y_NO = cupy.empty((N, O), np.float32) if out is None else out
     if N:
@@ -169,15 +174,16 @@ def few_rows(x_NI, w_OI, out=None):
     return y_NO
 
 
-@lru_cache(maxsize=None)
-def few(padded, rows):
+@cache
+def few(padded: int, rows: int) -> Any:
+    """Find the kernel of up to `padded` rows of x, which takes `rows` rows of w a warp."""
     chunk = 512 if padded <= 8 else 256                     # 2 x padded x chunk numbers of shared memory
     return kernel(FEW, "few_rows", np.dtype(np.float32),
                   (f"-DNR={padded}", f"-DR={rows}", f"-DWARPS={WARPS}", f"-DCHUNK={chunk}"))
 
 
-def in_rows(x):
-    """x, or a copy where its rows have gaps inside or, to be read in vectors, are not aligned."""
+def in_rows(x: DeviceArray) -> DeviceArray:
+    """Return x, or a copy where its rows have gaps inside or, to be read in vectors, are not aligned."""
     gap, step = x.strides
     whole = x.shape[1] * x.itemsize % ALIGNED       # then rows are read number by number
     good = step == x.itemsize and (whole or not (x.data.ptr | (gap if len(x) > 1 else 0)) % ALIGNED)

@@ -3,9 +3,11 @@
 T is float, double or one of the 16-bit types, of which a kernel sees the bits; A is double for double, else float.
 up(T) -> A is exact, down(A) -> T rounds to nearest even.
 """
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 import cupy
+import numpy as np
 
 ROUND = {
     "float32": "typedef float T; typedef float A;"
@@ -29,7 +31,8 @@ ROUND = {
         #endif
         }""",
 }
-# Of 16 bits a result keeps 8 or 11: there the GPU's own exponential and division are exact enough, and twice as fast.
+# A 16-bit result keeps 8 or 11 bits, for which the GPU's own exponential and division are exact enough and twice as
+# fast.
 FAST = {False: "__device__ A exponential(A x) { return exp(x); } __device__ A over(A x, A y) { return x / y; }",
         True: "__device__ A exponential(A x) { return __expf(x); } "
               "__device__ A over(A x, A y) { return __fdividef(x, y); }"}
@@ -68,19 +71,19 @@ __device__ A block_max(A x) {
 INFINITY = "__int_as_float(0x7f800000)"
 
 
-@lru_cache(maxsize=None)
-def kernel(source, name, dtype, options=()):
-    """The kernel `name` of a CUDA source, for arrays of this dtype. Compiled when first called, then kept by CuPy."""
+@cache
+def kernel(source: str, name: str, dtype: np.dtype, options: tuple[str, ...] = ()) -> Any:
+    """Make the kernel `name` of a CUDA source, for arrays of this dtype; CuPy compiles it at its first call."""
     whole = ROUND[dtype.name] + FAST[dtype.itemsize == 2] + REDUCE + source
     return cupy.RawKernel(whole, name, options=("--std=c++14", *options))
 
 
-def threads_for(length):
-    """Threads of a block that goes over so many numbers: enough to hide memory, a whole number of warps."""
+def threads_for(length: int) -> int:
+    """Choose the threads of a block that goes over so many numbers: whole warps, enough of them to hide memory."""
     return 32 if length <= 128 else 128 if length <= 512 else 256 if length <= 1024 else 512
 
 
-def launch(function, blocks, threads, arguments):
+def launch(function: Any, blocks: int, threads: int, arguments: tuple) -> None:
     """Start a kernel, unless there is nothing to do: a grid of no blocks is an error."""
     if blocks:
         function((blocks,), (threads,), arguments)

@@ -8,7 +8,7 @@ a head.
 import cupy
 import numpy as np
 
-from ...arrays import sum_dtype
+from ...arrays import DeviceArray, sum_dtype
 from .kernel import INFINITY, kernel, launch, threads_for
 
 NOTHING = np.uint64(0)      # a null pointer
@@ -98,7 +98,8 @@ extern "C" __global__ void add_pieces(const A* tops, const A* sums, const A* par
 }"""
 
 
-def append(held_BCGK, new_BSGK, starts_B):
+def append(held_BCGK: tuple[DeviceArray, DeviceArray], new_BSGK: tuple[DeviceArray, DeviceArray],
+           starts_B: DeviceArray) -> None:
     """As mpitp.ops.keys_values.append, of a pair of arrays each."""
     (keys, values), (new_keys, new_values) = held_BCGK, (cupy.ascontiguousarray(new) for new in new_BSGK)
     (B, S), n = new_keys.shape[:2], new_keys.shape[2] * new_keys.shape[3]
@@ -106,7 +107,9 @@ def append(held_BCGK, new_BSGK, starts_B):
            (keys, new_keys, values, new_values, starts_B, np.int32(S), np.int32(n), np.int64(keys.shape[1])))
 
 
-def last_query_forward(q_BHK, k_BCGK, v_BCGK, starts_B, scale, *, out, window=None, slopes=None):
+def last_query_forward(q_BHK: DeviceArray, k_BCGK: DeviceArray, v_BCGK: DeviceArray, starts_B: DeviceArray,
+                       scale: float, *, out: DeviceArray, window: int | None = None,
+                       slopes: DeviceArray | None = None) -> None:
     """As mpitp.ops.keys_values.last_query_forward."""
     (B, H, K), (_, C, G, _), computed = q_BHK.shape, k_BCGK.shape, sum_dtype(q_BHK.dtype)
     if not q_BHK.size:
@@ -115,19 +118,19 @@ def last_query_forward(q_BHK, k_BCGK, v_BCGK, starts_B, scale, *, out, window=No
     q_BHK = q_BHK if q_BHK.strides[2] == size else cupy.ascontiguousarray(q_BHK)
     result = out if out.strides[2] == size else cupy.ndarray(out.shape, out.dtype)
     tops, sums, parts = (cupy.ndarray((B * H, pieces, n), computed) for n in (1, 1, K))
-    window = np.int32(0 if window is None else window)
+    seen = np.int32(0 if window is None else window)
     kernel(ATTEND, "attend", q_BHK.dtype)(
         (B * H, pieces), (256,),
         (q_BHK, k_BCGK, v_BCGK, starts_B, tops, sums, parts, computed.type(scale),
          NOTHING if slopes is None else cupy.ascontiguousarray(slopes, computed), np.int32(H), np.int32(H // G),
-         np.int32(K), window, *numbers(q_BHK.strides[:2], size), *numbers(k_BCGK.strides[:3], size)))
+         np.int32(K), seen, *numbers(q_BHK.strides[:2], size), *numbers(k_BCGK.strides[:3], size)))
     launch(kernel(ATTEND, "add_pieces", q_BHK.dtype), B * H, min(256, -(-K // 32) * 32),
-           (tops, sums, parts, starts_B, result, np.int32(H), np.int32(K), window, np.int32(pieces),
+           (tops, sums, parts, starts_B, result, np.int32(H), np.int32(K), seen, np.int32(pieces),
             *numbers(result.strides[:2], size)))
     if result is not out:
         out[...] = result
 
 
-def numbers(strides, size):
-    """Strides in numbers instead of bytes."""
+def numbers(strides: tuple[int, ...], size: int) -> list[np.int64]:
+    """Count strides in numbers instead of bytes."""
     return [np.int64(stride // size) for stride in strides]

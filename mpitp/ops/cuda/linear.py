@@ -5,14 +5,15 @@ alignment depend on the number of ranks: operands that the hardware would read o
 
 Dimension key: N rows (tokens), I in features, O out features.
 """
-from functools import lru_cache
+from functools import lru_cache, cache
 
 import cupy
 import numpy as np
 from cupy.cuda import cublas
 from cupy.cuda.device import get_cublas_handle
+from numpy.typing import DTypeLike
 
-from ...arrays import sum_dtype
+from ...arrays import DeviceArray, sum_dtype
 from .activation import activation_forward
 from .few_rows import ALIGNED, few_rows, one_row, takes
 from .sums import column_sum
@@ -21,7 +22,8 @@ CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}         # cu
 NUMBERS = {dtype: np.array([0, 1], dtype) for dtype in (np.dtype("float32"), np.dtype("float64"))}
 
 
-def linear_forward(x_NI, w_OI, out=None, dtype=None):
+def linear_forward(x_NI: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None = None,
+                   dtype: DTypeLike | None = None) -> tuple[DeviceArray, tuple[DeviceArray, DeviceArray]]:
     """As mpitp.ops.linear.linear_forward."""
     if len(x_NI) == 1 and w_OI.size:
         return one_row(x_NI, w_OI, out, dtype), (x_NI, w_OI)
@@ -30,7 +32,8 @@ def linear_forward(x_NI, w_OI, out=None, dtype=None):
     return product(x_NI, w_OI.T, out, dtype), (x_NI, w_OI)
 
 
-def product(a, b, out=None, dtype=None, add=False):
+def product(a: DeviceArray, b: DeviceArray, out: DeviceArray | None = None, dtype: DTypeLike | None = None,
+            add: bool = False) -> DeviceArray:
     """As mpitp.ops.linear.product, of two matrices or of two stacks of them, added up in float32 (float64)."""
     (*stack, m, k), n = a.shape, b.shape[-1]
     result = cupy.ndarray((*stack, m, n), a.dtype if dtype is None else dtype) if out is None else out
@@ -65,7 +68,7 @@ def product(a, b, out=None, dtype=None, add=False):
     return result
 
 
-def add_bias(y_NO, b_O):
+def add_bias(y_NO: DeviceArray, b_O: DeviceArray | None) -> None:
     """As mpitp.ops.linear.add_bias, one pass in vectors."""
     if b_O is None:
         return
@@ -75,31 +78,32 @@ def add_bias(y_NO, b_O):
     activation_forward("identity", y_NO, out=y_NO, bias=b_O)
 
 
-def bias_backward(dy_NO, out=None):
+def bias_backward(dy_NO: DeviceArray, out: DeviceArray | None = None) -> DeviceArray:
     """As mpitp.ops.linear.bias_backward, in float32 for 16-bit dy."""
     return column_sum(dy_NO, out=out)
 
 
 # --- how cuBLAS is told of arrays ------------------------------------------------------------------------------
 
-def operand(x):
-    """x, or a copy without gaps, as cuBLAS takes it: (array, transposed or not, pitch, numbers between matrices)."""
+def operand(x: DeviceArray) -> tuple[DeviceArray, int, int, int]:
+    """Return x or a copy without gaps as cuBLAS takes it: (array, transposed or not, pitch, from matrix to matrix)."""
     in_place, turned, pitch, apart = layout(x)
     if not in_place:
         x = (x.swapaxes(-1, -2) if turned else x).copy(order="C")
     return x, turned, pitch, apart
 
 
-def layout(x):
-    """(whether cuBLAS may take x where it lies, transposed or not, pitch, apart); these of x or of a compact copy."""
+def layout(x: DeviceArray) -> tuple[bool, int, int, int]:
+    """Find (whether cuBLAS may take x where it lies, transposed or not, pitch, apart), of x or of a compact copy."""
     return layout_of(x.shape, x.strides, x.dtype, x.data.ptr % ALIGNED == 0)
 
 
 @lru_cache(maxsize=4096)
-def layout_of(shape, strides, dtype, starts_aligned):
-    """`layout` of a matrix (rows, length) or a stack of them, once for each kind.
+def layout_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype,
+              starts_aligned: bool) -> tuple[bool, int, int, int]:
+    """Find the layout of a matrix (rows, length) or a stack of them, once for each kind.
 
-    In place where cuBLAS reads it as it would a compact copy, so that the bits are the same.
+    It may lie where it is if cuBLAS reads it as it would a compact copy, so that the bits are the same.
     """
     size, turned = dtype.itemsize, False
     (rows, length), (gap, step) = shape[-2:], strides[-2:]
@@ -118,14 +122,15 @@ def layout_of(shape, strides, dtype, starts_aligned):
     return in_place, op, gap // size, (apart // size if in_place else rows * length)
 
 
-@lru_cache(maxsize=None)
-def cuda_type(dtype):
+@cache
+def cuda_type(dtype: np.dtype) -> int:
+    """Find the number that cuBLAS has for a dtype."""
     return CUDA_R[dtype.name]
 
 
-@lru_cache(maxsize=None)
-def numbers(dtype):
-    """What products of a dtype are computed in, and where its 1 and 0 are."""
+@cache
+def numbers(dtype: np.dtype) -> tuple[int, int, int]:
+    """Find what cuBLAS computes products of a dtype in, and the addresses of a 1 and a 0 of that."""
     computed = sum_dtype(dtype)
     compute = cublas.CUBLAS_COMPUTE_64F if computed == np.float64 else cublas.CUBLAS_COMPUTE_32F
     zero = NUMBERS[computed].ctypes.data

@@ -5,7 +5,7 @@ Dimension key: N rows, K features.
 import cupy
 import numpy as np
 
-from ...arrays import sum_dtype
+from ...arrays import DeviceArray, sum_dtype
 from ...errors import InputError
 from ..norm import KINDS
 from .kernel import kernel, launch, threads_for
@@ -50,7 +50,8 @@ extern "C" __global__ void norm_backward(const T* dy, const T* xhat, const A* rs
 }"""
 
 
-def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
+def norm_forward(x: DeviceArray, w: DeviceArray, b: DeviceArray | None, kind: str, epsilon: float,
+                 zero_centered: bool = False) -> tuple[DeviceArray, tuple]:
     """As mpitp.ops.norm.norm_forward, computed in float32 for 16-bit x."""
     if kind not in KINDS:
         raise InputError(f"found norm kind {kind!r}, expected one of {', '.join(KINDS)}")
@@ -64,7 +65,8 @@ def norm_forward(x, w, b, kind, epsilon, zero_centered=False):
     return y_NK.reshape(x.shape), (xhat_NK, rstd_N1, w, kind, zero_centered, b is not None)
 
 
-def norm_backward(dy, saved, dw_out=None, db_out=None):
+def norm_backward(dy: DeviceArray, saved: tuple, dw_out: DeviceArray | None = None,
+                  db_out: DeviceArray | None = None) -> tuple[DeviceArray, DeviceArray, DeviceArray | None]:
     """As mpitp.ops.norm.norm_backward; dw and db in float32 for 16-bit dy."""
     xhat_NK, rstd_N1, w, kind, zero_centered, has_bias = saved
     K = dy.shape[-1]

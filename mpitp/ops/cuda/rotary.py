@@ -5,19 +5,20 @@ Dimension key: B sequences, S positions, K features of a head.
 import cupy
 import numpy as np
 
+from ...arrays import DeviceArray
 from .kernel import kernel, launch, threads_for
 
 NOTHING = np.uint64(0)      # a null pointer
 SOURCE = r"""
-// (u, v) -> (u cos - v sin, v cos + u sin); `turn` 1, or -1 to turn back. Token n is at position starts[n / S] + n % S.
+// (u, v) -> (u cos - v sin, v cos + u sin), of sin times `sign`. Token n is at position starts[n / S] + n % S.
 extern "C" __global__ void rotary(const T* x, const A* cosine, const A* sine, const long long* starts, T* y, int S,
-                                  int heads, int K, int half, int interleaved, A turn) {
+                                  int heads, int K, int half, int interleaved, A sign) {
     const long long n = blockIdx.x, row = n * heads * K, at = (starts ? starts[n / S] : 0) + n % S;
     for (int i = threadIdx.x; i < heads * half; i += blockDim.x) {
         const int head = i / half, pair = i % half;
         const long long first = row + head * K + (interleaved ? 2 * pair : pair);
         const long long second = first + (interleaved ? 1 : half);
-        A u = up(x[first]), v = up(x[second]), c = cosine[at * half + pair], s = turn * sine[at * half + pair];
+        A u = up(x[first]), v = up(x[second]), c = cosine[at * half + pair], s = sign * sine[at * half + pair];
         y[first] = down(u * c - v * s);
         y[second] = down(v * c + u * s);
     }
@@ -29,16 +30,17 @@ extern "C" __global__ void rotary(const T* x, const A* cosine, const A* sine, co
 }"""
 
 
-def rotary_forward(x, cos, sin, interleaved, starts=None, turn=1):
+def rotary_forward(x: DeviceArray, cos: DeviceArray, sin: DeviceArray, interleaved: bool,
+                   starts: DeviceArray | None = None, sign: float = 1) -> DeviceArray:
     """As mpitp.ops.rotary.rotary_forward; cos and sin in float32 for 16-bit x."""
     half, (S, heads, K) = cos.shape[-1], x.shape[-3:]
     x, y = cupy.ascontiguousarray(x), cupy.ndarray(x.shape, x.dtype)
     launch(kernel(SOURCE, "rotary", x.dtype), x.size // (heads * K) if x.size else 0, threads_for(heads * half),
            (x, cos, sin, NOTHING if starts is None else starts, y, np.int32(S), np.int32(heads), np.int32(K),
-            np.int32(half), np.int32(interleaved), cos.dtype.type(turn)))
+            np.int32(half), np.int32(interleaved), cos.dtype.type(sign)))
     return y
 
 
-def rotary_backward(dy, cos, sin, interleaved):
+def rotary_backward(dy: DeviceArray, cos: DeviceArray, sin: DeviceArray, interleaved: bool) -> DeviceArray:
     """As mpitp.ops.rotary.rotary_backward."""
-    return rotary_forward(dy, cos, sin, interleaved, turn=-1)
+    return rotary_forward(dy, cos, sin, interleaved, sign=-1)

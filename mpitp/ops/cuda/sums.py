@@ -5,7 +5,7 @@ Dimension key: N rows, K columns.
 import cupy
 import numpy as np
 
-from ...arrays import sum_dtype
+from ...arrays import DeviceArray, sum_dtype
 from .kernel import kernel, launch
 
 CHUNK = 512         # rows that one block of threads adds up: 32 columns, 8 threads each
@@ -35,8 +35,8 @@ extern "C" __global__ void add_parts(const A* part, A* out, int C, int K) {
 }"""
 
 
-def column_sum(x_NK, y_NK=None, out=None):
-    """The sum over n of x[n] (times y[n]), in float32 for 16-bit x, to `out` or a new array (K,)."""
+def column_sum(x_NK: DeviceArray, y_NK: DeviceArray | None = None, out: DeviceArray | None = None) -> DeviceArray:
+    """Compute the sum over n of x[n] (times y[n]), in float32 for 16-bit x, to `out` or a new array (K,)."""
     N, K = x_NK.shape
     computed = sum_dtype(x_NK.dtype)
     out_K = cupy.empty(K, computed) if out is None else out
