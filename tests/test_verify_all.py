@@ -53,6 +53,28 @@ def test_a_mistake_is_seen(fault, complaint, tmp_path):
     assert any(line.startswith("  FAILED") and complaint in line for line in done.stdout.splitlines()), done.stdout
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu"])
+def test_a_mistake_in_one_block_is_seen(activation, tmp_path):
+    """`verify` exits with 1, and names the result with its worst element."""
+    (tmp_path / "fault.py").write_text(f"""
+import sys
+from mpitp.commands import run_command
+from mpitp.comm.guard import guarded
+from mpitp.layers.mlp import ParallelMLP
+right = ParallelMLP.backward
+def wrong(self, dy, saved, **options):
+    dx, gradients = right(self, dy, saved, **options)
+    dx[0, 3, 5] *= 1.01
+    return dx, gradients
+ParallelMLP.backward = wrong
+sys.exit(guarded(lambda: run_command(["verify", "--hidden-size", "16", "--activation", "{activation}"])))
+""")
+    done = job(2, tmp_path / "fault.py")
+    assert done.returncode != 0 and "FAILED: see the lines" in done.stdout, done.stdout + done.stderr
+    assert re.search(r"^  dx \(128, 16\): error .* FAILED; worst at \[3, 5\]: found ", done.stdout, re.M), done.stdout
+    assert re.search(r"^  y .* ok$", done.stdout, re.M)
+
+
 def test_options_of_one_block_are_refused():
     done = job(1, "-m", "mpitp", "verify", "--all", "--hidden-size", 8, "--gated")
     assert done.returncode == 2 and done.stderr.count("mpitp: ") == 1
