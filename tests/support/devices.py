@@ -20,7 +20,7 @@ OTHERS = {"comm.group": {"TensorParallelGroup": ("all_reduce", "all_gather", "ga
                                                  "begin_all_reduce")},
           "comm.sums": {"Sum": ("add", "all_reduce", "local_sum")},
           "comm.tree": {"TreeSum": ("add", "all_reduce", "local_sum")},
-          "comm.collectives": {"PendingReduction": ("wait",)},
+          "comm.pending": {"PendingReduction": ("wait",)},
           "training.loop": {"Trainer": ("train_step", "run", "validate", "resume", "save", "add_gradients")},
           "training.optimizer": {"AdamW": ("step",), None: ("gradient_norm", "non_finite")},
           "layers.loss": {None: ("vocab_parallel_cross_entropy_forward", "vocab_parallel_cross_entropy_backward")},
@@ -48,6 +48,8 @@ def install(device, transport):
     for module, owners in OTHERS.items():
         home = importlib.import_module(f"mpitp.{module}")
         for owner, names in owners.items():
+            missing = [name for name in names if not hasattr(getattr(home, owner) if owner else home, name)]
+            assert not missing, f"mpitp.{module} no longer has {missing}"
             wrap(getattr(home, owner) if owner else home, names, cupy)
     generation = importlib.import_module("mpitp.inference.generation")
     generation.steps = step_by_step(generation.steps)
