@@ -148,7 +148,36 @@ def test_the_variable_decides_for_ranks_whose_streams_are_pipes():
 
 
 def test_training_in_a_terminal_moves_one_line_and_in_a_log_none():
-    small = "-m mpitp train --train-iters 3 --hidden-size 16 --num-layers 1 --eval-interval 3".split()
+    small = shlex.split("-m mpitp train --train-iters 3 --hidden-size 16 --num-layers 1 --eval-interval 3")
     assert "\rstep      2/3" in in_a_terminal(*small)[0]
     shown, _ = in_a_terminal(*small, stderr=False)          # Open MPI's rank 0 with output to a file
     assert "\rstep" not in shown.replace("\r\n", "\n") and "step      2/3" in shown
+
+
+PRINTED = """
+import sys
+from mpitp.commands import run_command
+from mpitp.commands.progress import Progress
+
+def enter(bar):
+    print(bar.what, "of", bar.total, file=sys.stderr)
+    return bar
+
+def advance(bar, what=None):
+    print(bar.what, "is through", file=sys.stderr)
+
+Progress.__enter__, Progress.advance = enter, advance
+run_command(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("line, shown", [
+    ("verify --hidden-size 16", ["verify of 4", "forward and backward over the ranks is through"]),
+    ("verify --all", ["decoder, GPT-2's kind is through"]),
+    ("bench allreduce matmul --max-bytes 64 --hidden-size 16 --rounds 1", ["bench of 2", "bench matmul is through"]),
+    ("score --model my-model --ids-file ids.txt --window 8 --stride 8", ["loading my-model of None", "windows of 8"]),
+    ("generate --model my-model --ids 1,2 --ids 3 --max-new-tokens 5", ["loading my-model of None", "tokens of 5"])])
+def test_what_may_take_long_has_a_bar(folder, line, shown):
+    done = job(1, "-c", PRINTED, *shlex.split(line), cwd=folder)
+    assert done.returncode == 0 and all(text in done.stderr for text in shown), done.stderr
+    assert "windows is through\n" * 8 in done.stderr or "score" not in line

@@ -14,9 +14,10 @@ from spmd import job
 def rank(**changes):
     """A rank of two on a node of two cores, all well."""
     good = RankFacts(host="node1", cores=[0, 1], machine_cores=2, python="3.12.1", numpy="2.4.6", mpi4py="4.1.2",
-                     mpi="MPICH 5.0.2", transport="ch4:ofi", world=2, launcher="mpirun", launcher_ranks=2, launcher_rank=0,
-                     blas="openblas 0.3.31 (SkylakeX)", blas_threads=1, instructions=["avx2", "avx512f"], variables={},
-                     shared_memory=8 << 30, quota=None, share=1, node_ranks=2)
+                     mpi="MPICH 5.0.2", transport="ch4:ofi", world=2, launcher="mpirun", launcher_ranks=2,
+                     launcher_rank=0, blas="openblas 0.3.31 (SkylakeX)", blas_threads=1,
+                     instructions=["avx2", "avx512f"], variables={}, shared_memory=8 << 30, quota=None, share=1,
+                     node_ranks=2)
     return dataclasses.replace(good, **changes)
 
 
@@ -42,7 +43,8 @@ def test_nothing_is_wrong():
      "export OMP_NUM_THREADS=2"),
     ("slow BLAS kernel", [rank(), rank(variables={"OPENBLAS_CORETYPE": "Haswell"})], "unset OPENBLAS_CORETYPE"),
     ("slow BLAS kernel", [rank(instructions=["avx2"], variables={"OPENBLAS_CORETYPE": "nehalem"}), rank()], "unset"),
-    ("slow BLAS kernel", [rank(variables={"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}), rank()], "unset MKL_ENABLE_INSTRUCTIONS"),
+    ("slow BLAS kernel", [rank(variables={"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}), rank()],
+     "unset MKL_ENABLE_INSTRUCTIONS"),
     ("container limit", [rank(quota=1.0), rank(quota=1.0)], "mpirun -n 1"),
     ("little shared memory", [rank(shared_memory=20 << 20), rank(shared_memory=20 << 20)], "--shm-size"),
     ("GPUs talk through the host", [rank(gpus=2, gpu_transport="staged", gpu_transport_how="no CUDA")] * 2,
@@ -57,7 +59,8 @@ def test_each_misconfiguration_is_named(name, ranks, fix):
 
 
 def test_gpus_are_named():
-    text = "\n".join(doctor.page([rank(gpus=2, gpu=f"H100 {i}", gpu_transport="mpi", gpu_transport_how="fast") for i in "ab"]))
+    ranks = [rank(gpus=2, gpu=f"H100 {i}", gpu_transport="mpi", gpu_transport_how="fast") for i in "ab"]
+    text = "\n".join(doctor.page(ranks))
     assert "rank 1: H100 b" in text and "transport: mpi (fast)" in text
 
 
@@ -74,6 +77,8 @@ def test_no_blas_of_its_own_knowledge():
 def test_the_way_out_of_the_wrong_launcher(launcher, mpi, fix):
     """Under srun it is an option of srun, not another launcher."""
     found = doctor.findings([rank(world=1, launcher_ranks=4, launcher=launcher, mpi=mpi)])[0]
+    alone = rank(world=1, launcher_ranks=4, launcher=launcher, cores=[0])
+    assert names(alone) == ["wrong launcher"]                               # not "pinned", too
     assert found.name == "wrong launcher" and fix in found.fix and ("mpirun" in found.fix) == (launcher != "srun")
 
 
@@ -142,7 +147,8 @@ def test_a_launcher_of_another_mpi():
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "PMIX", "OMPI_COMM"))}
     for number in (0, 1):
         environment.update(SLURM_STEP_NUM_TASKS="4", SLURM_STEP_ID="0", SLURM_PROCID=str(number))
-        done = subprocess.run([sys.executable, "-m", "mpitp", "doctor"], env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "mpitp", "doctor"], env=environment, capture_output=True,
+                              text=True)
         assert ("WRONG  wrong launcher: 4 processes started by srun" in done.stdout) == (number == 0), done.stderr
         assert ("  fix  start with srun --mpi=" in done.stdout) == (number == 0)
     done = subprocess.run([sys.executable, "-m", "mpitp"], env=environment, capture_output=True, text=True)
@@ -153,10 +159,9 @@ def test_a_launcher_of_another_mpi():
 @pytest.mark.launcher
 def test_pinned_to_one_core():
     import os
-    import sys
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
-    pin = "import os, runpy, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); sys.argv[1:] = ['doctor']; " \
-          "runpy.run_module('mpitp', run_name='__main__')"
+    pin = "import os, runpy, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " \
+          "sys.argv[1:] = ['doctor']; runpy.run_module('mpitp', run_name='__main__')"
     done = job(1, "-c", pin)
     assert done.returncode == 1 and "WRONG  pinned: 1 rank pinned to 1 of the" in done.stdout, done.stdout + done.stderr

@@ -53,7 +53,8 @@ def test_the_wrong_launcher(world, monkeypatch, variable, name):
         with pytest.raises(InputError) as caught:
             mpitp.TensorParallelGroup(comm)
         text = str(caught.value)
-        assert name in text and launch.library_name() in text and "found 4 processes" in text and "MPI4PY_LIBMPI" in text
+        assert name in text and launch.library_name() in text
+        assert "found 4 processes" in text and "MPI4PY_LIBMPI" in text
     mpitp.TensorParallelGroup(world.Dup()).close()                  # the way out for who knows better
 
 
@@ -135,7 +136,8 @@ def test_a_group_that_is_refused_gives_the_threads_back(world, monkeypatch):
     from threadpoolctl import threadpool_limits
     monkeypatch.setattr(launch, "machine", lambda: f"processor {min(world.rank, 1)}")
     with threadpool_limits(2, user_api="blas"):
-        with pytest.raises(InputError, match="disagree on the machine type, .*: rank 0: processor 0; ranks? 1.*processor 1"):
+        pattern = "disagree on the machine type, .*: rank 0: processor 0; ranks? 1.*processor 1"
+        with pytest.raises(InputError, match=pattern):
             mpitp.TensorParallelGroup(reproducible=True)
         assert blas_threads() == {2} and workers._holders == 0
     mpitp.TensorParallelGroup().close()                             # ordinary mode does not ask
@@ -155,7 +157,8 @@ def test_without_threadpoolctl(world, monkeypatch, environment, holds):
     if holds:
         mpitp.TensorParallelGroup(reproducible=True).close()
     else:
-        with pytest.raises(InputError, match="found no threadpoolctl, expected it for reproducible=True.*OMP_NUM_THREADS=1"):
+        pattern = "found no threadpoolctl, expected it for reproducible=True.*OMP_NUM_THREADS=1"
+        with pytest.raises(InputError, match=pattern):
             mpitp.TensorParallelGroup(reproducible=True)
     assert workers._holders == 0
 

@@ -1,4 +1,4 @@
-"""run.sh: arguments, folders, launchers and allocations. Batch systems are stub launchers that write down their call."""
+"""run.sh: arguments, folders, launchers, allocations. Batch systems are stub launchers that write down their call."""
 import os
 import shutil
 import subprocess
@@ -148,8 +148,8 @@ def test_help(site, arguments, before):
     assert done.stdout.count("usage:") == (not before)              # by rank 0 alone
 
 
-@pytest.mark.parametrize("arguments, said", [(["-n"], "-n without a number"), (["-n", "0"], "'0'"), (["-n", "x"], "'x'"),
-                                             (["-n", "-2"], "'-2'")])
+@pytest.mark.parametrize("arguments, said", [
+    (["-n"], "-n without a number"), (["-n", "0"], "'0'"), (["-n", "x"], "'x'"), (["-n", "-2"], "'-2'")])
 def test_bad_numbers_of_ranks(site, arguments, said):
     done = site.run(*arguments)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

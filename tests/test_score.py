@@ -70,8 +70,9 @@ def test_the_loss_of_transformers(folder, ranks, tmp_path):
 
 @pytest.mark.launcher
 def test_same_loss_on_any_number_of_ranks(folder):
-    options = "--ids-file", folder / "ids", "--window", 4, "--reproducible"
-    found = {command(ranks, folder, *options).stdout.splitlines()[0] for ranks in (1, 2, 3)}
+    found = {command(ranks, folder, "--ids-file", folder / "ids", "--window", 4,
+                     "--reproducible").stdout.splitlines()[0]
+             for ranks in (1, 2, 3)}
     assert len(found) == 1
 
 

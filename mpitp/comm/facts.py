@@ -154,5 +154,6 @@ def gpu_facts(comm: MPI.Comm) -> dict[str, Any]:
     if not min(comm.allgather(gpu_count() or 0)):
         return {}
     with TensorParallelGroup(comm, device="gpu", share_gpu=True) as group:
+        assert group.gpu is not None            # device="gpu"
         return dict(gpu=f"{group.gpu.name} {group.gpu.uuid}", gpu_shared=group.gpu.shared,
                     gpu_transport=group.transport.name, gpu_transport_how=group.transport.how)

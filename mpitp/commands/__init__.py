@@ -4,6 +4,8 @@ import shutil
 import textwrap
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
+from typing import NoReturn
 
 from .. import __version__
 from ..comm.launch import is_first_rank
@@ -77,7 +79,7 @@ COMMANDS = {
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong once, not once a rank."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} ({self.prog} --help lists what there is)")
 
     def _print_message(self, message, file=None):
@@ -125,7 +127,7 @@ def main_parser() -> Parser:
     return parser
 
 
-def command_parser(name: str, command) -> Parser:
+def command_parser(name: str, command: ModuleType) -> Parser:
     """The parser of the command of this name, `command` its module; its help ends with the examples."""
     examples = "\n".join(f"  {line}\n      {text}" for line, text in COMMANDS[name].examples)
     parser = Parser(prog=f"python -m mpitp {name}", description=command.__doc__, formatter_class=HelpFormatter,

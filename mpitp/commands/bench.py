@@ -13,6 +13,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from .. import measure
 from ..arrays import compute_dtype
@@ -125,7 +126,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def where(group: TensorParallelGroup) -> str:
     """The device of the group, and on GPUs how they add up."""
-    return group.device if group.device == "cpu" else f"{group.gpu.name}, transport {group.transport.name}"
+    return "cpu" if group.gpu is None else f"{group.gpu.name}, transport {group.transport.name}"
 
 
 # --- what is measured ----------------------------------------------------------------------------------------
@@ -153,21 +154,22 @@ def row(bench: str, case: str, seconds: list[float], size: int | None = None, wo
     """
     time = measure.timing(seconds)
     return Row(bench, case, size, work, time.median, time.least, time.most, size and size / time.median,
-               work and work / time.median, limit and 1 / measure.ratio(seconds, limit))
+               work and work / time.median, 1 / measure.ratio(seconds, limit) if limit else None)
 
 
 def collectives(group: TensorParallelGroup, arguments: argparse.Namespace) -> list[Row]:
     """Time the four collectives for arrays of 8 bytes up to --max-bytes."""
-    cases, sizes = {}, {}
+    cases: dict[str, Callable] = {}
+    sizes: dict[str, int] = {}
     size = 8
     while size <= arguments.max_bytes:
         x = group.xp.ones(size // 8)
         partition = group.partition(x.size)
         part = group.xp.ones(partition.lengths[group.rank])
-        cases |= {f"all_reduce {size}": lambda x=x: group.all_reduce(x, out=x),
-                  f"all_gather {size}": lambda part=part, p=partition: group.all_gather(part, p),
-                  f"reduce_scatter {size}": lambda x=x, p=partition: group.reduce_scatter(x, p),
-                  f"broadcast {size}": lambda x=x: group.broadcast(x)}
+        cases |= {f"all_reduce {size}": partial(group.all_reduce, x, out=x),
+                  f"all_gather {size}": partial(group.all_gather, part, partition),
+                  f"reduce_scatter {size}": partial(group.reduce_scatter, x, partition),
+                  f"broadcast {size}": partial(group.broadcast, x)}
         sizes |= {name: size for name in list(cases)[-4:]}
         size *= 8
     times = timed(group, cases, arguments, 2e-4)
@@ -246,9 +248,15 @@ def lines(result: BenchReport) -> Iterator[str]:
         yield from report.table(
             (bench, "size", "median", "fastest", "slowest", "rate", "of limit"),
             [(r.case, report.size(r.bytes) if r.bytes else "-", report.seconds(r.median_seconds),
-              report.seconds(r.least_seconds), report.seconds(r.most_seconds),
-              f"{r.bytes_per_second / 1e9:.2f} GB/s" if r.bytes_per_second else f"{r.flops_per_second / 1e9:.0f} GF/s",
+              report.seconds(r.least_seconds), report.seconds(r.most_seconds), rate(r),
               f"{r.share_of_limit:.1%}" if r.share_of_limit else "-") for r in result.rows if r.bench == bench])
+
+
+def rate(found: Row) -> str:
+    """The rate of a row in its unit."""
+    if found.bytes_per_second:
+        return f"{found.bytes_per_second / 1e9:.2f} GB/s"
+    return f"{found.flops_per_second / 1e9:.0f} GF/s" if found.flops_per_second else "-"
 
 
 def write_csv(path: str, rows: list[Row]) -> None:

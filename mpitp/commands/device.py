@@ -1,5 +1,6 @@
 """The options that say where and how to compute, and the group that they ask for."""
 import argparse
+from typing import Any
 
 from ..comm.group import TensorParallelGroup
 from ..comm.mpi import TRANSPORTS
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tf32", action="store_true", help="products of float32 on the GPU in TF32")
 
 
-def group_of(arguments: argparse.Namespace, **changes) -> TensorParallelGroup:
+def group_of(arguments: argparse.Namespace, **changes: Any) -> TensorParallelGroup:
     """The TensorParallelGroup that the options ask for. Collective.
 
     Parameters

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..comm import facts as machine
 from ..comm.facts import RankFacts
-from ..comm.launch import is_first_rank, remedy
+from ..comm.launch import remedy
 from . import report
 
 # OpenBLAS kernels that use less than AVX-512, or less than AVX2.
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command on this rank; returns 0 when nothing is wrong, else 1."""
     ranks, status = machine.of_all_ranks(), 0
     # Under the launcher of another MPI every process is rank 0 of its own world: the first one speaks.
-    if is_first_rank() and (ranks[0].world > 1 or ranks[0].launcher_rank == 0):
+    if ranks is not None and (ranks[0].world > 1 or ranks[0].launcher_rank == 0):
         if arguments.json:
             report.require_writable(arguments.json)
         found = DoctorReport(ranks, findings(ranks))
@@ -56,7 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def findings(ranks: list[RankFacts]) -> list[Finding]:
     """Everything that is wrong with these ranks, the gravest first."""
-    checks = (wrong_launcher, different_ranks, oversubscribed, too_many_threads, idle_cores, crowded_cores,
+    alone = wrong_launcher(ranks)
+    if alone:                               # a rank that sees no other says nothing true about shares and cores
+        return [alone]
+    checks = (different_ranks, oversubscribed, too_many_threads, idle_cores, crowded_cores,
               idle_threads, slow_kernel, small_quota, small_shared_memory, staged_between_gpus,
               shared_gpu)
     return [finding for check in checks for finding in [check(ranks)] if finding]
@@ -64,7 +67,7 @@ def findings(ranks: list[RankFacts]) -> list[Finding]:
 
 def nodes(ranks: list[RankFacts]) -> dict[str, list[RankFacts]]:
     """The ranks of each host."""
-    by_host = {}
+    by_host: dict[str, list[RankFacts]] = {}
     for rank in ranks:
         by_host.setdefault(rank.host, []).append(rank)
     return by_host
@@ -78,6 +81,7 @@ def wrong_launcher(ranks: list[RankFacts]) -> Finding | None:
             "wrong launcher",
             f"{first.launcher_ranks} processes started by {first.launcher}, each alone: mpi4py uses {first.mpi}",
             remedy(first.launcher, first.mpi))
+    return None
 
 
 def different_ranks(ranks: list[RankFacts]) -> Finding | None:
@@ -87,6 +91,7 @@ def different_ranks(ranks: list[RankFacts]) -> Finding | None:
         if len(values) > 1:
             return Finding("ranks differ", f"{name} is {' and '.join(values)}",
                            "use one environment and one kind of node (reproducible mode refuses others)")
+    return None
 
 
 def oversubscribed(ranks: list[RankFacts]) -> Finding | None:
@@ -98,6 +103,7 @@ def oversubscribed(ranks: list[RankFacts]) -> Finding | None:
                 "more ranks than cores",
                 f"{len(here)} ranks on the {len(cores)} cores of {host}: waiting takes the time of working",
                 f"mpirun -n {len(cores)}")
+    return None
 
 
 def too_many_threads(ranks: list[RankFacts]) -> Finding | None:
@@ -110,6 +116,7 @@ def too_many_threads(ranks: list[RankFacts]) -> Finding | None:
                 "more threads than cores",
                 f"{threads} BLAS threads of {len(here)} ranks on {len(cores)} cores of {host}",
                 f"export OMP_NUM_THREADS={max(1, len(cores) // len(here))} (or unset it: mpitp sets it)")
+    return None
 
 
 def idle_cores(ranks: list[RankFacts]) -> Finding | None:
@@ -121,6 +128,7 @@ def idle_cores(ranks: list[RankFacts]) -> Finding | None:
                 "pinned", f"{len(here)} rank{'s' * (len(here) > 1)} pinned to {len(cores)} of the "
                 f"{here[0].machine_cores} cores of {host}",
                 "mpirun --bind-to none (Open MPI), srun --cpus-per-task=N (Slurm), I_MPI_PIN=0 (Intel MPI)")
+    return None
 
 
 def crowded_cores(ranks: list[RankFacts]) -> Finding | None:
@@ -132,6 +140,7 @@ def crowded_cores(ranks: list[RankFacts]) -> Finding | None:
             return Finding(
                 "ranks share cores", f"{len(here)} ranks on {len(cores)} cores of {host}, {free} others free",
                 "mpirun --bind-to none, or --map-by core")
+    return None
 
 
 def idle_threads(ranks: list[RankFacts]) -> Finding | None:
@@ -142,6 +151,7 @@ def idle_threads(ranks: list[RankFacts]) -> Finding | None:
             return Finding(
                 "idle cores", f"rank {number} has {rank.share} cores and {rank.blas_threads} BLAS threads",
                 f"export OMP_NUM_THREADS={rank.share} (or unset it)")
+    return None
 
 
 def slow_kernel(ranks: list[RankFacts]) -> Finding | None:
@@ -156,6 +166,7 @@ def slow_kernel(ranks: list[RankFacts]) -> Finding | None:
         limit = rank.variables.get("MKL_ENABLE_INSTRUCTIONS", "AVX512")
         if "avx512f" in rank.instructions and not limit.upper().startswith("AVX512"):
             return Finding("slow BLAS kernel", f"MKL_ENABLE_INSTRUCTIONS={limit}", "unset MKL_ENABLE_INSTRUCTIONS")
+    return None
 
 
 def small_quota(ranks: list[RankFacts]) -> Finding | None:
@@ -167,6 +178,7 @@ def small_quota(ranks: list[RankFacts]) -> Finding | None:
             return Finding(
                 "container limit", f"{quota:.1f} cores allowed by cpu.max, {len(cores)} seen on {host}",
                 f"mpirun -n {max(1, int(quota))}, or a larger limit (docker run --cpus)")
+    return None
 
 
 def small_shared_memory(ranks: list[RankFacts]) -> Finding | None:
@@ -177,6 +189,7 @@ def small_shared_memory(ranks: list[RankFacts]) -> Finding | None:
             return Finding(
                 "little shared memory", f"{report.size(free)} free in /dev/shm of {host} for {len(here)} ranks",
                 "docker run --shm-size=1g, or remount /dev/shm larger")
+    return None
 
 
 def staged_between_gpus(ranks: list[RankFacts]) -> Finding | None:
@@ -186,6 +199,7 @@ def staged_between_gpus(ranks: list[RankFacts]) -> Finding | None:
         return Finding(
             "GPUs talk through the host", f"{first.mpi}: {first.gpu_transport_how}",
             "an MPI built with CUDA, or a CuPy with NCCL and a GPU a rank")
+    return None
 
 
 def shared_gpu(ranks: list[RankFacts]) -> Finding | None:
@@ -194,6 +208,7 @@ def shared_gpu(ranks: list[RankFacts]) -> Finding | None:
     if shared:
         return Finding("ranks share a GPU", f"ranks {', '.join(shared)} on {len({rank.gpu for rank in ranks})}",
                        f"mpirun -n {len({rank.gpu for rank in ranks})}, or --share-gpu where that is meant")
+    return None
 
 
 # --- what is printed -----------------------------------------------------------------------------------------

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import __version__
 from ..checkpoints.loading import load_model
-from ..comm import launch
 from ..comm.group import TensorParallelGroup
 from ..errors import require, require_positive
 from ..inference.generation import ENDED, generate
 from . import device, model, report, text
+from .progress import Progress, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that make up P")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on behind an end token")
-    parser.add_argument("--dtype", default="float32", help=f"to compute in: {device.DTYPES}")
-    device.add_arguments(parser)
-    parser.add_argument("--reproducible", action="store_true", help="the same bits for any number of ranks")
+    device.add_group_arguments(parser, dtypes=f"to compute in: {device.DTYPES}")
     parser.add_argument("--json", metavar="FILE", help="write text, ids and figures there")
 
 
@@ -50,12 +47,8 @@ class Sequence:
 
 
 @dataclass
-class Report:
-    mpitp: str
-    machine: str
-    mpi: str
-    ranks: int
-    cores_per_rank: int
+class GenerateReport(report.Report):
+    """Everything that is printed and written."""
     model: str
     dtype: str
     reproducible: bool
@@ -75,31 +68,32 @@ def run(arguments: argparse.Namespace) -> int:
     """The command on this rank: 0."""
     check_arguments(arguments)
     text.print_any_character()
-    with device.group_of(arguments, reproducible=arguments.reproducible) as group:
+    with device.group_of(arguments) as group:
         first = group.rank == 0
         given = group.root_first(lambda: look_first(arguments) if first else None)
         stop = group.root_first(lambda: text.end_tokens(arguments.model))
         started = time.perf_counter()
-        decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
+        with Progress(f"loading {arguments.model}"):
+            decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
         load_seconds = time.perf_counter() - started
         continued = group.root_first(lambda: Continuations(arguments, *given) if first else None)
         ids, lengths = text.give_to_all(group, continued.prompts if first else None)
         steps = generate(decoder, ids, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
                          top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
                          stop=() if arguments.ignore_eos else stop, lengths=lengths)
+        if first and not continued.alone:           # one prompt shows its tokens itself
+            steps = progress(steps, arguments.max_new_tokens, "tokens")
         run = Run(group)
         for tokens in steps:
             run.add(tokens)
             if first:
                 continued.push(tokens)
         run.end()
-        cores, of_ranks = launch.share_of_cores(group.comm), group.report((decoder.bytes_read, run.shares))
+        opening, of_ranks = report.opening(group), group.report((decoder.bytes_read, run.shares))
         if first:
             continued.finish()
-            result = summary(arguments, group, cores, continued, run, load_seconds, of_ranks)
-            print("\n".join(["", *lines(result)]), flush=True)
-            if arguments.json:
-                report.write_json(arguments.json, "mpitp.generate/1", result)
+            result = summary(arguments, group, opening, continued, run, load_seconds, of_ranks)
+            report.publish(["", *lines(result)], result, "mpitp.generate/1", arguments.json)
     return 0
 
 
@@ -221,15 +215,16 @@ def age_of_process() -> float | None:
         return None
 
 
-def summary(arguments: argparse.Namespace, group: TensorParallelGroup, cores: int, continued: Continuations, run: Run,
-            load_seconds: float, of_ranks: list) -> Report:
+def summary(arguments: argparse.Namespace, group: TensorParallelGroup, opening: report.Opening,
+            continued: Continuations, run: Run, load_seconds: float, of_ranks: list) -> GenerateReport:
     """The Report, from each rank's (bytes read, shares of communication)."""
     sequences = [Sequence(prompt, new, continued.texts and continued.texts[b], continued.text(b))
                  for b, (prompt, new) in enumerate(zip(continued.prompts, continued.new_ids))]
-    return Report(__version__, launch.machine(), launch.library_name(), group.size, cores, arguments.model,
-                  arguments.dtype, group.reproducible, sequences, run.first_token_seconds, load_seconds,
-                  [count for count, _ in of_ranks], sum(map(len, continued.prompts)), run.prefill_seconds, run.tokens,
-                  run.decode_seconds, *(mean([shares[part] for _, shares in of_ranks]) for part in (0, 1)))
+    return GenerateReport(
+        *opening, arguments.model, arguments.dtype, group.reproducible, sequences, run.first_token_seconds,
+        load_seconds, [bytes_read for bytes_read, _ in of_ranks], sum(map(len, continued.prompts)),
+        run.prefill_seconds, run.tokens, run.decode_seconds,
+        *(mean([shares[part] for _, shares in of_ranks]) for part in (0, 1)))
 
 
 def mean(shares: list[float | None]) -> float | None:
@@ -237,7 +232,7 @@ def mean(shares: list[float | None]) -> float | None:
     return None if None in shares else sum(shares) / len(shares)
 
 
-def lines(result: Report) -> Iterator[str]:
+def lines(result: GenerateReport) -> Iterator[str]:
     """Yield the lines of the table."""
     rows = [(name, count, report.seconds(seconds), f"{count / seconds:.1f}", f"{share:.1%}")
             for name, count, seconds, share in (
@@ -249,16 +244,4 @@ def lines(result: Report) -> Iterator[str]:
         yield f"  first token  {report.seconds(result.first_token_seconds)} after the process started"
     read = ", ".join(map(report.size, result.bytes_read_of_ranks))
     yield f"  loading      {report.seconds(result.load_seconds)}; {read} read by the ranks"
-    yield last_line(result)
-
-
-def last_line(result: Report) -> str:
-    """The line that says how many ranks computed, and in which dtype and mode."""
-    ranks, cores = count(result.ranks, "rank"), count(result.cores_per_rank, "core")
-    mode = ", reproducible mode" if result.reproducible else ""
-    return f"  {ranks}, {cores} a rank, {result.dtype}{mode}, {result.mpi}"
-
-
-def count(number: int, noun: str) -> str:
-    """A number and its noun."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    yield report.ranks_line(result)

@@ -2,7 +2,7 @@
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt     # noqa: E402 (after the backend is chosen)
+import matplotlib.pyplot as plt     # after the backend is chosen
 
 MARKERS = "os^Dv"
 

@@ -72,17 +72,16 @@ class Progress:
 
     def __init__(self, what: str, total: int | None = None):
         self.what, self.total, self.done = what, total, 0
-        self.is_over, self.thread = threading.Event(), None
+        self.is_over, self.thread = threading.Event(), threading.Thread(target=self.draw, name="progress", daemon=True)
 
     def __enter__(self) -> "Progress":
         if is_watched():
-            self.thread = threading.Thread(target=self.draw, name="progress", daemon=True)
             self.thread.start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.is_over.set()
-        if self.thread is not None:
+        if self.thread.is_alive():
             self.thread.join()
 
     def advance(self, what: str | None = None) -> None:

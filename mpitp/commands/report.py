@@ -13,6 +13,8 @@ from ..comm import launch
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError
 
+Opening = tuple[str, str, str, int, int]        # the fields of a Report
+
 
 @dataclass
 class Report:
@@ -24,14 +26,27 @@ class Report:
     cores_per_rank: int
 
 
-def opening(group: TensorParallelGroup) -> tuple[str, str, str, int, int]:
+def opening(group: TensorParallelGroup) -> Opening:
     """The fields of a Report for this group, in order. Collective."""
     return (__version__, launch.machine(), launch.library_name(), group.size, launch.share_of_cores(group.comm))
 
 
 def require_files(group: TensorParallelGroup, *paths: str | None) -> None:
     """Raise InputError on every rank unless rank 0 can write each of the paths; None is no path. Collective."""
-    group.root_first(lambda: [require_writable(path) for path in paths if path and group.rank == 0])
+    group.root_first(lambda: require_all_writable(path for path in paths if path and group.rank == 0))
+
+
+def require_all_writable(paths: Iterable[str]) -> None:
+    """Raise InputError unless each of the paths can be written."""
+    for path in paths:
+        require_writable(path)
+
+
+def ranks_line(result: Any) -> str:
+    """The line that tells how many ranks computed, in which dtype and mode; of a Report with dtype and reproducible."""
+    ranks, cores = count(result.ranks, "rank"), count(result.cores_per_rank, "core")
+    mode = ", reproducible mode" if result.reproducible else ""
+    return f"  {ranks}, {cores} a rank, {result.dtype}{mode}, {result.mpi}"
 
 
 def publish(lines: Iterable[str], result: Any, schema: str, path: str | None) -> None:
@@ -62,10 +77,13 @@ def count(number: int, noun: str) -> str:
 
 def size(count: float) -> str:
     """A number of bytes in binary units: 1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB"):
         count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} GiB"
 
 
 def seconds(value: float) -> str:

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import __version__
 from ..checkpoints.loading import load_model
-from ..comm import launch
 from ..errors import require, require_positive
 from ..layers.decoder import Decoder
 from . import device, model, report, text
-from .generate import count, last_line
+from .progress import Progress
 
 WINDOW = 1024
 LOGITS = 1 << 24        # that are made at a time: a long window's would take gigabytes
@@ -33,19 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, metavar="W", help=f"tokens seen at once ({WINDOW}, or fewer where the "
                         "model has fewer positions)")
     parser.add_argument("--stride", type=int, metavar="S", help="by which the window moves, up to W (W / 2)")
-    parser.add_argument("--dtype", default="float32", help=f"to compute in: {device.DTYPES}")
-    device.add_arguments(parser)
-    parser.add_argument("--reproducible", action="store_true", help="the same bits for any number of ranks")
+    device.add_group_arguments(parser, dtypes=f"to compute in: {device.DTYPES}")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
 
 
 @dataclass
-class Report:
-    mpitp: str
-    machine: str
-    mpi: str
-    ranks: int
-    cores_per_rank: int
+class ScoreReport(report.Report):
+    """Everything that is printed and written."""
     model: str
     dtype: str
     reproducible: bool
@@ -66,26 +58,25 @@ def run(arguments: argparse.Namespace) -> int:
     """The command on this rank: 0."""
     check_arguments(arguments)
     text.print_any_character()
-    with device.group_of(arguments, reproducible=arguments.reproducible) as group:
+    with device.group_of(arguments) as group:
         first = group.rank == 0
         given = group.root_first(lambda: look_first(arguments) if first else None)
-        decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
+        with Progress(f"loading {arguments.model}"):
+            decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
         ids = group.root_first(lambda: tokens_of(arguments, given) if first else None)
         ids = text.give_to_all(group, [ids] if first else None)[0][0]
         window, stride = sizes(arguments, decoder)
         started = time.perf_counter()
-        loss, counted, windows = score(decoder, ids, window, stride)
+        with Progress("windows", 1 + max(0, -(-(len(ids) - 1 - window) // stride))) as bar:
+            loss, counted, windows = score(decoder, ids, window, stride, bar)
         seconds = time.perf_counter() - started
-        cores, bytes_read = launch.share_of_cores(group.comm), group.report(decoder.bytes_read)
+        opening, bytes_read = report.opening(group), group.report(decoder.bytes_read)
         if first:
             utf8 = len(given.encode()) if arguments.text else None
-            result = Report(__version__, launch.machine(), launch.library_name(), group.size, cores, arguments.model,
-                            arguments.dtype, group.reproducible, len(ids), counted, utf8, window, stride, windows, loss,
-                            math.exp(loss) if loss < 700 else None,
-                            loss * counted / math.log(2) / utf8 if utf8 else None, seconds, bytes_read)
-            print("\n".join(lines(result)), flush=True)
-            if arguments.json:
-                report.write_json(arguments.json, "mpitp.score/1", result)
+            result = ScoreReport(*opening, arguments.model, arguments.dtype, group.reproducible, len(ids), counted,
+                                 utf8, window, stride, windows, loss, math.exp(loss) if loss < 700 else None,
+                                 loss * counted / math.log(2) / utf8 if utf8 else None, seconds, bytes_read)
+            report.publish(lines(result), result, "mpitp.score/1", arguments.json)
     return 0
 
 
@@ -126,7 +117,8 @@ def sizes(arguments: argparse.Namespace, model: Decoder) -> tuple[int, int]:
     return window, stride
 
 
-def score(model: Decoder, ids: np.ndarray, window: int, stride: int) -> tuple[float, int, int]:
+def score(model: Decoder, ids: np.ndarray, window: int, stride: int,
+          bar: Progress | None = None) -> tuple[float, int, int]:
     """Return (mean of -log p over all tokens but the first, how many those are, how many windows). Collective.
 
     Window w sees ids[w stride : w stride + window] and predicts the one behind each.
@@ -142,19 +134,21 @@ def score(model: Decoder, ids: np.ndarray, window: int, stride: int) -> tuple[fl
             logits, _ = model.head.forward(x[:, piece], save=False)
             total += model.loss(logits, targets[None, piece])[0] * len(targets[piece])
         done, start, windows = start + 1 + len(seen), start + stride, windows + 1
+        if bar is not None:
+            bar.advance()
     return total / (len(ids) - 1), len(ids) - 1, windows
 
 
-def lines(result: Report) -> Iterator[str]:
+def lines(result: ScoreReport) -> Iterator[str]:
     """Yield the lines that are printed."""
     found = [f"loss {result.loss:.6f} nats a token",
              f"perplexity {result.perplexity:.6g}" if result.perplexity else "a perplexity beyond any number"]
     if result.bits_per_byte is not None:
         found.append(f"{result.bits_per_byte:.4f} bits a byte")
     yield ", ".join(found)
-    yield f"  {result.counted} tokens count, in {count(result.windows, 'window')} of up to {result.window}, every " \
-          f"{result.stride}"
+    windows = report.count(result.windows, "window")
+    yield f"  {result.counted} tokens count, in {windows} of up to {result.window}, every {result.stride}"
     read = ", ".join(map(report.size, result.bytes_read_of_ranks))
     rate = f"{result.counted / result.seconds:.0f} tokens/s"
     yield f"  {report.seconds(result.seconds)}, {rate}; {read} read by the ranks"
-    yield last_line(result)
+    yield report.ranks_line(result)

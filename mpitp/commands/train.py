@@ -40,7 +40,7 @@ def add_arguments(parser):
             ("lr-warmup-iters", None, "steps until --lr (a tenth of all)"), ("seed", 0, "of weights, windows, dropout"),
             ("eval-interval", 50, "validate every so many steps"), ("eval-batches", 8, "batches of a validation"),
             ("save-interval", 0, "a checkpoint every so many steps, beside the last"),
-            ("keep", defaults.keep, "step folders that stay, 0 for all"), ("blocks", 8, "of reproducible mode")):
+            ("keep", defaults.keep, "step folders that stay, 0 for all")):
         shown = f" ({default})" if default is not None else ""
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=text + shown)
     for flag, default, text in (
@@ -50,9 +50,7 @@ def add_arguments(parser):
             ("hidden-dropout", 0.0, "probability"), ("attention-dropout", 0.0, "probability")):
         shown = f" ({default})" if default is not None else ""
         parser.add_argument(f"--{flag}", type=float, default=default, metavar="X", help=(text + shown).strip())
-    parser.add_argument("--dtype", default="float32", help=device.DTYPES)
-    device.add_arguments(parser)
-    parser.add_argument("--reproducible", action="store_true", help="the same bytes for any number of ranks")
+    device.add_group_arguments(parser, blocks=True, reproducible="the same bytes for any number of ranks")
     parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
     parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
 
@@ -60,7 +58,7 @@ def add_arguments(parser):
 def run(arguments):
     """The command on this rank: 0, or 1 when the run had to stop."""
     settings, config = settings_of(arguments), config_of(arguments)
-    with device.group_of(arguments, reproducible=arguments.reproducible, blocks=arguments.blocks) as group:
+    with device.group_of(arguments) as group:
         group.root_first(lambda: prepare(arguments) if group.rank == 0 else None)
         tokens = group.root_first(lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
                                                  arguments.seed, arguments.data_dtype))

@@ -21,7 +21,8 @@ from ..verification.feed_forward import (FeedForwardCheck, FeedForwardResult, ch
                                          require_room)
 from ..verification.notebook import Notebook, notebook_example
 from . import device, report, verify_all
-from .verify_report import VerifyReport, count, head, json_of, run_checks, take_steps
+from .report import count
+from .verify_report import VerifyReport, json_of, opening, run_checks, take_steps
 
 HIDDEN_SIZE, ACTIVATION = 512, "gelu_tanh"      # where neither an option nor a checkpoint says otherwise
 
@@ -33,17 +34,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="features of the middle (4 D)")
     parser.add_argument("--seq-length", type=int, default=128, metavar="S", help="tokens of a sequence (128)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (1)")
-    parser.add_argument("--dtype", default="float32", help="float32 (the default) or float64")
     parser.add_argument("--activation", help=f"{', '.join(ACTIVATIONS)} ({ACTIVATION})")
     parser.add_argument("--gated", action="store_true", help="act(x G^T) * (x U^T) in the middle, not act(x U^T)")
     parser.add_argument("--bias", action="store_true", help="biases in all projections")
     parser.add_argument("--seed", type=int, default=0, help="of weights, input and output gradient (0)")
     parser.add_argument("--model", metavar="DIR", help="take the block from a Hugging Face checkpoint folder")
     parser.add_argument("--layer", type=int, metavar="N", help="which layer of it (0)")
-    device.add_arguments(parser)
-    parser.add_argument("--reproducible", action="store_true",
-                        help="the same bits for any number of ranks; prints their SHA-256")
-    parser.add_argument("--blocks", type=int, default=8, help="blocks of a dimension in reproducible mode (8)")
+    device.add_group_arguments(parser, dtypes="float32 (the default) or float64", blocks=True,
+                               reproducible="the same bits for any number of ranks; prints their SHA-256")
     parser.add_argument("--json", metavar="FILE", help="write the report there, too")
 
 
@@ -53,13 +51,11 @@ class BlockReport(VerifyReport):
 
     Parameters
     ----------
-    cores_per_rank : int
     idle_cores : int
         Of the first rank's node, which no rank may use.
     notebook : Notebook
     block : FeedForwardResult
     """
-    cores_per_rank: int
     idle_cores: int
     notebook: Notebook
     block: FeedForwardResult
@@ -93,14 +89,13 @@ def check_block(group: TensorParallelGroup, arguments: Namespace) -> BlockReport
         layer = random_layer(group, hidden_size, ffn_hidden_size, arguments.activation or ACTIVATION, arguments.gated,
                              arguments.bias, arguments.dtype, arguments.seed)
         what, bytes_read = "random weights", None
-    cores, idle = launch.share_of_cores(group.comm), launch.idle_cores(group.comm)
+    start, idle = opening(group, layer.dtype), launch.idle_cores(group.comm)
     notebook = notebook_example(group, arguments.seed)
     check = FeedForwardCheck(group, layer, arguments.batch, arguments.seq_length, arguments.seed, what, bytes_read)
     block = take_steps(check.steps())[-1]
     if notebook is None or block is None:
         return None
-    return BlockReport(**head(group, layer.dtype, notebook.allclose and block.good), cores_per_rank=cores,
-                       idle_cores=idle, notebook=notebook, block=block)
+    return BlockReport(*start, notebook.allclose and block.good, idle, notebook, block)
 
 
 def check_arguments(arguments: Namespace) -> None:
@@ -121,11 +116,11 @@ def check_arguments(arguments: Namespace) -> None:
 
 def lines(found: BlockReport) -> Iterator[str]:
     """Yield the lines of the report."""
-    ranks = count(found.ranks, "rank")
-    yield f"mpitp {found.mpitp}: {ranks}, {count(found.cores_per_rank, 'core')} a rank, {found.mpi}"
+    ranks = report.count(found.ranks, "rank")
+    yield f"mpitp {found.mpitp}: {ranks}, {report.count(found.cores_per_rank, 'core')} a rank, {found.mpi}"
     yield f"{found.machine}"
     if found.idle_cores:
-        idle = count(found.idle_cores, "core")
+        idle = report.count(found.idle_cores, "core")
         yield f"NOTE: pinned, {idle} of this node idle: python -m mpitp doctor says what to do"
     yield ""
     yield from notebook_lines(found.notebook)
@@ -155,7 +150,7 @@ def block_lines(found: BlockReport, block: FeedForwardResult) -> Iterator[str]:
     """Yield the table of the block, and its figures."""
     kind = f"{'gated ' if block.gated else ''}{block.activation}{', biases' if block.bias else ''}"
     yield f"2. A feed-forward block: {block.hidden_size} -> {block.ffn_hidden_size} -> {block.hidden_size}, {kind}, " \
-          f"{count(block.tokens, 'token')}, {found.dtype}"
+          f"{report.count(block.tokens, 'token')}, {found.dtype}"
     yield f"   {block.what}{', reproducible mode' if found.reproducible else ''}; " \
           f"error = |found - exact| / (eps * magnitude)"
     yield from report.table(

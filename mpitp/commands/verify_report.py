@@ -1,4 +1,4 @@
-"""What `verify` and `verify --all` share: the head of a report, how steps are taken, JSON, and the exit status."""
+"""What `verify` and `verify --all` share: what their reports begin with, how steps are taken, JSON, the exit status."""
 from __future__ import annotations
 
 from argparse import Namespace
@@ -6,32 +6,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__
-from ..comm import launch
 from ..comm.group import TensorParallelGroup
 from ..oracle import Comparison
 from ..verification import Step
 from . import device, report
+from .progress import Progress
 
 
 @dataclass
-class VerifyReport:
-    """Where it ran, and whether every check holds.
+class VerifyReport(report.Report):
+    """What both reports begin with.
 
     Parameters
     ----------
-    mpitp, machine, mpi : str
-        The version, the processor with NumPy and BLAS, the MPI library.
-    ranks : int
     device, dtype : str
     reproducible : bool
     good : bool
         Whether every check holds.
     """
-    mpitp: str
-    machine: str
-    mpi: str
-    ranks: int
     device: str
     dtype: str
     reproducible: bool
@@ -42,10 +34,9 @@ class VerifyReport:
         return dict(vars(self))
 
 
-def head(group: TensorParallelGroup, dtype: Any, good: bool) -> dict[str, Any]:
-    """Return the fields of a VerifyReport."""
-    return dict(mpitp=__version__, machine=launch.machine(), mpi=launch.library_name(), ranks=group.size,
-                device=group.device, dtype=str(dtype), reproducible=group.reproducible, good=good)
+def opening(group: TensorParallelGroup, dtype: Any) -> tuple[str, str, str, int, int, str, str, bool]:
+    """Return the fields of a VerifyReport in order, but for `good`. Collective."""
+    return (*report.opening(group), group.device, str(dtype), group.reproducible)
 
 
 def run_checks(arguments: Namespace, check: Callable[[TensorParallelGroup, Namespace], VerifyReport | None],
@@ -68,21 +59,23 @@ def run_checks(arguments: Namespace, check: Callable[[TensorParallelGroup, Names
     int
         The exit status: 0 when every check holds, else 1.
     """
-    with device.group_of(arguments, reproducible=arguments.reproducible, blocks=arguments.blocks,
-                         check=True) as group:
-        if arguments.json:
-            group.root_first(lambda: report.require_writable(arguments.json) if group.rank == 0 else None)
+    with device.group_of(arguments, check=True) as group:
+        report.require_files(group, arguments.json)
         found = check(group, arguments)
         if found is not None:
-            print("\n".join(lines(found)), flush=True)
-            if arguments.json:
-                report.write_json(arguments.json, schema, found.as_json())
-        return 0 if group.comm.bcast(found.good if group.rank == 0 else None) else 1
+            report.publish(lines(found), found.as_json(), schema, arguments.json)
+        return 0 if group.comm.bcast(found is not None and found.good) else 1
 
 
 def take_steps(steps: list[Step]) -> list[Any]:
-    """Take the steps of a check in order, and return what each returned. Collective."""
-    return [take() for _, take in steps]
+    """Take the steps of a check in order behind a bar, and return what each returned. Collective."""
+    results = []
+    with Progress(steps[0][0], len(steps)) as bar:
+        for name, take in steps:
+            bar.what = name
+            results.append(take())
+            bar.advance()
+    return results
 
 
 def json_of(result: Any) -> dict[str, Any]:
@@ -97,8 +90,3 @@ def ratio_of(comparison: Comparison) -> dict[str, Any]:
     return {"name": comparison.name, "shape": comparison.shape, "parallel": comparison.error,
             "dense": comparison.dense_error, "limit": comparison.limit, "good": comparison.good,
             "parallel_of_norm": comparison.normwise, "dense_of_norm": comparison.dense_normwise}
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number of things: "1 rank", "2 ranks"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
