@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Files that are read again and again; few of them are open at a time, as a model may have more shards than that."""
-=======
-"""Files that are read again and again, of which only a few are open at a time: a model may have more shards."""
->>>>>>> main
 from __future__ import annotations
 
 import os
@@ -12,12 +8,8 @@ from collections import OrderedDict
 from ..errors import InputError
 
 MOST_OPEN = 32
-<<<<<<< HEAD
 # What closes each open file of this process; the file that was read last stands at the end.
 RECENT: OrderedDict[int, weakref.finalize] = OrderedDict()
-=======
-RECENT: OrderedDict[int, OpenFile] = OrderedDict()    # the open ones of this process, the one read last at the end
->>>>>>> main
 
 
 class OpenFile:

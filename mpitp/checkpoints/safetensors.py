@@ -158,12 +158,7 @@ class SafetensorsFile:
         self.require(isinstance(dtype, str) and dtype in STORED, f"dtype {dtype!r} of {name!r}",
                      f"one of {', '.join(STORED)}")
         self.require(are_sizes(shape) and len(shape) <= MOST_AXES and addressable(shape),
-<<<<<<< HEAD
                      f"shape {shape!r} of {name!r}", f"a list of at most {MOST_AXES} sizes, their product below 2**60")
-=======
-                     f"shape {shape!r} of {name!r}",
-                     f"a list of at most {MOST_AXES} sizes, their product below 2**60")
->>>>>>> main
         self.require(are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1],
                      f"data_offsets {offsets!r} of {name!r}", "[begin, end]")
         return dtype, shape, *offsets

@@ -97,25 +97,15 @@ def steps(model: Decoder, ids: Array, lengths: Array, choose: Choice, kv: KeyVal
 
 
 def one_token(model: Decoder, kv: KeyValues, tokens: int) -> Callable[[Array], Array]:
-<<<<<<< HEAD
     """The function that continues kv by one token of each sequence: a recorded graph where that can be and pays."""
-=======
-    """The function that continues kv by one token of each sequence: a recorded graph where that pays."""
->>>>>>> main
     if tokens >= RECORD_FROM and can_record(model, len(kv.lengths)):
         return CapturedToken(model, kv)
     return lambda ids_B1: model.extend(ids_B1, kv)
 
 
-<<<<<<< HEAD
 def as_prompts(model: Decoder, prompts: Array | Sequence,
                counts: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
     """Return ids (B, S) and lengths (B,), int64, 0 behind the end of a prompt; S is the longest. Raises InputError."""
-=======
-def as_prompts(model: Decoder, ids: Array | Sequence,
-               lengths: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids (B, S) and lengths (B,) as int64, 0 behind a prompt's end; S is the longest. Raises InputError."""
->>>>>>> main
     try:
         ids = np.asarray(prompts)
     except ValueError:                                      # rows of unequal length
