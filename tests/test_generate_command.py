@@ -1,4 +1,4 @@
-"""python -m mpitp generate on tiny checkpoints of transformers' making; text a token at a time; bad input is one line."""
+"""python -m mpitp generate on tiny checkpoints that transformers made; text a token at a time; bad input, one line."""
 import json
 import os
 import signal
@@ -20,7 +20,7 @@ SMILE = "\N{SLIGHTLY SMILING FACE}"         # four bytes in UTF-8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint; where `tokenizers` is installed, with a tokenizer: letters, space, and the bytes of one character."""
+    """A checkpoint; where `tokenizers` is installed, with a tokenizer of letters, space, and one character's bytes."""
     folder = tmp_path_factory.mktemp("gemma")
     tiny.write(folder, GOLDEN)
     try:

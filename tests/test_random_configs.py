@@ -1,7 +1,7 @@
 """Legal configs of every family at random: what loading computes equals the dense decoder of the same choices.
 
-Each choice is drawn once and said twice, as config.json has it and as DecoderConfig; weights are stored under the names,
-and in the fused layouts, that are written out here. Neither the family tables nor the layers are asked.
+Each choice is drawn once and written twice, as config.json has it and as DecoderConfig; weights are stored under the
+names, and in the fused layouts, that are written out here. Neither the family tables nor the layers are asked.
 """
 import json
 
@@ -27,7 +27,8 @@ LLAMA = {
     "embedding": "model.embed_tokens", "attention_norm": "model.layers.{}.input_layernorm",
     "attention.query": "model.layers.{}.self_attn.q_proj", "attention.key": "model.layers.{}.self_attn.k_proj",
     "attention.value": "model.layers.{}.self_attn.v_proj", "attention.out": "model.layers.{}.self_attn.o_proj",
-    "attention.query_norm": "model.layers.{}.self_attn.q_norm", "attention.key_norm": "model.layers.{}.self_attn.k_norm",
+    "attention.query_norm": "model.layers.{}.self_attn.q_norm",
+    "attention.key_norm": "model.layers.{}.self_attn.k_norm",
     "mlp_norm": "model.layers.{}.post_attention_layernorm", "mlp.gate": "model.layers.{}.mlp.gate_proj",
     "mlp.up": "model.layers.{}.mlp.up_proj", "mlp.down": "model.layers.{}.mlp.down_proj", "final_norm": "model.norm",
     "head": "lm_head"}
@@ -40,7 +41,8 @@ GPT2 = {"embedding": "transformer.wte", "position": "transformer.wpe", "attentio
         "mlp.down": "transformer.h.{}.mlp.c_proj", "final_norm": "transformer.ln_f", "head": "lm_head"}
 NEOX = {"embedding": "gpt_neox.embed_in", "attention_norm": "gpt_neox.layers.{}.input_layernorm",
         "attention.qkv": "gpt_neox.layers.{}.attention.query_key_value",
-        "attention.out": "gpt_neox.layers.{}.attention.dense", "mlp_norm": "gpt_neox.layers.{}.post_attention_layernorm",
+        "attention.out": "gpt_neox.layers.{}.attention.dense",
+        "mlp_norm": "gpt_neox.layers.{}.post_attention_layernorm",
         "mlp.up": "gpt_neox.layers.{}.mlp.dense_h_to_4h", "mlp.down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
         "final_norm": "gpt_neox.final_layer_norm", "head": "embed_out"}
 BLOOM = {"embedding": "transformer.word_embeddings", "embedding_norm": "transformer.word_embeddings_layernorm",
@@ -60,7 +62,8 @@ def sizes(draw, grouped=True, any_head=True):
     head = 2 * draw(st.integers(1, 4))
     hidden = draw(st.integers(4, 24)) if any_head else heads * head
     return dict(vocab_size=23, hidden_size=hidden, num_layers=draw(st.integers(1, 3)), num_attention_heads=heads,
-                num_query_groups=groups if grouped else heads, kv_channels=head, ffn_hidden_size=draw(st.integers(1, 30)),
+                num_query_groups=groups if grouped else heads, kv_channels=head,
+                ffn_hidden_size=draw(st.integers(1, 30)),
                 tie_word_embeddings=draw(st.booleans()), norm_epsilon=draw(st.sampled_from([1e-6, 1e-5, 1e-2])))
 
 
@@ -173,8 +176,9 @@ def of_gemma3(draw, family):
 def of_gpt2(draw, family):
     found, (ours, theirs), scale = sizes(draw, False, False), activation(draw), draw(st.booleans())
     keys = dict(n_embd=found["hidden_size"], n_layer=found["num_layers"], n_head=found["num_attention_heads"],
-                n_inner=found["ffn_hidden_size"], n_positions=LONGEST, activation_function=theirs, scale_attn_weights=scale,
-                layer_norm_epsilon=found["norm_epsilon"], tie_word_embeddings=found["tie_word_embeddings"], vocab_size=23)
+                n_inner=found["ffn_hidden_size"], n_positions=LONGEST, activation_function=theirs, vocab_size=23,
+                scale_attn_weights=scale, layer_norm_epsilon=found["norm_epsilon"],
+                tie_word_embeddings=found["tie_word_embeddings"])
     return keys, DecoderConfig(**found, activation=ours, position_embedding="learned", max_position_embeddings=LONGEST,
                                attention_scale=None if scale else 1.0), GPT2, "in turn", True
 

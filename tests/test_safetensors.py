@@ -71,7 +71,8 @@ def test_tensors_at_odd_offsets(tmp_path):
     assert list(SafetensorsFile(tmp_path / "m")["b"][1:]) == [1, 2]
 
 
-GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}
+GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "b": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}
 
 
 def raw(header, data=b"\0" * 12, length=None):
@@ -97,7 +98,8 @@ HOSTILE = {
     "a list": (raw([1]), "JSON list"),
     "deep": (raw(b"[" * 100_000), "not JSON"),
     "a key twice": (raw(b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "a": {}}'), "'a' twice"),
-    "a shape twice": (raw(b'{"a": {"dtype": "F32", "shape": [9], "shape": [3], "data_offsets": [0, 12]}}'), "'shape' twice"),
+    "a shape twice": (raw(b'{"a": {"dtype": "F32", "shape": [9], "shape": [3], "data_offsets": [0, 12]}}'),
+                      "'shape' twice"),
     "an entry that is none": (raw({"a": 3}), "'a': 3"),
     "an unknown dtype": (raw(changed("a", dtype="F8_E4M3")), "dtype 'F8_E4M3' of 'a'"),
     "a dtype that is a list": (raw(changed("a", dtype=["F32"])), "dtype"),
@@ -106,7 +108,8 @@ HOSTILE = {
     "a size that is a truth": (raw(changed("a", shape=[True, 2])), "shape"),
     "a product that would overflow": (raw(changed("a", shape=[1 << 40, 1 << 40])), "product below 2**60"),
     "a product that would take hours": (raw(changed("a", shape=[1 << 62] * 100_000)), "product below 2**60"),
-    "nothing, of a shape that NumPy cannot hold": (raw(changed("a", shape=[0, 1 << 40, 1 << 40])), "product below 2**60"),
+    "nothing, of a shape that NumPy cannot hold":
+        (raw(changed("a", shape=[0, 1 << 40, 1 << 40])), "product below 2**60"),
     "more axes than NumPy has": (raw(changed("a", shape=[2] + [1] * 70)), "at most 32 sizes"),
     "a name of a megabyte": (raw({"n" * 1_000_000: {**GOOD["a"], "shape": [-1]}}), "nnn"),
     "offsets that are swapped": (raw(changed("a", data_offsets=[8, 0])), "data_offsets [8, 0]"),
@@ -147,13 +150,15 @@ def test_the_good_one(tmp_path):
 
 
 @pytest.mark.parametrize("index, said", [
-    ("{", "not a JSON object"), ("[1]", "not a JSON object"), ("{}", "no weight_map"), ('{"weight_map": {}}', "no weight_map"),
+    ("{", "not a JSON object"), ("[1]", "not a JSON object"), ("{}", "no weight_map"),
+    ('{"weight_map": {}}', "no weight_map"),
     ('{"weight_map": {"a": 3}}', "no weight_map"), ('{"weight_map": {"a": "../x.safetensors"}}', "'../x.safetensors'"),
     ('{"weight_map": {"a": "/etc/passwd"}}', "/etc/passwd"), ('{"weight_map": {"a": ".."}}', "'..'"),
     ('{"weight_map": {"a": "s.safetensors\\u0000"}}', "expected a file of the same folder"),
     ('{"weight_map": {"a": "\\ud800"}}', "expected a file of the same folder"),
     ('{"weight_map": {"a": "a\\nb"}}', "expected a file of the same folder"),
-    ('{"weight_map": {"a": "gone.safetensors"}}', "No such file"), ('{"weight_map": {"b": "s.safetensors"}}', "'b' said to be in"),
+    ('{"weight_map": {"a": "gone.safetensors"}}', "No such file"),
+    ('{"weight_map": {"b": "s.safetensors"}}', "'b' said to be in"),
 ])
 def test_hostile_indexes(index, said, tmp_path):
     (tmp_path / "config.json").write_text("{}")

@@ -1,8 +1,8 @@
 """Folders of a model on disk: written in place by all ranks, complete or not there, the same bytes from any number.
 
 Rank 0 makes NAME.partial with every file in its full size; each rank writes what it owns where it belongs, rank 0 also
-what is replicated; when all of it is on disk, rank 0 gives the folder its name. Checkpoints of the hub (saving.py)
-and step folders of a training run (steps.py) are both written so.
+what is replicated; when all of it is on disk, rank 0 gives the folder its name. Checkpoints of the hub's kind
+(saving.py) and step folders of a training run (steps.py) are both written so.
 """
 from __future__ import annotations
 
@@ -108,10 +108,10 @@ def prepare(partial: str, files: Mapping[str, Iterable[StoredSlice]], documents:
             path = os.path.join(partial, file)
             reserve(path, create(path, tensors, metadata))
         for name, text in documents.items():
-            with open(os.path.join(partial, name), "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            with open(os.path.join(partial, name), "w", encoding="utf-8") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(out.fileno())
         for source in companions:
             shutil.copyfile(source, os.path.join(partial, os.path.basename(source)))
     except OSError as error:

@@ -31,7 +31,8 @@ def is_computed(tensor: StoredTensor, config: DecoderConfig) -> bool:
 
 def are_frequencies(tensor: StoredTensor, config: DecoderConfig) -> bool:
     """Whether a stored tensor holds base^(-2 i / dim) of the config's rotary positions, before any scaling."""
-    for rotary in {config.rotary_of(layer) for layer in range(config.num_layers)}:
+    for rotary in {config.rotary_of(layer) for layer in range(config.num_layers)} - {None}:
+        assert rotary is not None
         dim = rotary.dim or config.head_dim
         exact = rotary.base ** (-np.arange(0, dim, 2) / dim)
         if tensor.shape == exact.shape and np.allclose(tensor[:], exact, rtol=CLOSE, atol=0):
@@ -40,7 +41,7 @@ def are_frequencies(tensor: StoredTensor, config: DecoderConfig) -> bool:
 
 
 def is_causal_mask(tensor: StoredTensor) -> bool:
-    """Whether a stored tensor (1, 1, S, S) is true, or 1, on and below the diagonal alone. It is read by a few rows."""
+    """Whether a stored tensor (1, 1, S, S) is 1, or true, on and below the diagonal alone; reads it in parts."""
     if len(tensor.shape) != 4 or tensor.shape[:2] != (1, 1) or tensor.shape[2] != tensor.shape[3]:
         return False
     size = tensor.shape[2]

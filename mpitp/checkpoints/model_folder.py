@@ -129,11 +129,11 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
     for name, layout in layouts.items():
         tensor = checkpoint[layout.name]
         if tensor.dtype not in FLOATS:
-            raise InputError(f"{layout.name}: found {tensor.dtype}, expected {', '.join(FLOATS)} (quantised weights are "
-                             f"out of scope)")
+            raise InputError(f"{layout.name}: found {tensor.dtype}, expected {', '.join(FLOATS)} (quantised weights "
+                             f"are out of scope)")
         require_shape(checkpoint, layout.name, layout.stored_shape)
         views[name] = View(tensor, layout)
-    return ModelFolder(checkpoint, family, config, specs, layouts, views, own_head, keys.unknown(), left_out)
+    return ModelFolder(checkpoint, family, config, specs, layouts, views, bool(own_head), keys.unknown(), left_out)
 
 
 def require_shape(checkpoint: Checkpoint, name: str, shape: tuple) -> None:
@@ -155,7 +155,7 @@ def require_tensors(checkpoint: Checkpoint, needed: set[str], unexpected: set[st
 
 def summary(names: Iterable[str], most: int = 6) -> str:
     """Names of tensors for a message, those of all layers as one: 'layers.*.mlp.up_proj.bias (24)'."""
-    kinds = {}
+    kinds: dict[str, list[str]] = {}
     for name in sorted(names):
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
     texts = [members[0] if len(members) == 1 else f"{kind} ({len(members)})" for kind, members in kinds.items()]

@@ -1,4 +1,4 @@
-"""Files that are read again and again, of which only a few are open at a time: a model may have more shards."""
+"""Files that are read again and again; few of them are open at a time, as a model may have more shards than that."""
 from __future__ import annotations
 
 import os
@@ -8,7 +8,8 @@ from collections import OrderedDict
 from ..errors import InputError
 
 MOST_OPEN = 32
-RECENT: OrderedDict[int, OpenFile] = OrderedDict()    # the open ones of this process, the one read last at the end
+# What closes each open file of this process; the file that was read last stands at the end.
+RECENT: OrderedDict[int, weakref.finalize] = OrderedDict()
 
 
 class OpenFile:
@@ -18,22 +19,23 @@ class OpenFile:
     """
 
     def __init__(self, path: str, identity: tuple[int, int]):
-        self.path, self.identity, self.close_once = path, identity, None
+        self.path, self.identity = path, identity
+        self.number = -1                        # not open
+        self.close_once: weakref.finalize | None = None
 
     def descriptor(self) -> int:
         """The file's descriptor, valid until the next call for another file."""
         key = id(self)
         if self.close_once is None or not self.close_once.alive:
-            descriptor = os.open(self.path, os.O_RDONLY)
-            status = os.fstat(descriptor)
+            self.number = os.open(self.path, os.O_RDONLY)
+            self.close_once = weakref.finalize(self, close, key, self.number)
+            RECENT[key] = self.close_once
+            status = os.fstat(self.number)
             if (status.st_dev, status.st_ino) != self.identity:
-                os.close(descriptor)
+                self.close_once()
                 raise InputError(f"{self.path}: found another file than the one that was checked, expected the same")
-            self.number = descriptor
-            self.close_once = weakref.finalize(self, close, key, descriptor)
-            RECENT[key] = weakref.proxy(self)
             if len(RECENT) > MOST_OPEN:
-                next(iter(RECENT.values())).close_once()
+                next(iter(RECENT.values()))()
         RECENT.move_to_end(key)
         return self.number
 

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -149,7 +150,7 @@ class SafetensorsFile:
         self.require(8 + length + end == size, f"a file of {size} bytes",
                      f"{8 + length + end}, where its last tensor ends")
 
-    def entry(self, name: str, entry: object) -> tuple:
+    def entry(self, name: str, entry: Any) -> tuple:
         """Check a header entry: (dtype, shape, begin, end)."""
         self.require(isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"},
                      f"{name!r}: {entry!r}", "dtype, shape and data_offsets")
@@ -157,8 +158,7 @@ class SafetensorsFile:
         self.require(isinstance(dtype, str) and dtype in STORED, f"dtype {dtype!r} of {name!r}",
                      f"one of {', '.join(STORED)}")
         self.require(are_sizes(shape) and len(shape) <= MOST_AXES and addressable(shape),
-                     f"shape {shape!r} of {name!r}",
-                     f"a list of at most {MOST_AXES} sizes, their product below 2**60")
+                     f"shape {shape!r} of {name!r}", f"a list of at most {MOST_AXES} sizes, their product below 2**60")
         self.require(are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1],
                      f"data_offsets {offsets!r} of {name!r}", "[begin, end]")
         return dtype, shape, *offsets

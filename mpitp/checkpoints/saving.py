@@ -41,22 +41,22 @@ def save_model(model: Decoder, path: str | os.PathLike, dtype: str | None = None
     Collective, no data; see folders.write_folder. The bytes do not depend on the number of ranks.
     """
     loaded = model.folder if isinstance(model, LoadedDecoder) else None
-    stored = STORED_AS.get(dtype or model.dtype.name)
-    require(stored is not None, f"dtype {dtype!r}", f"one of {', '.join(STORED_AS)}, or None")
+    name = dtype or model.dtype.name
+    require(name in STORED_AS, f"dtype {dtype!r}", f"one of {', '.join(STORED_AS)}, or None")
     require(family or loaded, "a model that load_model did not make", f"family, one of {', '.join(MODULES)}")
-    target = loaded.family if family is None else family_named(family)
+    target = loaded.family if loaded and family is None else family_named(family)
     if loaded is None or target is not loaded.family:
         keys, companions = config_json(model.config, target), []
     else:
         keys, companions = dict(loaded.checkpoint.config), companions_of(loaded.checkpoint.folder)
         if loaded.own_head:
             keys["tie_word_embeddings"] = False
-    keys["torch_dtype" if "torch_dtype" in keys else "dtype"] = dtype or model.dtype.name
+    keys["torch_dtype" if "torch_dtype" in keys else "dtype"] = name
     path = os.path.abspath(os.fspath(path))
     model.group.root_first(lambda: require_new(path) if model.group.rank == 0 else None)
     layouts = target.layouts(model.config, model.specs, target.prefix)
-    slices = [StoredSlice(model.specs[name], model.weights[name], layout, stored)
-              for name, layout in sorted(layouts.items(), key=lambda item: item[1].name)]
+    slices = [StoredSlice(model.specs[ours], model.weights[ours], layout, STORED_AS[name])
+              for ours, layout in sorted(layouts.items(), key=lambda item: item[1].name)]
     write_folder(model.group, path, {FILE: slices}, {"config.json": json.dumps(keys, indent=2) + "\n"},
                  metadata={"format": "pt"}, companions=companions)
 

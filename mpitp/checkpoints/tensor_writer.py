@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,8 @@ def create(path: str, tensors: Mapping[str, tuple[str, tuple]], metadata: Mappin
     -----
     The header ends at a multiple of 8 bytes, as the format asks for.
     """
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + prod(shape) * np.dtype(STORED[dtype]).itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}

@@ -69,17 +69,17 @@ def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temp
     On one GPU a step of one sequence, or of a few in float32, is a CUDA graph: recorded once, then replayed.
     Keys and values: 2 x layers x B x (S + max_new_tokens - 1) x (key/value heads of the rank) x (features of a head).
     """
-    ids, lengths = as_prompts(model, ids, lengths)
+    prompts, counts = as_prompts(model, ids, lengths)
     require_positive(max_new_tokens=max_new_tokens)
-    capacity = ids.shape[1] + max_new_tokens - 1            # the last new token is not continued
+    capacity = prompts.shape[1] + max_new_tokens - 1            # the last new token is not continued
     if model.position:
         most = model.position.max_positions
-        require(capacity <= most, f"{ids.shape[1]} tokens of a prompt and {max_new_tokens} new ones",
+        require(capacity <= most, f"{prompts.shape[1]} tokens of a prompt and {max_new_tokens} new ones",
                 f"at most {most + 1} together, of the model's {most} learned positions")
-    stop = np.atleast_1d(np.asarray(stop, None if np.size(stop) else np.int64))
-    require(stop.ndim == 1 and stop.dtype.kind in "iu", f"stop {stop.tolist()}", "token ids")
-    choose = Choice(model, len(ids), temperature, top_k, top_p, seed)
-    return steps(model, ids, lengths, choose, KeyValues(model, len(ids), capacity), max_new_tokens, stop)
+    ends = np.atleast_1d(np.asarray(stop, None if np.size(stop) else np.int64))
+    require(ends.ndim == 1 and ends.dtype.kind in "iu", f"stop {ends.tolist()}", "token ids")
+    choose = Choice(model, len(prompts), temperature, top_k, top_p, seed)
+    return steps(model, prompts, counts, choose, KeyValues(model, len(prompts), capacity), max_new_tokens, ends)
 
 
 def steps(model: Decoder, ids: Array, lengths: Array, choose: Choice, kv: KeyValues, max_new_tokens: int,
@@ -97,23 +97,23 @@ def steps(model: Decoder, ids: Array, lengths: Array, choose: Choice, kv: KeyVal
 
 
 def one_token(model: Decoder, kv: KeyValues, tokens: int) -> Callable[[Array], Array]:
-    """The function that continues kv by one token of each sequence: a recorded graph where that pays."""
+    """The function that continues kv by one token of each sequence: a recorded graph where that can be and pays."""
     if tokens >= RECORD_FROM and can_record(model, len(kv.lengths)):
         return CapturedToken(model, kv)
     return lambda ids_B1: model.extend(ids_B1, kv)
 
 
-def as_prompts(model: Decoder, ids: Array | Sequence,
-               lengths: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids (B, S) and lengths (B,) as int64, 0 behind a prompt's end; S is the longest. Raises InputError."""
+def as_prompts(model: Decoder, prompts: Array | Sequence,
+               counts: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids (B, S) and lengths (B,), int64, 0 behind the end of a prompt; S is the longest. Raises InputError."""
     try:
-        ids = np.asarray(ids)
+        ids = np.asarray(prompts)
     except ValueError:                                      # rows of unequal length
         ids = np.empty(0, object)
     require(ids.ndim == 2 and ids.size and ids.dtype.kind in "iu", f"ids {ids.dtype} of shape {ids.shape}",
             "integers (batch, tokens), at least one of each, with lengths where prompts differ")
     B, S = ids.shape
-    lengths = np.full(B, S) if lengths is None else np.asarray(lengths)
+    lengths = np.full(B, S) if counts is None else np.asarray(counts)
     good = lengths.shape == (B,) and lengths.dtype.kind in "iu" and (lengths >= 1).all() and (lengths <= S).all()
     require(good, f"lengths {lengths.tolist()}", f"{B} integers from 1 to {S}")
     ids = np.where(np.arange(S) < lengths[:, None], ids, 0)[:, :lengths.max()]

@@ -116,7 +116,8 @@ def read(path: str, dtype: str | None = None) -> np.ndarray:
 def with_header(path: str, header: np.ndarray, dtype: str | None) -> np.ndarray:
     """The tokens behind the 256 words of a header: magic number, version, how many tokens follow."""
     found = HEADERS[tuple(header[:2])]
-    require(dtype in (None, found), f"data dtype {dtype!r} for {path}", f"{found}, as the magic number {header[0]} says")
+    require(dtype in (None, found), f"data dtype {dtype!r} for {path}",
+            f"{found}, as the magic number {header[0]} says")
     tokens = words(path, np.dtype(found), header.nbytes)
     if len(tokens) != header[2]:
         raise InputError(f"{path}: found {len(tokens)} tokens behind the header, expected {header[2]}, as it says")
@@ -127,7 +128,8 @@ def words(path: str, dtype: np.dtype, start: int = 0) -> np.ndarray:
     """The rest of a file as little-endian integers; those of more than a byte are read when they are used."""
     size = os.path.getsize(path) - start
     if size % dtype.itemsize:
-        raise InputError(f"{path}: found {size} bytes of tokens, expected a multiple of {dtype.itemsize}, as {dtype} has")
+        raise InputError(f"{path}: found {size} bytes of tokens, expected a multiple of {dtype.itemsize}, as "
+                         f"{dtype} has")
     if size == 0 or dtype == np.uint8:
         return np.fromfile(path, dtype, offset=start)
     return np.memmap(path, dtype.newbyteorder("<"), "r", start)
@@ -174,8 +176,8 @@ def standard_library() -> np.ndarray:
 def order_2_bits(training: np.ndarray, validation: np.ndarray, vocab_size: int = 256) -> float:
     """Bits a token of a model that counts which token follows each pair: the baseline that a network must beat.
 
-    P(c | a b) = (count(a b c) + alpha P(c | b)) / (count(a b) + alpha), and P(c | b) in the same way from P(c); alpha is
-    the best of a few for the validation part itself, which is generous to the baseline.
+    P(c | a b) = (count(a b c) + alpha P(c | b)) / (count(a b) + alpha), and P(c | b) in the same way from P(c); alpha
+    is the best of a few for the validation part itself, which is generous to the baseline.
     """
     V, best = vocab_size, math.inf
     a, b, c = (training[i:len(training) - 2 + i].astype(np.int64) for i in range(3))

@@ -54,7 +54,8 @@ class Trainer:
         self.optimizer = AdamW(self.model, settings.adam_beta1, settings.adam_beta2, settings.adam_eps,
                                settings.weight_decay)
         self.step = 0                           # steps done
-        self.gradients, self.more = None, None
+        self.gradients: dict[str, Array] | None = None
+        self.more: dict[str, Array] | None = None
         self.asked_to_save = False
 
     # --- one step -----------------------------------------------------------------------------------------------

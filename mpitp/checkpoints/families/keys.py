@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import isfinite
+from typing import Any, NoReturn
 
 from ...errors import InputError, is_integer
 from .activations import ACTIVATIONS
@@ -34,7 +35,7 @@ WITHOUT_EFFECT = frozenset("""
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
     repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
-""".split())
+""".split())    # noqa: SIM905  (a table of words)
 
 
 class Keys:
@@ -47,9 +48,9 @@ class Keys:
 
     def __init__(self, values: dict, where: str = "config.json", most_layers: int = MOST, most_features: int = MOST):
         self.values, self.where, self.most_layers, self.most_features = values, where, most_layers, most_features
-        self.known = set()
+        self.known: set[str] = set()
 
-    def get(self, *names: str, default: object = REQUIRED) -> object:
+    def get(self, *names: str, default: Any = REQUIRED) -> Any:
         """The value under the first of these names that exists and is not null, else the default."""
         found = {name: self.values[name] for name in names if self.values.get(name) is not None}
         self.known.update(names)
@@ -64,20 +65,20 @@ class Keys:
                                  f"expected one value")
         return found[first]
 
-    def fail(self, names: Iterable[str], value: object, expected: str) -> None:
+    def fail(self, names: Iterable[str], value: object, expected: str) -> NoReturn:
         """Raise InputError for the value under the first of these names that exists."""
         names = list(names)
         name = next((name for name in names if self.values.get(name) is not None), names[0])
         raise InputError(f"{self.where}: found {name} = {short(value)}, expected {expected}")
 
-    def count(self, *names: str, default: object = REQUIRED, most: int = MOST) -> int:
-        """A positive integer."""
+    def count(self, *names: str, default: Any = REQUIRED, most: int = MOST) -> Any:
+        """A positive integer, or the default, which may be None."""
         value = self.get(*names, default=default)
         if value is not default and not (is_integer(value) and 0 < value <= most):
             self.fail(names, value, f"a positive integer, at most {most}")
         return value
 
-    def size(self, *names: str, default: object = REQUIRED) -> int:
+    def size(self, *names: str, default: Any = REQUIRED) -> Any:
         """A positive integer: the size, or a divisor of the size, of an axis of a tensor."""
         return self.count(*names, default=default, most=self.most_features)
 
@@ -85,8 +86,8 @@ class Keys:
         """The number of layers."""
         return self.count(*names, most=self.most_layers)
 
-    def number(self, *names: str, default: object = REQUIRED, above: float | None = None) -> float:
-        """A finite number."""
+    def number(self, *names: str, default: Any = REQUIRED, above: float | None = None) -> Any:
+        """A finite number, or the default, which may be None."""
         value = self.get(*names, default=default)
         if value is not default:
             good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
@@ -95,7 +96,7 @@ class Keys:
             value = float(value)
         return value
 
-    def flag(self, *names: str, default: object = REQUIRED) -> bool:
+    def flag(self, *names: str, default: Any = REQUIRED) -> bool:
         """True or false."""
         value = self.get(*names, default=default)
         if not isinstance(value, bool):

@@ -1,7 +1,7 @@
 """Rotary positions out of a config.json, in both of its styles.
 
-Old: rope_theta and rope_scaling {"type" or "rope_type", ...} beside the other keys. New: rope_parameters with all,
-in one object or in one for each kind of layer. Where both exist, rope_scaling counts, as in transformers.
+Old: rope_theta and rope_scaling {"type" or "rope_type", ...} beside the other keys. New: rope_parameters with all of
+it, in one object or in one for each kind of layer. Where both exist, rope_scaling counts, as in transformers.
 """
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rotary_of_layer_types(keys: Keys, head_dim: int, thetas: dict[str, tuple[str
     keys.refuse({"partial_rotary_factor": (1,)})
     old, new = keys.inner("rope_scaling"), keys.inner("rope_parameters")
     other = sorted(new.values.keys() - thetas.keys()) if new else []
-    if other:
+    if new and other:
         raise InputError(f"{new.where}: found {other[0]!r}, expected an object for each of {', '.join(thetas)}")
     turns = {}
     for layer_type, (key, theta) in thetas.items():
