@@ -366,7 +366,7 @@ fi
 # --- run -------------------------------------------------------------------------------------------------
 if [ "${1:-}" = test ]; then
     shift
-    "$python" -c 'import pytest, hypothesis, ml_dtypes, safetensors, threadpoolctl' 2>/dev/null || {
+    "$python" -c 'import pytest, hypothesis, ml_dtypes, safetensors, threadpoolctl, numpydoc' 2>/dev/null || {
         [ -z "${MPITP_VENV:-}" ] || die "found no pytest and companions in $venv, expected pip install '.[test]'"
         with_lock install -e "$here[test]"
     }

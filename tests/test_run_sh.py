@@ -363,6 +363,9 @@ def test_ranks_are_not_pinned_to_one_core(site):
 
 
 def copy_of_the_project(target):
+    if not (ROOT / ".git").exists():                # an unpacked sdist
+        shutil.copytree(ROOT, target)
+        return
     files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
                            capture_output=True, check=True).stdout.splitlines()
     for name in files:
