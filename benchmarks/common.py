@@ -21,7 +21,7 @@ import torch                                        # noqa: E402
 import torch.distributed as distributed             # noqa: E402
 from threadpoolctl import ThreadpoolController      # noqa: E402
 
-from mpitp import measure
+from mpitp import measure                   # noqa: E402
 from mpitp.commands import report          # noqa: E402
 
 LIBRARIES = ThreadpoolController()                  # looked for once: each search takes half a millisecond

@@ -9,7 +9,7 @@ import mpitp                                                    # noqa: E402
 
 project = "mpitp"
 author = "The mpitp developers"
-copyright = author                                              # noqa: A001
+copyright = author
 release = version = mpitp.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.viewcode", "numpydoc"]
@@ -31,3 +31,27 @@ html_copy_source = False
 html_show_sphinx = False
 pygments_style = "tango"
 pygments_dark_style = "monokai"
+
+
+def plain_docstring(app, what, name, obj, options, lines):
+    """Make a docstring that people read as it stands into reStructuredText with the same look.
+
+    Stars and bars are part of formulas, never markup, and an indented block behind a blank line is a figure or code.
+    """
+    last, literal = "", False
+    for place, line in enumerate(lines):
+        indented = line.startswith("    ")
+        if line and not indented:
+            literal = False
+        if indented and not literal and not lines[place - 1].strip() and last and not last.startswith(" "):
+            literal = True
+            lines[place - 1] = "\n::\n"
+        if line.strip():
+            last = line
+        if not literal and not line.lstrip().startswith((">>>", "...")):
+            lines[place] = lines[place].replace("*", r"\*").replace("|", r"\|")
+    lines[:] = "\n".join(lines).split("\n")
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", plain_docstring, priority=100)        # before numpydoc

@@ -1,7 +1,7 @@
-"""The tables of README.md and docs/ that are made of result files: benchmarks/results/*.json -> Markdown.
+"""The tables of README.md and docs/ that are made: of benchmarks/results/*.json, and of the source (walk.py).
 
     python docs/figures.py              write every table anew
-    python docs/figures.py --check      exit with 1 if a page shows another table than its result file gives
+    python docs/figures.py --check      exit with 1 if a page shows another table than is made
 
 A table stands between <!-- figures: NAME --> and <!-- end of figures -->; NAME is a key of TABLES.
 """
@@ -10,7 +10,10 @@ import re
 import sys
 import textwrap
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import walk
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -140,7 +143,7 @@ def ratios() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "ffn": lambda: interleaved("ffn-h2048-n2"), "block-512": lambda: interleaved("block-h512-n2"),
     "block-1024": lambda: interleaved("block-h1024-n2"), "train": lambda: interleaved("train-h256-n2"),
-    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios}
+    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "walk": walk.table}
 
 
 def wrapped(text: str) -> str:
@@ -157,7 +160,7 @@ def filled(text: str) -> str:
 def main(arguments: list[str]) -> int:
     stale = [page for page in PAGES if filled(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
     for page in stale:
-        print(f"{page.relative_to(ROOT)}: {'another table than its result file' if arguments else 'written anew'}")
+        print(f"{page.relative_to(ROOT)}: {'another table than is made' if arguments else 'written anew'}")
         if not arguments:
             page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 1 if arguments and stale else 0

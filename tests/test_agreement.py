@@ -43,7 +43,8 @@ ONE_RANKS_ERRORS = {
     "no array": (lambda g: g.all_reduce([1.0] if last(g) else np.ones(1)), "found builtins.list"),
     "no dtype for it": (lambda g: g.all_reduce(np.ones(3, complex if last(g) else float)), "all_reduce of complex128"),
     "no such operation": (lambda g: g.all_reduce(np.ones(3), "mean" if last(g) else "sum"), "operation 'mean'"),
-    "no place for it": (lambda g: g.all_reduce(np.ones(3), out=np.ones(4) if last(g) else None), "found out float64 (4,)"),
+    "no place for it": (lambda g: g.all_reduce(np.ones(3), out=np.ones(4) if last(g) else None),
+                        "found out float64 (4,)"),
     "its part": (lambda g: g.all_gather(np.ones(99 if last(g) else g.partition(7).lengths[g.rank]), g.partition(7)),
                  "all_gather of shape (99,)"),
     "the axis": (lambda g: g.reduce_scatter(np.ones((6, 6)), g.partition(6), 5 if last(g) else 0), "along axis 5"),
@@ -76,7 +77,8 @@ def test_a_mismatch_is_caught_on_every_rank(group, mismatch):
 def test_bad_input_of_one_rank_is_caught_on_every_rank(group, error):
     call, words = ONE_RANKS_ERRORS[error]
     said = caught_everywhere(group, call)
-    assert all(text and words in text and f"rank {group.size - 1}: " in text and "\n" not in text for text in said), said
+    assert all(text and words in text and f"rank {group.size - 1}: " in text and "\n" not in text
+               for text in said), said
     assert group.all_reduce(np.ones(2))[0] == group.size
 
 
@@ -153,7 +155,8 @@ def test_without_check_nothing_more_is_sent(world):
         group.reduce_scatter(x, partition)
         group.broadcast(x)
         sum_of_blocks(group, lambda block: np.ones(2), partition, (2,), float)
-        assert data.calls == ["Allreduce", "Iallreduce", "Allgatherv", "Gatherv", "Reduce_scatter", "Bcast", "Allreduce"]
+        assert data.calls == ["Allreduce", "Iallreduce", "Allgatherv", "Gatherv", "Reduce_scatter", "Bcast",
+                              "Allreduce"]
         assert control.calls == [] and not group.ledger.control
         group.comm = control.comm
 

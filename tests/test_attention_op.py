@@ -38,7 +38,7 @@ def literal(q, k, v, dout, scale, keep=None, causal=True, window=None, slopes=No
     """(out, dq, dk, dv, lse), exact in float64, and for each the magnitude of what is added up in it, times the error
     of the scores in eps."""
     q, k, v, dout = (x.astype(np.float64) for x in (q, k, v, dout))
-    (Q, K), S = q.shape[2:], k.shape[1]
+    Q, S = q.shape[2], k.shape[1]
     k, v = k[:, None], v[:, None]
     query, key = np.arange(S - Q, S)[:, None], np.arange(S)
     bias = 0 if slopes is None else slopes[..., None, None] * (key - query)

@@ -2,6 +2,7 @@
 silently."""
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ import mpitp
 from mpitp import InputError
 from mpitp.checkpoints.families import MODULES, family_named
 from mpitp.checkpoints.families.keys import Keys
-from mpitp.checkpoints.loading import CheckpointWarning, open_folder
+from mpitp.checkpoints.model_folder import CheckpointWarning, open_folder
 from spmd import everywhere, job
 
-COMMON = dict(architectures=["X"], torch_dtype="bfloat16", transformers_version="4.40.0", use_cache=True, bos_token_id=1,
+COMMON = dict(architectures=["X"], torch_dtype="bfloat16", transformers_version="4.40.0", use_cache=True,
+              bos_token_id=1,
               eos_token_id=2, initializer_range=0.02)
 LLAMA = dict(COMMON, hidden_act="silu", hidden_size=64, intermediate_size=128, num_hidden_layers=2, rms_norm_eps=1e-6,
              num_attention_heads=4, num_key_value_heads=2, vocab_size=100, max_position_embeddings=2048,
@@ -105,10 +107,12 @@ SLIDING, FULL = "sliding_attention", "full_attention"
     ("qwen2", dict(use_sliding_window=False), "expected full_attention where there is no sliding_window"),
     ("qwen2", dict(use_mrope=True), "found use_mrope = True, expected False"),
     ("gemma3_text", dict(sliding_window=None), "expected full_attention where there is no sliding_window"),
-    ("gemma3_text", dict(rope_parameters=dict(rope_type="linear", factor=8.0)), "found 'factor', expected an object for"),
+    ("gemma3_text", dict(rope_parameters=dict(rope_type="linear", factor=8.0)),
+     "found 'factor', expected an object for"),
     ("gpt_neox", dict(head_dim=4), "found head_dim = 4, expected 8"),
     ("bloom", dict(slow_but_exact=True, pretraining_tp=2), "found pretraining_tp = 2, expected 1"),
-    ("falcon_7b", dict(apply_residual_connection_post_layernorm=True), "apply_residual_connection_post_layernorm = True"),
+    ("falcon_7b", dict(apply_residual_connection_post_layernorm=True),
+     "apply_residual_connection_post_layernorm = True"),
 ])
 def test_refused_by_name(case, changes, said, tmp_path):
     golden = tiny.load(case)
@@ -188,13 +192,15 @@ def test_a_head_of_its_own_is_used_and_saved(world, tmp_path):
                                      "the head is used as it is stored"] if group.rank == 0 else []))
         shared = world.bcast(str(tmp_path))
         mpitp.save_model(model, f"{shared}/b")
-        stored, config = load_file(f"{shared}/b/model.safetensors"), json.loads(open(f"{shared}/b/config.json").read())
+        stored = load_file(f"{shared}/b/model.safetensors")
+        config = json.loads((Path(shared) / "b" / "config.json").read_text())
         assert np.array_equal(stored["lm_head.weight"], tiny.tensors(golden)["lm_head.weight"])
         assert config == {**golden["config"], "tie_word_embeddings": False}
         world.barrier()
 
 
-@pytest.mark.parametrize("case, embedding", [("gpt2", "transformer.wte.weight"), ("qwen2", "model.embed_tokens.weight")])
+@pytest.mark.parametrize("case, embedding", [("gpt2", "transformer.wte.weight"),
+                                             ("qwen2", "model.embed_tokens.weight")])
 def test_a_head_that_equals_the_embedding_is_tied(world, case, embedding, tmp_path):
     golden = tiny.load(case)
     tiny.write(tmp_path, golden)

@@ -181,7 +181,8 @@ def test_rotary(dtype, interleaved, dim):
     case = Case(dtype)
     kind = Rotary(dim=dim, interleaved=interleaved)
     x, x64 = case.draw(2, 7, 3, 10)
-    tables = [rotary.rotary_tables(kind, 10, range(7), d, xp) for d, xp in ((case.sum_dtype, case.xp), (np.float64, np))]
+    tables = [rotary.rotary_tables(kind, 10, range(7), d, xp) for d, xp in
+              ((case.sum_dtype, case.xp), (np.float64, np))]
     case.check(rotary.rotary_forward(x, *tables[0], interleaved), rotary.rotary_forward(x64, *tables[1], interleaved))
     case.check(rotary.rotary_backward(x, *tables[0], interleaved), rotary.rotary_backward(x64, *tables[1], interleaved))
     turned = x.swapaxes(1, 2)[:, :7].swapaxes(1, 2)                    # strides of any kind
@@ -206,7 +207,8 @@ def test_adamw(dtype, decay, scale):
 
 
 @pytest.mark.parametrize("window", [
-    (slice(0, 3), slice(0, 5), slice(0, 7)), (slice(1, 3), slice(2, 5), slice(0, 7)), (slice(0, 3), slice(1, 4), slice(2, 5)),
+    (slice(0, 3), slice(0, 5), slice(0, 7)), (slice(1, 3), slice(2, 5), slice(0, 7)),
+    (slice(0, 3), slice(1, 4), slice(2, 5)),
     (1, slice(2, 4), slice(0, 7)), (slice(0, 0), slice(0, 5), slice(0, 7)), (2, slice(1, 5), slice(3, 7))])
 def test_dropout_drops_what_numpy_drops(window):
     case = Case("float32")
@@ -217,7 +219,7 @@ def test_dropout_drops_what_numpy_drops(window):
         assert found.get().tobytes() == dropout.dropout_scale(*arguments).tobytes()
 
 
-# --- sums over rows ----------------------------------------------------------------------------------------------------
+# --- sums over rows ---------------------------------------------------------------------------------------------------
 
 @dtypes
 @pytest.mark.parametrize("kind", norm.KINDS)
@@ -280,7 +282,7 @@ def test_embedding(dtype, N, rows, H):
     case.check(out, embedding.embedding_backward(d64, ids, rows), N)
 
 
-# --- attention -----------------------------------------------------------------------------------------------------------
+# --- attention --------------------------------------------------------------------------------------------------------
 
 CHOICES = {"causal": {}, "all": dict(causal=False), "window": dict(window=5), "short": dict(window=1),
            "slopes": dict(slopes=True), "mask": dict(mask=1), "mask of each": dict(mask=2, causal=False),
@@ -289,7 +291,8 @@ CHOICES = {"causal": {}, "all": dict(causal=False), "window": dict(window=5), "s
 
 @dtypes
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("G, H, Q, S, K", [(2, 3, 7, 7, 6), (1, 1, 1, 9, 8), (1, 4, 5, 12, 16), (2, 2, 700, 700, 10), (3, 1, 1100, 1100, 8)])
+@pytest.mark.parametrize("G, H, Q, S, K", [(2, 3, 7, 7, 6), (1, 1, 1, 9, 8), (1, 4, 5, 12, 16), (2, 2, 700, 700, 10),
+                                           (3, 1, 1100, 1100, 8)])
 def test_attention(dtype, choice, G, H, Q, S, K):
     case, options, options64 = Case(dtype), dict(CHOICES[choice]), dict(CHOICES[choice])
     if "slopes" in options:
@@ -327,7 +330,8 @@ def loosely(found, expected, case, what):
 
 @dtypes
 @pytest.mark.parametrize("window, biased", [(None, False), (70, True), (1, False), (300, False)])
-@pytest.mark.parametrize("B, G, H, K, C", [(1, 2, 6, 10, 700), (3, 1, 1, 64, 257), (2, 3, 3, 130, 40), (1, 1, 2, 256, 900)])
+@pytest.mark.parametrize("B, G, H, K, C", [(1, 2, 6, 10, 700), (3, 1, 1, 64, 257), (2, 3, 3, 130, 40),
+                                           (1, 1, 2, 256, 900)])
 def test_last_query(dtype, window, biased, B, G, H, K, C):
     case, starts = Case(dtype), np.array([C - 2, 0, 17])[:B]
     (q, q64), (keys, keys64), (values, values64) = case.draw(B, H + 1, K), case.draw(B, C, G, K), case.draw(B, C, G, K)
@@ -368,7 +372,7 @@ def test_a_recorded_token_is_the_called_one(dtype, batch):
                 assert np.array_equal(called.lengths, recorded.lengths)
 
 
-# --- what crosses the bus ------------------------------------------------------------------------------------------------
+# --- what crosses the bus ---------------------------------------------------------------------------------------------
 
 def test_the_counter_counts():
     with copies() as counted:
@@ -408,7 +412,8 @@ def cupti():
     import glob
     import sys
     found = [path for pattern in (f"{sys.prefix}/lib/python3*/site-packages/nvidia/*/lib/libcupti.so*",
-                                  "/usr/local/cuda*/targets/*/lib/libcupti.so.*", "/usr/local/cuda*/extras/CUPTI/lib64/libcupti.so.*")
+                                  "/usr/local/cuda*/targets/*/lib/libcupti.so.*",
+                                   "/usr/local/cuda*/extras/CUPTI/lib64/libcupti.so.*")
              for path in sorted(glob.glob(pattern))]
     if not found:
         pytest.skip("no CUPTI, which counts the copies")

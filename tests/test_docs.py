@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-import mpitp
+import mpitp.oracle
 import pages
-from spmd import ROOT
+from spmd import ROOT, job
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -70,6 +70,35 @@ def test_tables_are_those_of_the_result_files(tmp_path):
     assert sum(page.read_text().count("<!-- figures:") for page in figures.PAGES) == len(names)
 
 
+def steps_of_the_walk():
+    """[(file:line, the line)] as the design page shows them."""
+    section = (DOCS / "design.md").read_text().split("## The walk of x")[1]
+    return re.findall(r"^\| `([^`]+:\d+)` \| `(.+?)` \| .+ \|$", section, re.M)
+
+
+def test_each_step_of_the_walk_is_the_line_that_it_names():
+    steps = steps_of_the_walk()
+    assert steps[0][0].startswith("__main__.py:") and ".Allreduce(" in steps[-1][1] and len(steps) >= 15
+    for place, shown in steps:
+        file, number = place.split(":")
+        line = (ROOT / "mpitp" / file).read_text().splitlines()[int(number) - 1]
+        assert line.strip().startswith(shown.replace(r"\|", "|")), place
+
+
+@pytest.mark.launcher
+def test_verify_takes_the_walk():
+    """The lines are executed in this order, on two ranks."""
+    done = job(2, ROOT / "tests" / "support" / "walk_job.py")
+    assert done.returncode == 0, done.stderr
+    executed = [line for line in done.stdout.splitlines() if re.fullmatch(r"\S+\.py:\d+", line)]
+    steps, at = [place for place, _ in steps_of_the_walk()], 0
+    for place in steps:
+        assert place in executed[at:], f"{place} is not executed behind the step before it"
+        at = executed.index(place, at) + 1
+    entry = next(place for place in steps if place.startswith("layers/mlp.py"))
+    assert executed[:at].count(entry) == 1, "the walk is that of one forward, the first"
+
+
 def test_a_table_that_was_changed_by_hand_is_found():
     figures = load_figures()
     text = (DOCS / "performance.md").read_text()
@@ -79,9 +108,12 @@ def test_a_table_that_was_changed_by_hand_is_found():
 
 
 def test_the_api_page_has_every_public_name():
-    text = (DOCS / "api.md").read_text()
-    listed = [name for names in re.findall(r":nosignatures:\n\n((?:   \S+\n)+)", text) for name in names.split()]
-    assert sorted(listed) == sorted(mpitp.__all__)
+    listed = {"mpitp": [], "mpitp.oracle": []}
+    for module, names in re.findall(r"currentmodule:: (\S+)\n.*?:nosignatures:\n\n((?:   \S+\n)+)",
+                                    (DOCS / "api.md").read_text(), re.S):
+        listed[module] += names.split()
+    assert sorted(listed["mpitp"]) == sorted(mpitp.__all__)
+    assert sorted(listed["mpitp.oracle"]) == sorted(mpitp.oracle.__all__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,4 +1,4 @@
-"""The feed-forward block of one layer out of checkpoints of every family, as `verify --model DIR --layer N` takes it."""
+"""The feed-forward block of one layer of checkpoints of every family, as `verify --model DIR --layer N` takes it."""
 import json
 
 import ml_dtypes
@@ -56,7 +56,8 @@ def test_the_block_equals_dense(group, case, dtype, tmp_path):
     assert checkpoint.bytes_read == 0
     assert found.activation == ACTIVATIONS[case] and found.weights.keys() == dense.keys()
     assert (found.gated, found.bias) == ("gate.weight" in dense, "up.bias" in dense)
-    layer = mpitp.ParallelMLP(group, found.hidden_size, found.ffn_hidden_size, found.activation, found.gated, found.bias,
+    layer = mpitp.ParallelMLP(group, found.hidden_size, found.ffn_hidden_size, found.activation, found.gated,
+                              found.bias,
                               seed=None)
     layer.load_dense(found.weights)
     assert checkpoint.bytes_read == layer.local_bytes() * np.dtype(dtype).itemsize // 4     # its slices, once

@@ -229,3 +229,104 @@ def test_interrupted(folder):
     out, err = running.communicate(timeout=30)
     assert running.returncode == 1 and err == b"mpitp: interrupted\n"
     assert (first + out).decode().startswith(",".join(map(str, GOLDEN["greedy"])))
+
+
+# --- byte-fallback tokens ------------------------------------------------------------------------------------------
+
+def fallback(ids):
+    """As a byte-fallback decoder: ids below 256 are bytes, a run of which is spoilt by one that is no character."""
+    text, run = "", b""
+    for i in [*ids, None]:
+        if i is not None and i < 256:
+            run += bytes([i])
+            continue
+        try:
+            text += run.decode()
+        except UnicodeDecodeError:
+            text += "\N{REPLACEMENT CHARACTER}" * len(run)
+        text, run = text + ("" if i is None else chr(i)), b""
+    return text
+
+
+EURO = "\N{EURO SIGN}".encode()
+WORD = ord("\N{GREEK SMALL LETTER ALPHA}")      # a token that is no byte
+
+
+@pytest.mark.parametrize("prompt", [EURO * 4, EURO * 40, SMILE.encode() * 3 + EURO, [WORD, *EURO * 3], EURO * 2])
+def test_a_prompt_whose_last_tokens_begin_inside_a_character(prompt):
+    new = [*EURO, WORD, *SMILE.encode(), *EURO]
+    found = push_all(fallback, prompt, new)
+    assert "".join(found) == fallback(new) == f"\N{EURO SIGN}{chr(WORD)}{SMILE}\N{EURO SIGN}"
+
+
+@pytest.mark.parametrize("unfinished, signs", [(EURO[:1], 1), (EURO[:2], 2), (SMILE.encode()[:3], 3)])
+def test_bytes_of_an_unfinished_character_are_as_many_signs(unfinished, signs):
+    for before in (EURO, EURO * 3, b""):
+        found = push_all(fallback, [WORD], [*before, *unfinished])
+        assert "".join(found) == before.decode() + "\N{REPLACEMENT CHARACTER}" * signs
+
+
+def test_characters_after_a_byte_that_is_none():
+    found = push_all(fallback, [WORD], [0x9F, *EURO, *SMILE.encode(), WORD])
+    assert "".join(found).endswith(chr(WORD)) and "".join(found).startswith("\N{REPLACEMENT CHARACTER}")
+    found = push_all(of_bytes, b"x", [0x9F, 0x9F, *SMILE.encode()])
+    assert "".join(found) == "\N{REPLACEMENT CHARACTER}" * 2 + SMILE
+
+
+# --- files and streams -----------------------------------------------------------------------------------------------
+
+def test_lines_end_at_newlines_alone():
+    assert text.lines_of("a\u2028b\x0cc\x85d\ne\r\nf\rg") == ["a\u2028b\x0cc\x85d", "e", "f", "g"]
+
+
+def test_files_as_editors_write_them(tmp_path):
+    (tmp_path / "marked").write_bytes("\N{EURO SIGN}".encode("utf-8-sig"))
+    assert text.read_text(tmp_path / "marked") == "\N{EURO SIGN}"
+    for content, said in (("x".encode("utf-16"), "found UTF-16, by its byte order mark"),
+                          (b"ab\xff", "found bytes that are not UTF-8 at 2")):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises(mpitp.InputError, match=said):
+            text.read_text(tmp_path / "other")
+    (tmp_path / "generation_config.json").write_bytes(b'\xef\xbb\xbf{"eos_token_id": 3}')
+    assert text.end_tokens(tmp_path) == [3]
+
+
+def test_a_tokenizer_has_no_truncation_and_no_padding(folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    other = folder / os.fsdecode(b"of \xff")                     # a name that is not UTF-8
+    other.mkdir()
+    tokenizer.enable_truncation(6)
+    tokenizer.enable_padding(length=40)
+    (other / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + tokenizer.to_str().encode())
+    assert text.load_tokenizer(other).encode("hello world").ids == \
+        text.load_tokenizer(folder).encode("hello world").ids
+    (other / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(mpitp.InputError, match="found a Git LFS pointer"):
+        text.load_tokenizer(other)
+
+
+@pytest.mark.launcher
+def test_a_terminal_that_cannot_hold_a_character(folder):
+    pytest.importorskip("tokenizers")
+    plain = command(2, folder, "--prompt", f"to {SMILE}", "--max-new-tokens", 40)
+    done = command(2, folder, "--prompt", f"to {SMILE}", "--max-new-tokens", 40,
+                   environment={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    expected = plain.stdout.split("\n\n")[0].encode("ascii", "backslashreplace").decode()
+    assert done.stdout.startswith(expected + "\n\n") and "\\U0001f642" in expected
+
+
+@pytest.mark.launcher
+def test_a_prompt_of_bytes_that_are_no_text(folder):
+    done = command(2, folder, "--prompt", os.fsdecode(b"a\xff"))
+    assert done.returncode == 2 and "--prompt: found bytes that are not UTF-8 at 1" in done.stderr, done.stderr
+    assert done.stderr.count("mpitp: ") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.launcher
+def test_a_batch_file_with_other_separators(folder, tmp_path):
+    (tmp_path / "batch").write_bytes(b"\xef\xbb\xbfab\r\nc\n")
+    pytest.importorskip("tokenizers")
+    done = command(1, folder, "--batch-file", tmp_path / "batch", "--max-new-tokens", 2)
+    assert done.stdout.startswith("[0] ab") and "[1] c" in done.stdout and "[2]" not in done.stdout, done.stderr

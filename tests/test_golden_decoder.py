@@ -27,7 +27,7 @@ def by_decoder(group, config, weights, ids, targets, mask):
 
 def test_the_file_has_these_cases_and_parameters():
     assert GOLDEN.keys() == CASES.keys()
-    for kind, (config, weights, *_, expected) in GOLDEN.items():
+    for kind, (_, weights, *_, expected) in GOLDEN.items():
         assert expected.keys() - {"loss", "logits"} == weights.keys(), kind
 
 

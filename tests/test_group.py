@@ -32,7 +32,8 @@ def in_pieces(group):
 # --- values ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype, op", [(dtype, "sum") for dtype in DTYPES] + [
-    ("float32", "max"), ("float64", "min"), ("int32", "max"), ("int64", "min"), ("float16", "min"), (DTYPES[-1], "max")])
+    ("float32", "max"), ("float64", "min"), ("int32", "max"), ("int64", "min"), ("float16", "min"),
+    (DTYPES[-1], "max")])
 @pytest.mark.parametrize("shape", [(), (7, 5), (3, 0)])
 def test_reductions(group, op, dtype, shape):
     assert reduction_problems(group, shape, dtype, op) == []

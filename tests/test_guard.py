@@ -168,7 +168,8 @@ def test_bad_input_in_the_context_manager_is_the_callers_on_every_rank():
     assert done.stdout.count("goes on") == RANKS
 
 
-@pytest.mark.parametrize("body", ["group.all_reduce([1] if group.rank == 0 else np.ones(1)); group.all_reduce(np.ones(1))",
+@pytest.mark.parametrize("body", ["group.all_reduce([1] if group.rank == 0 else np.ones(1)); "
+                                  "group.all_reduce(np.ones(1))",
                                   "sum_of_blocks(group, lambda b: np.ones(3), group.partition(1), (4,), float)"])
 def test_bad_input_in_the_context_manager_of_one_rank_ends_the_job(body):
     timed = timed_job(RANKS, "-c", LIBRARY.format(check=False, body=body))

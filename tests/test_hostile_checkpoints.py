@@ -194,8 +194,8 @@ def test_more_layers_than_there_are(group, tmp_path):
 
 def test_a_file_that_is_cut_short_while_it_is_read(group, tmp_path):
     tiny.write(tmp_path, tiny.load("llama"))
-    from mpitp.checkpoints import loading
-    looked = loading.open_folder(tmp_path)
+    from mpitp.checkpoints import loading, model_folder
+    looked = model_folder.open_folder(tmp_path)
     content = (tmp_path / FILE).read_bytes()
     with open(tmp_path / FILE, "r+b") as file:
         file.truncate(len(content) // 2)

@@ -19,7 +19,7 @@ from mpitp.sharding.decoder_specs import decoder_specs
 from mpitp.checkpoints.families import MODULES, family_named
 from mpitp.checkpoints.families.keys import REFUSED, Keys
 from mpitp.checkpoints.families.layout import Fused, Layout
-from mpitp.checkpoints.loading import open_folder
+from mpitp.checkpoints.model_folder import open_folder
 from spmd import everywhere
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -47,7 +47,7 @@ def test_every_family_has_a_case():
     assert {model_type for model_type, _ in tiny.CASES.values()} == set(MODULES)
 
 
-@pytest.mark.filterwarnings("ignore::mpitp.checkpoints.loading.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::mpitp.checkpoints.model_folder.CheckpointWarning")
 @pytest.mark.parametrize("case", [*tiny.CASES, *tiny.CONTRADICTIONS])
 def test_logits_and_greedy_tokens(group, case, tmp_path):
     golden = tiny.load(case)

@@ -136,3 +136,13 @@ def test_installed(form, unpacked, wheel, tmp_path):
     assert "verify" in run(python, "-m", "mpitp", "--help", cwd=tmp_path)
     assert run(tmp_path / "venv" / "bin" / "mpitp", "--version", cwd=tmp_path) == f"mpitp {version}\n"
     assert os.listdir(tmp_path) == ["venv"]
+
+
+def test_one_version():
+    """The version that is written down elsewhere is the package's."""
+    for name, text in (("CHANGELOG.md", "\n## {}\n"), ("CITATION.cff", "\nversion: {}\n"),
+                       ("README.md", ", version {}"),
+                       ("docs/packaging/spack/package.py", 'version("{}")'),
+                       ("docs/packaging/mpitp.def", "version {}\n"),
+                       ("docs/packaging/conda/recipe.yaml", 'version: "{}"')):
+        assert text.format(mpitp.__version__) in (ROOT / name).read_text(), name

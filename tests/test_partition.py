@@ -71,7 +71,8 @@ def test_key_value_heads_have_one_owner_and_their_holders(case):
         needed = sorted({head // share for head in range(mine.start, mine.stop)})
         held, owned = rows.held(rank), rows.range(rank)
         assert list(range(held.start // unit, held.stop // unit)) == needed
-        assert [head for head in needed if mine.start <= head * share] == list(range(owned.start // unit, owned.stop // unit))
+        assert [head for head in needed if mine.start <= head * share] == \
+            list(range(owned.start // unit, owned.stop // unit))
         inside = rows.owned_of_held(rank)
         assert (held.start + inside.start, held.start + inside.stop) == (owned.start, owned.stop)
 

@@ -73,9 +73,11 @@ def test_without_threadpoolctl(tmp_path):
     program = "import mpitp; mpitp.TensorParallelGroup(reproducible=True); print('made')"
     hidden = {"PYTHONPATH": f"{tmp_path}:{ROOT}:{SUPPORT}", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
     done = job(1, "-c", program, environment=hidden)
-    assert done.returncode != 0 and "InputError: found no threadpoolctl, expected it for reproducible=True" in done.stderr
+    assert done.returncode != 0
+    assert "InputError: found no threadpoolctl, expected it for reproducible=True" in done.stderr
     half = job(1, "-c", program, environment={**hidden, "OMP_NUM_THREADS": "1"})       # OpenBLAS goes by its own: 2
     assert half.returncode != 0
-    assert job(1, "-c", program, environment={**hidden, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}).stdout == "made\n"
+    done = job(1, "-c", program, environment={**hidden, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+    assert done.stdout == "made\n"
     done = job(2, "-m", "mpitp", "--reproducible", "--hidden-size", 16, environment=hidden)     # sets it by itself
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,7 @@
 """The reader against the format's own library, and against hostile files."""
 import json
+import os
+import resource
 import tracemalloc
 
 import ml_dtypes
@@ -170,3 +172,63 @@ def test_folders_that_are_none(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="model.safetensors: found No such file"):
         Checkpoint(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 134517304\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_git_lfs_pointers(name, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": np.ones(2, "f")}, tmp_path / "model.safetensors")
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(InputError, match=f"{name}: found a Git LFS pointer in place of the file, .*: git lfs pull"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content, said", [
+    (b'\xef\xbb\xbf{"a": 1}', None), ('{"a": 1}'.encode("utf-16"), "found UTF-16, by its byte order mark"),
+    (b'{"a": "\xff"}', "found bytes that are not UTF-8 at 7"), (b"\xef\xbb\xbf[1]", "not a JSON object"),
+])
+def test_byte_order_marks(content, said, tmp_path):
+    save_file({"a": np.ones(2, "f")}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes(content)
+    if said is None:
+        assert Checkpoint(tmp_path).config == {"a": 1}
+    else:
+        with pytest.raises(InputError, match=said):
+            Checkpoint(tmp_path)
+
+
+def sharded(folder, count):
+    """A checkpoint of as many shards, one tensor in each."""
+    (folder / "config.json").write_text("{}")
+    where = {f"t{i}": f"s{i}.safetensors" for i in range(count)}
+    for i, (tensor, name) in enumerate(where.items()):
+        save_file({tensor: np.full(3, i, "f")}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def test_more_shards_than_open_files(tmp_path):
+    """Few are open at a time, read in any order, and none once nobody needs them."""
+    sharded(tmp_path, 90)
+    before = set(os.listdir("/proc/self/fd"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + 50, limits[1]))
+    try:
+        checkpoint = Checkpoint(tmp_path)
+        for i in [*range(90), *range(0, 90, 7), *reversed(range(90))]:
+            assert checkpoint[f"t{i}"][:].tolist() == [i] * 3
+        assert len(os.listdir("/proc/self/fd")) <= len(before) + 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    del checkpoint
+    assert len(os.listdir("/proc/self/fd")) <= len(before) + 1
+
+
+def test_a_file_that_is_replaced_meanwhile(tmp_path):
+    sharded(tmp_path, 2)
+    checkpoint = Checkpoint(tmp_path)
+    os.rename(tmp_path / "s1.safetensors", tmp_path / "s0.safetensors")
+    with pytest.raises(InputError, match="s0.safetensors: found another file than the one that was checked"):
+        checkpoint["t0"][:]

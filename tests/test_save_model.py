@@ -14,7 +14,7 @@ import make_tiny_checkpoints as tiny
 import mpitp
 from mpitp import InputError
 from mpitp.checkpoints import folders
-from mpitp.checkpoints.loading import open_folder
+from mpitp.checkpoints.model_folder import open_folder
 from mpitp.checkpoints.tensor_writer import narrowed
 from spmd import everywhere
 from test_load_model import LARGER, write_larger

@@ -70,7 +70,8 @@ def test_the_loss_of_transformers(folder, ranks, tmp_path):
 
 @pytest.mark.launcher
 def test_same_loss_on_any_number_of_ranks(folder):
-    found = {command(ranks, folder, "--ids-file", folder / "ids", "--window", 4, "--reproducible").stdout.splitlines()[0]
+    found = {command(ranks, folder, "--ids-file", folder / "ids", "--window", 4,
+                     "--reproducible").stdout.splitlines()[0]
              for ranks in (1, 2, 3)}
     assert len(found) == 1
 

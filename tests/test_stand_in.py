@@ -43,7 +43,7 @@ def test_what_cupy_takes():
     with pytest.raises(TypeError, match="Wrong arguments {'order'}"):
         cupy.add(x, x, order="C")
     with pytest.raises(AttributeError):
-        x.base
+        x.base                                      # noqa: B018
 
 
 def test_memory_is_shared_where_cupy_shares_it():

@@ -10,7 +10,7 @@ from check_decoder import dense_weights
 from decoder_cases import KINDS, config
 from mpitp import oracle
 from mpitp.training import loop, optimizer
-from mpitp.training.data import Tokens, order_2_bits
+from mpitp.training.data import Tokens, look_like_words, order_2_bits
 from mpitp.training.loop import Settings, Trainer, TrainingStopped
 from spmd import ROOT, draw, everywhere
 
@@ -253,3 +253,65 @@ def test_against_torch():
         moved.step({"w": np.array(step["gradient"])}, golden["lr"], t)
         for array, name in ((Layer.weights, "weight"), (moved.exp_avg, "exp_avg"), (moved.exp_avg_sq, "exp_avg_sq")):
             np.testing.assert_allclose(array["w"], step[name], rtol=1e-12, atol=1e-15)
+
+
+# --- token files -----------------------------------------------------------------------------------------------------
+
+IDS = (np.arange(3000) * 17 % 50257).astype(np.int64)
+
+
+def llm_c(path, magic, version, dtype, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(IDS) if count is None else count
+    path.write_bytes(header.tobytes() + IDS.astype(dtype).tobytes())
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_files_of_words_without_a_header(dtype, tmp_path):
+    """As nanoGPT writes them."""
+    (tmp_path / "train.bin").write_bytes(IDS.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
+    assert np.array_equal(Tokens(tmp_path / "train.bin", 50257, 16, 0, dtype).tokens, IDS)
+    as_bytes = Tokens(tmp_path / "train.bin", 256, 16, 0).tokens
+    assert len(as_bytes) == 3000 * np.dtype(dtype).itemsize
+    (tmp_path / "odd.bin").write_bytes(b"abc" * 1001)
+    with pytest.raises(mpitp.InputError, match="odd.bin: found 3003 bytes of tokens, expected a multiple of"):
+        Tokens(tmp_path / "odd.bin", 50257, 16, 0, dtype)
+    with pytest.raises(mpitp.InputError, match="data dtype 'float32', expected one of uint8, uint16, uint32"):
+        Tokens(tmp_path / "odd.bin", 50257, 16, 0, "float32")
+
+
+@pytest.mark.parametrize("magic, version, dtype", [(20240520, 1, "uint16"), (20240801, 7, "uint32")])
+def test_files_of_llm_c(magic, version, dtype, tmp_path):
+    path = tmp_path / "train.bin"
+    llm_c(path, magic, version, dtype)
+    for said in (None, dtype):
+        assert np.array_equal(Tokens(path, 50257, 16, 0, said).tokens, IDS)
+    assert len(Tokens(path, 256, 16, 0, "uint8").tokens) == path.stat().st_size
+    other = {"uint16": "uint32", "uint32": "uint16"}[dtype]
+    with pytest.raises(mpitp.InputError, match=f"expected {dtype}, as the magic number {magic} says"):
+        Tokens(path, 50257, 16, 0, other)
+    llm_c(path, magic, version, dtype, count=3001)
+    with pytest.raises(mpitp.InputError, match="found 3000 tokens behind the header, expected 3001, as it says"):
+        Tokens(path, 50257, 16, 0)
+    llm_c(path, magic, version + 1, dtype)                      # another version: bytes, as any file
+    assert Tokens(path, 256, 16, 0).tokens.dtype == np.uint8
+
+
+def zipf(count):
+    """Ids as a tokenizer gives them: the probability of an id falls with its rank."""
+    return np.minimum(np.random.default_rng(0).zipf(1.2, count), 50256).astype("<u2")
+
+
+@pytest.mark.parametrize("content, expected", [
+    (lambda: IDS.astype("<u2").view(np.uint8), True), (lambda: zipf(5000).view(np.uint8), True),
+    (lambda: np.frombuffer("a text of an editor".encode("utf-16-le") * 50, np.uint8), True),
+    (lambda: Tokens(None, 256, 16, 0).tokens, False), (lambda: draw(0, 5000).view(np.uint8)[::8].copy(), False),
+    (lambda: np.frombuffer((ROOT / "LICENSE").read_bytes(), np.uint8), False),
+    (lambda: np.frombuffer(b"1,2,0,4," * 200, np.uint8), False),            # a table
+    (lambda: IDS.astype("<u2").view(np.uint8)[:500], False),    # too few to say
+    (lambda: np.random.default_rng(1).integers(0, 50257, 3000).astype("<u2").view(np.uint8), True),
+    *[(lambda n=n: np.random.default_rng(n).integers(0, 256, n).astype(np.uint8), False) for n in (512, 5000, 1 << 16)],
+    (lambda: IDS.astype("<u2"), False),
+])
+def test_what_looks_like_words(content, expected):
+    assert look_like_words(content()) == expected

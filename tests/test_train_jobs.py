@@ -219,3 +219,16 @@ def test_plot_and_baseline(tmp_path):
     done = good(train(2, tmp_path / "out", "--train-iters", 5, "--plot", tmp_path / "curve.png", "--baseline"))
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "order-2 model of the same tokens" in done.stdout and "\r" not in done.stdout
+
+
+def test_token_files(tmp_path):
+    """Bytes that look like words are a warning, and --data-dtype says that they are."""
+    words = b"".join((i * 17 % 300).to_bytes(2, "little") for i in range(3000))
+    (tmp_path / "train.bin").write_bytes(words)
+    done = good(train(2, tmp_path / "a", "--train-iters", 1, "--data", tmp_path / "train.bin"))
+    assert done.stderr.count("warning") == 1 and "expected --data-dtype uint16 for token ids" in done.stderr
+    done = good(train(2, tmp_path / "b", "--train-iters", 1, "--data", tmp_path / "train.bin", "--data-dtype", "uint16",
+                      "--vocab-size", 300))
+    assert not done.stderr and "2,850 tokens of" in done.stdout
+    done = train(2, tmp_path / "c", "--train-iters", 1, "--data", tmp_path / "train.bin", "--data-dtype", "uint16")
+    assert done.returncode == 2 and "expected 0 to 255" in done.stderr, done.stderr

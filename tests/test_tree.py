@@ -96,7 +96,8 @@ def test_sum_blocks_has_the_same_bits_for_every_number_of_ranks(world, size, blo
         part.Free()
 
 
-@pytest.mark.parametrize("size, blocks, shape", [(64, 8, (5, 7)), (3, 8, (11,)), (9, 5, (2, 2)), (1, 8, (6,)), (20, 32, (3,)),
+@pytest.mark.parametrize("size, blocks, shape", [(64, 8, (5, 7)), (3, 8, (11,)), (9, 5, (2, 2)), (1, 8, (6,)),
+                                                 (20, 32, (3,)),
                                                  (8, 8, (0, 3))])
 def test_bytes_sent(world, size, blocks, shape):
     """The ledger's bytes against what is really handed to the transport for other ranks."""
@@ -160,7 +161,8 @@ def sum_of_ranks(world):
         with mpitp.TensorParallelGroup(reproducible=True) as group:
             partition = group.partition(64)
             leaves = values(partition, 5, (200,), "float32")
-            return sum_of_blocks(group, lambda block: leaves[block.index].copy(), partition, (200,), "float32").tobytes()
+            total = sum_of_blocks(group, lambda block: leaves[block.index].copy(), partition, (200,), "float32")
+            return total.tobytes()
     return compute
 
 

@@ -41,7 +41,8 @@ def test_same_bits():
 
 
 @pytest.mark.parametrize("fault, complaint", [
-    ("ParallelAttention.sum_key_value = lambda self, unit, dkv, call: next(iter(dkv.values()))", "attention.key.weight"),
+    ("ParallelAttention.sum_key_value = lambda self, unit, dkv, call: next(iter(dkv.values()))",
+     "attention.key.weight"),
     ("block.hidden_dropout = lambda group, *rest: 1 + 2e-5", "block: y"),
     ("ParallelAttention.collectives = lambda self, tokens: (Counter(), Counter())", "not those of the closed form"),
 ])
@@ -57,3 +58,24 @@ def test_options_of_one_block_are_refused():
     assert done.returncode == 2 and done.stderr.count("mpitp: ") == 1
     assert "found --hidden-size, --gated beside --all" in done.stderr
     assert job(1, "-m", "mpitp", "verify", "--all", "--dtype", "float16").returncode == 2
+
+
+def test_a_step_is_named_while_it_runs(monkeypatch):
+    """Of both checks, in order; and what each step returned comes back."""
+    from mpitp.commands import verify_report
+    shown = []
+
+    class Bar(verify_report.Progress):
+        def __enter__(self):
+            shown.append(self)
+            return self
+    monkeypatch.setattr(verify_report, "Progress", Bar)
+    steps = [(name, lambda: (shown[0].what, shown[0].done)) for name in ("one", "two", "three")]
+    assert verify_report.take_steps(steps) == [("one", 0), ("two", 1), ("three", 2)] and shown[0].total == 3
+
+
+def test_a_bar_and_only_where_it_is_asked_for():
+    command = ("-m", "mpitp", "verify", "--hidden-size", 1024)
+    bar = job(1, *command, environment={"MPITP_PROGRESS": "1"})
+    assert bar.returncode == 0 and "exact results and their magnitudes" in bar.stderr
+    assert job(1, *command).stderr == ""

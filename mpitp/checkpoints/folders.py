@@ -1,7 +1,7 @@
 """Folders of a model on disk: written in place by all ranks, complete or not there, the same bytes from any number.
 
 Rank 0 makes NAME.partial with every file in its full size; each rank writes what it owns where it belongs, rank 0 also
-what is replicated; when all of it is on disk, rank 0 gives the folder its name. Checkpoints of the hub's kind (saving.py)
+what is replicated; when all of it is on disk, rank 0 gives the folder its name. Checkpoints of the hub (saving.py)
 and step folders of a training run (steps.py) are both written so.
 """
 from __future__ import annotations

@@ -40,7 +40,7 @@ def are_frequencies(tensor: StoredTensor, config: DecoderConfig) -> bool:
 
 
 def is_causal_mask(tensor: StoredTensor) -> bool:
-    """Whether a stored tensor (1, 1, S, S) is true, or 1, on and below the diagonal alone. Reads a few rows at a time."""
+    """Whether a stored tensor (1, 1, S, S) is true, or 1, on and below the diagonal alone. It is read by a few rows."""
     if len(tensor.shape) != 4 or tensor.shape[:2] != (1, 1) or tensor.shape[2] != tensor.shape[3]:
         return False
     size = tensor.shape[2]

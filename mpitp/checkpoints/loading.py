@@ -2,10 +2,7 @@
 from __future__ import annotations
 
 import os
-import re
-import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
@@ -14,165 +11,14 @@ from ..arrays import Array, compute_dtype
 from ..comm.agreement import require_everywhere
 from ..comm.group import TensorParallelGroup
 from ..comm.launch import is_first_rank
-from ..config import DecoderConfig
 from ..errors import InputError, require
 from ..layers.decoder import Decoder
-from ..sharding.decoder_specs import decoder_specs
-from ..sharding.parameters import ParameterSpec
-from .families import family_named
-from .families.family import Family
-from .families.keys import Keys, short
-from .families.layout import Layout, View
-from .left_out import differ, is_computed
+from .families.layout import View
+from .model_folder import ModelFolder, examine, open_folder
 from .safetensors import Checkpoint
 
-FLOATS = ("F32", "F16", "BF16", "F64")
-UNVERIFIED_SIZE = 1 << 16       # the largest size that config.json may claim beyond those of the stored tensors
 PIECE = 1 << 22         # elements that go to a device, or change their dtype, at a time
 
-
-class CheckpointWarning(UserWarning):
-    """Something in a checkpoint folder that is left out of the model; the text names it."""
-
-
-@dataclass
-class ModelFolder:
-    """A checkpoint folder whose headers and config.json fit: every tensor of the decoder exists, in its shape.
-
-    checkpoint : Checkpoint
-    family : Family
-    config : DecoderConfig
-    specs, layouts, views : {name of a parameter: ParameterSpec, Layout, View}
-    own_head : whether the head is the stored one although config.json says that it is tied, because the two differ
-    other_keys : keys of config.json that are neither read nor known to change nothing
-    left_out : stored buffers whose values are not those that the model computes
-    """
-    checkpoint: Checkpoint
-    family: Family
-    config: DecoderConfig
-    specs: dict[str, ParameterSpec]
-    layouts: dict[str, Layout]
-    views: dict[str, View]
-    own_head: bool
-    other_keys: list[str]
-    left_out: list[str]
-
-    def warnings(self) -> list[str]:
-        """One line for each kind of thing in the folder that the model leaves out or that contradicts the rest."""
-        found = []
-        if self.other_keys:
-            found.append(f"found {', '.join(map(short, self.other_keys))}, expected keys that model_type "
-                         f"{self.family.model_type} has: left out")
-        if self.own_head:
-            found.append(f"found tie_word_embeddings = True, but {self.family.head(self.config)} differs from the "
-                         f"embedding: the head is used as it is stored")
-        if self.left_out:
-            found.append(f"found {summary(self.left_out)} with values of its own, expected those that the model "
-                         f"computes: left out")
-        return found
-
-    def warn(self) -> None:
-        """Issue the warnings, as CheckpointWarning, in the name of config.json."""
-        for text in self.warnings():
-            warnings.warn_explicit(text, CheckpointWarning, os.path.join(self.checkpoint.folder, "config.json"), 0)
-
-
-def open_folder(path: str | os.PathLike, *, strict: bool = False, own_head: bool | None = None) -> ModelFolder:
-    """Check a checkpoint folder by its headers and its config.json.
-
-    Parameters
-    ----------
-    path : str or path
-    strict : bool, optional
-        Whether a key of config.json that the family does not know is an error.
-    own_head : bool, optional
-        Whether a head that is stored beside tied embeddings differs from them. None: read both, and the stored buffers,
-        to find out. Otherwise no weight is read.
-
-    Raises
-    ------
-    InputError
-        For anything that is not as it should be.
-    """
-    folder = examine(Checkpoint(path), own_head)
-    if strict and folder.other_keys:
-        raise InputError(f"{os.path.join(folder.checkpoint.folder, 'config.json')}: {folder.warnings()[0]}")
-    return folder
-
-
-def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder:
-    """Check an opened checkpoint against its config.json. Raises InputError where they do not fit.
-
-    own_head : as open_folder's
-    """
-    names = checkpoint.names()
-    sizes = [n for file in checkpoint.files.values() for _, shape, *_ in file.tensors.values() for n in shape]
-    keys = Keys(checkpoint.config, most_layers=max(1, len(names)), most_features=max(UNVERIFIED_SIZE, *sizes, 0))
-    family = family_named(keys.get("model_type", default=None))
-    config = family.config(keys)
-    prefix = family.prefix_in(names, config)
-    embedding, head = family.embedding(config, prefix), family.head(config)
-    if config.tie_word_embeddings and embedding not in checkpoint.where and head in checkpoint.where:
-        embedding = head                        # tied, and stored under the other name
-    # The two sizes that memory is made of when the parameters are listed: first compared with what is stored.
-    require_shape(checkpoint, embedding, (config.vocab_size, config.hidden_size))
-    if config.position_embedding == "learned":
-        require_shape(checkpoint, prefix + family.tensors(config)["position"] + ".weight",
-                      (config.max_position_embeddings, config.hidden_size))
-    look = own_head is None
-    if config.tie_word_embeddings and head in checkpoint.where and head != embedding:
-        require_shape(checkpoint, head, (config.vocab_size, config.hidden_size))
-        own_head = differ(checkpoint[head], checkpoint[embedding]) if look else own_head
-        config = replace(config, tie_word_embeddings=not own_head)
-    else:
-        own_head = False
-    specs = decoder_specs(config)
-    layouts = family.layouts(config, specs, prefix)
-    layouts["embedding.weight"] = replace(layouts["embedding.weight"], name=embedding)
-    needed = {layout.name for layout in layouts.values()}
-    beside = {name for name in names if name not in needed and not (name == head and config.tie_word_embeddings)}
-    buffers = {name for name in beside if family.is_buffer(name)}
-    require_tensors(checkpoint, needed, beside - buffers)
-    left_out = sorted(name for name in buffers if look and not is_computed(checkpoint[name], config))
-    views = {}
-    for name, layout in layouts.items():
-        tensor = checkpoint[layout.name]
-        if tensor.dtype not in FLOATS:
-            raise InputError(f"{layout.name}: found {tensor.dtype}, expected {', '.join(FLOATS)} (quantised weights are "
-                             f"out of scope)")
-        require_shape(checkpoint, layout.name, layout.stored_shape)
-        views[name] = View(tensor, layout)
-    return ModelFolder(checkpoint, family, config, specs, layouts, views, own_head, keys.unknown(), left_out)
-
-
-def require_shape(checkpoint: Checkpoint, name: str, shape: tuple) -> None:
-    """Raise InputError unless the stored tensor has this shape."""
-    found = checkpoint[name].shape
-    if found != shape:
-        raise InputError(f"{name}: found shape {found}, expected {shape} by config.json")
-
-
-def require_tensors(checkpoint: Checkpoint, needed: set[str], unexpected: set[str]) -> None:
-    """Raise InputError listing the tensors that are missing and those that belong to nothing."""
-    missing = needed - set(checkpoint.where)
-    if missing or unexpected:
-        faults = [f"no {summary(missing)}"] if missing else []
-        faults += [f"the unexpected {summary(unexpected)}"] if unexpected else []
-        raise InputError(f"{checkpoint.folder}: found {' and '.join(faults)}, expected the {len(needed)} tensors that "
-                         f"config.json describes")
-
-
-def summary(names: Iterable[str], most: int = 6) -> str:
-    """Names of tensors for a message, those of all layers as one: 'layers.*.mlp.up_proj.bias (24)'."""
-    kinds = {}
-    for name in sorted(names):
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
-    texts = [members[0] if len(members) == 1 else f"{kind} ({len(members)})" for kind, members in kinds.items()]
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(text[:120] for text in texts[:most]) + more
-
-
-# --- a decoder ---------------------------------------------------------------------------------------------------
 
 class LoadedDecoder(Decoder):
     """A Decoder with the weights of a checkpoint folder; save_model writes it in that folder's layout again.

@@ -1,4 +1,4 @@
-"""Files that are read again and again, of which only a few are open at a time: a model may have more shards than that."""
+"""Files that are read again and again, of which only a few are open at a time: a model may have more shards."""
 from __future__ import annotations
 
 import os
@@ -8,7 +8,7 @@ from collections import OrderedDict
 from ..errors import InputError
 
 MOST_OPEN = 32
-RECENT: OrderedDict[int, "OpenFile"] = OrderedDict()    # the open ones of this process, the one read last at the end
+RECENT: OrderedDict[int, OpenFile] = OrderedDict()    # the open ones of this process, the one read last at the end
 
 
 class OpenFile:

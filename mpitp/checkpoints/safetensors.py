@@ -156,7 +156,8 @@ class SafetensorsFile:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         self.require(isinstance(dtype, str) and dtype in STORED, f"dtype {dtype!r} of {name!r}",
                      f"one of {', '.join(STORED)}")
-        self.require(are_sizes(shape) and len(shape) <= MOST_AXES and addressable(shape), f"shape {shape!r} of {name!r}",
+        self.require(are_sizes(shape) and len(shape) <= MOST_AXES and addressable(shape),
+                     f"shape {shape!r} of {name!r}",
                      f"a list of at most {MOST_AXES} sizes, their product below 2**60")
         self.require(are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1],
                      f"data_offsets {offsets!r} of {name!r}", "[begin, end]")

@@ -14,7 +14,7 @@ A rank folds the aligned nodes that it owns (as a segment tree does); the ranks 
 (MPI_Alltoallv), each finishes the tree for its chunk, and MPI_Allgatherv spreads the result. A block that
 holds nothing is absent, never a zero: -0.0 + 0.0 would be +0.0.
 """
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from ..arrays import Array, module_of, sum_dtype
@@ -69,7 +69,7 @@ def is_absent(partition: Partition, first: int, width: int) -> bool:
     return bounds[min(first, last)] == bounds[min(first + width, last)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def nodes_of_ranks(partition: Partition) -> list[list[Node]]:
     """Return, for each rank, the nodes that it folds its leaves into and sends."""
     return [[node for node in aligned_nodes(start, stop) if not is_absent(partition, *node)]

@@ -13,7 +13,7 @@ from math import prod
 
 import numpy as np
 
-from ..checkpoints.loading import open_folder
+from ..checkpoints.model_folder import open_folder
 from ..checkpoints.safetensors import STORED
 from ..comm.launch import is_first_rank
 from ..errors import require, require_positive

@@ -87,7 +87,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, which end at newlines alone; str.splitlines also takes U+2028, form feed and others for one."""
+    """The lines of a text, which end at newlines alone; str.splitlines takes U+2028, form feed and others too."""
     return re.split("\r\n|\n|\r", text)
 
 
@@ -106,7 +106,7 @@ def print_any_character() -> None:
 
 
 def give_to_all(group: TensorParallelGroup, prompts: list[list[int]] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Give rank 0's prompts, lists of ids, to every rank: ids (B, S), padded with 0, and lengths (B,). Two broadcasts."""
+    """Give rank 0's prompts, lists of ids, to every rank: ids (B, S), padded with 0, and lengths (B,): 2 broadcasts."""
     xp = group.xp
     shape = np.zeros(2, np.int64) if prompts is None else np.array([len(prompts), 1 + max(map(len, prompts))])
     B, width = group.broadcast(xp.asarray(shape)).tolist()

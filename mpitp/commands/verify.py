@@ -21,7 +21,8 @@ from ..verification.feed_forward import (FeedForwardCheck, FeedForwardResult, ch
                                          require_room)
 from ..verification.notebook import Notebook, notebook_example
 from . import device, report, verify_all
-from .verify_report import VerifyReport, head, json_of, run_checks, take_steps
+from .report import count
+from .verify_report import VerifyReport, json_of, opening, run_checks, take_steps
 
 HIDDEN_SIZE, ACTIVATION = 512, "gelu_tanh"      # where neither an option nor a checkpoint says otherwise
 
@@ -88,13 +89,13 @@ def check_block(group: TensorParallelGroup, arguments: Namespace) -> BlockReport
         layer = random_layer(group, hidden_size, ffn_hidden_size, arguments.activation or ACTIVATION, arguments.gated,
                              arguments.bias, arguments.dtype, arguments.seed)
         what, bytes_read = "random weights", None
-    opening, idle = report.opening(group), launch.idle_cores(group.comm)
+    start, idle = opening(group, layer.dtype), launch.idle_cores(group.comm)
     notebook = notebook_example(group, arguments.seed)
     check = FeedForwardCheck(group, layer, arguments.batch, arguments.seq_length, arguments.seed, what, bytes_read)
     block = take_steps(check.steps())[-1]
     if notebook is None or block is None:
         return None
-    return BlockReport(*head(group, opening, layer.dtype, notebook.allclose and block.good), idle, notebook, block)
+    return BlockReport(*start, notebook.allclose and block.good, idle, notebook, block)
 
 
 def check_arguments(arguments: Namespace) -> None:

@@ -10,7 +10,8 @@ from ..comm.group import TensorParallelGroup
 from ..errors import InputError
 from ..verification.every_layer import BATCH, HIDDEN, SEQUENCE, VOCABULARY, EveryLayerCheck, LayerResult
 from . import report
-from .verify_report import VerifyReport, head, json_of, run_checks, take_steps
+from .report import count
+from .verify_report import VerifyReport, json_of, opening, run_checks, take_steps
 
 COLUMNS = ("error", "dense_error", "normwise", "dense_normwise")       # of a Comparison
 OF_ONE_BLOCK = ("hidden_size", "ffn_hidden_size", "activation", "gated", "bias", "model", "layer")
@@ -41,11 +42,11 @@ def run(arguments: Namespace) -> int:
 
 def check_layers(group: TensorParallelGroup, arguments: Namespace) -> LayersReport | None:
     """Check every layer. Collective; the report on rank 0, else None."""
-    opening = report.opening(group)
+    start = opening(group, arguments.dtype)
     layers = take_steps(EveryLayerCheck(group, arguments.dtype, arguments.seed).steps())
     if group.rank != 0:
         return None
-    return LayersReport(*head(group, opening, arguments.dtype, all(layer.good for layer in layers)), layers)
+    return LayersReport(*start, all(layer.good for layer in layers), layers)
 
 
 def lines(found: LayersReport) -> Iterator[str]:

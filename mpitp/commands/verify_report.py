@@ -1,4 +1,4 @@
-"""What `verify` and `verify --all` share: the head of a report, how steps are taken, JSON, and the exit status."""
+"""What `verify` and `verify --all` share: what their reports begin with, how steps are taken, JSON, the exit status."""
 from __future__ import annotations
 
 from argparse import Namespace
@@ -15,7 +15,7 @@ from .progress import Progress
 
 @dataclass
 class VerifyReport(report.Report):
-    """Where it ran, and whether every check holds.
+    """What both reports begin with.
 
     Parameters
     ----------
@@ -34,10 +34,9 @@ class VerifyReport(report.Report):
         return dict(vars(self))
 
 
-def head(group: TensorParallelGroup, opening: report.Opening, dtype: Any,
-         good: bool) -> tuple[str, str, str, int, int, str, str, bool, bool]:
-    """Return the fields of a VerifyReport, in order, `opening` those of a Report."""
-    return (*opening, group.device, str(dtype), group.reproducible, good)
+def opening(group: TensorParallelGroup, dtype: Any) -> tuple[str, str, str, int, int, str, str, bool]:
+    """Return the fields of a VerifyReport in order, but for `good`. Collective."""
+    return (*report.opening(group), group.device, str(dtype), group.reproducible)
 
 
 def run_checks(arguments: Namespace, check: Callable[[TensorParallelGroup, Namespace], VerifyReport | None],
@@ -65,15 +64,15 @@ def run_checks(arguments: Namespace, check: Callable[[TensorParallelGroup, Names
         found = check(group, arguments)
         if found is not None:
             report.publish(lines(found), found.as_json(), schema, arguments.json)
-        return 0 if group.comm.bcast(found.good if group.rank == 0 else None) else 1
+        return 0 if group.comm.bcast(found is not None and found.good) else 1
 
 
 def take_steps(steps: list[Step]) -> list[Any]:
-    """Take the steps of a check in order, and return what each returned. Collective."""
+    """Take the steps of a check in order behind a bar, and return what each returned. Collective."""
     results = []
-    with Progress("verify", len(steps)) as bar:
-        for what, take in steps:
-            bar.what = what
+    with Progress(steps[0][0], len(steps)) as bar:
+        for name, take in steps:
+            bar.what = name
             results.append(take())
             bar.advance()
     return results

@@ -97,7 +97,7 @@ def steps(model: Decoder, ids: Array, lengths: Array, choose: Choice, kv: KeyVal
 
 
 def one_token(model: Decoder, kv: KeyValues, tokens: int) -> Callable[[Array], Array]:
-    """The function that continues kv by one token of each sequence: a recorded graph where that is possible and pays."""
+    """The function that continues kv by one token of each sequence: a recorded graph where that pays."""
     if tokens >= RECORD_FROM and can_record(model, len(kv.lengths)):
         return CapturedToken(model, kv)
     return lambda ids_B1: model.extend(ids_B1, kv)
@@ -105,7 +105,7 @@ def one_token(model: Decoder, kv: KeyValues, tokens: int) -> Callable[[Array], A
 
 def as_prompts(model: Decoder, ids: Array | Sequence,
                lengths: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids (B, S) and lengths (B,) as int64, 0 behind the end of a prompt; S is the longest. Raises InputError."""
+    """Return ids (B, S) and lengths (B,) as int64, 0 behind a prompt's end; S is the longest. Raises InputError."""
     try:
         ids = np.asarray(ids)
     except ValueError:                                      # rows of unequal length

@@ -89,13 +89,21 @@ class ParallelAttention(ParallelLayer):
                 save: bool = True) -> tuple[Array, Any]:
         """Return y, shaped as x and complete, of x (..., S, D), the same on every rank; and what backward needs.
 
-        mask : bool, True where a key may be attended, beside causal and sliding_window: (B, S) for each key or
-            (B, S, S) for each query and key. A query that may attend to nothing gets 0.
-        step : of training, which the dropout masks belong to. None: no dropout
-        kv : LayerKeyValues, which x continues (its positions come behind) and which is written to; with save=False
-        save : False: None in place of what backward needs
-
         What backward needs includes x itself, not a copy: do not change x until then.
+
+        Parameters
+        ----------
+        x : (..., S, D) array
+            S positions of each sequence.
+        mask : array of bool, optional
+            True where a key may be attended, beside causal and sliding_window: (B, S) for each key or (B, S, S) for
+            each query and key. A query that may attend to nothing gets 0.
+        step : int, optional
+            Of training, which the dropout masks belong to. None: no dropout.
+        kv : LayerKeyValues, optional
+            What x continues (its positions come behind) and what is written to; with save=False.
+        save : bool
+            False: None in place of what backward needs.
         """
         call = self.call(x, mask, step, kv)
         x_ND = copy_to_ranks_forward(self.rows(x, self.hidden_size))                                # f

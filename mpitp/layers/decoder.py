@@ -113,9 +113,15 @@ class Decoder(Composite):
     def extend(self, ids: Any, kv: Any, counts: Any = None) -> Array:
         """Continue the sequences of kv by ids (B, S); returns logits (B, V p) after the last new token of each.
 
-        kv : KeyValues, which the new tokens' are added to
-        counts : (B,) how many of the S tokens belong to each sequence; what follows them in a row is padding, which
-            changes nothing. None: all. So prompts of unequal length go in at once.
+        Parameters
+        ----------
+        ids : (B, S) array of int
+            The new tokens.
+        kv : KeyValues
+            What the new tokens' keys and values are added to.
+        counts : (B,) array of int, optional
+            How many of the S tokens belong to each sequence; what follows them in a row is padding, which changes
+            nothing. None: all. So prompts of unequal length go in at once.
         """
         kv.require_room(ids.shape)
         counts = np.full(len(ids), ids.shape[1]) if counts is None else np.asarray(counts)

@@ -32,7 +32,7 @@ def decode_cases(group: TensorParallelGroup, tokens: int, hidden: int, heads: in
                  dtype: str = "float32") -> tuple[dict[str, Case], Decoder]:
     """Return {"decode", "matrix-vector products"} of a small decoder, and the decoder.
 
-    It is of Llama's kind, with 2 layers and a vocabulary of 8,192. A call decodes one token behind a prompt of `tokens`.
+    It is of Llama's kind, with 2 layers and a vocabulary of 8,192. A call decodes one token behind `tokens` others.
     """
     config = DecoderConfig(8192, hidden, 2, heads, normalization="rmsnorm", activation="silu", gated=True,
                            qkv_bias=False, attention_bias=False, mlp_bias=False, tie_word_embeddings=True)

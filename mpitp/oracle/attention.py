@@ -76,8 +76,9 @@ def heads_forward(x_BSD: Array, w: Weights, name: str, config: DecoderConfig, la
     saved_norm = saved_rotary = None
     if config.qk_norm and name != "value":
         z_BHSK, saved_norm = norm.forward(z_BHSK, part(w, f"{name}_norm"), **norm.options(config))
-    if config.rotary_of(layer) and name != "value":
-        z_BHSK, saved_rotary = rotate_forward(z_BHSK, config.rotary_of(layer))
+    rotary = config.rotary_of(layer)
+    if rotary is not None and name != "value":
+        z_BHSK, saved_rotary = rotate_forward(z_BHSK, rotary)
     return z_BHSK, (name, saved_linear, saved_norm, saved_rotary)
 
 

@@ -93,7 +93,8 @@ def backward(dy_BSD: Array, saved: Any) -> tuple[Array, dict[str, Array]]:
     gradients : dict
         By the names of the weights.
     """
-    config, gradients = saved["config"], {}
+    config = saved["config"]
+    gradients: dict[str, Array] = {}
     if config.parallel_residual:
         d = dy_BSD * saved["dropout"]
         da, dm = (part_backward(branch, d, saved, gradients) for branch in ("attention", "mlp"))

@@ -199,17 +199,19 @@ def compare(found: Array, exact: Array | Magnitude, magnitude: Array | None = No
     False
     """
     if isinstance(exact, Magnitude):
-        exact, magnitude = exact.value, exact.size
-    if magnitude is None:
+        right, size = exact.value, exact.size if magnitude is None else magnitude
+    elif magnitude is None:
         raise ValueError("found no magnitude, expected one, or exact as a Magnitude")
-    found, exact, magnitude = np.asarray(found), np.asarray(exact, np.float64), np.asarray(magnitude, np.float64)
-    error, worst = worst_element(found, exact, magnitude)
+    else:
+        right, size = np.asarray(exact, np.float64), np.asarray(magnitude, np.float64)
+    found = np.asarray(found)
+    error, worst = worst_element(found, right, size)
     dense_error = dense_normwise = math.nan
     if dense is not None:
-        dense_error = error_ratio(np.asarray(dense), exact, magnitude)
-        dense_normwise = normwise_ratio(np.asarray(dense), exact, scale)
-    at_worst = (math.nan, math.nan) if worst is None else (float(found[worst]), float(exact[worst]))
-    normwise = normwise_ratio(found, exact, scale)
+        dense_error = error_ratio(np.asarray(dense), right, size)
+        dense_normwise = normwise_ratio(np.asarray(dense), right, scale)
+    at_worst = (math.nan, math.nan) if worst is None else (float(found[worst]), float(right[worst]))
+    normwise = normwise_ratio(found, right, scale)
     return Comparison(name, found.shape, error, dense_error, normwise, dense_normwise, worst, *at_worst)
 
 

@@ -187,6 +187,7 @@ def sqrt(x: Magnitude) -> Magnitude:
     return Magnitude(value, value + x.size / (2 * value))
 
 
-OPERATIONS = {np.add: Magnitude.__add__, np.subtract: Magnitude.__sub__, np.multiply: Magnitude.__mul__,
-              np.divide: Magnitude.__truediv__, np.matmul: Magnitude.__matmul__, np.negative: Magnitude.__neg__,
-              np.exp: exp, np.log: log, np.sqrt: sqrt}
+OPERATIONS: dict[np.ufunc, Callable[..., Magnitude]] = {
+    np.add: Magnitude.__add__, np.subtract: Magnitude.__sub__, np.multiply: Magnitude.__mul__,
+    np.divide: Magnitude.__truediv__, np.matmul: Magnitude.__matmul__, np.negative: Magnitude.__neg__,
+    np.exp: exp, np.log: log, np.sqrt: sqrt}

@@ -76,7 +76,7 @@ def frequencies(rotary: Rotary, K: int) -> tuple[list[float], float]:
 
 def llama3_frequency(f: float, rotary: Rotary) -> float:
     """Slow a frequency with a long wavelength down by the factor, keep one with a short wavelength; a ramp between."""
-    wavelength, length = 2 * math.pi / f, rotary.original_max_positions
+    wavelength, length = 2 * math.pi / f, original_length(rotary)
     if wavelength > length / rotary.low_freq_factor:
         return f / rotary.factor
     if wavelength <= length / rotary.high_freq_factor:
@@ -87,12 +87,18 @@ def llama3_frequency(f: float, rotary: Rotary) -> float:
 
 def yarn_ramp(rotary: Rotary, dim: int) -> tuple[float, float]:
     """Return the pairs that make beta_fast and beta_slow turns within the original length: the ends of the ramp."""
-    low, high = (dim * math.log(rotary.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rotary.base))
+    low, high = (dim * math.log(original_length(rotary) / (turns * 2 * math.pi)) / (2 * math.log(rotary.base))
                  for turns in (rotary.beta_fast, rotary.beta_slow))
     if rotary.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     return low, high + 0.001 if low == high else high
+
+
+def original_length(rotary: Rotary) -> int:
+    """Return the positions that the model was first trained for, which Rotary asks for with these scalings."""
+    assert rotary.original_max_positions is not None
+    return rotary.original_max_positions
 
 
 def yarn_factor(rotary: Rotary) -> float:

@@ -8,7 +8,7 @@ A key/value head is held wherever a query head that uses it is, and owned by the
 """
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, cache
 
 from .partition import Partition
 
@@ -53,7 +53,7 @@ class KeyValueUnit:
         return any(self.partition.rank_of(block) == rank for block in self.blocks)
 
 
-@lru_cache(maxsize=None)
+@cache
 def key_value_units(heads: int, groups: int, ranks: int, blocks: int) -> tuple[KeyValueUnit, ...]:
     """Return the units of `groups` key/value heads that serve `heads` query heads, in order.
 

@@ -93,7 +93,7 @@ class EveryLayerCheck:
     """
 
     def __init__(self, group: TensorParallelGroup, dtype: str, seed: int) -> None:
-        self.group, self.dtype, self.seed = group, np.dtype(dtype), seed
+        self.group, self.dtype, self.seed = group, dtype, seed
 
     def steps(self) -> list[Step]:
         """Return a step for each layer; it returns the LayerResult, None but on rank 0."""

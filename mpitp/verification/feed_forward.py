@@ -3,6 +3,7 @@ import hashlib
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,7 +108,10 @@ class FeedForwardCheck:
         self.tokens = batch * seq_length
         self.x, self.dy = (group.xp.asarray(standard_normals(seed, name, shape, layer.dtype)) for name in ("x", "dy"))
         self.figures: dict[str, Any] = {}                       # fields of the result
-        self.found = self.weights = self.exact = self.single = None     # on rank 0
+        self.weights: Mapping[str, Array] = {}                  # these by name, on rank 0
+        self.found: Mapping[str, Array] = {}
+        self.exact: Mapping[str, oracle.Magnitude] = {}
+        self.single: Mapping[str, Array] = {}
 
     def steps(self) -> list[Step]:
         """Return what is to be done, in order; the last step returns the FeedForwardResult, None but on rank 0."""
@@ -139,10 +143,10 @@ class FeedForwardCheck:
             backward_seconds=sorted(backward_seconds)[REPEATS // 2],
             communication_share=min(group.report(sorted(shares)[REPEATS // 2]) or [0.0]),
             parameter_bytes_of_ranks=group.report(layer.local_bytes()))
-        self.weights, gradients = layer.gather(), layer.gather(gradients)
-        if group.rank == 0:
-            self.weights = {name: on_host(w) for name, w in self.weights.items()}
-            self.found = {"y": rows(y), "dx": rows(dx), **{name: on_host(g) for name, g in gradients.items()}}
+        weights, dense_gradients = layer.gather(), layer.gather(gradients)
+        if weights is not None and dense_gradients is not None:             # rank 0
+            self.weights = {name: on_host(w) for name, w in weights.items()}
+            self.found = {"y": rows(y), "dx": rows(dx), **{name: on_host(g) for name, g in dense_gradients.items()}}
 
     def dense(self, w: dict[str, Array], x: Array, dy: Array) -> dict[str, Array]:
         """Compute the same results by the dense block."""

@@ -62,7 +62,7 @@ def notebook_example(group: TensorParallelGroup, seed: int) -> Notebook | None:
     """
     layer = ParallelMLP(group, 10, 40, "identity", bias=False, seed=seed)
     x = group.xp.asarray(standard_normals(seed, "notebook.x", (1, 5, 10), "float32"))
-    up, down = layer.parameter("up.weight"), layer.parameter("down.weight")
+    up, down = layer.weights["up.weight"], layer.weights["down.weight"]
     # This rank's share by hand, as the ranks' partial sums are what the example is about.
     partial = linear_forward(linear_forward(x.reshape(-1, 10), up)[0], down)[0].reshape(x.shape)
     y, _ = layer.forward(x, save=False)
@@ -70,7 +70,7 @@ def notebook_example(group: TensorParallelGroup, seed: int) -> Notebook | None:
     parts = group.report(RankPart(group.rank, [owned.start, owned.stop], up.shape, down.shape, partial.shape,
                                   float(partial.flat[0])))
     weights = layer.gather()
-    if group.rank != 0:
+    if parts is None or weights is None:                # not rank 0
         return None
     dense = on_host(x) @ on_host(weights["up.weight"]).T @ on_host(weights["down.weight"]).T
     y = on_host(y)

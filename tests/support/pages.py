@@ -80,6 +80,8 @@ def require_alike(found, expected):
             if "." in x or "e" in x:
                 relative, noise = (0.05 if "loss" in a else 1e-3), (0.5 if a.endswith(" ok") else 1e-6)
                 assert abs(float(x) - float(y)) <= max(relative * abs(float(y)), noise), (a, b)
+            elif "FAILED" in a:                                 # how far off a mistake is, in roundings
+                assert abs(int(x) - int(y)) <= 0.05 * abs(int(y)), (a, b)
             else:
                 assert x == y, (a, b)
 

@@ -32,7 +32,8 @@ def read(keys: Keys) -> DecoderConfig:
         keys.refuse({"hidden_dropout": (0,)})   # theirs drops the two branches apart, ours their sum
     return DecoderConfig(
         vocab_size=keys.size("vocab_size"), hidden_size=hidden, num_layers=keys.layers("num_hidden_layers"),
-        num_attention_heads=heads, ffn_hidden_size=keys.size("intermediate_size"), activation=keys.activation("hidden_act", default="gelu"),
+        num_attention_heads=heads, ffn_hidden_size=keys.size("intermediate_size"),
+        activation=keys.activation("hidden_act", default="gelu"),
         rotary=rotary(keys, hidden // heads, theta_key="rotary_emb_base", part=0.25, part_key="rotary_pct"),
         norm_epsilon=keys.number("layer_norm_eps", default=1e-5, above=0), parallel_residual=side_by_side,
         qkv_bias=bias, attention_bias=bias, tie_word_embeddings=keys.flag("tie_word_embeddings", default=False),

@@ -60,7 +60,7 @@ def window_of(keys: Keys) -> int | None:
 
 
 def windows(keys: Keys, found: dict) -> tuple | None:
-    """The sliding window of each layer of a Qwen: of those that layer_types calls so, else from max_window_layers on."""
+    """The sliding window of each layer of a Qwen: those that layer_types names, else from max_window_layers on."""
     layers, window = found["num_layers"], window_of(keys)
     window = window if keys.flag("use_sliding_window", default=False) else None
     first = keys.get("max_window_layers", default=28)

@@ -1,6 +1,6 @@
 """Rotary positions out of a config.json, in both of its styles.
 
-Old: rope_theta and rope_scaling {"type" or "rope_type", ...} beside the other keys. New: rope_parameters with all of it,
+Old: rope_theta and rope_scaling {"type" or "rope_type", ...} beside the other keys. New: rope_parameters with all,
 in one object or in one for each kind of layer. Where both exist, rope_scaling counts, as in transformers.
 """
 from __future__ import annotations
