@@ -110,7 +110,8 @@ make_venv() {
             base=$candidate; break
         fi
     done
-    [ -n "$base" ] || die "found no Python 3.10 or newer with venv (${PYTHON:-python3 on PATH}), expected one: set PYTHON"
+    [ -n "$base" ] ||
+        die "found no Python 3.10 or newer with venv (${PYTHON:-python3 on PATH}), expected one: set PYTHON"
     echo "run.sh: first use, making $venv" >&2
     rm -rf "$venv"
     case $here in *:*) die "found a colon in $here, expected a folder without one for .venv, or MPITP_VENV" ;; esac

@@ -1,9 +1,10 @@
 """python -m mpitp: the guard first, then the number of BLAS threads, then the command line."""
 import os
 import sys
+from collections.abc import Mapping
 
 
-def foreign_launcher(library, environment):
+def foreign_launcher(library: str, environment: Mapping[str, str]) -> str | None:
     """What is wrong when Open MPI's mpirun starts a library of the MPICH kind, else None."""
     ranks = environment.get("OMPI_COMM_WORLD_SIZE", "1")
     if ranks != "1" and library in ("MPICH", "Intel MPI", "MVAPICH", "Cray MPICH"):
@@ -12,7 +13,7 @@ def foreign_launcher(library, environment):
     return None
 
 
-def main():
+def main() -> int:
     """Run a command on this rank; returns its exit status: 0 good, 1 a check or the run failed, 2 bad input."""
     try:
         import mpi4py
@@ -32,7 +33,8 @@ def main():
     return guarded(run)
 
 
-def run():
+def run() -> int:
+    """Run the command that sys.argv names, with this rank's number of BLAS threads; returns its exit status."""
     from mpi4py import MPI
     from .comm import launch
     # Before anything imports NumPy, whose BLAS reads the number of threads once.

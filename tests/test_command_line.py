@@ -172,7 +172,7 @@ run_command(sys.argv[1:])
 
 
 @pytest.mark.parametrize("line, shown", [
-    ("verify --hidden-size 16", ["verify of 4", "forward and backward over the ranks is through"]),
+    ("verify --hidden-size 16", ["over the ranks of 4", "forward and backward over the ranks is through"]),
     ("verify --all", ["decoder, GPT-2's kind is through"]),
     ("bench allreduce matmul --max-bytes 64 --hidden-size 16 --rounds 1", ["bench of 2", "bench matmul is through"]),
     ("score --model my-model --ids-file ids.txt --window 8 --stride 8", ["loading my-model of None", "windows of 8"]),
