@@ -10,7 +10,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "TensorParallelGroup": "comm.group",
     "Partition": "sharding.partition",
-    "Place": "sharding.partition",
+    "Place": "sharding.parameters",
     "ParameterSpec": "sharding.parameters",
     "InputError": "errors",
     "ColumnParallelLinear": "layers.linear",

@@ -15,8 +15,8 @@ from .layers.loss import (vocab_parallel_cross_entropy_backward as vocab_paralle
                           vocab_parallel_cross_entropy_forward as vocab_parallel_cross_entropy_forward)
 from .layers.mlp import ParallelMLP as ParallelMLP
 from .layers.norm import Norm as Norm
-from .sharding.parameters import ParameterSpec as ParameterSpec
-from .sharding.partition import Partition as Partition, Place as Place
+from .sharding.parameters import ParameterSpec as ParameterSpec, Place as Place
+from .sharding.partition import Partition as Partition
 
 __version__: str
 __all__: list[str]

@@ -1,7 +1,6 @@
 """Every key of config.json is read, known to be without effect in its family, or refused by name; nothing is left out
 silently."""
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import mpitp
 from mpitp import InputError, ParameterSpec
 from mpitp.sharding.parameters import by_name, check_dense, initialise
-from mpitp.sharding.partition import Place
+from mpitp.sharding.parameters import Place
 from spmd import same_bytes
 
 SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=60)

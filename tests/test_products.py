@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpitp.comm.ledger import Collective
-from mpitp.layers import products
+from mpitp.layers import gather, products
 from spmd import draw, everywhere, same_bytes
 
 SIZES = pytest.mark.parametrize("size", [1, 2, 7, 16, 33])
@@ -65,10 +65,10 @@ def test_gather(group, size):
     whole, dy = draw(1, ROWS, size), draw(2, ROWS, size)
     part = np.ascontiguousarray(whole[:, partition.range(group.rank)])
     group.ledger.clear()
-    y = products.gather_from_ranks_forward(part, partition, group)
+    y = gather.gather_from_ranks_forward(part, partition, group)
     assert everywhere(same_bytes(y, whole))
     assert group.ledger.counts() == Counter({Collective("all_gather", ROWS * size, "float64"): 1})
-    d_part = products.gather_from_ranks_backward(dy, partition, group)
+    d_part = gather.gather_from_ranks_backward(dy, partition, group)
     assert everywhere(same_bytes(d_part, np.ascontiguousarray(dy[:, partition.range(group.rank)])))
     assert sum(group.ledger.counts().values()) == 1         # the way back needs none
     assert close(inner(dy, y), split_inner(group, d_part, part))
@@ -79,11 +79,11 @@ def test_scatter(group, size):
     partition = group.partition(size)
     x, whole_dy = draw(1, ROWS, size), draw(2, ROWS, size)
     group.ledger.clear()
-    part = products.scatter_to_ranks_forward(x, partition, group)
+    part = gather.scatter_to_ranks_forward(x, partition, group)
     assert not group.ledger.counts()
     assert everywhere(same_bytes(part, np.ascontiguousarray(x[:, partition.range(group.rank)])))
     dy = np.ascontiguousarray(whole_dy[:, partition.range(group.rank)])
-    dx = products.scatter_to_ranks_backward(dy, partition, group)
+    dx = gather.scatter_to_ranks_backward(dy, partition, group)
     assert everywhere(same_bytes(dx, whole_dy))
     assert group.ledger.counts() == Counter({Collective("all_gather", ROWS * size, "float64"): 1})
     assert close(split_inner(group, dy, part), inner(dx, x))

@@ -8,9 +8,8 @@ from typing import Any
 from ..arrays import Array, module_of
 from ..errors import InputError
 from ..sharding.partition import Partition
-from .ledger import Collective, Recording, wire_bytes
+from .ledger import Collective, Recording, dtype_name, memory_order, wire_bytes
 from .mpi import OPERATIONS
-from .sums import dtype_name, memory_order
 
 # float16 sums in MPI are 12 to 20 times slower than float32 ones, and there is no bfloat16: float32 travels.
 SENT_AS_FLOAT32 = ("float16", "bfloat16")

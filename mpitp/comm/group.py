@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 from mpi4py import MPI
 
-from ..arrays import array_module
+from ..arrays import COMPUTE_DTYPES, GPU_DTYPES, array_module
 from ..errors import InputError, require, require_positive
-from ..sharding.partition import Partition, Place
+from ..sharding.parameters import Place
+from ..sharding.partition import Partition
 from .collectives import Collectives
 from .ledger import Ledger
 from .mpi import host_transport, requested_transport
-from .sums import Sum, Sums, summed_dtypes
+from .sums import Sum, Sums
 
 T = TypeVar("T")
 
@@ -104,7 +105,7 @@ class TensorParallelGroup(Collectives, Sums):
             require_everywhere(self.comm, "the group's arguments", self._describe_arguments)
             self.blocks = int(blocks) if self.reproducible else self.size
             self.place = Place(self.rank, self.size, self.blocks)
-            self.summed_dtypes = summed_dtypes(device)
+            self.summed_dtypes = COMPUTE_DTYPES if device == "cpu" else GPU_DTYPES
             self.transport = host_transport(self.comm, transport) if device == "cpu" else self._gpu_transport()
             self.ledger.transport = self.transport.name
             # Whether sums can be under way while the device computes.

@@ -2,7 +2,18 @@
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
+
+from ..arrays import Array
+
+# "float32" for a dtype; kept, as NumPy takes 2 us to spell one out.
+dtype_name = lru_cache(str)
+
+
+def memory_order(x: Array) -> str:
+    """Return F for column-major arrays, C for everything that is sent row by row."""
+    return "F" if x.flags.f_contiguous and not x.flags.c_contiguous else "C"
 
 
 class Collective(NamedTuple):

@@ -11,23 +11,14 @@ it is a fixed tree over the blocks, the same additions on any number of ranks: s
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from ..arrays import COMPUTE_DTYPES, GPU_DTYPES, Array, sum_dtype
+from ..arrays import Array, sum_dtype
 from ..errors import InputError
 from ..sharding.partition import Block, Partition
-from .ledger import Collective
-
-# "float32" for a dtype; kept, as NumPy takes 2 us to spell one out.
-dtype_name = lru_cache(str)
-
-
-def memory_order(x: Array) -> str:
-    """Return F for column-major arrays, C for everything that is sent row by row."""
-    return "F" if x.flags.f_contiguous and not x.flags.c_contiguous else "C"
+from .ledger import Collective, dtype_name, memory_order
 
 
 class Sum:
@@ -105,15 +96,13 @@ class Sums:
         ----------
         partition : Partition
             Which rank has which blocks: this group's.
-        shape : tuple of int
-            Of every summand and of the result.
-        dtype : dtype
-            Of the result.
+        shape, dtype : tuple of int, dtype
+            Of the result; every summand has this shape.
 
         Returns
         -------
         Sum
-            Reproducible mode: one whose bits are the same for any number of ranks.
+            In reproducible mode its bits are the same for any number of ranks.
 
         Raises
         ------
@@ -155,8 +144,3 @@ class Sums:
         if not self.reproducible and partition.blocks != self.size:
             raise InputError(f"found a sum over {partition}, expected one block a rank in ordinary mode")
         return "sum", dtype, tuple(map(int, shape)), partition
-
-
-def summed_dtypes(device: str) -> tuple[str, ...]:
-    """Return the names of the dtypes that sums may have on a device."""
-    return COMPUTE_DTYPES if device == "cpu" else GPU_DTYPES

@@ -19,9 +19,9 @@ from typing import Any
 
 from ..arrays import Array, module_of, sum_dtype
 from ..sharding.partition import Block, Partition, ranges
-from .ledger import Collective
+from .ledger import Collective, dtype_name
 from .mpi import pieces
-from .sums import Sum, dtype_name
+from .sums import Sum
 
 Node = tuple[int, int]      # first leaf, width
 

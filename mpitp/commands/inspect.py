@@ -17,7 +17,7 @@ from ..checkpoints.model_folder import open_folder
 from ..checkpoints.safetensors import STORED
 from ..comm.launch import is_first_rank
 from ..errors import require, require_positive
-from ..sharding.partition import Place
+from ..sharding.parameters import Place
 from . import model, report, text
 
 MOST = 1 << 14

@@ -21,7 +21,6 @@ from ..verification.feed_forward import (FeedForwardCheck, FeedForwardResult, ch
                                          require_room)
 from ..verification.notebook import Notebook, notebook_example
 from . import device, report, verify_all
-from .report import count
 from .verify_report import VerifyReport, json_of, opening, run_checks, take_steps
 
 HIDDEN_SIZE, ACTIVATION = 512, "gelu_tanh"      # where neither an option nor a checkpoint says otherwise

@@ -10,7 +10,6 @@ from ..comm.group import TensorParallelGroup
 from ..errors import InputError
 from ..verification.every_layer import BATCH, HIDDEN, SEQUENCE, VOCABULARY, EveryLayerCheck, LayerResult
 from . import report
-from .report import count
 from .verify_report import VerifyReport, json_of, opening, run_checks, take_steps
 
 COLUMNS = ("error", "dense_error", "normwise", "dense_normwise")       # of a Comparison

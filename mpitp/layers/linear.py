@@ -15,10 +15,11 @@ from ..ops.linear import add_bias, bias_backward
 from ..sharding.partition import Block
 from ..sharding.specs import column_parallel_specs, join, row_parallel_specs
 from .base import ParallelLayer, require_saved
+from .gather import (gather_from_ranks_backward, gather_from_ranks_forward, scatter_to_ranks_backward,
+                     scatter_to_ranks_forward)
 from .products import (column_parallel_backward, column_parallel_forward, columns_of, copy_to_ranks_backward,
-                       copy_to_ranks_forward, gather_from_ranks_backward, gather_from_ranks_forward,
-                       reduce_from_ranks_backward, reduce_from_ranks_forward, row_parallel_backward,
-                       row_parallel_forward, rows_of, scatter_to_ranks_backward, scatter_to_ranks_forward)
+                       copy_to_ranks_forward, reduce_from_ranks_backward, reduce_from_ranks_forward,
+                       row_parallel_backward, row_parallel_forward, rows_of)
 
 
 class ColumnParallelLinear(ParallelLayer):

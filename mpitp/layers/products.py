@@ -1,4 +1,4 @@
-"""The two products of tensor parallelism, and the ways across the border between replicated and split.
+"""The two products of tensor parallelism, and f and g, the ways across the border between replicated and split.
 
     f                  column-parallel        activation       row-parallel            g
     x  on every rank   h_p = x W1_p^T         a_p = act(h_p)   y_p = a_p W2_p^T        y = sum over p of y_p
@@ -17,7 +17,6 @@ from typing import Any
 from ..arrays import Array
 from ..comm.sums import Sum
 from ..ops.linear import linear_backward, linear_forward, linear_weight_backward, product
-from ..sharding.partition import Partition
 
 
 # --- f and g ----------------------------------------------------------------------------------------------------
@@ -89,30 +88,3 @@ def rows_of(w: Array | None, part: slice) -> Any:
 def columns_of(w: Array, part: slice) -> Array:
     """Return w[:, part]; w itself where that is all of it."""
     return w if part.start == 0 and part.stop == w.shape[1] else w[:, part]
-
-
-# --- gather and scatter -----------------------------------------------------------------------------------------------
-
-def gather_from_ranks_forward(x_local: Array, partition: Partition, group: Any) -> Array:
-    """Put the ranks' parts of the last axis side by side, on every rank. Collective: one all-gather."""
-    return group.all_gather(x_local, partition, axis=-1)
-
-
-def gather_from_ranks_backward(dy: Array, partition: Partition, group: Any) -> Array:
-    """Each rank made its part, and every rank uses the whole in the same way: the part's gradient is a slice."""
-    return split(dy, partition, group)
-
-
-def scatter_to_ranks_forward(x: Array, partition: Partition, group: Any) -> Array:
-    """Take this rank's part of the last axis."""
-    return split(x, partition, group)
-
-
-def scatter_to_ranks_backward(dy_local: Array, partition: Partition, group: Any) -> Array:
-    """Each rank used its part only: the whole gradient is the parts side by side. Collective: one all-gather."""
-    return group.all_gather(dy_local, partition, axis=-1)
-
-
-def split(x: Array, partition: Partition, group: Any) -> Array:
-    """Return this rank's part of the last axis, C-contiguous."""
-    return group.xp.ascontiguousarray(x[..., partition.range(group.rank)])

@@ -6,12 +6,34 @@ by arithmetic on a Place (rank, ranks, blocks) alone.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
 from ..arrays import Array
 from ..errors import InputError
-from .partition import Partition, Place
+from .partition import Partition
+
+
+class Place(NamedTuple):
+    """A rank's place in its group: everything that decides which part of a parameter it holds.
+
+    Attributes
+    ----------
+    rank : int
+        Number of the rank.
+    ranks : int
+        Number of ranks in the group.
+    blocks : int
+        Number of blocks that a split dimension is cut into: `ranks` in ordinary mode, fixed in reproducible mode.
+    """
+    rank: int
+    ranks: int
+    blocks: int
+
+    def partition(self, size: int, unit: int = 1, share: int = 1) -> Partition:
+        """Return how a dimension of `size` is split over the group; `unit` and `share` are Partition's."""
+        return Partition(size, self.ranks, self.blocks, unit, share)
 
 
 @dataclass(frozen=True)

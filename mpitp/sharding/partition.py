@@ -12,33 +12,11 @@ Attention heads are units of several features that stay together: see heads.py.
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 
 def ranges(size: int, parts: int) -> list[int]:
     """Return the bounds of `parts` contiguous ranges of `size`, as equal as can be; empty ones where parts > size."""
     return [size * i // parts for i in range(parts + 1)]
-
-
-class Place(NamedTuple):
-    """A rank's place in its group: everything that decides which part of a parameter it holds.
-
-    Attributes
-    ----------
-    rank : int
-        Number of the rank.
-    ranks : int
-        Number of ranks in the group.
-    blocks : int
-        Number of blocks that a split dimension is cut into: `ranks` in ordinary mode, fixed in reproducible mode.
-    """
-    rank: int
-    ranks: int
-    blocks: int
-
-    def partition(self, size: int, unit: int = 1, share: int = 1) -> "Partition":
-        """Return how a dimension of `size` is split over the group; `unit` and `share` are Partition's."""
-        return Partition(size, self.ranks, self.blocks, unit, share)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ OTHERS = {"comm.group": {"TensorParallelGroup": ("all_reduce", "all_gather", "ga
           "training.loop": {"Trainer": ("train_step", "run", "validate", "resume", "save", "add_gradients")},
           "training.optimizer": {"AdamW": ("step",), None: ("gradient_norm", "non_finite")},
           "layers.loss": {None: ("vocab_parallel_cross_entropy_forward", "vocab_parallel_cross_entropy_backward")},
-          "layers.products": {None: ("copy_to_ranks_backward", "reduce_from_ranks_forward", "gather_from_ranks_forward",
-                                     "gather_from_ranks_backward", "scatter_to_ranks_forward",
-                                     "scatter_to_ranks_backward")},
+          "layers.products": {None: ("copy_to_ranks_backward", "reduce_from_ranks_forward")},
+          "layers.gather": {None: ("gather_from_ranks_forward", "gather_from_ranks_backward",
+                                   "scatter_to_ranks_forward", "scatter_to_ranks_backward")},
           "inference.generation": {"Choice": ("__call__",)},
           "inference.graph": {"CapturedToken": ("__init__", "__call__")},
           "checkpoints.saving": {None: ("save_model",)}, "checkpoints.loading": {None: ("load_model",)}}

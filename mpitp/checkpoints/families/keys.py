@@ -35,7 +35,7 @@ WITHOUT_EFFECT = frozenset("""
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
     repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
-""".split())    # noqa: SIM905  (a table of words)
+""".split())
 
 
 class Keys:
