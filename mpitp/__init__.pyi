@@ -2,7 +2,8 @@
 from .checkpoints.loading import load_model as load_model
 from .checkpoints.saving import save_model as save_model
 from .comm.group import TensorParallelGroup as TensorParallelGroup
-from .config import AttentionConfig as AttentionConfig, DecoderConfig as DecoderConfig, Rotary as Rotary
+from .attention_config import AttentionConfig as AttentionConfig, Rotary as Rotary
+from .config import DecoderConfig as DecoderConfig
 from .errors import InputError as InputError
 from .inference.generation import generate as generate
 from .inference.graph import Captured as Captured

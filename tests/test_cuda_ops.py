@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpitp.arrays import GPU_DTYPES, compute_dtype, sum_dtype
-from mpitp.config import Rotary
+from mpitp.attention_config import Rotary
 from mpitp.ops import activation, adamw, attention, cross_entropy, dropout, embedding, keys_values, linear, norm, rotary
 
 

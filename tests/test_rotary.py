@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from mpitp.config import Rotary
+from mpitp.attention_config import Rotary
 from mpitp.ops.rotary import frequencies, rotary_backward, rotary_forward, rotary_tables
 from spmd import draw, same_bytes
 

@@ -10,6 +10,7 @@ from ..errors import InputError
 from ..sharding.partition import Partition
 from .ledger import Collective, Recording, dtype_name, memory_order, wire_bytes
 from .mpi import OPERATIONS
+from .pending import PendingReduction, deliver
 
 # float16 sums in MPI are 12 to 20 times slower than float32 ones, and there is no bfloat16: float32 travels.
 SENT_AS_FLOAT32 = ("float16", "bfloat16")
@@ -43,14 +44,13 @@ class Collectives:
         out, wire = self._prepare_reduction("all_reduce", x, op, out)
         with self._record("all_reduce", x):
             self.transport.all_reduce(wire, op)
-        return _deliver(wire, out)
+        return deliver(wire, out)
 
-    def begin_all_reduce(self: Any, x: Array, op: str = "sum", out: Array | None = None) -> Any:
+    def begin_all_reduce(self: Any, x: Array, op: str = "sum", out: Array | None = None) -> PendingReduction:
         """Start all_reduce(x, op, out). Returns an object whose wait() gives the result; `out` must rest until then.
 
         MPI_Iallreduce. Hardly any MPI makes progress while none of its functions runs: overlap is not a given.
         """
-        from .pending import PendingReduction
         out, wire = self._prepare_reduction("begin_all_reduce", x, op, out)
         return PendingReduction(self, self.transport.begin_all_reduce(wire, op), x, wire, out)
 
@@ -188,12 +188,6 @@ class Collectives:
             part[...] = received[start:start + count].reshape(part.shape)
             start += count
         return whole
-
-
-def _deliver(wire: Array, out: Array) -> Array:
-    if wire is not out:
-        out[...] = wire                             # 16-bit: rounded once, after the sum
-    return out
 
 
 def _whole(x: Array, partition: Partition, axis: int) -> tuple[tuple[int, ...], list[int]]:

@@ -11,7 +11,7 @@ from ..arrays import Array
 from ..comm.group import TensorParallelGroup
 from ..comm.ledger import Collective
 from ..comm.sums import Sum
-from ..config import AttentionConfig
+from ..attention_config import AttentionConfig
 from ..errors import require
 from ..ops.alibi import alibi_slopes
 from ..ops.attention import attention_backward, attention_forward

@@ -84,6 +84,7 @@ class AttentionCall(NamedTuple):
 
     def keep(self, heads: slice, unit: KeyValueUnit, b: int, first: int, stop: int) -> Array:
         """Return dropout's scales of queries first..stop-1 (G, n, queries, S), addressed in (B, H, S, S)."""
+        assert self.step is not None, "dropout without a step"
         layer, shape = self.layer, (self.B, self.layer.num_attention_heads, self.S, self.S)
         window = b, heads, slice(first, stop), slice(0, self.S)
         scales = dropout_scale(layer.seed, join(layer.name, "weights.dropout"), self.step, layer.dropout, shape, window,

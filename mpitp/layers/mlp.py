@@ -90,6 +90,7 @@ class ParallelMLP(ParallelLayer):
     def block_forward(self, block: Block, x_ND: Array, total: Sum, save: bool) -> tuple[Array, Any]:
         """Return a block's summand of y (N, D): product, activation, product; and what backward needs."""
         own, part = self.own, block.local
+        of_activation: Any
         up_NFb, b_Fb = column_parallel_forward(x_ND, own["up.weight"], part), rows_of(own.get("up.bias"), part)
         if self.gated:
             gate_NFb, gate_b_Fb = column_parallel_forward(x_ND, own["gate.weight"], part), \

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..arrays import Array
 from ..comm.group import TensorParallelGroup
-from ..config import NORMALIZATIONS, DecoderConfig
+from ..attention_config import NORMALIZATIONS
+from ..config import DecoderConfig
 from ..errors import one_of, require, require_positive
 from ..ops.norm import norm_backward, norm_forward
 from ..sharding.specs import join, norm_specs

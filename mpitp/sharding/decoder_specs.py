@@ -3,7 +3,8 @@
 The layers ask for their own here; `inspect` and the checkpoints ask for those of a decoder that was never made.
 Names are dotted: "layers.3.mlp.up.weight".
 """
-from ..config import AttentionConfig, DecoderConfig
+from ..attention_config import AttentionConfig
+from ..config import DecoderConfig
 from .parameters import ParameterSpec, by_name
 from .specs import column_parallel_specs, join, mlp_specs, norm_specs, row_parallel_specs
 

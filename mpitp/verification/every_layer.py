@@ -13,7 +13,8 @@ import numpy as np
 from .. import oracle
 from ..arrays import Array, on_host
 from ..comm.group import TensorParallelGroup
-from ..config import DecoderConfig, Rotary
+from ..attention_config import Rotary
+from ..config import DecoderConfig
 from ..layers.block import ParallelBlock
 from ..layers.decoder import Decoder
 from ..layers.embedding import VocabParallelEmbedding

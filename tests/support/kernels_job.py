@@ -17,7 +17,7 @@ import stand_in
 from nvrtc import Compiler
 
 from mpitp.arrays import GPU_DTYPES, compute_dtype, sum_dtype
-from mpitp.config import Rotary
+from mpitp.attention_config import Rotary
 
 ARCHITECTURES = ("sm_75", "sm_90")      # before and after the instructions of compute capability 8.0
 CUDA = Path(__file__).parents[2] / "mpitp" / "ops" / "cuda"

@@ -1,7 +1,8 @@
 """Gemma 3, the text model (arXiv 2503.19786): norms on both sides of each branch, sliding and full layers."""
 from __future__ import annotations
 
-from ...config import DecoderConfig, Rotary
+from ...attention_config import Rotary
+from ...config import DecoderConfig
 from .family import Family
 from .keys import Keys
 from .llama import TENSORS, head_features, sizes, type_of, window_of, windows_of, write_sizes

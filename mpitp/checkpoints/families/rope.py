@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from ...config import Rotary
+from ...attention_config import Rotary
 from ...errors import InputError
 from .keys import Keys
 

@@ -1,0 +1,178 @@
+"""What an attention layer is: its sizes and choices, in the field's names. No arrays, no MPI."""
+from dataclasses import dataclass
+
+from .errors import is_integer, one_of, require, require_number, require_positive, require_probability
+
+NORMALIZATIONS = ("layernorm", "rmsnorm")
+SCALINGS = (None, "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al., arXiv 2104.09864) say which features of a head are rotated, and how fast.
+
+    Pair i of `dim` / 2 turns by position * base^(-2 i / dim).
+
+    Parameters
+    ----------
+    dim : int or None
+        How many features of a head turn, even; the others stay. None: all.
+    base : float
+        Of the frequencies.
+    interleaved : bool
+        Pair i is features (2 i, 2 i + 1), as in GPT-J; False: (i, i + dim / 2), as in GPT-NeoX and Llama.
+    scaling : str or None
+        None; "linear" (positions over `factor`); "llama3" (long wavelengths over `factor`, with a ramp between
+        `low_freq_factor` and `high_freq_factor`); "yarn" (arXiv 2309.00071: a ramp between `beta_slow` and `beta_fast`
+        turns within `original_max_positions`; cos and sin are multiplied by `attention_factor`).
+    factor : float
+        Of the scaling.
+    original_max_positions : int or None
+        Positions that the model was trained on; llama3 and yarn need it.
+    low_freq_factor, high_freq_factor : float
+        The ramp of llama3.
+    beta_fast, beta_slow : float
+        The ramp of yarn.
+    attention_factor : float or None
+        Of yarn; None: 0.1 ln(factor) + 1.
+    truncate : bool
+        Whether yarn rounds the ends of its ramp to whole pairs.
+
+    Raises
+    ------
+    InputError
+        For a choice that is not one of these.
+    """
+    dim: int | None = None
+    base: float = 10000.0
+    interleaved: bool = False
+    scaling: str | None = None
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.dim is None or is_integer(self.dim) and self.dim > 0 and self.dim % 2 == 0,
+                f"rotary dim {self.dim!r}", "a positive even number, or None for the whole head")
+        require_number("rotary base", self.base, above=0)
+        require_number("rotary factor", self.factor, above=0)
+        require(self.scaling in SCALINGS, f"rotary scaling {self.scaling!r}", f"one of {', '.join(map(str, SCALINGS))}")
+        if self.scaling in ("llama3", "yarn"):
+            require_positive(original_max_positions=self.original_max_positions)
+        if self.scaling == "llama3":
+            require(self.low_freq_factor < self.high_freq_factor, f"low_freq_factor = {self.low_freq_factor!r}",
+                    f"less than high_freq_factor = {self.high_freq_factor!r}")
+        if self.scaling == "yarn":
+            require(self.base != 1, "rotary base = 1", "another one for yarn, whose ramp is over its powers")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The architecture of one self-attention layer.
+
+    Parameters
+    ----------
+    hidden_size, num_attention_heads : int
+        D and H, any on any number of ranks; ranks without a head are normal.
+    num_query_groups : int or None
+        Key/value heads G, a divisor of H. None: H (multi-head); 1: multi-query; between: grouped-query attention.
+    kv_channels : int or None
+        Features of a head, K. None: D / H.
+    causal : bool
+        A query sees no later position.
+    sliding_window : int or None
+        A query sees itself and the window - 1 positions before it. None: all.
+    rotary : Rotary or None
+        Rotary positions.
+    alibi : bool
+        Scores have slope_h (key - query position) added, the slopes of the global head (arXiv 2108.12409).
+    qk_norm : str or None
+        "layernorm" or "rmsnorm" over each query and key head, before rotary, without bias; None: no norm.
+    norm_epsilon, zero_centered_gamma : float, bool
+        Of that norm.
+    attention_scale : float or None
+        Of the scores. None: K^-0.5.
+    qkv_bias, bias : bool
+        Biases of query, key and value, and of the output projection.
+    dropout : float
+        Probability, of the attention weights.
+
+    Raises
+    ------
+    InputError
+        For a choice that is not one of these, or that does not fit another.
+    """
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    causal: bool = True
+    sliding_window: int | None = None
+    rotary: Rotary | None = None
+    alibi: bool = False
+    qk_norm: str | None = None
+    norm_epsilon: float = 1e-5
+    zero_centered_gamma: bool = False
+    attention_scale: float | None = None
+    qkv_bias: bool = True
+    bias: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(hidden_size=self.hidden_size)
+        require_heads(self.num_attention_heads, self.query_groups)
+        if self.kv_channels is None:
+            require(self.hidden_size % self.num_attention_heads == 0,
+                    f"{self.num_attention_heads} heads of hidden_size {self.hidden_size}",
+                    "a divisor of it, or kv_channels, the features of a head")
+        require_positive(kv_channels=self.head_dim)
+        require_window(self.sliding_window)
+        require_rotary(self.rotary, self.head_dim)
+        if self.qk_norm is not None:
+            one_of("qk_norm", self.qk_norm, NORMALIZATIONS)
+        require_number("norm_epsilon", self.norm_epsilon, above=0)
+        require_probability("dropout", self.dropout)
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads, G."""
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head, K."""
+        return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
+
+    @property
+    def scale(self) -> float:
+        """The factor of the scores."""
+        return self.head_dim ** -0.5 if self.attention_scale is None else self.attention_scale
+
+
+def require_heads(num_attention_heads: int, num_query_groups: int) -> None:
+    """Raise InputError unless every key/value head serves the same number of query heads."""
+    require_positive(num_attention_heads=num_attention_heads, num_query_groups=num_query_groups)
+    require(num_attention_heads % num_query_groups == 0,
+            f"num_query_groups = {num_query_groups} key/value heads for {num_attention_heads} query heads",
+            "a divisor of num_attention_heads")
+
+
+def require_window(window: int | None) -> None:
+    """Raise InputError unless window is None or a positive integer."""
+    require(window is None or is_integer(window) and window > 0, f"sliding_window {window!r}",
+            "a positive integer, or None")
+
+
+def require_rotary(rotary: Rotary | None, head_dim: int) -> None:
+    """Raise InputError unless rotary is None, or a Rotary that fits heads of head_dim features."""
+    if rotary is None:
+        return
+    require(isinstance(rotary, Rotary), f"rotary {rotary!r}", "a Rotary, or None")
+    dim = head_dim if rotary.dim is None else rotary.dim
+    require(dim % 2 == 0 and dim <= head_dim, f"rotary dim {dim}",
+            f"an even number up to {head_dim}, the features of a head")
