@@ -16,7 +16,7 @@ from ..arrays import Array
 from .twin import cuda_twin
 
 if TYPE_CHECKING:
-    from ..config import Rotary
+    from ..attention_config import Rotary
 
 
 def rotary_tables(rotary: Rotary, head_dim: int, positions: Sequence[int] | Array, dtype: DTypeLike,

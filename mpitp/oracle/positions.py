@@ -15,7 +15,7 @@ import numpy as np
 from ..arrays import Array
 
 if TYPE_CHECKING:
-    from ..config import Rotary
+    from ..attention_config import Rotary
 
 
 # --- rotary ------------------------------------------------------------------------------------------------------
