@@ -67,7 +67,7 @@ def save(group: TensorParallelGroup, folder: str, step: int, files: Files, state
     slices = {file: [StoredSlice(spec, array, Layout(name, spec.shape), STORED[array.dtype.name])
                      for name, (spec, array) in tensors.items()] for file, tensors in files.items()}
     write_folder(group, path, slices, {"state.json": json.dumps(state, indent=1, sort_keys=True) + "\n"}, replace=True)
-    group.root_first(lambda: remove_old(folder, keep) if group.rank == 0 else None)
+    group.on_root(lambda: remove_old(folder, keep))
     return step_folder(folder, step)
 
 

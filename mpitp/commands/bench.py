@@ -76,8 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_arguments(arguments)
     if arguments.reports:
         with TensorParallelGroup() as group:
-            group.root_first(lambda: draw(arguments.plot, [read_report(path) for path in arguments.reports])
-                             if group.rank == 0 else None)
+            group.on_root(lambda: draw(arguments.plot, [read_report(path) for path in arguments.reports]))
         return 0
     with device.group_of(arguments, reproducible=False) as group:
         report.require_files(group, arguments.json, arguments.csv, arguments.plot)

@@ -33,7 +33,7 @@ def opening(group: TensorParallelGroup) -> Opening:
 
 def require_files(group: TensorParallelGroup, *paths: str | None) -> None:
     """Raise InputError on every rank unless rank 0 can write each of the paths; None is no path. Collective."""
-    group.root_first(lambda: require_all_writable(path for path in paths if path and group.rank == 0))
+    group.on_root(lambda: require_all_writable(path for path in paths if path))
 
 
 def require_all_writable(paths: Iterable[str]) -> None:

@@ -146,7 +146,7 @@ class Trainer:
                 save = self.is_time_to_save(last)
                 if self.step % settings.check_interval == 0 or last or save:    # no checkpoint of copies that differ
                     self.require_equal_copies()
-                self.group.root_first(lambda: self.log(figures) if self.group.rank == 0 else None)
+                self.group.on_root(lambda: self.log(figures))
                 if progress:
                     progress(self.step, figures)
                 if save:
