@@ -69,6 +69,6 @@ def require_new(path: str) -> None:
 
 
 def companions_of(folder: str) -> list[str]:
-    """The paths of a checkpoint folder's other files that belong to the model."""
+    """Return the paths of a checkpoint folder's other files that belong to the model."""
     paths = [os.path.join(folder, name) for name in COMPANIONS]
     return [path for path in paths if os.path.isfile(path)]

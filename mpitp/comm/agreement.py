@@ -12,7 +12,7 @@ from ..errors import InputError
 
 
 def agree(comm, text):
-    """Whether `text` is the same on every rank. Collective: MPI_Allreduce of 16 bytes."""
+    """Return whether `text` is the same on every rank. Collective: MPI_Allreduce of 16 bytes."""
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
     extremes = np.array([digest, -digest], np.int64)
     comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
@@ -20,7 +20,7 @@ def agree(comm, text):
 
 
 def by_ranks(texts):
-    """['a', 'b', 'a'] -> 'ranks 0, 2: a; rank 1: b'"""
+    """Return who has which text: ['a', 'b', 'a'] -> 'ranks 0, 2: a; rank 1: b'"""
     ranks = {}
     for rank, text in enumerate(texts):
         ranks.setdefault(text, []).append(str(rank))

@@ -42,7 +42,7 @@ def end_job(text, status):
 
 
 def out_of_memory(error):
-    """A line about a GPU's memory where that is what did not suffice, else None. CuPy need not be here to be asked."""
+    """Return a line about a GPU's memory where that did not suffice, else None. Works without CuPy."""
     if type(error).__name__ != "OutOfMemoryError" or not hasattr(error, "_size"):
         return None
     free, total = sys.modules["cupy"].cuda.runtime.memGetInfo()
@@ -60,7 +60,7 @@ def abort(error):
 
 
 def succeeds(error):
-    """Whether an exception is sys.exit() or sys.exit(0)."""
+    """Return whether an exception is sys.exit() or sys.exit(0)."""
     return isinstance(error, SystemExit) and error.code in (0, None)
 
 
@@ -126,7 +126,7 @@ def farewell(comm, status, message=None):
 
 
 def all_leave(comm):
-    """Whether every rank of comm calls this within PATIENCE seconds of each other.
+    """Return whether every rank of comm calls this within PATIENCE seconds of each other.
 
     By messages from each to each, which the collectives that other ranks may still wait in do not meet.
     """

@@ -124,7 +124,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def where(group: TensorParallelGroup) -> str:
-    """The device of the group, and on GPUs how they add up."""
+    """Return the device of the group, and on GPUs how they add up."""
     return "cpu" if group.gpu is None else f"{group.gpu.name}, transport {group.transport.name}"
 
 
@@ -139,7 +139,7 @@ def timed(group: TensorParallelGroup, cases: dict[str, Callable], arguments: arg
 
 def row(bench: str, case: str, seconds: list[float], size: int | None = None, work: int | None = None,
         limit: list[float] | None = None) -> Row:
-    """The Row of a case.
+    """Return the Row of a case.
 
     Parameters
     ----------
@@ -235,7 +235,7 @@ RUN = {"allreduce": collectives, "matmul": products, "ffn": feed_forward, "block
 # --- what is printed and written -----------------------------------------------------------------------------
 
 def lines(result: BenchReport) -> Iterator[str]:
-    """The lines that people read."""
+    """Return the lines that people read."""
     ranks, cores = report.count(result.ranks, "rank"), report.count(result.cores_per_rank, "core")
     yield f"mpitp {result.mpitp}: {ranks}, {cores} a rank, {result.mpi}"
     yield result.machine if result.device == "cpu" else f"{result.machine}; {result.device}"
@@ -252,7 +252,7 @@ def lines(result: BenchReport) -> Iterator[str]:
 
 
 def rate(found: Row) -> str:
-    """The rate of a row in its unit."""
+    """Return the rate of a row in its unit."""
     if found.bytes_per_second:
         return f"{found.bytes_per_second / 1e9:.2f} GB/s"
     return f"{found.flops_per_second / 1e9:.0f} GF/s" if found.flops_per_second else "-"
@@ -267,7 +267,7 @@ def write_csv(path: str, rows: list[Row]) -> None:
 
 
 def read_report(path: str) -> dict:
-    """A report that --json wrote. Raises InputError for any other file."""
+    """Return a report that --json wrote. Raises InputError for any other file."""
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)

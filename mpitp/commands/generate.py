@@ -65,7 +65,7 @@ class GenerateReport(report.Report):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command on this rank: 0."""
+    """Run the command on this rank; return 0."""
     check_arguments(arguments)
     text.print_any_character()
     with device.group_of(arguments) as group:
@@ -154,7 +154,7 @@ class Continuations:
             self.begun = True
 
     def text(self, b: int) -> str | None:
-        """The new text, None where ids were given."""
+        """Return the new text, None where ids were given."""
         return None if self.texts is None else "".join(self.pieces[b])
 
     def finish(self) -> None:
@@ -217,7 +217,7 @@ def age_of_process() -> float | None:
 
 def summary(arguments: argparse.Namespace, group: TensorParallelGroup, opening: report.Opening,
             continued: Continuations, run: Run, load_seconds: float, of_ranks: list) -> GenerateReport:
-    """The Report, from each rank's (bytes read, shares of communication)."""
+    """Return the Report, from each rank's (bytes read, shares of communication)."""
     sequences = [Sequence(prompt, new, continued.texts and continued.texts[b], continued.text(b))
                  for b, (prompt, new) in enumerate(zip(continued.prompts, continued.new_ids))]
     return GenerateReport(
@@ -228,7 +228,7 @@ def summary(arguments: argparse.Namespace, group: TensorParallelGroup, opening: 
 
 
 def mean(shares: list[float | None]) -> float | None:
-    """The mean of the ranks' shares, None where one has none."""
+    """Return the mean of the ranks' shares, None where one has none."""
     return None if None in shares else sum(shares) / len(shares)
 
 

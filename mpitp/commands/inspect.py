@@ -73,7 +73,7 @@ class Report:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command on this rank: 0."""
+    """Run the command on this rank; return 0."""
     require_positive(ranks=arguments.ranks, blocks=arguments.blocks)
     require(max(arguments.ranks, arguments.blocks) <= MOST, f"{arguments.ranks} ranks, {arguments.blocks} blocks",
             f"at most {MOST}")
@@ -153,12 +153,12 @@ def lines(found: Report) -> Iterator[str]:
 
 
 def count(number: int) -> str:
-    """A number with commas."""
+    """Return a number with commas."""
     return f"{number:,}"
 
 
 def span(sizes: list[int]) -> str:
-    """The least and the largest of some numbers of bytes."""
+    """Return the least and the largest of some numbers of bytes."""
     least, most = report.size(min(sizes)), report.size(max(sizes))
     return most if least == most else f"{least} to {most}"
 

@@ -25,7 +25,7 @@ VARIABLE = "MPITP_PROGRESS"
 
 
 def is_watched() -> bool:
-    """Whether this process writes to people in a terminal: rank 0 alone, and by MPITP_PROGRESS where that is set."""
+    """Return whether this process writes to a terminal: rank 0 alone, and by MPITP_PROGRESS where that is set."""
     if not is_first_rank():
         return False
     wanted = os.environ.get(VARIABLE, "")

@@ -55,7 +55,7 @@ class ScoreReport(report.Report):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command on this rank: 0."""
+    """Run the command on this rank; return 0."""
     check_arguments(arguments)
     text.print_any_character()
     with device.group_of(arguments) as group:
@@ -100,7 +100,7 @@ def look_first(arguments: argparse.Namespace) -> str | list[int]:
 
 
 def tokens_of(arguments: argparse.Namespace, given: str | list[int]) -> list[int]:
-    """The ids of the text. Raises InputError for fewer than two."""
+    """Return the ids of the text. Raises InputError for fewer than two."""
     ids = given if arguments.text is None else text.load_tokenizer(arguments.model).encode(given).ids
     require(len(ids) > 1, f"{len(ids)} tokens in {arguments.text or arguments.ids_file}", "at least 2: the first has "
             "nothing before it")

@@ -56,7 +56,7 @@ def add_arguments(parser):
 
 
 def run(arguments):
-    """The command on this rank: 0, or 1 when the run had to stop."""
+    """Run the command on this rank; return 0, or 1 when the run had to stop."""
     settings, config = settings_of(arguments), config_of(arguments)
     with device.group_of(arguments) as group:
         group.on_root(lambda: prepare(arguments))

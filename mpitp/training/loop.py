@@ -61,7 +61,7 @@ class Trainer:
     # --- one step -----------------------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step on gradient_accumulation micro-batches. Returns {"loss", "gradient_norm", "lr"}."""
+        """Take one optimizer step on gradient_accumulation micro-batches. Returns {"loss", "gradient_norm", "lr"}."""
         settings, loss = self.settings, 0.0
         for micro in range(settings.gradient_accumulation):
             loss += self.add_gradients(micro) / settings.gradient_accumulation
@@ -111,7 +111,7 @@ class Trainer:
                                   f"first, expected finite ones; the last checkpoint stays")
 
     def validate(self) -> float:
-        """The mean loss over the validation windows, without dropout."""
+        """Return the mean loss over the validation windows, without dropout."""
         total = count = 0
         for ids, targets in self.tokens.validation_batches(self.settings.micro_batch_size, self.settings.eval_batches):
             logits, _ = self.model.forward(ids, save=False)
@@ -166,7 +166,7 @@ class Trainer:
             append_log(self.folder, self.step, figures)
 
     def is_time_to_save(self, last: bool) -> bool:
-        """Whether a checkpoint is due after this step. Collective: the ranks agree on whether a signal came."""
+        """Return whether a checkpoint is due after this step. Collective: the ranks agree on whether a signal came."""
         asked = self.group.any(self.asked_to_save)
         due = last or self.settings.save_interval and self.step % self.settings.save_interval == 0
         if asked:
@@ -183,7 +183,7 @@ class Trainer:
                                   f"expected equal copies: memory or library errors; the last checkpoint stays")
 
     def copies(self) -> dict[str, str]:
-        """{parameter or key/value head: SHA-256} of everything of which other ranks have a copy."""
+        """Return {parameter or key/value head: SHA-256} of everything of which other ranks have a copy."""
         found = {}
         for name, spec in self.model.specs.items():
             w = self.model.weights[name]
@@ -198,7 +198,7 @@ class Trainer:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def files(self) -> step_folders.Files:
-        """The tensors of a step folder, as step_folders.save takes them; for a 16-bit model, its float32 weights."""
+        """Return the tensors that step_folders.save takes; for a 16-bit model, the weights in float32."""
         specs = self.model.specs
         state = {f"exp_avg.{name}": (specs[name], m) for name, m in self.optimizer.exp_avg.items()}
         state |= {f"exp_avg_sq.{name}": (specs[name], v) for name, v in self.optimizer.exp_avg_sq.items()}
@@ -206,7 +206,7 @@ class Trainer:
                 "optimizer.safetensors": state}
 
     def state(self) -> dict:
-        """The contents of state.json: nothing that depends on ranks, time or host."""
+        """Return the contents of state.json: nothing that depends on ranks, time or host."""
         return json.loads(json.dumps({"schema": "mpitp.checkpoint/1", "step": self.step, "config": asdict(self.config),
                                       "settings": self.settings.of_the_result(), "data": self.tokens.fingerprint(),
                                       "seq_length": self.tokens.seq_length, "dtype": self.model.dtype.name,
@@ -229,7 +229,7 @@ class Trainer:
             self.say(f"resumed from {self.folder}, step {step}" + (f"; removed {', '.join(left)}" if left else ""))
 
     def find(self) -> tuple[int, list[str]]:
-        """The newest step folder and the unfinished ones that were removed; rank 0 alone.
+        """Return the newest step folder and the unfinished ones that were removed; rank 0 alone.
 
         Raises InputError unless that folder belongs to the same run.
         """
@@ -248,7 +248,7 @@ class Trainer:
 
 
 def difference(key: str, found: object, expected: object) -> str:
-    """The first thing that two parts of a state differ in, for a message."""
+    """Return the first thing that two parts of a state differ in, for a message."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):

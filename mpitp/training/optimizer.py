@@ -84,7 +84,7 @@ def learning_rate(step: int, lr: float, min_lr: float, warmup: int, steps: int) 
 
 
 def gradient_norm(layer: ParallelLayer, gradients: dict[str, Array]) -> float:
-    """The Euclidean norm of all gradients together, each parameter counted once, however many ranks hold it.
+    """Return the Euclidean norm of all gradients together, each parameter counted once, however many ranks hold it.
 
     A split parameter counts block by block on the ranks that own the blocks, a replicated one with block 0. So every
     rank gets the same number, even where copies differ, and all ranks clip or stop together.
@@ -119,7 +119,7 @@ def block_square_sum(layer: ParallelLayer, gradients: dict[str, Array], number: 
 
 
 def square_sum(x: Array) -> Array:
-    """The sum of squares of an array, a number of its module: nothing is copied to the host.
+    """Return the sum of squares of an array, a number of its module: nothing is copied to the host.
 
     The array is made contiguous first, so that the order in which BLAS adds does not depend on its strides.
     """

@@ -71,7 +71,7 @@ def rotary_of_layer_types(keys: Keys, head_dim: int, thetas: dict[str, tuple[str
 
 
 def scaled_rotary(keys: Keys, found: Keys, head_dim: int, theta: float, part: float, partial: bool) -> Rotary:
-    """The Rotary of one object of the new style; theta, part: where the object does not say them."""
+    """Return the Rotary of one object of the new style; theta, part: where the object does not say them."""
     theta = found.number("rope_theta", default=theta, above=0)
     if partial:
         part = found.number("partial_rotary_factor", default=part, above=0)
@@ -89,7 +89,7 @@ def scaled_rotary(keys: Keys, found: Keys, head_dim: int, theta: float, part: fl
 
 
 def rope_keys(rotary: Rotary | None, theta_key: str = "rope_theta") -> dict:
-    """The keys of a Rotary in the old style, which every transformers reads."""
+    """Return the keys of a Rotary in the old style, which every transformers reads."""
     if rotary is None:
         return {}
     scaling = None
@@ -104,7 +104,7 @@ def rope_keys(rotary: Rotary | None, theta_key: str = "rope_theta") -> dict:
 
 
 def turning(part: float, head_dim: int, keys: Keys) -> int | None:
-    """How many features of a head turn; None: all."""
+    """Return how many features of a head are rotated; None for all."""
     dim = int(head_dim * part)
     if not 0 < part <= 1 or dim % 2 or dim == 0:
         raise InputError(f"{keys.where}: found {part} of {head_dim} features that turn, expected an even number of "
@@ -113,7 +113,7 @@ def turning(part: float, head_dim: int, keys: Keys) -> int | None:
 
 
 def scaling(kind: str, found: Keys, keys: Keys) -> dict:
-    """The fields of Rotary that stretch the frequencies."""
+    """Return the fields of Rotary that stretch the frequencies."""
     if kind == "linear":
         return dict(scaling=kind, factor=found.number("factor", above=0))
     longest = keys.count("max_position_embeddings", default=None)
@@ -142,5 +142,5 @@ def scaling(kind: str, found: Keys, keys: Keys) -> dict:
 
 
 def temperature(factor: float, scale: float) -> float:
-    """The attention factor of yarn (arXiv 2309.00071, section 3.4), with DeepSeek's mscale."""
+    """Return the attention factor of yarn (arXiv 2309.00071, section 3.4), with DeepSeek's mscale."""
     return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
