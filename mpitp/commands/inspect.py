@@ -58,7 +58,8 @@ class Parameter:
 
 
 @dataclass
-class Report:
+class InspectReport:
+    """Everything that is printed and written of one checkpoint."""
     model: str
     family: str
     config: object
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def inspect(arguments: argparse.Namespace) -> Report:
+def inspect(arguments: argparse.Namespace) -> InspectReport:
     """Open the folder and count what each rank would hold and read."""
     folder, ranks = open_folder(arguments.model, strict=arguments.strict), arguments.ranks
     folder.warn()
@@ -119,13 +120,13 @@ def inspect(arguments: argparse.Namespace) -> Report:
             ("up", "layers.0.mlp.up.weight"), ("vocabulary", "embedding.weight"))}
         of_ranks.append(Rank(rank, rows["query"] // config.head_dim, rows["key"] // config.head_dim, rows["up"],
                              rows["vocabulary"], held[rank], read[rank]))
-    return Report(folder.checkpoint.folder, folder.family.model_type, config, arguments.dtype, arguments.reproducible,
-                  len(folder.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
-                  sum(kind.stored_bytes for kind in kinds.values()), of_ranks, list(kinds.values()),
-                  folder.other_keys)
+    return InspectReport(
+        folder.checkpoint.folder, folder.family.model_type, config, arguments.dtype, arguments.reproducible,
+        len(folder.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
+        sum(kind.stored_bytes for kind in kinds.values()), of_ranks, list(kinds.values()), folder.other_keys)
 
 
-def lines(found: Report) -> Iterator[str]:
+def lines(found: InspectReport) -> Iterator[str]:
     """Yield the lines that are printed."""
     config = found.config
     yield found.model

@@ -177,7 +177,7 @@ class Decoder(Composite):
         return gradients
 
     def layer_backward(self, layer: Any, dy: Array, saved: Any, gradients: dict[str, Array]) -> Any:
-        """Return dx of one of the layers, and leave its gradients."""
+        """Return dx of one of the layers, and write its gradients."""
         return layer.backward(dy, saved, out=self.gradients_of(layer, gradients))[0]
 
     def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0,
@@ -195,7 +195,7 @@ class Decoder(Composite):
         return self.group.all_gather(logits, self.partition, axis=-1)
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
-        """Return the closed form without the loss: (forward, backward), each a Counter of data collectives."""
+        """Return how many collectives forward and backward do, without the loss: two Counters of Collective."""
         forward: Counter = Counter()
         backward: Counter = Counter()
         layers: Any = (self.embedding, *self.blocks, self.head)
