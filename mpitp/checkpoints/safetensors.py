@@ -232,7 +232,7 @@ class Checkpoint:
             self.where = where
             for tensor, name in where.items():
                 if tensor not in self.files[name].tensors:
-                    raise InputError(f"{index}: found {tensor!r} said to be in {name}, expected it there")
+                    raise InputError(f"{index}: found no {tensor!r} in {name}, expected it there")
         else:
             path = os.path.join(self.folder, "model.safetensors")
             if not os.path.exists(path) and any(name.endswith(".bin") for name in os.listdir(self.folder)):

@@ -57,7 +57,7 @@ def progress(iterable: Iterable[Item], total: int | None, what: str) -> Iterator
 
 
 class Progress:
-    """A bar while the body of a `with` runs; nothing where nobody watches or the body takes less than SILENT.
+    """A bar while the body of a `with` runs: in a terminal alone, and not where the body takes less than SILENT.
 
     A thread draws it, so that one long product does not look like a job that hangs. tqdm is imported by that thread,
     hence only when there is something to show.

@@ -134,7 +134,7 @@ class ParallelAttention(ParallelLayer):
         return dict(self.group.each(self.key_value_forward, self.heads.held_units, x_ND, call))
 
     def key_value_forward(self, unit: KeyValueUnit, x_ND: Array, call: AttentionCall) -> tuple:
-        """Return keys and values (B, S, u, K) of a unit, earlier positions first; and what the norm's backward needs."""
+        """Return keys and values (B, S, u, K) of a unit, earlier positions first; and what backward needs."""
         rows = self.heads.unit_rows(unit)
         k_BSuK, of_norm = self.norm_and_rotate("key", self.project("key", x_ND, rows, call), call)
         v_BSuK = self.project("value", x_ND, rows, call)

@@ -80,7 +80,7 @@ class Decoder(Composite):
         """Return logits (..., S, V p) of ids (..., S), integers, the same on every rank; and what backward needs.
 
         mask : bool, True where a key may be attended, beside the causal mask: (B, S) or (B, S, S)
-        step : of training, which the dropout masks belong to. None: no dropout
+        step : the training step, which the dropout masks depend on. None: no dropout
         save : False: None in place of what backward needs
         """
         x, of_hidden = self.hidden(ids, mask=mask, step=step, save=save)
@@ -89,7 +89,7 @@ class Decoder(Composite):
 
     def hidden(self, ids: Any, *, mask: Array | None = None, step: int | None = None,
                save: bool = True) -> tuple[Array, Any]:
-        """Return x (..., S, D), complete, of ids (..., S), which is all of forward but the head; and for backward."""
+        """Return x (..., S, D), complete, of ids (..., S), forward without the head; and what backward needs."""
         ids = ids if hasattr(ids, "ndim") else np.asarray(ids)      # token_ids checks them where they are
         require(ids.ndim > 0, "ids without an axis", "(..., positions)")
         require_mask(mask, prod(ids.shape[:-1]), ids.shape[-1])
@@ -170,7 +170,7 @@ class Decoder(Composite):
             dx = self.layer_backward(self.embedding_norm, dx, of_embedding_norm, gradients)
         if self.position:
             self.layer_backward(self.position, dx, of_position, gradients)
-        if self.config.tie_word_embeddings:                     # the head has left its gradient there
+        if self.config.tie_word_embeddings:                     # where the head has written its gradient
             gradients["embedding.weight"] += self.embedding.backward(dx, of_embedding)[1]["embedding.weight"]
         else:
             self.layer_backward(self.embedding, dx, of_embedding, gradients)

@@ -29,7 +29,7 @@ def rotary(keys: Keys, head_dim: int, theta: float = 10000.0, theta_key: str = "
     head_dim : int
         Features of a head.
     theta, part : float, optional
-        Where config.json does not say them; part: the share of a head's features that turn.
+        Where config.json does not say them; part: the share of a head's features that are rotated.
     theta_key, part_key : str, optional
         Their names in the old style; no part_key: all of a head turns in this family.
     """
@@ -107,7 +107,7 @@ def turning(part: float, head_dim: int, keys: Keys) -> int | None:
     """Return how many features of a head are rotated; None for all."""
     dim = int(head_dim * part)
     if not 0 < part <= 1 or dim % 2 or dim == 0:
-        raise InputError(f"{keys.where}: found {part} of {head_dim} features that turn, expected an even number of "
+        raise InputError(f"{keys.where}: found {part} of {head_dim} features that are rotated, expected an even number of "
                          f"them")
     return None if dim == head_dim else dim
 
