@@ -21,7 +21,7 @@ def nothing_fused(config: DecoderConfig) -> dict:
 
 @dataclass(frozen=True)
 class Family:
-    """One model_type.
+    """A family is the checkpoints of one model_type.
 
     model_type, architecture : as config.json names them
     read : function of Keys -> DecoderConfig

@@ -85,7 +85,7 @@ def scaled_rotary(keys: Keys, found: Keys, head_dim: int, theta: float, part: fl
     if unknown:
         raise InputError(f"{found.where}: found {unknown[0]!r}, expected no such key for rope_type {kind!r}: it may "
                          f"change the results and is not supported")
-    return Rotary(dim=turning(part, head_dim, found), base=theta, **more)
+    return Rotary(dim=rotated_features(part, head_dim, found), base=theta, **more)
 
 
 def rope_keys(rotary: Rotary | None, theta_key: str = "rope_theta") -> dict:
@@ -103,12 +103,12 @@ def rope_keys(rotary: Rotary | None, theta_key: str = "rope_theta") -> dict:
     return {theta_key: rotary.base, "rope_scaling": scaling}
 
 
-def turning(part: float, head_dim: int, keys: Keys) -> int | None:
+def rotated_features(part: float, head_dim: int, keys: Keys) -> int | None:
     """Return how many features of a head are rotated; None for all."""
     dim = int(head_dim * part)
     if not 0 < part <= 1 or dim % 2 or dim == 0:
-        raise InputError(f"{keys.where}: found {part} of {head_dim} features that are rotated, expected an even number of "
-                         f"them")
+        raise InputError(f"{keys.where}: found {part} of {head_dim} features that are rotated, expected an even "
+                         f"number of them")
     return None if dim == head_dim else dim
 
 
