@@ -29,6 +29,7 @@ def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temp
     Parameters
     ----------
     model : Decoder
+        What gives the logits of the next token.
     ids : (B, S) integers
         The prompts, the same on every rank.
     max_new_tokens : int
@@ -49,11 +50,11 @@ def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temp
     lengths : (B,) integers, optional
         How many tokens of each row are the prompt. None: all.
 
-    Yields
-    ------
-    (B,) int64 array
-        The new tokens, the same on every rank. A sequence yields its end token too, and then ENDED (-1). The iteration
-        ends when every sequence has ended.
+    Returns
+    -------
+    iterator of (B,) int64 arrays
+        The new tokens of a step, the same on every rank. A sequence yields its end token too, and then ENDED (-1). The
+        iteration ends when every sequence has ended.
 
     Raises
     ------
