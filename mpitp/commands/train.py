@@ -44,13 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("keep", defaults.keep, "step folders that stay, 0 for all")):
         shown = f" ({default})" if default is not None else ""
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=text + shown)
-    for flag, default, text in (
+    for flag, number, text in (
             ("lr", defaults.lr, "learning rate"), ("min-lr", None, "at the last step (a tenth)"),
             ("weight-decay", 0.1, "decoupled"), ("clip-grad", 1.0, "largest norm of all gradients, 0 for any"),
             ("adam-beta1", 0.9, ""), ("adam-beta2", 0.95, ""), ("adam-eps", 1e-8, ""), ("label-smoothing", 0.0, ""),
             ("hidden-dropout", 0.0, "probability"), ("attention-dropout", 0.0, "probability")):
-        shown = f" ({default})" if default is not None else ""
-        parser.add_argument(f"--{flag}", type=float, default=default, metavar="X", help=(text + shown).strip())
+        shown = f" ({number})" if number is not None else ""
+        parser.add_argument(f"--{flag}", type=float, default=number, metavar="X", help=(text + shown).strip())
     device.add_group_arguments(parser, blocks=True, reproducible="the same bytes for any number of ranks")
     parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
     parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
@@ -149,8 +149,8 @@ class Progress:
         self.trainer = trainer
         self.curve: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
-        if trainer.step and trainer.group.rank == 0:            # resumed: the curve begins where the run did
-            for line in read_log(trainer.folder):
+        if trainer.step and trainer.folder and trainer.group.rank == 0:
+            for line in read_log(trainer.folder):               # resumed: the curve begins where the run did
                 self.note(line["step"], line)
         self.is_terminal = trainer.group.rank == 0 and progress.is_watched()
         self.every = max(1, trainer.settings.train_iters // 20)

@@ -23,7 +23,7 @@ ENDED = -1      # generate yields it for a sequence that has come to its end; no
 
 def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temperature: float = 0.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: int | Sequence[int] = (),
-             lengths: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+             lengths: Array | Sequence[int] | None = None) -> Iterator[np.ndarray]:
     """Continue the prompts: iterate over the new tokens, one of every sequence a step.
 
     Parameters
@@ -105,7 +105,7 @@ def one_token(model: Decoder, kv: KeyValues, tokens: int) -> Callable[[Array], A
 
 
 def as_prompts(model: Decoder, prompts: Array | Sequence,
-               counts: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+               counts: Array | Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
     """Return ids (B, S) and lengths (B,), int64, 0 behind the end of a prompt; S is the longest. Raises InputError."""
     try:
         ids = np.asarray(prompts)
@@ -171,7 +171,7 @@ class Choice:
             if found is not None:                           # (P, B, k, 2) -> for each sequence rank after rank
                 found = found.transpose(3, 1, 0, 2).reshape(2, len(logits_BVp), -1)
                 values_BC, ids_BC = found[0], on_host(found[1]).astype(np.int64)
-        if group.rank == 0:
+        if values_BC is not None:                           # on rank 0
             for b, values_C in enumerate(on_host(values_BC)):
                 number = (int(rng.words(self.keys[b], step, step + 1)[0]) >> 11) * 2.0 ** -53
                 tokens_B[b] = draw(values_C, ids_BC[b], number, self.temperature, self.top_k, self.top_p)
@@ -184,7 +184,7 @@ class Choice:
         best_BC2[..., 0] = -np.inf
         first, k = self.partition.bounds[self.group.rank], min(k, Vp)
         for b, logits_V in enumerate(logits_BVp if Vp else ()):
-            local_C = logits_V.argmax()[None] if k == 1 else largest(xp, logits_V, k)
+            local_C = logits_V.argmax().reshape(1) if k == 1 else largest(xp, logits_V, k)
             best_BC2[0, b, :k, 0], best_BC2[0, b, :k, 1] = logits_V[local_C], local_C + first
         return best_BC2
 
@@ -195,7 +195,7 @@ def largest(xp: ModuleType, x: Array, k: int) -> Array:
     Where x holds a NaN, that one position alone.
     """
     if xp.isnan(x.max()):
-        return x.argmax()[None]
+        return x.argmax().reshape(1)
     least = xp.partition(x, len(x) - k)[len(x) - k]
     found = xp.flatnonzero(x >= least)                      # more than k where several are equal to it
     return found[xp.argsort(-x[found], kind="stable")][:k]
