@@ -61,17 +61,21 @@ def abort(error: BaseException) -> NoReturn:
     end_job(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job: {why}", code or 1)
 
 
-def succeeds(error: BaseException | None) -> bool:
+def succeeds(error: BaseException) -> bool:
     """Whether an exception is sys.exit() or sys.exit(0)."""
     return isinstance(error, SystemExit) and error.code in (0, None)
 
 
+def thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """End the job for an exception that ends a thread, unless it is sys.exit()."""
+    error = failed.exc_value or RuntimeError(failed.exc_type.__name__)      # Python may leave the value out
+    if not succeeds(error):
+        abort(error)
+
+
 def watch_threads() -> Callable[[threading.ExceptHookArgs], object]:
     """From now on an exception that ends any thread ends the job. Returns the hook that was there before."""
-    def hook(failed):
-        if not succeeds(failed.exc_value):
-            abort(failed.exc_value)
-    before, threading.excepthook = threading.excepthook, hook
+    before, threading.excepthook = threading.excepthook, thread_failed
     return before
 
 
