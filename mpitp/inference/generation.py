@@ -171,7 +171,8 @@ class Choice:
             if found is not None:                           # (P, B, k, 2) -> for each sequence rank after rank
                 found = found.transpose(3, 1, 0, 2).reshape(2, len(logits_BVp), -1)
                 values_BC, ids_BC = found[0], on_host(found[1]).astype(np.int64)
-        if values_BC is not None:                           # on rank 0
+        if group.rank == 0:
+            assert values_BC is not None                    # rank 0 is the root of both gathers
             for b, values_C in enumerate(on_host(values_BC)):
                 number = (int(rng.words(self.keys[b], step, step + 1)[0]) >> 11) * 2.0 ** -53
                 tokens_B[b] = draw(values_C, ids_BC[b], number, self.temperature, self.top_k, self.top_p)
