@@ -6,7 +6,7 @@ from types import ModuleType
 
 import numpy as np
 
-from ..arrays import Array, sum_dtype
+from ..arrays import Array, module_of, sum_dtype
 from ..errors import require
 from ..layers.base import ParallelLayer
 from ..ops.adamw import adamw_step
@@ -41,7 +41,7 @@ class AdamW:
         require(weight_decay >= 0, f"weight_decay = {weight_decay!r}", "a number from 0")
         self.layer, self.beta1, self.beta2, self.eps, self.weight_decay = layer, beta1, beta2, eps, weight_decay
         self.master = {name: w.astype(sum_dtype(w.dtype), copy=False) for name, w in layer.weights.items()}
-        self.exp_avg, self.exp_avg_sq = ({name: layer.group.xp.zeros_like(w) for name, w in self.master.items()}
+        self.exp_avg, self.exp_avg_sq = ({name: (module_of(w) or np).zeros_like(w) for name, w in self.master.items()}
                                          for _ in range(2))
 
     def step(self, gradients: dict[str, Array], lr: float, t: int, scale: float = 1.0) -> None:
