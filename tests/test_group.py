@@ -229,6 +229,9 @@ def test_report_and_root_first(world):
             raise OSError("found nothing, expected something")
         with pytest.raises(InputError, match="found nothing, expected something"):
             group.root_first(fails)
+        with pytest.raises(InputError, match="found nothing, expected something"):
+            group.on_root(fails)
+        assert group.on_root(lambda: group.rank + 1) == (1 if group.rank == 0 else None)
 
 
 def test_bad_input_of_every_rank_leaves_the_body_as_it_is(world):

@@ -80,7 +80,7 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
 
     Notes
     -----
-    Collective: root_first and one verdict, no data. Rank 0 checks everything (headers, offsets, shapes, names) before
+    Collective: on_root and one verdict, no data. Rank 0 checks everything (headers, offsets, shapes, names) before
     any rank makes an array. A head that is stored beside tied embeddings is compared with them, as transformers does:
     where the two differ, the head is not tied. A rank's memory: its slices; what is read is widened in pieces of
     128 KiB on its way there.
@@ -91,7 +91,7 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
 
 def open_on_all(group: TensorParallelGroup, path: str | os.PathLike, strict: bool = False) -> ModelFolder:
     """Check a folder on rank 0, then open it on the others, which trust its verdict on the head. Collective."""
-    folder = group.root_first(lambda: open_folder(path, strict=strict) if group.rank == 0 else None)
+    folder = group.on_root(lambda: open_folder(path, strict=strict))
     own_head = group.comm.bcast(folder and folder.own_head)
     if folder is None:
         return open_folder(path, own_head=own_head)

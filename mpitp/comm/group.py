@@ -190,9 +190,12 @@ class TensorParallelGroup(Collectives, Sums):
         with self.ledger.record_control("any"):
             return bool(self.comm.allreduce(bool(flag), MPI.LOR))
 
-    def on_root(self, function: Callable[[], object]) -> None:
-        """Call function() on rank 0; its ValueError or OSError becomes an InputError on every rank. Collective."""
-        self.root_first(function if self.rank == 0 else _nothing)
+    def on_root(self, function: Callable[[], T]) -> T | None:
+        """Call function() on rank 0, and return its result there, None elsewhere. Collective, control.
+
+        A ValueError or OSError of rank 0 becomes an InputError on every rank.
+        """
+        return self.root_first(function if self.rank == 0 else _nothing)
 
     def root_first(self, function: Callable[[], T]) -> T:
         """Call function() on rank 0, and on the others only when it succeeded there. Returns each rank's own result.

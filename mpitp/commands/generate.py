@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_arguments(arguments)
     text.print_any_character()
     with device.group_of(arguments) as group:
-        given = group.root_first(lambda: look_first(arguments) if group.rank == 0 else None)
+        given = group.on_root(lambda: look_first(arguments))
         stop = group.root_first(lambda: text.end_tokens(arguments.model))
         started = time.perf_counter()
         with Progress(f"loading {arguments.model}"):

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_arguments(arguments)
     text.print_any_character()
     with device.group_of(arguments) as group:
-        given = group.root_first(lambda: look_first(arguments) if group.rank == 0 else None)
+        given = group.on_root(lambda: look_first(arguments))
         with Progress(f"loading {arguments.model}"):
             decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
         given_ids = group.root_first(lambda: None if given is None else tokens_of(arguments, given))

@@ -224,7 +224,7 @@ class Trainer:
         folder = self.folder
         if not folder:
             raise InputError("found no folder, expected the one to resume from")
-        found = self.group.root_first(lambda: self.find(folder) if self.group.rank == 0 else None)
+        found = self.group.on_root(lambda: self.find(folder))
         step, left = self.group.comm.bcast(found)
         step_folders.load(self.group, folder, step, self.files())
         self.optimizer.round_weights()
