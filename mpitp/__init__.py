@@ -34,7 +34,7 @@ _HOMES = {
 }
 __all__ = sorted(_HOMES)
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     # Late, because `python -m mpitp` must set the number of BLAS threads before NumPy is imported. Type checkers read
     # __init__.pyi instead: with this function they would take any misspelt name for good.
     if name not in _HOMES:
@@ -43,5 +43,5 @@ def __getattr__(name):
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))

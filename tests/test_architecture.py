@@ -43,9 +43,8 @@ MANY_PARAMETERS = {
     "ops.adamw:adamw_step", "ops.attention:attention_backward", "ops.attention:attention_forward",
     "ops.cuda.adamw:adamw_step", "ops.cuda.attention:attention_backward", "ops.cuda.attention:attention_forward",
 }
-# A decorator, and the hook that replaces another one.
-NESTED_FUNCTIONS = {"ops.twin:cuda_twin.decorate", "ops.twin:cuda_twin.decorate.dispatch",
-                    "comm.guard:watch_threads.hook"}
+# A decorator.
+NESTED_FUNCTIONS = {"ops.twin:cuda_twin.decorate", "ops.twin:cuda_twin.decorate.dispatch"}
 
 
 def sources():

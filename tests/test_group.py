@@ -239,9 +239,10 @@ def test_bad_input_of_every_rank_leaves_the_body_as_it_is(world):
     assert group.comm == MPI.COMM_NULL
 
 
-def test_the_context_manager_watches_threads_while_it_lasts(world):
+def test_the_context_manager_watches_threads_while_it_lasts(world, monkeypatch):
     import threading
-    before = threading.excepthook
+    before = threading.__excepthook__
+    monkeypatch.setattr(threading, "excepthook", before)        # an earlier test may have left guard's
     with mpitp.TensorParallelGroup() as group:
         assert (threading.excepthook is before) == (world.size == 1)
         with group.subgroup(0):

@@ -154,6 +154,15 @@ def test_refusals(group, world, shared):
             mpitp.save_model(fresh, shared / "b", family=family)
 
 
+@pytest.mark.parametrize("positions", ["learned", "alibi", "none"])
+def test_a_family_with_rotary_positions_refuses_others(group, shared, positions):
+    config = mpitp.DecoderConfig(11, 8, 1, 2, position_embedding=positions, max_position_embeddings=16,
+                                 sliding_window=4)
+    for family in ("gemma3_text", "llama"):
+        with pytest.raises(InputError, match=f"as model_type {family} has it"):
+            mpitp.save_model(mpitp.Decoder(group, config), shared / "b", family=family)
+
+
 def test_a_rank_that_cannot_write(group, world, shared, monkeypatch):
     """Every rank raises, and nothing is left."""
     written(world, shared / "a", tiny.load("llama"))

@@ -315,3 +315,9 @@ def zipf(count):
 ])
 def test_what_looks_like_words(content, expected):
     assert look_like_words(content()) == expected
+
+
+def test_resuming_needs_a_folder(group, text):
+    made, _ = trainer(group, text)
+    with pytest.raises(mpitp.InputError, match="found no folder, expected the one to resume from"):
+        made.resume()

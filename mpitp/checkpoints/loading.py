@@ -56,6 +56,7 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
     path : str or path
         A folder with config.json and model.safetensors, or shards and their index; F32, F16, BF16 or F64.
     group : TensorParallelGroup
+        The ranks.
     dtype : str, optional
         To compute in, "float32" (None) or "float64"; on a GPU "float16" and "bfloat16" too.
     strict : bool, optional

@@ -173,7 +173,7 @@ class SafetensorsFile:
 
     def read_into(self, array: Array, offset: int) -> None:
         """Fill a C-contiguous array with the bytes from there."""
-        left = memoryview(array.reshape(-1).view(np.uint8))
+        left = array.reshape(-1).view(np.uint8).data
         self.bytes_read += len(left)
         while left:
             count = os.preadv(self.file.descriptor(), [left], offset)

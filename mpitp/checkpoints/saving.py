@@ -23,6 +23,7 @@ def save_model(model: Decoder, path: str | os.PathLike, dtype: str | None = None
     Parameters
     ----------
     model : Decoder
+        What to write, with this rank's slices of its weights.
     path : str or path
         The folder to make. Its parent exists, it does not.
     dtype : str, optional

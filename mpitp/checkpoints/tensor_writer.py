@@ -76,7 +76,7 @@ class TensorWriter:
 
     def write_all(self, array: Array, offset: int) -> None:
         """Write all bytes of a C-contiguous array there."""
-        left = memoryview(array.reshape(-1).view(np.uint8))
+        left = array.reshape(-1).view(np.uint8).data
         while left:
             count = os.pwrite(self.descriptor, left, offset)
             left, offset = left[count:], offset + count

@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any, NoReturn
 
 from mpi4py import MPI
 
@@ -23,7 +25,7 @@ LEAVING = 7         # tag of the messages of all_leave()
 active = False      # whether guarded() runs: it ends the job then, not the group's context manager
 
 
-def say(text):
+def say(text: str) -> None:
     """Write to standard error, after what was printed. A stream that is closed is no reason to stay."""
     with suppress(Exception):
         sys.stdout.flush()
@@ -32,7 +34,7 @@ def say(text):
         sys.stderr.flush()
 
 
-def end_job(text, status):
+def end_job(text: str, status: int) -> NoReturn:
     """Say why, and end every rank."""
     say(text)
     if MPI.COMM_WORLD.size > 1:
@@ -41,7 +43,7 @@ def end_job(text, status):
     os._exit(status)                            # MPI_Abort may return
 
 
-def out_of_memory(error):
+def out_of_memory(error: Any) -> str | None:
     """A line about a GPU's memory where that is what did not suffice, else None. CuPy need not be here to be asked."""
     if type(error).__name__ != "OutOfMemoryError" or not hasattr(error, "_size"):
         return None
@@ -51,7 +53,7 @@ def out_of_memory(error):
            f"array beside the {held:.1f} GiB of this rank\n"
 
 
-def abort(error):
+def abort(error: BaseException) -> NoReturn:
     """Print why this rank failed, its traceback, and end the job with a non-zero status."""
     why = "interrupted\n" if isinstance(error, KeyboardInterrupt) else out_of_memory(error) or \
         "".join(traceback.format_exception(type(error), error, error.__traceback__))
@@ -59,21 +61,25 @@ def abort(error):
     end_job(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job: {why}", code or 1)
 
 
-def succeeds(error):
+def succeeds(error: BaseException) -> bool:
     """Whether an exception is sys.exit() or sys.exit(0)."""
     return isinstance(error, SystemExit) and error.code in (0, None)
 
 
-def watch_threads():
+def thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """End the job for an exception that ends a thread, unless it is sys.exit()."""
+    error = failed.exc_value or RuntimeError(failed.exc_type.__name__)      # Python may leave the value out
+    if not succeeds(error):
+        abort(error)
+
+
+def watch_threads() -> Callable[[threading.ExceptHookArgs], object]:
     """From now on an exception that ends any thread ends the job. Returns the hook that was there before."""
-    def hook(failed):
-        if not succeeds(failed.exc_value):
-            abort(failed.exc_value)
-    before, threading.excepthook = threading.excepthook, hook
+    before, threading.excepthook = threading.excepthook, thread_failed
     return before
 
 
-def guarded(main):
+def guarded(main: Callable[[], int | None]) -> int:
     """Run main() and return this rank's exit status: 0 good, 1 failed, 2 bad input.
 
     Collective at the end: the ranks tell each other how they leave (4 bytes each).
@@ -111,7 +117,7 @@ def guarded(main):
         raise
 
 
-def farewell(comm, status, message=None):
+def farewell(comm: MPI.Intracomm, status: int, message: str | None = None) -> int:
     """Leave together: the lowest rank that has a message prints it. Aborts where the others do not follow."""
     statuses = memoryview(bytearray(4 * comm.size)).cast("i")
     request = comm.Iallgather(memoryview(bytearray(status.to_bytes(4, sys.byteorder))).cast("i"), statuses)
@@ -125,7 +131,7 @@ def farewell(comm, status, message=None):
     return status
 
 
-def all_leave(comm):
+def all_leave(comm: MPI.Comm) -> bool:
     """Whether every rank of comm calls this within PATIENCE seconds of each other.
 
     By messages from each to each, which the collectives that other ranks may still wait in do not meet.

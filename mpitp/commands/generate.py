@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -60,7 +61,7 @@ class GenerateReport(report.Report):
     prefill_seconds: float
     decode_tokens: int
     decode_seconds: float
-    communication_share_of_prefill: float
+    communication_share_of_prefill: float | None
     communication_share_of_decode: float | None
 
 
@@ -69,28 +70,27 @@ def run(arguments: argparse.Namespace) -> int:
     check_arguments(arguments)
     text.print_any_character()
     with device.group_of(arguments) as group:
-        first = group.rank == 0
-        given = group.root_first(lambda: look_first(arguments) if first else None)
+        given = group.root_first(lambda: look_first(arguments) if group.rank == 0 else None)
         stop = group.root_first(lambda: text.end_tokens(arguments.model))
         started = time.perf_counter()
         with Progress(f"loading {arguments.model}"):
             decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
         load_seconds = time.perf_counter() - started
-        continued = group.root_first(lambda: Continuations(arguments, *given) if first else None)
-        ids, lengths = text.give_to_all(group, continued.prompts if first else None)
+        continued = group.root_first(lambda: None if given is None else Continuations(arguments, *given))
+        ids, lengths = text.give_to_all(group, None if continued is None else continued.prompts)
         steps = generate(decoder, ids, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
                          top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
                          stop=() if arguments.ignore_eos else stop, lengths=lengths)
-        if first and not continued.alone:           # one prompt shows its tokens itself
+        if continued is not None and not continued.alone:       # one prompt shows its tokens itself
             steps = progress(steps, arguments.max_new_tokens, "tokens")
         run = Run(group)
         for tokens in steps:
             run.add(tokens)
-            if first:
+            if continued is not None:               # on rank 0
                 continued.push(tokens)
         run.end()
         opening, of_ranks = report.opening(group), group.report((decoder.bytes_read, run.shares))
-        if first:
+        if continued is not None and of_ranks is not None:      # on rank 0
             continued.finish()
             result = summary(arguments, group, opening, continued, run, load_seconds, of_ranks)
             report.publish(["", *lines(result)], result, "mpitp.generate/1", arguments.json)
@@ -126,15 +126,17 @@ class Continuations:
     """The prompts and their continuations, on rank 0: one is printed as it comes, several at the end."""
 
     def __init__(self, arguments: argparse.Namespace, texts: list[str] | None, ids: list[list[int]] | None):
-        self.texts, self.prompts, self.decode = texts, ids, None
+        self.texts, self.prompts = texts, ids or []
+        self.streams: list[text.TextStream] = []
         if texts is not None:
             tokenizer = text.load_tokenizer(arguments.model)
             self.prompts = [tokenizer.encode(prompt).ids for prompt in texts]
             empty = [prompt for prompt, ids in zip(texts, self.prompts) if not ids]
             require(not empty, f"prompt {empty[:1]}, which is no token", "text")
-            self.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-            self.streams = [text.TextStream(self.decode, prompt) for prompt in self.prompts]
-        self.new_ids, self.pieces = [[] for _ in self.prompts], [[] for _ in self.prompts]
+            decode = partial(tokenizer.decode, skip_special_tokens=True)
+            self.streams = [text.TextStream(decode, prompt) for prompt in self.prompts]
+        self.new_ids: list[list[int]] = [[] for _ in self.prompts]
+        self.pieces: list[list[str]] = [[] for _ in self.prompts]
         self.alone, self.begun = len(self.prompts) == 1, False
 
     def push(self, tokens: np.ndarray) -> None:
@@ -173,7 +175,9 @@ class Run:
     """The times of the steps on this rank, and the share of them that was communication: [prefill, decode]."""
 
     def __init__(self, group: TensorParallelGroup):
-        self.group, self.times, self.tokens, self.shares = group, [time.perf_counter()], 0, []
+        self.group, self.times, self.tokens = group, [time.perf_counter()], 0
+        self.shares: list[float | None] = []
+        self.first_token_seconds: float | None = None
         group.ledger.clear()
 
     def add(self, tokens: np.ndarray) -> None:
@@ -218,7 +222,7 @@ def age_of_process() -> float | None:
 def summary(arguments: argparse.Namespace, group: TensorParallelGroup, opening: report.Opening,
             continued: Continuations, run: Run, load_seconds: float, of_ranks: list) -> GenerateReport:
     """The Report, from each rank's (bytes read, shares of communication)."""
-    sequences = [Sequence(prompt, new, continued.texts and continued.texts[b], continued.text(b))
+    sequences = [Sequence(prompt, new, continued.texts[b] if continued.texts else None, continued.text(b))
                  for b, (prompt, new) in enumerate(zip(continued.prompts, continued.new_ids))]
     return GenerateReport(
         *opening, arguments.model, arguments.dtype, group.reproducible, sequences, run.first_token_seconds,
@@ -229,7 +233,8 @@ def summary(arguments: argparse.Namespace, group: TensorParallelGroup, opening: 
 
 def mean(shares: list[float | None]) -> float | None:
     """The mean of the ranks' shares, None where one has none."""
-    return None if None in shares else sum(shares) / len(shares)
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if len(known) == len(shares) else None
 
 
 def lines(result: GenerateReport) -> Iterator[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from ..checkpoints.model_folder import open_folder
 from ..checkpoints.safetensors import STORED
 from ..comm.launch import is_first_rank
+from ..config import DecoderConfig
 from ..errors import require, require_positive
 from ..sharding.parameters import Place
 from . import model, report, text
@@ -61,7 +62,7 @@ class Parameter:
 class Report:
     model: str
     family: str
-    config: object
+    config: DecoderConfig
     dtype: str
     reproducible: bool
     files: int
@@ -95,7 +96,8 @@ def inspect(arguments: argparse.Namespace) -> Report:
     blocks = arguments.blocks if arguments.reproducible else ranks
     places = [Place(rank, ranks, blocks) for rank in range(ranks)]
     size = np.dtype(arguments.dtype).itemsize
-    kinds, held, read = {}, [0] * ranks, [0] * ranks
+    kinds: dict[str, Parameter] = {}
+    held, read = [0] * ranks, [0] * ranks
     for name, spec in folder.specs.items():
         stored = folder.views[name].dtype
         elements = [prod(spec.local_shape(place)) for place in places]

@@ -1,13 +1,18 @@
 """Figures of bench reports (dicts as --json wrote them). matplotlib is needed here alone."""
+from collections.abc import Sequence
+from typing import Any
+
 import matplotlib
+from matplotlib.axes import Axes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt     # after the backend is chosen
 
 MARKERS = "os^Dv"
+Report = dict[str, Any]
 
 
-def draw_bench(path, reports):
+def draw_bench(path: str, reports: Sequence[Report]) -> None:
     """Time against size, strong scaling over the reports' rank counts, and a roofline: what the reports have of it."""
     panels = [panel for panel, bench in ((time_against_size, "allreduce"), (strong_scaling, "ffn"), (roofline, "ffn"),
                                               (block_scaling, "block"))
@@ -22,11 +27,13 @@ def draw_bench(path, reports):
     plt.close(figure)
 
 
-def rows_of(report, bench):
+def rows_of(report: Report, bench: str) -> list[dict[str, Any]]:
+    """Find the rows of one bench in a report."""
     return [row for row in report["rows"] if row["bench"] == bench]
 
 
-def time_against_size(axis, reports):
+def time_against_size(axis: Axes, reports: Sequence[Report]) -> None:
+    """Draw the time of each collective against the size of its array, of the last report."""
     report = reports[-1]
     cases = list(dict.fromkeys(row["case"] for row in rows_of(report, "allreduce")))
     for marker, case in zip(MARKERS, cases):
@@ -38,11 +45,13 @@ def time_against_size(axis, reports):
     axis.legend()
 
 
-def block_scaling(axis, reports):
+def block_scaling(axis: Axes, reports: Sequence[Report]) -> None:
+    """Draw the strong scaling of a decoder block."""
     strong_scaling(axis, reports, "block", "Decoder block")
 
 
-def strong_scaling(axis, reports, bench="ffn", title="Feed-forward"):
+def strong_scaling(axis: Axes, reports: Sequence[Report], bench: str = "ffn", title: str = "Feed-forward") -> None:
+    """Draw the time of one bench against the number of ranks, a report each."""
     reports = sorted(reports, key=lambda report: report["ranks"])
     cases = [row["case"] for row in rows_of(reports[-1], bench)]
     for marker, case in zip(MARKERS, cases):
@@ -60,7 +69,7 @@ def strong_scaling(axis, reports, bench="ffn", title="Feed-forward"):
     axis.legend()
 
 
-def roofline(axis, reports):
+def roofline(axis: Axes, reports: Sequence[Report]) -> None:
     """Rate against arithmetic intensity, under the measured rate of bare products and the measured read bandwidth."""
     report = reports[-1]
     by_case = {row["case"]: row for row in report["rows"] if row["bench"] in ("matmul", "ffn")}
@@ -85,7 +94,8 @@ def roofline(axis, reports):
     axis.legend(loc="lower right")
 
 
-def draw_training(path, curve, validation, baseline, title):
+def draw_training(path: str, curve: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]],
+                  baseline: float | None, title: str) -> None:
     """Bits a token against steps: training, validation, and the baseline as a line."""
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     axis.plot(*zip(*curve), linewidth=0.8, color="0.6", label="training, each step")

@@ -59,20 +59,19 @@ def run(arguments: argparse.Namespace) -> int:
     check_arguments(arguments)
     text.print_any_character()
     with device.group_of(arguments) as group:
-        first = group.rank == 0
-        given = group.root_first(lambda: look_first(arguments) if first else None)
+        given = group.root_first(lambda: look_first(arguments) if group.rank == 0 else None)
         with Progress(f"loading {arguments.model}"):
             decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
-        ids = group.root_first(lambda: tokens_of(arguments, given) if first else None)
-        ids = text.give_to_all(group, [ids] if first else None)[0][0]
+        given_ids = group.root_first(lambda: None if given is None else tokens_of(arguments, given))
+        ids = text.give_to_all(group, None if given_ids is None else [given_ids])[0][0]
         window, stride = sizes(arguments, decoder)
         started = time.perf_counter()
         with Progress("windows", 1 + max(0, -(-(len(ids) - 1 - window) // stride))) as bar:
             loss, counted, windows = score(decoder, ids, window, stride, bar)
         seconds = time.perf_counter() - started
         opening, bytes_read = report.opening(group), group.report(decoder.bytes_read)
-        if first:
-            utf8 = len(given.encode()) if arguments.text else None
+        if bytes_read is not None:                  # on rank 0
+            utf8 = len(given.encode()) if isinstance(given, str) else None
             result = ScoreReport(*opening, arguments.model, arguments.dtype, group.reproducible, len(ids), counted,
                                  utf8, window, stride, windows, loss, math.exp(loss) if loss < 700 else None,
                                  loss * counted / math.log(2) / utf8 if utf8 else None, seconds, bytes_read)
@@ -101,7 +100,7 @@ def look_first(arguments: argparse.Namespace) -> str | list[int]:
 
 def tokens_of(arguments: argparse.Namespace, given: str | list[int]) -> list[int]:
     """The ids of the text. Raises InputError for fewer than two."""
-    ids = given if arguments.text is None else text.load_tokenizer(arguments.model).encode(given).ids
+    ids = given if isinstance(given, list) else text.load_tokenizer(arguments.model).encode(given).ids
     require(len(ids) > 1, f"{len(ids)} tokens in {arguments.text or arguments.ids_file}", "at least 2: the first has "
             "nothing before it")
     return ids

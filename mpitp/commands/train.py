@@ -3,6 +3,7 @@
 Checkpoints are step folders of safetensors in --out, which any number of ranks resumes from. With --reproducible they
 are the same files, byte for byte, for every number of ranks.
 """
+import argparse
 import math
 import os
 import sys
@@ -22,7 +23,7 @@ SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "m
             "save_interval", "keep")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Settings()
     parser.add_argument("--data", metavar="FILE", help="bytes, or token ids in .npy or a file of llm.c (the standard "
                         "library's sources)")
@@ -43,19 +44,19 @@ def add_arguments(parser):
             ("keep", defaults.keep, "step folders that stay, 0 for all")):
         shown = f" ({default})" if default is not None else ""
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=text + shown)
-    for flag, default, text in (
+    for flag, number, text in (
             ("lr", defaults.lr, "learning rate"), ("min-lr", None, "at the last step (a tenth)"),
             ("weight-decay", 0.1, "decoupled"), ("clip-grad", 1.0, "largest norm of all gradients, 0 for any"),
             ("adam-beta1", 0.9, ""), ("adam-beta2", 0.95, ""), ("adam-eps", 1e-8, ""), ("label-smoothing", 0.0, ""),
             ("hidden-dropout", 0.0, "probability"), ("attention-dropout", 0.0, "probability")):
-        shown = f" ({default})" if default is not None else ""
-        parser.add_argument(f"--{flag}", type=float, default=default, metavar="X", help=(text + shown).strip())
+        shown = f" ({number})" if number is not None else ""
+        parser.add_argument(f"--{flag}", type=float, default=number, metavar="X", help=(text + shown).strip())
     device.add_group_arguments(parser, blocks=True, reproducible="the same bytes for any number of ranks")
     parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
     parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     """The command on this rank: 0, or 1 when the run had to stop."""
     settings, config = settings_of(arguments), config_of(arguments)
     with device.group_of(arguments) as group:
@@ -82,14 +83,15 @@ def run(arguments):
     return 0
 
 
-def settings_of(arguments):
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Make the settings; a tenth of lr and of the steps where min_lr and the warmup are not given."""
     if arguments.min_lr is None:
         arguments.min_lr = arguments.lr / 10
     warmup = arguments.train_iters // 10 if arguments.lr_warmup_iters is None else arguments.lr_warmup_iters
     return Settings(warmup=warmup, **{name: getattr(arguments, name) for name in SETTINGS})
 
 
-def config_of(arguments):
+def config_of(arguments: argparse.Namespace) -> DecoderConfig:
     """Llama's kind: rotary positions, RMS norms, gated SiLU, no biases."""
     require_positive(hidden_size=arguments.hidden_size)
     ffn = arguments.ffn_hidden_size or -(-arguments.hidden_size * 8 // 3)
@@ -100,7 +102,7 @@ def config_of(arguments):
         attention_dropout=arguments.attention_dropout)
 
 
-def prepare(arguments):
+def prepare(arguments: argparse.Namespace) -> None:
     """Rank 0, before anything else: can the results be written, and is nothing in their way?"""
     if arguments.baseline and arguments.vocab_size > 256:
         raise InputError(f"found --baseline with --vocab-size {arguments.vocab_size}, expected at most 256: it counts "
@@ -126,11 +128,13 @@ def prepare(arguments):
         raise InputError(f"{arguments.out}: found step folders up to {steps[-1]}, expected --resume or another folder")
 
 
-def print_line(text):
+def print_line(text: str) -> None:
+    """Print a line at once, whoever reads it."""
     print(text, flush=True)
 
 
-def opening(trainer, arguments):
+def opening(trainer: Trainer, arguments: argparse.Namespace) -> str:
+    """Describe the model, the ranks and the data, in two parts with a semicolon between."""
     count = sum(math.prod(spec.shape) for spec in trainer.model.specs.values())
     tokens, group = trainer.tokens, trainer.group
     return f"{count:,} parameters on {group.size} rank{'s' if group.size > 1 else ''}, {trainer.model.dtype}" \
@@ -141,15 +145,17 @@ def opening(trainer, arguments):
 class Progress:
     """What people see: a line that moves in a terminal, some plain lines elsewhere; and the curve."""
 
-    def __init__(self, trainer):
-        self.trainer, self.curve, self.validation = trainer, [], []
-        if trainer.step and trainer.group.rank == 0:            # resumed: the curve begins where the run did
-            for line in read_log(trainer.folder):
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.curve: list[tuple[int, float]] = []
+        self.validation: list[tuple[int, float]] = []
+        if trainer.step and trainer.folder and trainer.group.rank == 0:
+            for line in read_log(trainer.folder):               # resumed: the curve begins where the run did
                 self.note(line["step"], line)
         self.is_terminal = trainer.group.rank == 0 and progress.is_watched()
         self.every = max(1, trainer.settings.train_iters // 20)
 
-    def __call__(self, step, figures):
+    def __call__(self, step: int, figures: dict) -> None:
         if self.trainer.group.rank != 0:
             return
         self.note(step, figures)
@@ -165,13 +171,14 @@ class Progress:
         elif step % self.every == 0 or "validation" in text:
             print_line(text)
 
-    def note(self, step, figures):
+    def note(self, step: int, figures: dict) -> None:
         """For the curve, in bits."""
         self.curve.append((step, figures["loss"] / math.log(2)))
         if "validation_loss" in figures:
             self.validation.append((step, figures["validation_loss"] / math.log(2)))
 
-    def finish(self, arguments):
+    def finish(self, arguments: argparse.Namespace) -> None:
+        """Print the last figures, the baseline's beside them, and draw the curve."""
         if self.is_terminal:
             print()
         if self.validation:

@@ -23,12 +23,13 @@ ENDED = -1      # generate yields it for a sequence that has come to its end; no
 
 def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temperature: float = 0.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: int | Sequence[int] = (),
-             lengths: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+             lengths: Array | Sequence[int] | None = None) -> Iterator[np.ndarray]:
     """Continue the prompts: iterate over the new tokens, one of every sequence a step.
 
     Parameters
     ----------
     model : Decoder
+        What gives the logits of the next token.
     ids : (B, S) integers
         The prompts, the same on every rank.
     max_new_tokens : int
@@ -49,11 +50,11 @@ def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temp
     lengths : (B,) integers, optional
         How many tokens of each row are the prompt. None: all.
 
-    Yields
-    ------
-    (B,) int64 array
-        The new tokens, the same on every rank. A sequence yields its end token too, and then ENDED (-1). The iteration
-        ends when every sequence has ended.
+    Returns
+    -------
+    iterator of (B,) int64 arrays
+        The new tokens of a step, the same on every rank. A sequence yields its end token too, and then ENDED (-1). The
+        iteration ends when every sequence has ended.
 
     Raises
     ------
@@ -104,7 +105,7 @@ def one_token(model: Decoder, kv: KeyValues, tokens: int) -> Callable[[Array], A
 
 
 def as_prompts(model: Decoder, prompts: Array | Sequence,
-               counts: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+               counts: Array | Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
     """Return ids (B, S) and lengths (B,), int64, 0 behind the end of a prompt; S is the longest. Raises InputError."""
     try:
         ids = np.asarray(prompts)
@@ -171,6 +172,7 @@ class Choice:
                 found = found.transpose(3, 1, 0, 2).reshape(2, len(logits_BVp), -1)
                 values_BC, ids_BC = found[0], on_host(found[1]).astype(np.int64)
         if group.rank == 0:
+            assert values_BC is not None                    # rank 0 is the root of both gathers
             for b, values_C in enumerate(on_host(values_BC)):
                 number = (int(rng.words(self.keys[b], step, step + 1)[0]) >> 11) * 2.0 ** -53
                 tokens_B[b] = draw(values_C, ids_BC[b], number, self.temperature, self.top_k, self.top_p)
@@ -183,7 +185,7 @@ class Choice:
         best_BC2[..., 0] = -np.inf
         first, k = self.partition.bounds[self.group.rank], min(k, Vp)
         for b, logits_V in enumerate(logits_BVp if Vp else ()):
-            local_C = logits_V.argmax()[None] if k == 1 else largest(xp, logits_V, k)
+            local_C = logits_V.argmax().reshape(1) if k == 1 else largest(xp, logits_V, k)
             best_BC2[0, b, :k, 0], best_BC2[0, b, :k, 1] = logits_V[local_C], local_C + first
         return best_BC2
 
@@ -194,7 +196,7 @@ def largest(xp: ModuleType, x: Array, k: int) -> Array:
     Where x holds a NaN, that one position alone.
     """
     if xp.isnan(x.max()):
-        return x.argmax()[None]
+        return x.argmax().reshape(1)
     least = xp.partition(x, len(x) - k)[len(x) - k]
     found = xp.flatnonzero(x >= least)                      # more than k where several are equal to it
     return found[xp.argsort(-x[found], kind="stable")][:k]

@@ -37,8 +37,12 @@ class ParallelBlock(Composite):
         Sizes and choices.
     layer : int
         Which of its layers, for what differs from layer to layer.
-    dtype, seed, name
-        As ParallelMLP's.
+    dtype : str
+        "float32" or "float64"; on a GPU "float16" and "bfloat16" too.
+    seed : int or None
+        Of the initial weights, the same for any number of ranks, and of dropout; None for zeros.
+    name : str
+        Prefix of the parameters' names.
 
     Raises
     ------

@@ -106,10 +106,18 @@ class PositionEmbedding(ParallelLayer):
 
     Parameters
     ----------
+    group : TensorParallelGroup
+        The ranks.
     max_positions, hidden_size : int
         M, D.
-    group, dtype, seed, init_std, name
-        As VocabParallelEmbedding's.
+    dtype : str
+        "float32" or "float64"; on a GPU "float16" and "bfloat16" too.
+    seed : int or None
+        Of the initial weights N(0, init_std^2); None for zeros.
+    init_std : float
+        Of the initial weights.
+    name : str
+        Prefix of the parameter's name, "weight".
 
     Raises
     ------

@@ -128,13 +128,21 @@ class RowParallelLinear(ParallelLayer):
 
     Parameters
     ----------
-    group, in_features, out_features, dtype, seed, name
-        As ColumnParallelLinear's.
+    group : TensorParallelGroup
+        The ranks.
+    in_features, out_features : int
+        Sizes of the whole layer; any, on any number of ranks.
     bias : bool
         Whether there is a b; replicated, and added once, after the sum.
     input_is_parallel : bool
         x is this rank's columns already, (..., in p), as a ColumnParallelLinear leaves them; False: x is whole on every
         rank, and each takes its columns.
+    dtype : str
+        "float32" or "float64"; on a GPU "float16" and "bfloat16" too.
+    seed : int or None
+        Of the initial weights N(0, 1/in), the same for any number of ranks; None for zeros.
+    name : str
+        Prefix of the parameters' names, "weight" and "bias".
 
     Raises
     ------

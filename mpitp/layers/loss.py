@@ -86,7 +86,21 @@ def block_forward(block: Block, z_NVp: Array, max_N: Array, targets_N: Array, sm
 def vocab_parallel_cross_entropy_backward(saved: Any, d_loss: float = 1.0) -> Array:
     """Return d_logits = d_loss / count (softmax(z) - (1 - s) [target] - s / V) for tokens that count, 0 for the others.
 
-    Shaped as logits, this rank's columns. No collectives.
+    Parameters
+    ----------
+    saved : tuple
+        What forward returned beside the loss.
+    d_loss : float
+        The derivative with respect to the loss.
+
+    Returns
+    -------
+    (..., V p) array
+        d_logits, shaped as logits: this rank's columns, a new array.
+
+    Notes
+    -----
+    No collectives.
     """
     shape, z_NVp, max_N, targets_N, total_N, counted_N, count, group, partition, label_smoothing = saved
     xp, dtype = group.xp, sum_dtype(z_NVp.dtype)

@@ -18,7 +18,7 @@ from .partition import Partition
 class Place(NamedTuple):
     """A rank's place in its group: everything that decides which part of a parameter it holds.
 
-    Attributes
+    Parameters
     ----------
     rank : int
         Number of the rank.

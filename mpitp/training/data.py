@@ -88,7 +88,7 @@ class Tokens:
 
     def fingerprint(self) -> str:
         """What tells these tokens from others."""
-        return f"{len(self.tokens)} tokens, CRC-32 {zlib.crc32(np.ascontiguousarray(self.tokens)):08x}"
+        return f"{len(self.tokens)} tokens, CRC-32 {zlib.crc32(np.ascontiguousarray(self.tokens).data):08x}"
 
 
 def read(path: str, dtype: str | None = None) -> np.ndarray:

@@ -54,8 +54,8 @@ class Trainer:
         self.optimizer = AdamW(self.model, settings.adam_beta1, settings.adam_beta2, settings.adam_eps,
                                settings.weight_decay)
         self.step = 0                           # steps done
-        self.gradients: dict[str, Array] | None = None
-        self.more: dict[str, Array] | None = None
+        self.gradients: dict[str, Array] = {}   # of the last step, whose arrays the next one uses again
+        self.more: dict[str, Array] = {}        # of its last micro-batch
         self.asked_to_save = False
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -81,9 +81,9 @@ class Trainer:
         loss, saved_loss = self.model.loss(logits, targets, label_smoothing=self.settings.label_smoothing)
         d_logits = self.model.loss_backward(saved_loss, 1 / self.settings.gradient_accumulation)
         if micro == 0:
-            self.gradients = self.model.backward(d_logits, saved, out=self.gradients)
+            self.gradients = self.model.backward(d_logits, saved, out=self.gradients or None)
         else:
-            self.more = self.model.backward(d_logits, saved, out=self.more)
+            self.more = self.model.backward(d_logits, saved, out=self.more or None)
             for name, g in self.gradients.items():
                 g += self.more[name]
         return loss
@@ -112,7 +112,7 @@ class Trainer:
 
     def validate(self) -> float:
         """The mean loss over the validation windows, without dropout."""
-        total = count = 0
+        total, count = 0.0, 0
         for ids, targets in self.tokens.validation_batches(self.settings.micro_batch_size, self.settings.eval_batches):
             logits, _ = self.model.forward(ids, save=False)
             total += self.model.loss(logits, targets)[0] * ids.size
@@ -214,36 +214,40 @@ class Trainer:
 
     def save(self) -> None:
         """Write a step folder. Collective."""
+        assert self.folder, "is_time_to_save is true with a folder alone"
         path = step_folders.save(self.group, self.folder, self.step, self.files(), self.state(), self.settings.keep)
         if self.group.rank == 0:
             self.say(f"saved {path}")
 
     def resume(self) -> None:
         """Continue from the newest complete step folder, whatever number of ranks wrote it. Collective."""
-        found = self.group.root_first(lambda: self.find() if self.group.rank == 0 else None)
+        folder = self.folder
+        if not folder:
+            raise InputError("found no folder, expected the one to resume from")
+        found = self.group.root_first(lambda: self.find(folder) if self.group.rank == 0 else None)
         step, left = self.group.comm.bcast(found)
-        step_folders.load(self.group, self.folder, step, self.files())
+        step_folders.load(self.group, folder, step, self.files())
         self.optimizer.round_weights()
         self.step = step
         if self.group.rank == 0:
-            self.say(f"resumed from {self.folder}, step {step}" + (f"; removed {', '.join(left)}" if left else ""))
+            self.say(f"resumed from {folder}, step {step}" + (f"; removed {', '.join(left)}" if left else ""))
 
-    def find(self) -> tuple[int, list[str]]:
+    def find(self, folder: str) -> tuple[int, list[str]]:
         """The newest step folder and the unfinished ones that were removed; rank 0 alone.
 
         Raises InputError unless that folder belongs to the same run.
         """
-        left, steps = step_folders.clean(self.folder), step_folders.steps(self.folder)
+        left, steps = step_folders.clean(folder), step_folders.steps(folder)
         removed = f" (removed the unfinished {', '.join(left)})" if left else ""
-        require(steps, f"no step folder in {self.folder}{removed}", "one to resume from")
-        state, mine = step_folders.read_state(self.folder, steps[-1]), self.state()
+        require(steps, f"no step folder in {folder}{removed}", "one to resume from")
+        state, mine = step_folders.read_state(folder, steps[-1]), self.state()
         for key in ("config", "settings", "data", "seq_length", "dtype", "blocks"):
             if state.get(key) != mine[key]:
-                raise InputError(f"{self.folder}: found {difference(key, state.get(key), mine[key])}: a run is resumed "
+                raise InputError(f"{folder}: found {difference(key, state.get(key), mine[key])}: a run is resumed "
                                  f"with what it began with")
-        require(steps[-1] < self.settings.train_iters, f"step {steps[-1]} in {self.folder}",
+        require(steps[-1] < self.settings.train_iters, f"step {steps[-1]} in {folder}",
                 f"a run that is not at its end, --train-iters {self.settings.train_iters}")
-        cut_log(self.folder, steps[-1])
+        cut_log(folder, steps[-1])
         return steps[-1], left
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class AdamW:
         require(weight_decay >= 0, f"weight_decay = {weight_decay!r}", "a number from 0")
         self.layer, self.beta1, self.beta2, self.eps, self.weight_decay = layer, beta1, beta2, eps, weight_decay
         self.master = {name: w.astype(sum_dtype(w.dtype), copy=False) for name, w in layer.weights.items()}
-        self.exp_avg, self.exp_avg_sq = ({name: module_of(w).zeros_like(w) for name, w in self.master.items()}
+        self.exp_avg, self.exp_avg_sq = ({name: (module_of(w) or np).zeros_like(w) for name, w in self.master.items()}
                                          for _ in range(2))
 
     def step(self, gradients: dict[str, Array], lr: float, t: int, scale: float = 1.0) -> None:
@@ -92,11 +93,11 @@ def gradient_norm(layer: ParallelLayer, gradients: dict[str, Array]) -> float:
     """
     group = layer.group
     every_block = group.partition(group.blocks)
-    total = group.sum(every_block, (1,), np.float64)
+    total = group.sum(every_block, (1,), "float64")
     for block in every_block.blocks_of(group.rank):
         total.add(block, block_square_sum(layer, gradients, block.index))
-    total = float(total.all_reduce()[0])
-    return math.sqrt(total) if total >= 0 else math.nan
+    squares = float(total.all_reduce()[0])
+    return math.sqrt(squares) if squares >= 0 else math.nan
 
 
 def block_square_sum(layer: ParallelLayer, gradients: dict[str, Array], number: int) -> Array:
@@ -110,20 +111,20 @@ def block_square_sum(layer: ParallelLayer, gradients: dict[str, Array], number: 
             if block.index == number:
                 window = [slice(None)] * owned.ndim
                 window[spec.axis] = block.local
-                total += square_sum(owned[tuple(window)])
+                total += square_sum(group.xp, owned[tuple(window)])
     if number == 0:
         for name, spec in layer.specs.items():
             if spec.axis is None:
-                total += square_sum(gradients[name])
+                total += square_sum(group.xp, gradients[name])
     return total
 
 
-def square_sum(x: Array) -> Array:
+def square_sum(xp: ModuleType, x: Array) -> Array:
     """The sum of squares of an array, a number of its module: nothing is copied to the host.
 
     The array is made contiguous first, so that the order in which BLAS adds does not depend on its strides.
     """
-    flat = module_of(x).ascontiguousarray(x).reshape(-1)
+    flat = xp.ascontiguousarray(x).reshape(-1)
     return (flat @ flat).astype(np.float64)
 
 
@@ -132,7 +133,7 @@ def non_finite(layer: ParallelLayer, arrays: dict[str, Array]) -> dict[str, list
 
     arrays : {name: array}, gradients or weights
     """
-    mine = [name for name, g in arrays.items() if not bool(module_of(g).isfinite(g).all())]
+    mine = [name for name, g in arrays.items() if not bool(layer.group.xp.isfinite(g).all())]
     of_ranks = layer.group.report(mine)
     if of_ranks is None:
         return None

@@ -48,7 +48,7 @@ class Settings:
     keep: int = 3
     check_interval: int = 50
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_positive(micro_batch_size=self.micro_batch_size, gradient_accumulation=self.gradient_accumulation,
                          train_iters=self.train_iters, eval_batches=self.eval_batches,
                          check_interval=self.check_interval)

@@ -35,7 +35,7 @@ def read(keys: Keys) -> DecoderConfig:
 def write(config: DecoderConfig) -> dict:
     windows = [config.window(i) for i in range(config.num_layers)]
     turns = {type_of(window): config.rotary_of(i) for i, window in enumerate(windows)}
-    full, sliding = (turns.get(kind, Rotary()) for kind in ("full_attention", "sliding_attention"))
+    full, sliding = (turns.get(kind) or Rotary() for kind in ("full_attention", "sliding_attention"))
     keys = write_sizes(config)
     return dict(keys, **rope_keys(full), hidden_activation=keys.pop("hidden_act"), rope_local_base_freq=sliding.base,
                 query_pre_attn_scalar=round(config.scale ** -2), attention_bias=config.qkv_bias,
