@@ -5,18 +5,19 @@ usage() {
 ./run.sh [-n P] [COMMAND ARGUMENTS...]     mpirun -n P python -m mpitp COMMAND ARGUMENTS...
 ./run.sh [-n P] PROGRAM.py ARGUMENTS...    the same launcher for a program of your own
 ./run.sh test [P...]                       the test-suite on each number of ranks (1 2 3 4)
-./run.sh --prepare                         install what all of these need and run nothing: on a login node
+./run.sh --prepare                         install what all of these need, run nothing (login nodes)
 
-P is 2, or inside a Slurm, PBS, LSF or Grid Engine job what was allocated. COMMAND is verify; ./run.sh -n 1 --help
-lists all. The first use makes .venv beside this script (needs a network); after --prepare no use needs one. It takes
-the MPI on PATH if a job of two ranks proves that mpi4py uses the same library, else one from PyPI (MPICH) in .venv.
+P is 2, or inside a Slurm, PBS, LSF or Grid Engine job what was allocated. COMMAND is verify;
+./run.sh -n 1 --help lists all. The first use makes .venv beside this script (needs a network);
+after --prepare no use needs one. It takes the MPI on PATH if a job of two ranks proves that mpi4py
+uses the same library, else one from PyPI (MPICH) in .venv.
 
   MPITP_VENV=DIR       use this virtual environment and install nothing
-  MPITP_LAUNCHER="..." start ranks with these words as they stand, with -n P behind them only where -n P is given:
-                       MPITP_LAUNCHER="flux run -n 4" ./run.sh verify
+  MPITP_LAUNCHER="..." start ranks with these words as they stand, and -n P behind them only where
+                       -n P is given: MPITP_LAUNCHER="flux run -n 4" ./run.sh verify
   MPI4PY_LIBMPI=FILE   the MPI library that mpi4py shall use
   PYTHON=FILE          the Python (3.10 or newer) that .venv is made with
-  MPITP_PROGRESS=0     no progress bar (1: one, 0 wherever the output is no terminal)
+  MPITP_PROGRESS=0     no progress bars; 1: bars. By default there are some in a terminal alone
 TEXT
 }
 set -euo pipefail

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 
 def foreign_launcher(library: str, environment: Mapping[str, str]) -> str | None:
-    """What is wrong when Open MPI's mpirun starts a library of the MPICH kind, else None."""
+    """Return what is wrong when Open MPI's mpirun starts a library of the MPICH kind, else None."""
     ranks = environment.get("OMPI_COMM_WORLD_SIZE", "1")
     if ranks != "1" and library in ("MPICH", "Intel MPI", "MVAPICH", "Cray MPICH"):
         return (f"found {ranks} processes started by Open MPI's mpirun, but mpi4py uses {library}, expected the mpirun "

@@ -16,7 +16,7 @@ class Rotary:
     Parameters
     ----------
     dim : int or None
-        How many features of a head turn, even; the others stay. None: all.
+        How many features of a head are rotated, an even number; the others stay. None: all.
     base : float
         Of the frequencies.
     interleaved : bool

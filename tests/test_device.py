@@ -174,7 +174,7 @@ def test_every_collective_on_a_device(gpu_group, dtype, piece_bytes):
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_sum_blocks_on_a_device(gpu_group, reproducible):
+def test_a_sum_on_a_device(gpu_group, reproducible):
     name = gpu_group.transport.name
     with mpitp.TensorParallelGroup(device="gpu", reproducible=reproducible, blocks=4, transport=name) as group:
         leaves = [np.round(draw(b, 3, 5) * 4).astype("float32") for b in range(group.blocks)]

@@ -241,7 +241,7 @@ ROPE = dict(rope_theta=1e4, rope_type="yarn", factor=2.0, original_max_position_
     ("falcon_7b", dict(num_ln_in_parallel_attn=2), "num_ln_in_parallel_attn = 2"),
     ("falcon_40b", dict(parallel_attn=False), "parallel_attn = False"),
     ("gpt_neox", dict(hidden_dropout=0.1), "hidden_dropout = 0.1"),
-    ("gpt_neox", dict(rope_parameters=None, rotary_pct=0.2), "found 0.2 of 8 features that turn"),
+    ("gpt_neox", dict(rope_parameters=None, rotary_pct=0.2), "found 0.2 of 8 features that are rotated"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
     ("llama", dict(rope_parameters=dict(ROPE, rope_type="longrope")), "rope_type 'longrope', expected one of default"),
     ("llama", dict(rope_parameters=dict(ROPE, novel=1)), "rope_parameters: found 'novel', expected no such key"),

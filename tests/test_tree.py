@@ -81,7 +81,7 @@ def values(partition, seed, shape, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size, blocks, shape", [(64, 8, (3, 5)), (3, 8, (4,)), (7, 6, (2, 2)), (40, 1, (3,)),
                                                  (40, 32, (1,)), (9, 8, (0, 4)), (8, 8, ())])
-def test_sum_blocks_has_the_same_bits_for_every_number_of_ranks(world, size, blocks, shape, dtype):
+def test_a_sum_has_the_same_bits_for_every_number_of_ranks(world, size, blocks, shape, dtype):
     """Groups of 1, 2, ... ranks out of this job against the definition, in pieces and at once."""
     for ranks in range(1, world.size + 1):
         part = world.Split(0 if world.rank < ranks else 1)

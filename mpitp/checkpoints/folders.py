@@ -77,15 +77,14 @@ def write_folder(group: TensorParallelGroup, path: str, files: Mapping[str, Iter
 
     Notes
     -----
-    Collective: two root_first and one verdict, no data.
+    Collective: two on_root and one verdict, no data.
     """
     partial = f"{path}.partial"
-    group.root_first(lambda: prepare(partial, files, documents, metadata, companions, replace)
-                     if group.rank == 0 else None)
+    group.on_root(lambda: prepare(partial, files, documents, metadata, companions, replace))
     try:
         require_everywhere(group.comm, "whether the folder could be written",
                            lambda: write_slices(group, partial, files))
-        group.root_first(lambda: finish(partial, path, replace) if group.rank == 0 else None)
+        group.on_root(lambda: finish(partial, path, replace))
     except InputError:
         if group.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

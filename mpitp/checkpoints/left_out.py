@@ -11,14 +11,14 @@ CLOSE = 0.01            # of frequencies, relative: they may have been stored in
 
 
 def differ(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two stored tensors of one shape hold different numbers, or a NaN. Reads both, a few rows at a time."""
+    """Return whether two stored tensors of one shape hold different numbers, or a NaN; reads both by rows."""
     rows = max(1, PIECE // max(1, a.shape[1]))
     pieces = (slice(start, start + rows) for start in range(0, a.shape[0], rows))
     return not all(np.array_equal(a[piece], b[piece]) for piece in pieces)
 
 
 def is_computed(tensor: StoredTensor, config: DecoderConfig) -> bool:
-    """Whether a stored buffer is the one of its name: inverse frequencies, the causal mask, the value of masked scores.
+    """Return whether a stored buffer holds what its name says: inverse frequencies, causal mask, masked score.
 
     The last is any number: whatever stands there, a masked key has no weight.
     """
@@ -30,7 +30,7 @@ def is_computed(tensor: StoredTensor, config: DecoderConfig) -> bool:
 
 
 def are_frequencies(tensor: StoredTensor, config: DecoderConfig) -> bool:
-    """Whether a stored tensor holds base^(-2 i / dim) of the config's rotary positions, before any scaling."""
+    """Return whether a stored tensor holds base^(-2 i / dim) of the config's rotary positions, before any scaling."""
     for rotary in {config.rotary_of(layer) for layer in range(config.num_layers)} - {None}:
         assert rotary is not None
         dim = rotary.dim or config.head_dim
@@ -41,7 +41,7 @@ def are_frequencies(tensor: StoredTensor, config: DecoderConfig) -> bool:
 
 
 def is_causal_mask(tensor: StoredTensor) -> bool:
-    """Whether a stored tensor (1, 1, S, S) is 1, or true, on and below the diagonal alone; reads it in parts."""
+    """Return whether a stored tensor (1, 1, S, S) is 1, or true, on and below the diagonal alone; reads it in parts."""
     if len(tensor.shape) != 4 or tensor.shape[:2] != (1, 1) or tensor.shape[2] != tensor.shape[3]:
         return False
     size = tensor.shape[2]

@@ -139,7 +139,7 @@ class FeedForward:
 
 
 def feed_forward(checkpoint: Checkpoint, layer: int) -> FeedForward:
-    """The feed-forward block of one layer of a checkpoint. Reads nothing but headers.
+    """Return the feed-forward block of one layer of a checkpoint. Reads nothing but headers.
 
     Raises InputError for a layer that does not exist, and for whatever load_model refuses.
     """

@@ -49,7 +49,7 @@ class ModelFolder:
     left_out: list[str]
 
     def warnings(self) -> list[str]:
-        """One line for each kind of thing in the folder that the model leaves out or that contradicts the rest."""
+        """Return a line for each kind of thing in the folder that the model leaves out or that contradicts the rest."""
         found = []
         if self.other_keys:
             found.append(f"found {', '.join(map(short, self.other_keys))}, expected keys that model_type "

@@ -24,7 +24,7 @@ class OpenFile:
         self.close_once: weakref.finalize | None = None
 
     def descriptor(self) -> int:
-        """The file's descriptor, valid until the next call for another file."""
+        """Return the file's descriptor, valid until the next call for another file."""
         key = id(self)
         if self.close_once is None or not self.close_once.alive:
             self.number = os.open(self.path, os.O_RDONLY)

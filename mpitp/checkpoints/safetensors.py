@@ -192,12 +192,12 @@ class SafetensorsFile:
 
 
 def are_sizes(value: object) -> bool:
-    """Whether value is a list of integers that are sizes or offsets."""
+    """Return whether value is a list of integers that are sizes or offsets."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2 ** 63 for n in value)
 
 
 def addressable(shape: list[int]) -> bool:
-    """Whether NumPy can describe the shape; it counts axes of size 0 as 1."""
+    """Return whether NumPy can describe the shape; it counts axes of size 0 as 1."""
     elements = 1
     for n in shape:
         elements *= n or 1
@@ -232,7 +232,7 @@ class Checkpoint:
             self.where = where
             for tensor, name in where.items():
                 if tensor not in self.files[name].tensors:
-                    raise InputError(f"{index}: found {tensor!r} said to be in {name}, expected it there")
+                    raise InputError(f"{index}: found no {tensor!r} in {name}, expected it there")
         else:
             path = os.path.join(self.folder, "model.safetensors")
             if not os.path.exists(path) and any(name.endswith(".bin") for name in os.listdir(self.folder)):
@@ -242,7 +242,7 @@ class Checkpoint:
             self.files, self.where = {"model.safetensors": file}, dict.fromkeys(file.tensors, "model.safetensors")
 
     def names(self) -> list[str]:
-        """The names of all stored tensors."""
+        """Return the names of all stored tensors."""
         return list(self.where)
 
     def __getitem__(self, name: str) -> StoredTensor:

@@ -54,7 +54,7 @@ def save_model(model: Decoder, path: str | os.PathLike, dtype: str | None = None
             keys["tie_word_embeddings"] = False
     keys["torch_dtype" if "torch_dtype" in keys else "dtype"] = name
     path = os.path.abspath(os.fspath(path))
-    model.group.root_first(lambda: require_new(path) if model.group.rank == 0 else None)
+    model.group.on_root(lambda: require_new(path))
     layouts = target.layouts(model.config, model.specs, target.prefix)
     slices = [StoredSlice(model.specs[ours], model.weights[ours], layout, STORED_AS[name])
               for ours, layout in sorted(layouts.items(), key=lambda item: item[1].name)]
@@ -70,6 +70,6 @@ def require_new(path: str) -> None:
 
 
 def companions_of(folder: str) -> list[str]:
-    """The paths of a checkpoint folder's other files that belong to the model."""
+    """Return the paths of a checkpoint folder's other files that belong to the model."""
     paths = [os.path.join(folder, name) for name in COMPANIONS]
     return [path for path in paths if os.path.isfile(path)]

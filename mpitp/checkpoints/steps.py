@@ -29,7 +29,7 @@ Files = Mapping[str, Mapping[str, tuple[ParameterSpec, Array]]]
 
 
 def step_folder(folder: str, step: int) -> str:
-    """The path of a step's folder in the folder of a run."""
+    """Return the path of a step's folder in the folder of a run."""
     return os.path.join(folder, f"step-{step:08d}")
 
 
@@ -67,7 +67,7 @@ def save(group: TensorParallelGroup, folder: str, step: int, files: Files, state
     slices = {file: [StoredSlice(spec, array, Layout(name, spec.shape), STORED[array.dtype.name])
                      for name, (spec, array) in tensors.items()] for file, tensors in files.items()}
     write_folder(group, path, slices, {"state.json": json.dumps(state, indent=1, sort_keys=True) + "\n"}, replace=True)
-    group.root_first(lambda: remove_old(folder, keep) if group.rank == 0 else None)
+    group.on_root(lambda: remove_old(folder, keep))
     return step_folder(folder, step)
 
 
@@ -80,7 +80,7 @@ def remove_old(folder: str, keep: int) -> None:
 
 
 def steps(folder: str) -> list[int]:
-    """The steps of the complete folders, in order."""
+    """Return the steps of the complete folders, in order."""
     return sorted(int(match.group(1)) for match in map(STEP.match, os.listdir(folder)) if match)
 
 
@@ -93,7 +93,7 @@ def clean(folder: str) -> list[str]:
 
 
 def read_state(folder: str, step: int) -> dict:
-    """What state.json of a step folder holds."""
+    """Return what state.json of a step folder holds."""
     return read_json(os.path.join(step_folder(folder, step), "state.json"))
 
 

@@ -49,7 +49,7 @@ class RankFacts:
 
 
 def of_all_ranks() -> list[RankFacts] | None:
-    """The RankFacts of every rank on rank 0, None on the others. Collective."""
+    """Return the RankFacts of every rank on rank 0, None on the others. Collective."""
     return MPI.COMM_WORLD.gather(of_this_rank(MPI.COMM_WORLD))
 
 
@@ -59,7 +59,7 @@ def from_first_rank(value: Any) -> Any:
 
 
 def of_this_rank(comm: MPI.Comm) -> RankFacts:
-    """The RankFacts of this process. Collective."""
+    """Return the RankFacts of this process. Collective."""
     import numpy
     launcher, ranks = launch.launcher()
     aware, how = cuda_aware(comm)
@@ -79,7 +79,7 @@ def of_this_rank(comm: MPI.Comm) -> RankFacts:
 
 
 def launcher_rank(environment: Mapping[str, str] | None = None) -> int:
-    """The number of this process among those of its launcher, also where MPI does not know of the others."""
+    """Return the number of this process among those of its launcher, also where MPI does not know of the others."""
     environment = os.environ if environment is None else environment
     for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "PALS_RANKID", "FLUX_TASK_RANK"):
         if environment.get(name, "").isdigit():
@@ -88,7 +88,7 @@ def launcher_rank(environment: Mapping[str, str] | None = None) -> int:
 
 
 def transport() -> str:
-    """How the library moves bytes, as far as it tells."""
+    """Return how the library moves bytes, as far as it tells."""
     version = MPI.Get_library_version()
     for line in version.splitlines():
         if line.startswith("MPICH Device:"):
@@ -103,7 +103,7 @@ def transport() -> str:
 
 
 def blas_threads() -> int | None:
-    """How many threads BLAS uses; from its variables where threadpoolctl is missing, None where they say nothing."""
+    """Return how many threads BLAS uses; without threadpoolctl by its variables, None where these are not set."""
     try:
         from threadpoolctl import threadpool_info
         found = [info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"]
@@ -118,7 +118,7 @@ def blas_threads() -> int | None:
 
 
 def instructions(path: str = "/proc/cpuinfo") -> list[str]:
-    """Those of avx2 and avx512f that the processor has."""
+    """Return which of avx2 and avx512f the processor has."""
     try:
         with open(path) as lines:
             flags = next((line.split() for line in lines if line.startswith("flags")), [])
@@ -128,7 +128,7 @@ def instructions(path: str = "/proc/cpuinfo") -> list[str]:
 
 
 def cpu_quota(path: str = "/sys/fs/cgroup/cpu.max") -> float | None:
-    """The cores that a container's limit amounts to, None without a limit."""
+    """Return the cores that a container's limit amounts to, None without a limit."""
     try:
         with open(path) as file:
             quota, period = file.read().split()
@@ -138,7 +138,7 @@ def cpu_quota(path: str = "/sys/fs/cgroup/cpu.max") -> float | None:
 
 
 def gpu_count() -> int | None:
-    """How many GPUs CuPy sees; None without CuPy."""
+    """Return how many GPUs CuPy sees; None without CuPy."""
     try:
         import cupy
         return cupy.cuda.runtime.getDeviceCount()
@@ -149,7 +149,7 @@ def gpu_count() -> int | None:
 
 
 def gpu_facts(comm: MPI.Comm) -> dict[str, Any]:
-    """The fields of RankFacts that a group on GPUs would give; none where a rank has no GPU. Collective."""
+    """Return the fields of RankFacts that a group on GPUs would give; none where a rank has no GPU. Collective."""
     from .group import TensorParallelGroup
     if not min(comm.allgather(gpu_count() or 0)):
         return {}

@@ -113,7 +113,7 @@ class TensorParallelGroup(Collectives, Sums):
             self.sum_class = Sum
             if self.reproducible:
                 self._make_reproducible()
-        except InputError:                          # on every rank alike
+        except InputError:                          # raised on every rank
             self._release_threads()
             self.comm.Free()
             raise

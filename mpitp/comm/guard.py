@@ -88,7 +88,7 @@ def guarded(main: Callable[[], int | None]) -> int:
     active = True
     with suppress(Exception):                   # there may be no standard error
         faulthandler.enable()                   # a segmentation fault in a library shows its Python line
-    comm = MPI.COMM_WORLD.Dup()                 # the farewell meets nobody's other collectives
+    comm = MPI.COMM_WORLD.Dup()                 # the farewell meets no other collective
     watch_threads()
     try:
         try:

@@ -32,12 +32,12 @@ def library_name() -> str:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that prints."""
+    """Return whether this process is the one that prints."""
     return MPI.COMM_WORLD.rank == 0
 
 
 def launcher(environment: Mapping[str, str] | None = None) -> tuple[str | None, int]:
-    """The launcher that started this process, by its variables.
+    """Return the launcher that started this process, by its variables.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def launcher(environment: Mapping[str, str] | None = None) -> tuple[str | None, 
 
 
 def remedy(launcher_name: str | None, library: str) -> str:
-    """What to change where this launcher and mpi4py's library (its name first) are of two MPIs."""
+    """Return what to change where this launcher and mpi4py's library (its name first) are of two MPIs."""
     if launcher_name == "srun":
         mpi_type = "pmix" if library.startswith("Open MPI") else "cray_shasta" if library.startswith("Cray") else "pmi2"
         return f"start with srun --mpi={mpi_type} (srun --mpi=list shows what there is), or set MPI4PY_LIBMPI to the " \
@@ -82,14 +82,14 @@ def require_matching_launcher() -> None:
 
 
 def cores() -> list[int]:
-    """The cores that this process may run on."""
+    """Return the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))     # macOS has no affinity
 
 
 def share_of_cores(comm: MPI.Comm) -> int:
-    """How many cores are this rank's where the ranks of a node share theirs evenly; at least 1. Collective."""
+    """Return how many cores are this rank's where the ranks of a node share theirs evenly; at least 1. Collective."""
     mine = cores()
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     of_ranks = node.allgather(mine)
@@ -98,14 +98,14 @@ def share_of_cores(comm: MPI.Comm) -> int:
 
 
 def usable_cores(environment: Mapping[str, str] | None = None) -> int:
-    """The cores of this node that a job may use: what Slurm allocated of them, else all."""
+    """Return the cores of this node that a job may use: what Slurm allocated of them, else all."""
     environment = os.environ if environment is None else environment
     cores_here, allocated = os.cpu_count() or 1, environment.get("SLURM_CPUS_ON_NODE", "")
     return min(cores_here, int(allocated)) if allocated.isdigit() and int(allocated) else cores_here
 
 
 def idle_cores(comm: MPI.Comm) -> int:
-    """How many cores of this node a launcher keeps from all of its ranks while they could use more. Collective."""
+    """Return how many cores of this node the launcher keeps from its ranks, which could use more. Collective."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     used, ranks = set().union(*node.allgather(cores())), node.size
     node.Free()
@@ -148,7 +148,7 @@ def keep_freed_memory() -> None:
 
 
 def machine() -> str:
-    """What the bits of a product depend on: the processor's model, NumPy, and the BLAS kernel that runs."""
+    """Return what the bits of a product depend on: the processor's model, NumPy, and the BLAS kernel that runs."""
     import numpy
     model = platform.machine()                  # platform.processor() starts a process: not under MPI
     if os.path.exists("/proc/cpuinfo"):
@@ -158,7 +158,7 @@ def machine() -> str:
 
 
 def blas_name() -> str:
-    """The BLAS that NumPy uses and the kernel it chose for this processor, as far as can be known."""
+    """Return the BLAS that NumPy uses and the kernel it chose for this processor, as far as can be known."""
     import numpy
     try:
         from threadpoolctl import threadpool_info

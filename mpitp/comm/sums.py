@@ -27,8 +27,8 @@ class Sum:
     Attributes
     ----------
     summand_dtype : dtype
-        What add() takes: float32 where the result has 16 bits, so that it is rounded once (one rank alone has one
-        summand, which may have been rounded where it was made); else the dtype of the result.
+        What add() takes: the dtype of the result; but float32 for a result of 16 bits, so that it is rounded once,
+        after the sum. On one rank nothing is added, and the one summand may have 16 bits.
     """
 
     def __init__(self, group: Any, partition: Partition, shape: Sequence[int], dtype: np.dtype):
@@ -44,8 +44,8 @@ class Sum:
     def meanwhile(self, function: Callable, *arguments: Any) -> None:
         """Call function(*arguments), work that no other rank waits for, while the ranks add up.
 
-        At once, where the transport cannot add up meanwhile (no MPI on a CPU does): what the work needs is in cache
-        then, and is freed sooner.
+        On a CPU, and wherever the transport cannot add up in the background, it is called at once: what it needs is
+        in cache then, and is freed sooner.
         """
         if self.group.overlaps:
             self.waiting.append((function, arguments))
@@ -67,18 +67,18 @@ class Sum:
         else:
             group.transport.all_reduce(total, "sum")
         entry = group.ledger.data[Collective("all_reduce", total.size, dtype_name(self.dtype))]
-        entry.calls += 1                            # Ledger.count, written out: one token's sum takes microseconds
+        entry.calls += 1                            # Ledger.record_data, written out: a token's sum takes microseconds
         entry.wire_bytes += 2 * total.nbytes * (group.size - 1) // group.size
         entry.seconds += time.perf_counter() - start
         return total if total.dtype == self.dtype else total.astype(self.dtype)
 
     def local_sum(self) -> Array:
-        """Return the sum where this rank owns every block that holds anything: the same additions, no collective."""
+        """Return a sum whose blocks are all this rank's: the same additions as all_reduce()'s, no collective."""
         assert self.total is not None, "no block was added"
         return self.total
 
     def checked(self, block: Block, summand: Array) -> Array:
-        """Return the summand. Raises InputError unless it is what add() takes, which would be summed wrongly else."""
+        """Return the summand. Raises InputError unless it is what add() takes: others would be summed wrongly."""
         good = summand.dtype == self.summand_dtype or summand.dtype == sum_dtype(self.dtype)
         if summand.shape != self.shape or not good or not summand.flags.c_contiguous:
             raise InputError(f"found a partial result {summand.dtype} {summand.shape} in {memory_order(summand)} order "
@@ -87,7 +87,7 @@ class Sum:
 
 
 class Sums:
-    """What a group offers to add up over ranks and blocks. Needs rank, size, xp, transport, ledger, check, workers."""
+    """The methods of TensorParallelGroup that add up over ranks and blocks."""
 
     def sum(self: Any, partition: Partition, shape: Sequence[int], dtype: str | np.dtype) -> Sum:
         """Begin a sum over the blocks of `partition`: add() each block of this rank, then all_reduce().
@@ -112,7 +112,7 @@ class Sums:
         Notes
         -----
         all_reduce() is collective: 2 (P-1)/P n bytes a rank, n the bytes of the summands; in reproducible mode as many
-        where P divides the blocks, up to twice as many elsewhere. With check=True, so is this.
+        where P divides the blocks, up to twice as many elsewhere. With check=True, sum() is collective too.
         """
         dtype = np.dtype(dtype)
         if self.check:
@@ -122,13 +122,13 @@ class Sums:
         return self.sum_class(self, partition, shape, dtype)
 
     def sum_of_own(self: Any, partition: Partition, shape: Sequence[int], dtype: str | np.dtype) -> Sum:
-        """Begin a sum of which this rank owns every block that holds anything; local_sum() ends it. Not collective."""
+        """Begin a sum whose blocks are all this rank's; local_sum() ends it. Not collective."""
         return self.sum_class(self, partition, shape, np.dtype(dtype))
 
     def each(self: Any, compute: Callable, items: Sequence, *arguments: Any) -> Iterable[tuple[Any, Any]]:
-        """Return pairs (item, compute(item, *arguments)), in order; items are a rank's blocks, mostly.
+        """Return pairs (item, compute(item, *arguments)), in order; the items are usually this rank's blocks.
 
-        In reproducible mode they are computed one at a time as they are asked for, and spare cores work ahead.
+        In ordinary mode all are computed now; in reproducible mode when they are asked for, and ahead by spare cores.
         """
         if self.workers is not None:
             return self.workers.each(compute, items, *arguments)

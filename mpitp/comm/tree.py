@@ -4,11 +4,10 @@ Floating-point addition is not associative, so MPI_Allreduce over P ranks has ot
 the leaves are the blocks of a partition, whose number is fixed; which rank has which block decides who adds,
 never what is added to what:
 
-    blocks    0   1   2   3   4   5   6   7        2 ranks: rank 0 folds the left half, rank 1 the right
-               \\ /     \\ /     \\ /     \\ /         3 ranks: nodes (0,1) | 2, (3) and (4) | (5), (6,7)
-                 \\     /         \\     /
-                  \\---/           \\---/            every addition is the same one in both cases
-                     \\-----------/
+    blocks    0   1   2   3   4   5   6   7
+              +-+-+   +-+-+   +-+-+   +-+-+         2 ranks: rank 0 folds 0 to 3, rank 1 folds 4 to 7
+                +---+---+       +---+---+           3 ranks: (0, 1) | (2, 3) and 4 | 5 and (6, 7)
+                    +-------+-------+               every addition is the same one in both cases
 
 A rank folds the aligned nodes that it owns (as a segment tree does); the ranks then exchange chunks
 (MPI_Alltoallv), each finishes the tree for its chunk, and MPI_Allgatherv spreads the result. A block that
@@ -142,11 +141,11 @@ def exchange(fold: Fold, rank: int, total: Array, transport: Any) -> None:
     """
     nodes = nodes_of_ranks(fold.partition)
     mine = [fold.known[node].reshape(-1) for node in nodes[rank]]
-    every_node = sum(map(len, nodes))                       # as much as one rank sends or receives at the most
-    if every_node == 0:
-        total[...] = 0                                      # nothing at all was there to be summed
+    node_count = sum(map(len, nodes))                       # a rank sends or receives no more than so many arrays
+    if node_count == 0:
+        total[...] = 0                                      # every block is empty
         return
-    for part in pieces(total.size, every_node * total.itemsize, transport.piece_bytes):
+    for part in pieces(total.size, node_count * total.itemsize, transport.piece_bytes):
         exchange_piece(nodes, fold.partition.blocks, rank, [node[part] for node in mine], total[part], transport)
 
 

@@ -18,7 +18,7 @@ _before: Callable[[], None] | None = None       # what gives the threads back th
 
 
 def one_blas_thread() -> Callable[[], None]:
-    """Hold BLAS to one thread. Returns a function that gives the threads back, once nobody else holds them.
+    """Hold BLAS to one thread. Returns a function that gives the threads back once no group holds them.
 
     Raises InputError where neither threadpoolctl nor the environment can do it.
     """
@@ -52,8 +52,8 @@ def release() -> None:
 
 def environment_says_one_thread() -> bool:
     """Return whether BLAS, which reads the environment once when NumPy is imported, found 1 wherever it looks."""
-    said = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
-    return not said.keys().isdisjoint(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")) and set(said.values()) == {"1"}
+    found = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
+    return not found.keys().isdisjoint(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")) and set(found.values()) == {"1"}
 
 
 def do_nothing() -> None:

@@ -118,7 +118,7 @@ def run_command(argv: list[str]) -> int:
 
 
 def main_parser() -> Parser:
-    """The parser of `python -m mpitp` without a command: help, which lists the commands, and the version."""
+    """Return the parser of `python -m mpitp` without a command: help, which lists the commands, and the version."""
     commands = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
     parser = Parser(prog="python -m mpitp", usage="mpirun -n P python -m mpitp [COMMAND] [OPTIONS]",
                     description="Tensor parallelism in plain NumPy and MPI.", formatter_class=HelpFormatter,
@@ -128,7 +128,7 @@ def main_parser() -> Parser:
 
 
 def command_parser(name: str, command: ModuleType) -> Parser:
-    """The parser of the command of this name, `command` its module; its help ends with the examples."""
+    """Return the parser of the command of this name, `command` its module; its help ends with the examples."""
     examples = "\n".join(f"  {line}\n      {text}" for line, text in COMMANDS[name].examples)
     parser = Parser(prog=f"python -m mpitp {name}", description=command.__doc__, formatter_class=HelpFormatter,
                     epilog=f"examples:\n{examples}")

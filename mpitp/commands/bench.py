@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="*", help=f"{', '.join(BENCHES)} (all)")
     parser.add_argument("--hidden-size", type=int, default=2048, metavar="D", help="of all but allreduce (2048)")
     parser.add_argument("--num-attention-heads", type=int, default=8, metavar="H", help="of block, decode (8)")
-    parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="(4 D)")
+    parser.add_argument("--ffn-hidden-size", type=int, metavar="F", help="features of the middle (4 D)")
     parser.add_argument("--seq-length", type=int, default=512, metavar="S", help="tokens (512; and one token)")
     parser.add_argument("--max-bytes", type=int, default=1 << 24, help="largest message of allreduce (16 MiB)")
-    parser.add_argument("--rounds", type=int, default=9, help="(9)")
+    parser.add_argument("--rounds", type=int, default=9, help="how many times each is timed (9)")
     device.add_group_arguments(parser, reproducible="the feed-forward block in reproducible mode, too")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--csv", metavar="FILE", help="write the figures there")
@@ -76,8 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_arguments(arguments)
     if arguments.reports:
         with TensorParallelGroup() as group:
-            group.root_first(lambda: draw(arguments.plot, [read_report(path) for path in arguments.reports])
-                             if group.rank == 0 else None)
+            group.on_root(lambda: draw(arguments.plot, [read_report(path) for path in arguments.reports]))
         return 0
     with device.group_of(arguments, reproducible=False) as group:
         report.require_files(group, arguments.json, arguments.csv, arguments.plot)
@@ -125,7 +124,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def where(group: TensorParallelGroup) -> str:
-    """The device of the group, and on GPUs how they add up."""
+    """Return the device of the group, and on GPUs how they add up."""
     return "cpu" if group.gpu is None else f"{group.gpu.name}, transport {group.transport.name}"
 
 
@@ -140,7 +139,7 @@ def timed(group: TensorParallelGroup, cases: dict[str, Callable], arguments: arg
 
 def row(bench: str, case: str, seconds: list[float], size: int | None = None, work: int | None = None,
         limit: list[float] | None = None) -> Row:
-    """The Row of a case.
+    """Return the Row of a case.
 
     Parameters
     ----------
@@ -236,7 +235,7 @@ RUN = {"allreduce": collectives, "matmul": products, "ffn": feed_forward, "block
 # --- what is printed and written -----------------------------------------------------------------------------
 
 def lines(result: BenchReport) -> Iterator[str]:
-    """The lines that people read."""
+    """Return the lines that people read."""
     ranks, cores = report.count(result.ranks, "rank"), report.count(result.cores_per_rank, "core")
     yield f"mpitp {result.mpitp}: {ranks}, {cores} a rank, {result.mpi}"
     yield result.machine if result.device == "cpu" else f"{result.machine}; {result.device}"
@@ -253,7 +252,7 @@ def lines(result: BenchReport) -> Iterator[str]:
 
 
 def rate(found: Row) -> str:
-    """The rate of a row in its unit."""
+    """Return the rate of a row in its unit."""
     if found.bytes_per_second:
         return f"{found.bytes_per_second / 1e9:.2f} GB/s"
     return f"{found.flops_per_second / 1e9:.0f} GF/s" if found.flops_per_second else "-"
@@ -268,7 +267,7 @@ def write_csv(path: str, rows: list[Row]) -> None:
 
 
 def read_report(path: str) -> dict:
-    """A report that --json wrote. Raises InputError for any other file."""
+    """Return a report that --json wrote. Raises InputError for any other file."""
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def group_of(arguments: argparse.Namespace, **changes: Any) -> TensorParallelGroup:
-    """The TensorParallelGroup that the options ask for. Collective.
+    """Return the TensorParallelGroup that the options ask for. Collective.
 
     Parameters
     ----------

@@ -66,7 +66,7 @@ def findings(ranks: list[RankFacts]) -> list[Finding]:
 
 
 def nodes(ranks: list[RankFacts]) -> dict[str, list[RankFacts]]:
-    """The ranks of each host."""
+    """Return the ranks of each host."""
     by_host: dict[str, list[RankFacts]] = {}
     for rank in ranks:
         by_host.setdefault(rank.host, []).append(rank)
@@ -214,7 +214,7 @@ def shared_gpu(ranks: list[RankFacts]) -> Finding | None:
 # --- what is printed -----------------------------------------------------------------------------------------
 
 def page(ranks: list[RankFacts]) -> Iterator[str]:
-    """The lines about the machine."""
+    """Return the lines about the machine."""
     first = ranks[0]
     yield f"Python       {first.python}, NumPy {first.numpy}, mpi4py {first.mpi4py}"
     yield f"BLAS         {first.blas}"
@@ -241,7 +241,7 @@ def page(ranks: list[RankFacts]) -> Iterator[str]:
 
 
 def verdict(found: list[Finding]) -> Iterator[str]:
-    """The lines about what is wrong."""
+    """Return the lines about what is wrong."""
     if not found:
         yield "nothing is wrong"
     for finding in found:

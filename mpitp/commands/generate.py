@@ -66,7 +66,7 @@ class GenerateReport(report.Report):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command on this rank: 0."""
+    """Run the command on this rank; return 0."""
     check_arguments(arguments)
     text.print_any_character()
     with device.group_of(arguments) as group:
@@ -156,7 +156,7 @@ class Continuations:
             self.begun = True
 
     def text(self, b: int) -> str | None:
-        """The new text, None where ids were given."""
+        """Return the new text, None where ids were given."""
         return None if self.texts is None else "".join(self.pieces[b])
 
     def finish(self) -> None:

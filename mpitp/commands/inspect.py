@@ -59,7 +59,8 @@ class Parameter:
 
 
 @dataclass
-class Report:
+class InspectReport:
+    """Everything that is printed and written of one checkpoint."""
     model: str
     family: str
     config: DecoderConfig
@@ -74,7 +75,7 @@ class Report:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command on this rank: 0."""
+    """Run the command on this rank; return 0."""
     require_positive(ranks=arguments.ranks, blocks=arguments.blocks)
     require(max(arguments.ranks, arguments.blocks) <= MOST, f"{arguments.ranks} ranks, {arguments.blocks} blocks",
             f"at most {MOST}")
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def inspect(arguments: argparse.Namespace) -> Report:
+def inspect(arguments: argparse.Namespace) -> InspectReport:
     """Open the folder and count what each rank would hold and read."""
     folder, ranks = open_folder(arguments.model, strict=arguments.strict), arguments.ranks
     folder.warn()
@@ -121,13 +122,13 @@ def inspect(arguments: argparse.Namespace) -> Report:
             ("up", "layers.0.mlp.up.weight"), ("vocabulary", "embedding.weight"))}
         of_ranks.append(Rank(rank, rows["query"] // config.head_dim, rows["key"] // config.head_dim, rows["up"],
                              rows["vocabulary"], held[rank], read[rank]))
-    return Report(folder.checkpoint.folder, folder.family.model_type, config, arguments.dtype, arguments.reproducible,
-                  len(folder.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
-                  sum(kind.stored_bytes for kind in kinds.values()), of_ranks, list(kinds.values()),
-                  folder.other_keys)
+    return InspectReport(
+        folder.checkpoint.folder, folder.family.model_type, config, arguments.dtype, arguments.reproducible,
+        len(folder.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
+        sum(kind.stored_bytes for kind in kinds.values()), of_ranks, list(kinds.values()), folder.other_keys)
 
 
-def lines(found: Report) -> Iterator[str]:
+def lines(found: InspectReport) -> Iterator[str]:
     """Yield the lines that are printed."""
     config = found.config
     yield found.model
@@ -155,12 +156,12 @@ def lines(found: Report) -> Iterator[str]:
 
 
 def count(number: int) -> str:
-    """A number with commas."""
+    """Return a number with commas."""
     return f"{number:,}"
 
 
 def span(sizes: list[int]) -> str:
-    """The least and the largest of some numbers of bytes."""
+    """Return the least and the largest of some numbers of bytes."""
     least, most = report.size(min(sizes)), report.size(max(sizes))
     return most if least == most else f"{least} to {most}"
 

@@ -25,7 +25,7 @@ VARIABLE = "MPITP_PROGRESS"
 
 
 def is_watched() -> bool:
-    """Whether this process writes to people in a terminal: rank 0 alone, and by MPITP_PROGRESS where that is set."""
+    """Return whether this process writes to a terminal: rank 0 alone, and by MPITP_PROGRESS where that is set."""
     if not is_first_rank():
         return False
     wanted = os.environ.get(VARIABLE, "")
@@ -57,7 +57,7 @@ def progress(iterable: Iterable[Item], total: int | None, what: str) -> Iterator
 
 
 class Progress:
-    """A bar while the body of a `with` runs; nothing where nobody watches or the body takes less than SILENT.
+    """A bar while the body of a `with` runs: in a terminal alone, and not where the body takes less than SILENT.
 
     A thread draws it, so that one long product does not look like a job that hangs. tqdm is imported by that thread,
     hence only when there is something to show.

@@ -27,13 +27,13 @@ class Report:
 
 
 def opening(group: TensorParallelGroup) -> Opening:
-    """The fields of a Report for this group, in order. Collective."""
+    """Return the fields of a Report for this group, in order. Collective."""
     return (__version__, launch.machine(), launch.library_name(), group.size, launch.share_of_cores(group.comm))
 
 
 def require_files(group: TensorParallelGroup, *paths: str | None) -> None:
     """Raise InputError on every rank unless rank 0 can write each of the paths; None is no path. Collective."""
-    group.root_first(lambda: require_all_writable(path for path in paths if path and group.rank == 0))
+    group.on_root(lambda: require_all_writable(path for path in paths if path))
 
 
 def require_all_writable(paths: Iterable[str]) -> None:
@@ -43,7 +43,7 @@ def require_all_writable(paths: Iterable[str]) -> None:
 
 
 def ranks_line(result: Any) -> str:
-    """The line that tells how many ranks computed, in which dtype and mode; of a Report with dtype and reproducible."""
+    """Return the line that tells how many ranks computed, in which dtype and mode."""
     ranks, cores = count(result.ranks, "rank"), count(result.cores_per_rank, "core")
     mode = ", reproducible mode" if result.reproducible else ""
     return f"  {ranks}, {cores} a rank, {result.dtype}{mode}, {result.mpi}"
@@ -57,7 +57,7 @@ def publish(lines: Iterable[str], result: Any, schema: str, path: str | None) ->
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence], indent: str = "  ") -> list[str]:
-    """The lines of a table: text to the left, numbers (given as strings that start like one) to the right."""
+    """Return the lines of a table: text to the left, numbers (given as strings that start like one) to the right."""
     cells = [list(map(str, row)) for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [all(is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
@@ -66,17 +66,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence], indent: str = "  ") -
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell belongs to a column of numbers."""
+    """Return whether a cell belongs to a column of numbers."""
     return text[:1].isdigit() or text[:1] in "+-." and text[1:2].isdigit() or text in ("inf", "nan", "-", "")
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things: (1, 'rank') -> '1 rank', (2, 'rank') -> '2 ranks'."""
+    """Return a number of things: (1, 'rank') -> '1 rank', (2, 'rank') -> '2 ranks'."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def size(count: float) -> str:
-    """A number of bytes in binary units: 1536 -> '1.5 KiB'."""
+    """Return a number of bytes in binary units: 1536 -> '1.5 KiB'."""
     if count < 1024:
         return f"{count:.0f} B"
     for unit in ("KiB", "MiB"):
@@ -87,12 +87,12 @@ def size(count: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time in the unit that suits it: 0.0012 -> '1.20 ms'."""
+    """Return a time in the unit that suits it: 0.0012 -> '1.20 ms'."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} us"
 
 
 def plain(value: Any) -> Any:
-    """The same value as what JSON has: dataclasses as objects, tuples as lists, NaN and infinities as null."""
+    """Return the value in JSON's types: dataclasses as objects, tuples as lists, NaN and infinities as null."""
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, dict):

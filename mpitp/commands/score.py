@@ -55,7 +55,7 @@ class ScoreReport(report.Report):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command on this rank: 0."""
+    """Run the command on this rank; return 0."""
     check_arguments(arguments)
     text.print_any_character()
     with device.group_of(arguments) as group:

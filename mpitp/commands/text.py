@@ -45,7 +45,7 @@ def load_tokenizer(folder: str) -> Tokenizer:
 
 
 def end_tokens(folder: str) -> list[int]:
-    """The ids that end a text: eos_token_id, one or several, of generation_config.json, else of config.json."""
+    """Return the ids that end a text: eos_token_id, one or several, of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
@@ -87,7 +87,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, which end at newlines alone: str.splitlines would also split at U+2028 or a form feed."""
+    """Return the lines of a text, split at newlines alone: str.splitlines also splits at U+2028 or a form feed."""
     return re.split("\r\n|\n|\r", text)
 
 
@@ -141,7 +141,7 @@ class TextStream:
         self.context, self.before = context, self.decode(context)
 
     def push(self, token: int) -> str:
-        """The text that is complete with this token, often empty for a part of a character."""
+        """Return the text that is complete with this token, often empty for a part of a character."""
         self.held.append(int(token))
         piece = self.text(self.held)
         if not piece.endswith(UNFINISHED):
@@ -155,12 +155,12 @@ class TextStream:
         return self.text(first)
 
     def rest(self) -> str:
-        """The text of the tokens that are held back; none will complete them."""
+        """Return the text of the tokens that are held back; none will complete them."""
         held, self.held = self.held, []
         return self.text(held) if held else ""
 
     def text(self, tokens: list[int]) -> str:
-        """The text of these tokens behind the context.
+        """Return the text of these tokens behind the context.
 
         Byte-fallback decoders spoil a whole run of bytes for one that is no character, so also the context's; then the
         tokens are decoded alone.

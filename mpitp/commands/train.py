@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The command on this rank: 0, or 1 when the run had to stop."""
     settings, config = settings_of(arguments), config_of(arguments)
     with device.group_of(arguments) as group:
-        group.root_first(lambda: prepare(arguments) if group.rank == 0 else None)
+        group.on_root(lambda: prepare(arguments))
         tokens = group.root_first(lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
                                                  arguments.seed, arguments.data_dtype))
         require_agreement(group.comm, "the data", tokens.fingerprint())
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             if group.rank == 0:
                 print(f"mpitp: {stopped}", file=sys.stderr, flush=True)
             return 1
-        group.root_first(lambda: show.finish(arguments) if group.rank == 0 else None)
+        group.on_root(lambda: show.finish(arguments))
     return 0
 
 

@@ -98,7 +98,7 @@ def steps(model: Decoder, ids: Array, lengths: Array, choose: Choice, kv: KeyVal
 
 
 def one_token(model: Decoder, kv: KeyValues, tokens: int) -> Callable[[Array], Array]:
-    """The function that continues kv by one token of each sequence: a recorded graph where that can be and pays."""
+    """Return the function that continues each sequence by a token: a recorded graph where that can be and pays."""
     if tokens >= RECORD_FROM and can_record(model, len(kv.lengths)):
         return CapturedToken(model, kv)
     return lambda ids_B1: model.extend(ids_B1, kv)
@@ -235,5 +235,5 @@ def draw(values_C: Array, ids_C: Array, number: float, temperature: float, top_k
 
 
 def is_number(value: object) -> bool:
-    """Whether value is an int or a float; True and False are not."""
+    """Return whether value is an int or a float; True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

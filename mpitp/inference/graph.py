@@ -98,7 +98,7 @@ class CapturedToken:
 
 
 def can_record(model: Decoder, batch: int) -> bool:
-    """Whether a graph may hold what a token of each of `batch` sequences takes.
+    """Return whether a graph may hold what a token of each of `batch` sequences takes.
 
     That needs one GPU, and kernels of mpitp/ops/cuda alone: products of one row, or of a few that are read in vectors.
     """

@@ -99,9 +99,9 @@ class ParallelAttention(ParallelLayer):
             True where a key may be attended, beside causal and sliding_window: (B, S) for each key or (B, S, S) for
             each query and key. A query that may attend to nothing gets 0.
         step : int, optional
-            Of training, which the dropout masks belong to. None: no dropout.
+            The training step, which the dropout masks depend on. None: no dropout.
         kv : LayerKeyValues, optional
-            What x continues (its positions come behind) and what is written to; with save=False.
+            Keys and values of earlier positions, behind which those of x are written. It needs save=False.
         save : bool
             False: None in place of what backward needs.
         """
@@ -134,7 +134,7 @@ class ParallelAttention(ParallelLayer):
         return dict(self.group.each(self.key_value_forward, self.heads.held_units, x_ND, call))
 
     def key_value_forward(self, unit: KeyValueUnit, x_ND: Array, call: AttentionCall) -> tuple:
-        """Return keys and values (B, S, u, K) of a unit, earlier positions included; and the key norm's saved."""
+        """Return keys and values (B, S, u, K) of a unit, earlier positions first; and what backward needs."""
         rows = self.heads.unit_rows(unit)
         k_BSuK, of_norm = self.norm_and_rotate("key", self.project("key", x_ND, rows, call), call)
         v_BSuK = self.project("value", x_ND, rows, call)
@@ -144,7 +144,7 @@ class ParallelAttention(ParallelLayer):
 
     def block_forward(self, block: Block, x_ND: Array, units: Units, call: AttentionCall, total: Sum,
                       save: bool) -> tuple[Array, Any]:
-        """Return a block's summand of y (N, D): its heads attend, times their columns of out; and for backward."""
+        """Return a block's summand of y (N, D), its heads times their columns of out; and what backward needs."""
         rows = self.heads.block_rows(block)
         q_BSHK, of_norm = self.norm_and_rotate("query", self.project("query", x_ND, rows, call), call)
         a_BSHK = self.group.xp.empty_like(q_BSHK)
@@ -203,7 +203,7 @@ class ParallelAttention(ParallelLayer):
 
     def block_scores_backward(self, block: Block, dy_ND: Array, units: Units, kept: dict, call: AttentionCall,
                               gradients: dict[str, Array]) -> tuple[Array, dict[KeyValueUnit, Array]]:
-        """Return dq of a block's heads, and {unit: their part in dk and dv}; leave the gradient of out's columns."""
+        """Return dq of a block's heads, and {unit: their part in dk and dv}; write the gradient of out's columns."""
         q_BSHK, _, a_BSHK, statistics = kept[block.index]
         rows, statistics = self.heads.block_rows(block), iter(statistics)
         da_NHbK = row_parallel_backward(dy_ND, as_rows(a_BSHK), self.own["out.weight"], rows,
@@ -236,7 +236,7 @@ class ParallelAttention(ParallelLayer):
 
     def key_value_backward(self, unit: KeyValueUnit, dkv_of: dict, x_ND: Array, units: Units, call: AttentionCall,
                            gradients: dict[str, Array], total: Sum) -> tuple:
-        """Return a unit's dk, dv and key norm's gradient; leave its projections' gradients, equal on every holder."""
+        """Return a unit's dk, dv and key norm's gradient; write its projections' gradients, equal on every holder."""
         dk_BSuK, dv_BSuK = dkv_of[unit].astype(self.dtype, copy=False)
         dk_NuK, d_norm = self.norm_and_rotate_backward("key", dk_BSuK, units[unit][2], call)
         dv_NuK, rows = as_rows(dv_BSuK), self.heads.unit_rows(unit)
@@ -256,14 +256,14 @@ class ParallelAttention(ParallelLayer):
             bias_backward(dq_NHbK, out=rows_of(gradients[join(self.name, "query.bias")], rows))
         dx_ND = column_parallel_backward(dq_NHbK, x_ND, self.own["query.weight"], rows,
                                          gradients[join(self.name, "query.weight")], total)
-        owned = self.heads.owned_units(block)               # not every held one: f would count it once a holder
+        owned = self.heads.owned_units(block)               # held ones of other owners would count in f once a holder
         for unit in owned:
             for part, d_NuK in zip(("key", "value"), d_units[unit]):
                 product(d_NuK, rows_of(self.own[f"{part}.weight"], self.heads.unit_rows(unit)), dx_ND, add=True)
         return dx_ND, (dq_norm, [d_units[unit][2] for unit in owned])
 
     def sum_norm_gradients(self, norms: dict, gradients: dict[str, Array]) -> None:
-        """Leave the gradients of query and key norm, summed over all heads. Collective: an all-reduce of 2 x K."""
+        """Write the gradients of query and key norm, summed over all heads. Collective: an all-reduce of 2 x K."""
         if not self.norm:
             return
         xp, total = self.group.xp, self.group.sum(self.partition, (2, self.kv_channels), self.sum_dtype)
@@ -305,16 +305,16 @@ class ParallelAttention(ParallelLayer):
         return as_rows(dx_BSHK), dw_K
 
     def add_bias(self, y_ND: Array) -> None:
-        """Add the output's bias, on every rank, but after the sum: once."""
+        """Add the output's bias on every rank, after the sum, so that it counts once."""
         add_bias(y_ND, self.own.get("out.bias"))
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
-        """Return the closed form: (forward, backward), each a Counter of logical data collectives."""
+        """Return how many collectives forward and backward do, by the formula: two Counters of Collective."""
         whole = Counter({Collective("all_reduce", tokens * self.hidden_size, self.dtype.name): 1})
         return whole, self.inner_collectives(tokens) + whole
 
     def inner_collectives(self, tokens: int) -> Counter:
-        """Return those of backward beside f: shared key/value heads, and query/key norm."""
+        """Return the collectives of backward other than f's: of shared key/value heads, and of query/key norm."""
         shared = sum(unit.is_shared for unit in self.heads.units)
         counts = Counter({Collective("all_reduce", 2 * tokens * self.kv_channels, self.sum_dtype.name): shared})
         if self.norm:

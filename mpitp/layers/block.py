@@ -66,7 +66,7 @@ class ParallelBlock(Composite):
                                config.mlp_bias, name=join(name, "mlp"), **common)
         self.norms = {norm: hidden_norm(group, config, dtype, join(name, norm)) for norm in norm_names(config)}
         super().__init__(group, [self.attention, self.mlp, *self.norms.values()], dtype, name)
-        # For the parallel residual: number i is block i of the heads and block i of the feed-forward features together.
+        # A parallel residual adds both branches in one sum: its block i is block i of the heads and of the features.
         self.set_partition(group.partition(group.blocks))
 
     def forward(self, x: Array, *, mask: Array | None = None, step: int | None = None, kv: Any = None,
@@ -112,7 +112,7 @@ class ParallelBlock(Composite):
         return y, (of_norm, of_branch, scale, of_post_norm)
 
     def branch_backward(self, part: str, dy: Array, saved: Any, gradients: dict[str, Array]) -> Array:
-        """Return dx of x + f(x), and leave the gradients of the branch and its norms."""
+        """Return dx of x + f(x), and write the gradients of the branch and its norms."""
         of_norm, of_branch, scale, of_post_norm = saved
         branch = getattr(self, part)
         d_branch = self.norm_backward(f"{part}_post_norm", dy, of_post_norm, gradients)
@@ -154,11 +154,11 @@ class ParallelBlock(Composite):
         for block in block_numbered(number, self.attention.own_blocks):
             y_ND, of_attention = self.attention.block_forward(block, h_ND, units, call, total, save)
         for block in block_numbered(number, self.mlp.own_blocks):
-            of_attention_ND = y_ND
+            attention_ND = y_ND
             y_ND, of_mlp = self.mlp.block_forward(block, g_ND, total, save)
-            if of_attention_ND is not None:
-                add_to(of_attention_ND, y_ND)
-                y_ND = of_attention_ND
+            if attention_ND is not None:
+                add_to(attention_ND, y_ND)
+                y_ND = attention_ND
         if y_ND is None:
             y_ND = self.group.xp.zeros(h_ND.shape, total.summand_dtype)
         return y_ND, (of_attention, of_mlp)
@@ -208,7 +208,7 @@ class ParallelBlock(Composite):
         return self.norms[name].forward(x, save=save) if name in self.norms else (x, None)
 
     def norm_backward(self, name: str, dy: Array, saved: Any, gradients: dict[str, Array]) -> Array:
-        """Return dx of norm_forward, and leave the gradients of the norm."""
+        """Return dx of norm_forward, and write the gradients of the norm."""
         if name not in self.norms:
             return dy
         return self.norms[name].backward(dy, saved, out=self.gradients_of(self.norms[name], gradients))[0]
@@ -219,7 +219,7 @@ class ParallelBlock(Composite):
                               self.sum_dtype)
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
-        """Return the closed form: (forward, backward), each a Counter of logical data collectives."""
+        """Return how many collectives forward and backward do, by the formula: two Counters of Collective."""
         if not self.config.parallel_residual:
             (one, two), (three, four) = self.attention.collectives(tokens), self.mlp.collectives(tokens)
             return one + three, two + four
@@ -238,7 +238,7 @@ def hidden_dropout(group: TensorParallelGroup, seed: int, name: str, step: int |
                    shape: tuple[int, ...], dtype: Any) -> Array | None:
     """Return scales 0 or 1 / (1 - p) for a complete array, the same on every rank; None without dropout.
 
-    Of `dtype`, which is float32 for a 16-bit array: 1 / (1 - p) rounded to 8 bits would be a mistake in the mean.
+    Of `dtype`, which is float32 for a 16-bit array: 1 / (1 - p) rounded to 8 bits would shift the mean.
     """
     if not probability or step is None:
         return None

@@ -80,7 +80,7 @@ class Decoder(Composite):
         """Return logits (..., S, V p) of ids (..., S), integers, the same on every rank; and what backward needs.
 
         mask : bool, True where a key may be attended, beside the causal mask: (B, S) or (B, S, S)
-        step : of training, which the dropout masks belong to. None: no dropout
+        step : the training step, which the dropout masks depend on. None: no dropout
         save : False: None in place of what backward needs
         """
         x, of_hidden = self.hidden(ids, mask=mask, step=step, save=save)
@@ -89,7 +89,7 @@ class Decoder(Composite):
 
     def hidden(self, ids: Any, *, mask: Array | None = None, step: int | None = None,
                save: bool = True) -> tuple[Array, Any]:
-        """Return x (..., S, D), complete, of ids (..., S), which is all of forward but the head; and for backward."""
+        """Return x (..., S, D), complete, of ids (..., S), forward without the head; and what backward needs."""
         ids = ids if hasattr(ids, "ndim") else np.asarray(ids)      # token_ids checks them where they are
         require(ids.ndim > 0, "ids without an axis", "(..., positions)")
         require_mask(mask, prod(ids.shape[:-1]), ids.shape[-1])
@@ -170,14 +170,14 @@ class Decoder(Composite):
             dx = self.layer_backward(self.embedding_norm, dx, of_embedding_norm, gradients)
         if self.position:
             self.layer_backward(self.position, dx, of_position, gradients)
-        if self.config.tie_word_embeddings:                     # the head has left its gradient there
+        if self.config.tie_word_embeddings:                     # where the head has written its gradient
             gradients["embedding.weight"] += self.embedding.backward(dx, of_embedding)[1]["embedding.weight"]
         else:
             self.layer_backward(self.embedding, dx, of_embedding, gradients)
         return gradients
 
     def layer_backward(self, layer: Any, dy: Array, saved: Any, gradients: dict[str, Array]) -> Any:
-        """Return dx of one of the layers, and leave its gradients."""
+        """Return dx of one of the layers, and write its gradients."""
         return layer.backward(dy, saved, out=self.gradients_of(layer, gradients))[0]
 
     def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0,
@@ -195,7 +195,7 @@ class Decoder(Composite):
         return self.group.all_gather(logits, self.partition, axis=-1)
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
-        """Return the closed form without the loss: (forward, backward), each a Counter of data collectives."""
+        """Return how many collectives forward and backward do, without the loss: two Counters of Collective."""
         forward: Counter = Counter()
         backward: Counter = Counter()
         layers: Any = (self.embedding, *self.blocks, self.head)

@@ -97,7 +97,7 @@ class VocabParallelEmbedding(ParallelLayer):
         return None, gradients
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
-        """Return the closed form: (forward, backward), each a Counter of logical data collectives."""
+        """Return how many collectives forward and backward do, by the formula: two Counters of Collective."""
         return Counter({Collective("all_reduce", tokens * self.hidden_size, self.dtype.name): 1}), Counter()
 
 
@@ -157,7 +157,7 @@ class PositionEmbedding(ParallelLayer):
         return None, gradients
 
     def collectives(self, tokens: int = 0) -> tuple[Counter, Counter]:
-        """Return the closed form: (forward, backward), both empty."""
+        """Return how many collectives forward and backward do: two empty Counters."""
         return Counter(), Counter()
 
 

@@ -14,7 +14,7 @@ def gather_from_ranks_forward(x_local: Array, partition: Partition, group: Any) 
 
 
 def gather_from_ranks_backward(dy: Array, partition: Partition, group: Any) -> Array:
-    """Each rank made its part, and every rank uses the whole in the same way: the part's gradient is a slice."""
+    """Return the slice of dy that is this rank's: every rank uses the whole in the same way, so dy is complete."""
     return split(dy, partition, group)
 
 
@@ -24,7 +24,7 @@ def scatter_to_ranks_forward(x: Array, partition: Partition, group: Any) -> Arra
 
 
 def scatter_to_ranks_backward(dy_local: Array, partition: Partition, group: Any) -> Array:
-    """Each rank used its part only: the whole gradient is the parts side by side. Collective: one all-gather."""
+    """Put the parts of dy side by side, on every rank, as each rank used its part only. Collective: one all-gather."""
     return group.all_gather(dy_local, partition, axis=-1)
 
 

@@ -109,7 +109,7 @@ class ColumnParallelLinear(ParallelLayer):
 
     def block_backward(self, block: Block, dy_NOp: Array, x_NI: Array, gradients: dict[str, Array],
                        total: Sum) -> Array:
-        """Return a block's summand of dx (N, I), and leave the gradients of its weight and bias."""
+        """Return a block's summand of dx (N, I), and write the gradients of its weight and bias."""
         dy_NOb = columns_of(dy_NOp, block.local)
         if "bias" in self.own:
             bias_backward(dy_NOb, out=rows_of(gradients[join(self.name, "bias")], block.local))
@@ -117,7 +117,7 @@ class ColumnParallelLinear(ParallelLayer):
                                         gradients[self.weight_name], total)
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
-        """Return the closed form: (forward, backward), each a Counter of logical data collectives."""
+        """Return how many collectives forward and backward do, by the formula: two Counters of Collective."""
         gathered = {Collective("all_gather", tokens * self.out_features, self.dtype.name): 1}
         return (Counter(gathered if self.gather_output else {}),
                 Counter({Collective("all_reduce", tokens * self.in_features, self.dtype.name): 1}))
@@ -200,12 +200,12 @@ class RowParallelLinear(ParallelLayer):
         return dx.reshape(*dy.shape[:-1], dx.shape[-1]), gradients
 
     def block_backward(self, block: Block, dy_NO: Array, x_NIp: Array, gradients: dict[str, Array]) -> Array:
-        """Return a block's columns of dx, and leave the gradient of its weight."""
+        """Return a block's columns of dx, and write the gradient of its weight."""
         return row_parallel_backward(dy_NO, columns_of(x_NIp, block.local), self.own["weight"], block.local,
                                      gradients[join(self.name, "weight")])
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
-        """Return the closed form: (forward, backward), each a Counter of logical data collectives."""
+        """Return how many collectives forward and backward do, by the formula: two Counters of Collective."""
         gathered = {Collective("all_gather", tokens * self.in_features, self.dtype.name): 1}
         return (Counter({Collective("all_reduce", tokens * self.out_features, self.dtype.name): 1}),
                 Counter({} if self.input_is_parallel else gathered))

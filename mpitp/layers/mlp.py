@@ -26,8 +26,8 @@ class ParallelMLP(ParallelLayer):
 
     gated: y = (act(x G^T + b_g) * (x U^T + b_u)) V^T + b_v (Shazeer, arXiv 2002.05202), the gate G split as U.
 
-    Rank p holds features p of the middle, so that the activation needs no other rank; only the partial results of
-    V are added up.
+    Rank p holds some of the F features of the middle, and all that leads to them, so that the activation needs no
+    other rank; only the partial results of V are added up.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ class ParallelMLP(ParallelLayer):
             gate_NFb, gate_b_Fb = column_parallel_forward(x_ND, own["gate.weight"], part), \
                 rows_of(own.get("gate.bias"), part)
             a_NFb, of_activation = gated_forward(self.activation, gate_NFb, up_NFb, gate_b_Fb, b_Fb, save)
-        elif save:                                          # the derivative takes the place of what it is taken at
+        elif save:                                          # act'(h), which backward needs, overwrites h
             a_NFb, of_activation = activation_forward(self.activation, up_NFb, None, up_NFb, b_Fb)
         else:
             a_NFb, of_activation = activation_forward(self.activation, up_NFb, up_NFb, None, b_Fb)
@@ -104,7 +104,7 @@ class ParallelMLP(ParallelLayer):
         return y_ND, ((a_NFb, of_activation) if save else None)
 
     def add_bias(self, y_ND: Array) -> None:
-        """Add b_v, on every rank, but after the sum: once."""
+        """Add b_v on every rank, after the sum, so that it counts once."""
         add_bias(y_ND, self.own.get("down.bias"))
 
     def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:
@@ -124,7 +124,7 @@ class ParallelMLP(ParallelLayer):
 
     def block_backward(self, block: Block, dy_ND: Array, x_ND: Array, kept: dict, gradients: dict[str, Array],
                        total: Sum) -> Array:
-        """Return a block's summand of dx (N, D), and leave the gradients of its weights and biases."""
+        """Return a block's summand of dx (N, D), and write the gradients of its weights and biases."""
         (a_NFb, of_activation), part = kept[block.index], block.local
         da_NFb = row_parallel_backward(dy_ND, a_NFb, self.own["down.weight"], part,
                                        gradients[join(self.name, "down.weight")])
@@ -137,18 +137,18 @@ class ParallelMLP(ParallelLayer):
 
     def projection_backward(self, projection: str, dh_NFb: Array, x_ND: Array, part: slice,
                             gradients: dict[str, Array], total: Sum, dx_ND: Array | None = None) -> Array:
-        """Return what up or gate adds to dx, added to dx_ND if given; leave the gradients of its weight and bias."""
+        """Return what up or gate adds to dx, added to dx_ND if given; write the gradients of its weight and bias."""
         if projection + ".bias" in self.own:
             bias_backward(dh_NFb, out=rows_of(gradients[join(self.name, projection + ".bias")], part))
         return column_parallel_backward(dh_NFb, x_ND, self.own[projection + ".weight"], part,
                                         gradients[join(self.name, projection + ".weight")], total, dx_ND)
 
     def bias_backward(self, dy_ND: Array, gradients: dict[str, Array]) -> None:
-        """Leave the gradient of b_v: dy is complete on every rank, so this is."""
+        """Write the gradient of b_v, which is complete on every rank, since dy is."""
         if "down.bias" in self.own:
             bias_backward(dy_ND, out=gradients[join(self.name, "down.bias")])
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
-        """Return the closed form: (forward, backward), each a Counter of logical data collectives."""
+        """Return how many collectives forward and backward do, by the formula: two Counters of Collective."""
         one = {Collective("all_reduce", tokens * self.hidden_size, self.dtype.name): 1}
         return Counter(one), Counter(one)

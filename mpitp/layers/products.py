@@ -1,4 +1,4 @@
-"""The two products of tensor parallelism, and f and g, the ways across the border between replicated and split.
+"""The two products of tensor parallelism, and f and g, which lead from replicated arrays to split ones and back.
 
     f                  column-parallel        activation       row-parallel            g
     x  on every rank   h_p = x W1_p^T         a_p = act(h_p)   y_p = a_p W2_p^T        y = sum over p of y_p
@@ -10,7 +10,7 @@ is the identity here, because a replicated tensor is one tensor, however many ra
 would make gradients P times too large.
 
 Dimension key: N rows (tokens), I in features, O out features; p marks an axis split over the ranks, b the part of it in
-one block. `part` says where the block lies in the arrays of its rank.
+one block. `part` is the block's slice of that axis in the arrays of its rank, `total` the sum that it belongs to.
 """
 from typing import Any
 
@@ -81,7 +81,7 @@ def row_parallel_backward(dy_NO: Array, x_NIb: Array, w_OIp: Array, part: slice,
 
 
 def rows_of(w: Array | None, part: slice) -> Any:
-    """Return w[part]; w itself where that is all of it, as a view takes a GPU's host longer than to start a kernel."""
+    """Return w[part], and None for None; w itself where that is all of it, as a view takes time."""
     return w if w is None or part.start == 0 and part.stop == len(w) else w[part]
 
 

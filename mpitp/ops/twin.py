@@ -19,7 +19,7 @@ def twin(name: str) -> ModuleType:
 
 
 def is_cupy(value: Any) -> bool:
-    """Whether this is a CuPy array, or the module cupy itself."""
+    """Return whether this is a CuPy array, or the module cupy itself."""
     cupy = sys.modules.get("cupy")          # an array of a module that was never imported does not exist
     return cupy is not None and (value is cupy or isinstance(value, cupy.ndarray))
 

@@ -1,7 +1,7 @@
 """Dense transformers on one process, forward and backward, and how far another computation may be from them.
 
-What the parallel layers of mpitp are judged by, and what any other tensor-parallel code can be judged by. Nothing here
-shares code with the layers: formulas stand in their plainest form, and nothing is imported but NumPy.
+The parallel layers of mpitp are judged by this, and any other tensor-parallel code can be. Nothing here shares code
+with the layers: formulas stand in their plainest form, and NumPy is all that they need.
 
     linear, norm, embedding, feed_forward, attention, block, decoder, cross_entropy
                     modules with `forward` and `backward`; weights are a dict by the names of the parameters

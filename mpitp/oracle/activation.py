@@ -41,7 +41,7 @@ def gelu_tanh(h: Array) -> tuple[Array, Array]:
 
 
 def erf(z: Array) -> Array:
-    """The error function, number by number, by the C library."""
+    """Return the error function, number by number, by the C library."""
     return np.asarray(np.frompyfunc(math.erf, 1, 1)(z.astype(np.float64)), dtype=np.float64).astype(z.dtype)
 
 

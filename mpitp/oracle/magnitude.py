@@ -170,7 +170,7 @@ def numbers_of(x: Any) -> Array:
 
 
 def exp(x: Magnitude) -> Magnitude:
-    """e^x, whose relative error is the absolute one of x, and one rounding."""
+    """Return e^x, whose relative error is the absolute one of x, and one rounding."""
     value = np.exp(x.value)
     return Magnitude(value, value * (1 + x.size))
 
@@ -182,7 +182,7 @@ def log(x: Magnitude) -> Magnitude:
 
 
 def sqrt(x: Magnitude) -> Magnitude:
-    """The square root, with half the relative error of x, and one rounding."""
+    """Return the square root, with half the relative error of x, and one rounding."""
     value = np.sqrt(x.value)
     return Magnitude(value, value + x.size / (2 * value))
 

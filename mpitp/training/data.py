@@ -114,7 +114,7 @@ def read(path: str, dtype: str | None = None) -> np.ndarray:
 
 
 def with_header(path: str, header: np.ndarray, dtype: str | None) -> np.ndarray:
-    """The tokens behind the 256 words of a header: magic number, version, how many tokens follow."""
+    """Return the tokens behind the 256 words of a header: magic number, version, how many tokens follow."""
     found = HEADERS[tuple(header[:2])]
     require(dtype in (None, found), f"data dtype {dtype!r} for {path}",
             f"{found}, as the magic number {header[0]} says")
@@ -125,7 +125,7 @@ def with_header(path: str, header: np.ndarray, dtype: str | None) -> np.ndarray:
 
 
 def words(path: str, dtype: np.dtype, start: int = 0) -> np.ndarray:
-    """The rest of a file as little-endian integers; those of more than a byte are read when they are used."""
+    """Return the rest of a file as little-endian integers; those of more than a byte are read when they are used."""
     size = os.path.getsize(path) - start
     if size % dtype.itemsize:
         raise InputError(f"{path}: found {size} bytes of tokens, expected a multiple of {dtype.itemsize}, as "
@@ -136,7 +136,7 @@ def words(path: str, dtype: np.dtype, start: int = 0) -> np.ndarray:
 
 
 def look_like_words(tokens: np.ndarray) -> bool:
-    """Whether bytes look like the two halves of 16-bit integers: those at even and odd places are of different kinds.
+    """Return whether bytes look like halves of 16-bit integers: those at even and odd places differ in kind.
 
     Half the sum of the differences between the two histograms is 1 where they have no byte in common, and near what
     chance makes of it where they are of one kind (measured: random bytes 0.05 of 65,536; ids by Zipf's law 0.81). Text
@@ -152,7 +152,7 @@ def look_like_words(tokens: np.ndarray) -> bool:
 
 
 def is_text(sample: bytes) -> bool:
-    """Whether bytes are UTF-8 without control characters, but for a character that the end cuts."""
+    """Return whether bytes are UTF-8 without control characters, but for a character that the end cuts."""
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(sample)
     except UnicodeDecodeError:

@@ -21,7 +21,7 @@ def append_log(folder: str, step: int, figures: dict) -> None:
 
 
 def read_log(folder: str) -> list[dict]:
-    """The lines as dicts; one that a killed run left unfinished is skipped."""
+    """Return the lines as dicts; one that a killed run left unfinished is skipped."""
     found, path = [], os.path.join(folder, FILE)
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as file:

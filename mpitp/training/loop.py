@@ -61,7 +61,7 @@ class Trainer:
     # --- one step -----------------------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step on gradient_accumulation micro-batches. Returns {"loss", "gradient_norm", "lr"}."""
+        """Take one optimizer step on gradient_accumulation micro-batches. Returns {"loss", "gradient_norm", "lr"}."""
         settings, loss = self.settings, 0.0
         for micro in range(settings.gradient_accumulation):
             loss += self.add_gradients(micro) / settings.gradient_accumulation
@@ -146,7 +146,7 @@ class Trainer:
                 save = self.is_time_to_save(last)
                 if self.step % settings.check_interval == 0 or last or save:    # no checkpoint of copies that differ
                     self.require_equal_copies()
-                self.group.root_first(lambda: self.log(figures) if self.group.rank == 0 else None)
+                self.group.on_root(lambda: self.log(figures))
                 if progress:
                     progress(self.step, figures)
                 if save:
@@ -166,7 +166,7 @@ class Trainer:
             append_log(self.folder, self.step, figures)
 
     def is_time_to_save(self, last: bool) -> bool:
-        """Whether a checkpoint is due after this step. Collective: the ranks agree on whether a signal came."""
+        """Return whether a checkpoint is due after this step. Collective: the ranks agree on whether a signal came."""
         asked = self.group.any(self.asked_to_save)
         due = last or self.settings.save_interval and self.step % self.settings.save_interval == 0
         if asked:
@@ -183,7 +183,7 @@ class Trainer:
                                   f"expected equal copies: memory or library errors; the last checkpoint stays")
 
     def copies(self) -> dict[str, str]:
-        """{parameter or key/value head: SHA-256} of everything of which other ranks have a copy."""
+        """Return {parameter or key/value head: SHA-256} of everything of which other ranks have a copy."""
         found = {}
         for name, spec in self.model.specs.items():
             w = self.model.weights[name]
@@ -198,7 +198,7 @@ class Trainer:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def files(self) -> step_folders.Files:
-        """The tensors of a step folder, as step_folders.save takes them; for a 16-bit model, its float32 weights."""
+        """Return the tensors that step_folders.save takes; for a 16-bit model, the weights in float32."""
         specs = self.model.specs
         state = {f"exp_avg.{name}": (specs[name], m) for name, m in self.optimizer.exp_avg.items()}
         state |= {f"exp_avg_sq.{name}": (specs[name], v) for name, v in self.optimizer.exp_avg_sq.items()}
@@ -206,7 +206,7 @@ class Trainer:
                 "optimizer.safetensors": state}
 
     def state(self) -> dict:
-        """The contents of state.json: nothing that depends on ranks, time or host."""
+        """Return the contents of state.json: nothing that depends on ranks, time or host."""
         return json.loads(json.dumps({"schema": "mpitp.checkpoint/1", "step": self.step, "config": asdict(self.config),
                                       "settings": self.settings.of_the_result(), "data": self.tokens.fingerprint(),
                                       "seq_length": self.tokens.seq_length, "dtype": self.model.dtype.name,
@@ -252,7 +252,7 @@ class Trainer:
 
 
 def difference(key: str, found: object, expected: object) -> str:
-    """The first thing that two parts of a state differ in, for a message."""
+    """Return the first thing that two parts of a state differ in, for a message."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):

@@ -85,7 +85,7 @@ def learning_rate(step: int, lr: float, min_lr: float, warmup: int, steps: int) 
 
 
 def gradient_norm(layer: ParallelLayer, gradients: dict[str, Array]) -> float:
-    """The Euclidean norm of all gradients together, each parameter counted once, however many ranks hold it.
+    """Return the Euclidean norm of all gradients together, each parameter counted once, however many ranks hold it.
 
     A split parameter counts block by block on the ranks that own the blocks, a replicated one with block 0. So every
     rank gets the same number, even where copies differ, and all ranks clip or stop together.

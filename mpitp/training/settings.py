@@ -57,7 +57,7 @@ class Settings:
             require(math.isfinite(value) and value >= 0, f"{name} = {value!r}", "a number from 0")
 
     def of_the_result(self) -> dict:
-        """The settings that the result depends on, with which alone a run is resumed."""
+        """Return the settings that the result depends on, with which alone a run is resumed."""
         own = asdict(self)
         for name in ("eval_interval", "eval_batches", "save_interval", "keep", "check_interval"):
             del own[name]

@@ -199,7 +199,7 @@ def require_room(group: TensorParallelGroup, hidden_size: int, ffn_hidden_size: 
     weights = hidden_size * ffn_hidden_size * (3 if gated else 2)
     # float64 weights, gradients, their magnitudes and copies; a dozen activations of both kinds
     needed = 8 * (6 * weights + 12 * tokens * (hidden_size + ffn_hidden_size))
-    group.root_first(lambda: require_memory(needed) if group.rank == 0 else None)
+    group.on_root(lambda: require_memory(needed))
 
 
 def require_memory(needed: int) -> None:

@@ -16,7 +16,7 @@ OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_method_std")        
 
 
 def family_named(model_type: object) -> Family:
-    """The Family of a config.json's model_type. Raises InputError for one that is not known."""
+    """Return the Family of a config.json's model_type. Raises InputError for one that is not known."""
     if not isinstance(model_type, str) or model_type not in MODULES:
         raise InputError(f"config.json: found model_type {str(model_type)[:80]!r}, expected one of "
                          f"{', '.join(MODULES)}")
@@ -25,7 +25,7 @@ def family_named(model_type: object) -> Family:
 
 
 def config_json(config: DecoderConfig, family: Family) -> dict:
-    """The config.json of a DecoderConfig as a Family has it.
+    """Return the config.json of a DecoderConfig as a Family has it.
 
     Raises InputError naming the first choice that the family cannot express: what is written is read again.
     """
@@ -41,7 +41,7 @@ def config_json(config: DecoderConfig, family: Family) -> dict:
 
 
 def described(config: DecoderConfig) -> dict:
-    """The fields of a config with every default filled in, so that two that mean the same are equal."""
+    """Return the fields of a config with every default filled in, so that two that mean the same are equal."""
     layers = range(config.num_layers)
     found = {name: value for name, value in vars(config).items() if name not in OF_TRAINING}
     found.update(num_query_groups=config.query_groups, kv_channels=config.head_dim, ffn_hidden_size=config.ffn_size,

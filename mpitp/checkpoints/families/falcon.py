@@ -51,7 +51,7 @@ def read(keys: Keys) -> DecoderConfig:
 
 
 def write(config: DecoderConfig) -> dict:
-    """The old architecture where it has as many key/value heads and norms, else the new one."""
+    """Return the old architecture where it has as many key/value heads and norms, else the new one."""
     side_by_side, groups = config.parallel_residual, config.query_groups
     old = config.shared_norm and groups == 1 or not side_by_side
     return dict(

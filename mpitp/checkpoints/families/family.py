@@ -15,13 +15,13 @@ OF_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
 def nothing_fused(config: DecoderConfig) -> dict:
-    """The fused tensors of a family that has none."""
+    """Return the fused tensors of a family that has none."""
     return {}
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model_type.
+    """A family is the checkpoints of one model_type.
 
     model_type, architecture : as config.json names them
     read : function of Keys -> DecoderConfig
@@ -58,7 +58,7 @@ class Family:
             raise error if text.startswith(keys.where) else InputError(f"{keys.where}: {text}") from None
 
     def layouts(self, config: DecoderConfig, specs: Mapping[str, ParameterSpec], prefix: str) -> dict[str, Layout]:
-        """{name of ours: Layout} of all parameters."""
+        """Return {name of ours: Layout} of all parameters."""
         tensors, fused, found = self.tensors(config), self.fused(config), {}
         for name, spec in specs.items():
             of_layer = OF_LAYER.fullmatch(name)
@@ -70,15 +70,15 @@ class Family:
         return found
 
     def head(self, config: DecoderConfig) -> str:
-        """The stored tensor of the head's weight, which a tied model need not have."""
+        """Return the stored tensor of the head's weight, which a tied model need not have."""
         return self.tensors(config)["head"] + ".weight"
 
     def embedding(self, config: DecoderConfig, prefix: str) -> str:
-        """The stored tensor of the embedding's weight."""
+        """Return the stored tensor of the embedding's weight."""
         return f"{prefix}{self.tensors(config)['embedding']}.weight"
 
     def prefix_in(self, names: Iterable[str], config: DecoderConfig) -> str:
-        """The prefix that the checkpoint's names have: the family's, or none. Raises InputError for another one."""
+        """Return the prefix of the checkpoint's names: the family's, or none. Raises InputError for another one."""
         names, bare = set(names), self.embedding(config, "")
         for prefix in (self.prefix, ""):
             if prefix + bare in names:
@@ -90,5 +90,5 @@ class Family:
         return self.prefix if any(name.startswith(self.prefix) for name in names) else ""
 
     def is_buffer(self, name: str) -> bool:
-        """Whether a stored tensor is known to be no parameter."""
+        """Return whether a stored tensor is known to be no parameter."""
         return re.fullmatch(self.buffers, name) is not None

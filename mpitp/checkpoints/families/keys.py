@@ -51,7 +51,7 @@ class Keys:
         self.known: set[str] = set()
 
     def get(self, *names: str, default: Any = REQUIRED) -> Any:
-        """The value under the first of these names that exists and is not null, else the default."""
+        """Return the value under the first of these names that exists and is not null, else the default."""
         found = {name: self.values[name] for name in names if self.values.get(name) is not None}
         self.known.update(names)
         if not found:
@@ -72,22 +72,22 @@ class Keys:
         raise InputError(f"{self.where}: found {name} = {short(value)}, expected {expected}")
 
     def count(self, *names: str, default: Any = REQUIRED, most: int = MOST) -> Any:
-        """A positive integer, or the default, which may be None."""
+        """Return the positive integer under the key, or the default, which may be None."""
         value = self.get(*names, default=default)
         if value is not default and not (is_integer(value) and 0 < value <= most):
             self.fail(names, value, f"a positive integer, at most {most}")
         return value
 
     def size(self, *names: str, default: Any = REQUIRED) -> Any:
-        """A positive integer: the size, or a divisor of the size, of an axis of a tensor."""
+        """Return a positive integer that is the size of a tensor's axis, or divides it."""
         return self.count(*names, default=default, most=self.most_features)
 
     def layers(self, *names: str) -> int:
-        """The number of layers."""
+        """Return the number of layers."""
         return self.count(*names, most=self.most_layers)
 
     def number(self, *names: str, default: Any = REQUIRED, above: float | None = None) -> Any:
-        """A finite number, or the default, which may be None."""
+        """Return the finite number under the key, or the default, which may be None."""
         value = self.get(*names, default=default)
         if value is not default:
             good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
@@ -97,7 +97,7 @@ class Keys:
         return value
 
     def flag(self, *names: str, default: Any = REQUIRED) -> bool:
-        """True or false."""
+        """Return the true or false under the key, or the default."""
         value = self.get(*names, default=default)
         if not isinstance(value, bool):
             self.fail(names, value, "true or false")
@@ -111,14 +111,14 @@ class Keys:
         return ACTIVATIONS[value]
 
     def inner(self, *names: str) -> Keys | None:
-        """The keys of an object inside, None where there is none."""
+        """Return the keys of an object inside, None where there is none."""
         value = self.get(*names, default=None)
         if value is not None and not isinstance(value, dict):
             self.fail(names, value, "an object")
         return None if value is None else Keys(value, f"{self.where}: {names[0]}")
 
     def layer_types(self, layers: int) -> list[str] | None:
-        """What layer_types says of each layer, "sliding_attention" or "full_attention"; None where it says nothing."""
+        """Return layer_types, "sliding_attention" or "full_attention" of each layer; None where there is none."""
         kinds = self.get("layer_types", default=None)
         if kinds is None:
             return None
@@ -146,11 +146,11 @@ class Keys:
                                  f"results and is not supported")
 
     def unknown(self) -> list[str]:
-        """The keys that are neither read nor known to change nothing; null says nothing."""
+        """Return the keys that are neither read nor known to change nothing; null says nothing."""
         return sorted(key for key in set(self.values) - self.known if self.values[key] is not None)
 
 
 def short(value: object, most: int = 80) -> str:
-    """A value for a message."""
+    """Return a value as a message shows it."""
     text = repr(value)
     return text if len(text) <= most else text[:most] + "..."

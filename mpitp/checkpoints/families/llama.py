@@ -29,7 +29,7 @@ NO_WINDOWS = (("sliding_window", ()), ("attention_chunk_size", ()))
 
 def sizes(keys: Keys, groups: int | None = None, head_dim: int | None = None, tied: bool = False,
           activation: tuple[str, str] = ("hidden_act", "silu")) -> dict:
-    """The fields of DecoderConfig that all families of this kind have under the same keys.
+    """Return the fields of DecoderConfig that all families of this kind have under the same keys.
 
     groups : the key/value heads of a family whose config.json lacks the key; null means as many as query heads
     head_dim, tied : what the family has where config.json does not say it
@@ -50,17 +50,17 @@ def sizes(keys: Keys, groups: int | None = None, head_dim: int | None = None, ti
 
 
 def head_features(found: dict) -> int:
-    """How many features a head has."""
+    """Return how many features a head has."""
     return found["kv_channels"] or found["hidden_size"] // found["num_attention_heads"]
 
 
 def window_of(keys: Keys) -> int | None:
-    """The sliding window: none where the key is null, 4096 where it is absent."""
+    """Return the sliding window: none where the key is null, 4096 where it is absent."""
     return keys.count("sliding_window", default=None if "sliding_window" in keys.values else 4096)
 
 
 def windows(keys: Keys, found: dict) -> tuple | None:
-    """The sliding window of each layer of a Qwen: those that layer_types names, else from max_window_layers on."""
+    """Return each layer's sliding window in a Qwen: where layer_types says so, else from max_window_layers on."""
     layers, window = found["num_layers"], window_of(keys)
     window = window if keys.flag("use_sliding_window", default=False) else None
     first = keys.get("max_window_layers", default=28)
@@ -71,7 +71,7 @@ def windows(keys: Keys, found: dict) -> tuple | None:
 
 
 def windows_of(keys: Keys, kinds: list[str], window: int | None) -> tuple:
-    """The sliding window of each layer, by its type. Raises InputError for sliding layers without a window."""
+    """Return the sliding window of each layer, by its type. Raises InputError for sliding layers without a window."""
     if window is None and "sliding_attention" in kinds:
         keys.fail(["layer_types"], "sliding_attention", "full_attention where there is no sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -114,7 +114,7 @@ def read_qwen3(keys: Keys) -> DecoderConfig:
 
 
 def write_sizes(config: DecoderConfig) -> dict:
-    """The keys that sizes() reads."""
+    """Return the keys that sizes() reads."""
     return dict(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_attention_heads, num_key_value_heads=config.query_groups,
@@ -144,7 +144,7 @@ def write_qwen3(config: DecoderConfig) -> dict:
 
 
 def type_of(window: int | None) -> str:
-    """The name that layer_types has for a layer with this window."""
+    """Return the name that layer_types has for a layer with this window."""
     return "sliding_attention" if window else "full_attention"
 
 

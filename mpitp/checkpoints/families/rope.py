@@ -29,7 +29,7 @@ def rotary(keys: Keys, head_dim: int, theta: float = 10000.0, theta_key: str = "
     head_dim : int
         Features of a head.
     theta, part : float, optional
-        Where config.json does not say them; part: the share of a head's features that turn.
+        Where config.json does not say them; part: the share of a head's features that are rotated.
     theta_key, part_key : str, optional
         Their names in the old style; no part_key: all of a head turns in this family.
     """
@@ -71,7 +71,7 @@ def rotary_of_layer_types(keys: Keys, head_dim: int, thetas: dict[str, tuple[str
 
 
 def scaled_rotary(keys: Keys, found: Keys, head_dim: int, theta: float, part: float, partial: bool) -> Rotary:
-    """The Rotary of one object of the new style; theta, part: where the object does not say them."""
+    """Return the Rotary of one object of the new style; theta, part: where the object does not say them."""
     theta = found.number("rope_theta", default=theta, above=0)
     if partial:
         part = found.number("partial_rotary_factor", default=part, above=0)
@@ -85,11 +85,11 @@ def scaled_rotary(keys: Keys, found: Keys, head_dim: int, theta: float, part: fl
     if unknown:
         raise InputError(f"{found.where}: found {unknown[0]!r}, expected no such key for rope_type {kind!r}: it may "
                          f"change the results and is not supported")
-    return Rotary(dim=turning(part, head_dim, found), base=theta, **more)
+    return Rotary(dim=rotated_features(part, head_dim, found), base=theta, **more)
 
 
 def rope_keys(rotary: Rotary | None, theta_key: str = "rope_theta") -> dict:
-    """The keys of a Rotary in the old style, which every transformers reads."""
+    """Return the keys of a Rotary in the old style, which every transformers reads."""
     if rotary is None:
         return {}
     scaling = None
@@ -103,17 +103,17 @@ def rope_keys(rotary: Rotary | None, theta_key: str = "rope_theta") -> dict:
     return {theta_key: rotary.base, "rope_scaling": scaling}
 
 
-def turning(part: float, head_dim: int, keys: Keys) -> int | None:
-    """How many features of a head turn; None: all."""
+def rotated_features(part: float, head_dim: int, keys: Keys) -> int | None:
+    """Return how many features of a head are rotated; None for all."""
     dim = int(head_dim * part)
     if not 0 < part <= 1 or dim % 2 or dim == 0:
-        raise InputError(f"{keys.where}: found {part} of {head_dim} features that turn, expected an even number of "
-                         f"them")
+        raise InputError(f"{keys.where}: found {part} of {head_dim} features that are rotated, expected an even "
+                         f"number of them")
     return None if dim == head_dim else dim
 
 
 def scaling(kind: str, found: Keys, keys: Keys) -> dict:
-    """The fields of Rotary that stretch the frequencies."""
+    """Return the fields of Rotary that stretch the frequencies."""
     if kind == "linear":
         return dict(scaling=kind, factor=found.number("factor", above=0))
     longest = keys.count("max_position_embeddings", default=None)
@@ -142,5 +142,5 @@ def scaling(kind: str, found: Keys, keys: Keys) -> dict:
 
 
 def temperature(factor: float, scale: float) -> float:
-    """The attention factor of yarn (arXiv 2309.00071, section 3.4), with DeepSeek's mscale."""
+    """Return the attention factor of yarn (arXiv 2309.00071, section 3.4), with DeepSeek's mscale."""
     return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0

@@ -58,7 +58,7 @@ def cuda_aware(comm: MPI.Comm) -> tuple[bool, str]:
 
 
 def takes_device(kinds: str) -> bool:
-    """Whether "cuda", or "cuda:device" with or without other restrictors, is among comma-separated kinds (MPI 4.1)."""
+    """Return whether "cuda" or "cuda:device", other restrictors or not, is among comma-separated kinds (MPI 4.1)."""
     for kind in kinds.split(","):
         name, *restrictors = kind.strip().split(":")
         if name == "cuda" and (not restrictors or "device" in restrictors):

@@ -41,11 +41,11 @@ class NcclTransport:
         self.side_stream: Any = None    # of sums that are under way while the device computes
 
     def arguments(self, x: DeviceArray) -> tuple[int, int, int]:
-        """(pointer, elements, type) of an array."""
+        """Return (pointer, elements, type) of an array."""
         return x.data.ptr, x.size, getattr(self.nccl, TYPES[x.dtype.name])
 
     def stream(self) -> int:
-        """The handle of CuPy's current stream."""
+        """Return the handle of CuPy's current stream."""
         return self.cupy.cuda.get_current_stream().ptr
 
     def all_reduce(self, x: DeviceArray, op: str) -> None:

@@ -121,7 +121,7 @@ def over_vectors(function: Callable[[int], Any], arrays: Sequence[DeviceArray | 
 
 def activation_forward(name: str, h: DeviceArray, out: DeviceArray | None = None, derivative: DeviceArray | None = None,
                        bias: DeviceArray | None = None) -> tuple[DeviceArray, DeviceArray | None]:
-    """As mpitp.ops.activation.activation_forward."""
+    """Compute as mpitp.ops.activation.activation_forward."""
     out = cupy.empty_like(h) if out is None else out
     over_vectors(partial(activate, name, h.dtype, derivative is not None), (h, None, out, None, derivative),
                  bias, None, np.int64(h.size), np.int32(h.shape[-1]))
@@ -129,7 +129,7 @@ def activation_forward(name: str, h: DeviceArray, out: DeviceArray | None = None
 
 
 def activation_backward(da: DeviceArray, saved: DeviceArray, out: DeviceArray | None = None) -> DeviceArray:
-    """As mpitp.ops.activation.activation_backward."""
+    """Compute as mpitp.ops.activation.activation_backward."""
     out = cupy.empty_like(da) if out is None else out
     over_vectors(partial(elementwise, "derive", da.dtype), (da, None, saved, None, out, None), np.int64(da.size))
     return out
@@ -137,7 +137,7 @@ def activation_backward(da: DeviceArray, saved: DeviceArray, out: DeviceArray | 
 
 def gated_forward(name: str, h: DeviceArray, up: DeviceArray, bias: DeviceArray | None = None,
                   up_bias: DeviceArray | None = None, saved: bool = True) -> tuple[DeviceArray, tuple | None]:
-    """As mpitp.ops.activation.gated_forward."""
+    """Compute as mpitp.ops.activation.gated_forward."""
     a, act, slope = (cupy.empty_like(h), cupy.empty_like(h), h) if saved else (h, None, None)
     over_vectors(partial(activate, name, h.dtype, saved), (h, up, a, act, slope), bias, up_bias, np.int64(h.size),
                  np.int32(h.shape[-1]))
@@ -145,14 +145,14 @@ def gated_forward(name: str, h: DeviceArray, up: DeviceArray, bias: DeviceArray 
 
 
 def gated_backward(da: DeviceArray, saved: tuple) -> tuple[DeviceArray, DeviceArray]:
-    """As mpitp.ops.activation.gated_backward."""
+    """Compute as mpitp.ops.activation.gated_backward."""
     (act, slope, up), du = saved, cupy.empty_like(da)
     over_vectors(partial(elementwise, "derive", da.dtype), (da, up, slope, act, da, du), np.int64(da.size))
     return da, du
 
 
 def add_to(y: DeviceArray, x: DeviceArray) -> None:
-    """As mpitp.ops.activation.add_to."""
+    """Compute as mpitp.ops.activation.add_to."""
     if y.dtype == x.dtype and y.flags.c_contiguous and x.flags.c_contiguous:
         over_vectors(partial(elementwise, "add_to", y.dtype), (y, x), np.int64(y.size))
     else:

@@ -26,7 +26,7 @@ extern "C" __global__ void adamw(A* w, const A* g, A* m, A* v, T* rounded, long 
 def adamw_step(w: DeviceArray, g: DeviceArray, m: DeviceArray, v: DeviceArray, *, beta1: float, beta2: float,
                rate: float, root: float, eps: float, decay: float, scale: float,
                rounded: DeviceArray | None = None) -> None:
-    """As mpitp.ops.adamw.adamw_step."""
+    """Compute as mpitp.ops.adamw.adamw_step."""
     numbers = [w.dtype.type(number) for number in (beta1, beta2, rate, root, eps, decay, scale)]
     launch(kernel(SOURCE, "adamw", w.dtype if rounded is None else rounded.dtype, (f"-DEACH={EACH}",)),
            -(-w.size // (THREADS * EACH)), THREADS,

@@ -89,7 +89,7 @@ extern "C" __global__ void softmax_backward(const A* s, const A* dp, const A* ls
 def attention_forward(q_GHQK: DeviceArray, k_GSK: DeviceArray, v_GSK: DeviceArray, scale: float, *, out: DeviceArray,
                       causal: bool = True, window: int | None = None, slopes: DeviceArray | None = None,
                       mask: DeviceArray | None = None, keep: Keep | None = None) -> DeviceArray:
-    """As mpitp.ops.attention.attention_forward; scores and lse in float32 for 16-bit q."""
+    """Compute as mpitp.ops.attention.attention_forward; scores and lse in float32 for 16-bit q."""
     (G, H, Q, _), dtype = q_GHQK.shape, q_GHQK.dtype
     lse_GHQ = cupy.ndarray((G, H, Q), sum_dtype(dtype))
     for first, stop, seen, rules in tiles(q_GHQK, k_GSK, scale, causal, window, slopes, mask, keep):
@@ -106,7 +106,7 @@ def attention_backward(dout_GHQK: DeviceArray, lse_GHQ: DeviceArray, q_GHQK: Dev
                        dk: DeviceArray | None = None, dv: DeviceArray | None = None, causal: bool = True,
                        window: int | None = None, slopes: DeviceArray | None = None, mask: DeviceArray | None = None,
                        keep: Keep | None = None) -> tuple[DeviceArray, DeviceArray]:
-    """As mpitp.ops.attention.attention_backward; dk and dv in float32 for 16-bit q."""
+    """Compute as mpitp.ops.attention.attention_backward; dk and dv in float32 for 16-bit q."""
     (G, H, _, K), dtype = q_GHQK.shape, q_GHQK.dtype
     computed = sum_dtype(dtype)
     dk_GSK, dv_GSK = (cupy.ndarray(k_GSK.shape, computed) if d is None else d for d in (dk, dv))

@@ -52,7 +52,7 @@ extern "C" __global__ void row_gradient(const T* z, const A* top, const long lon
 
 
 def row_maximum(z_NV: DeviceArray) -> DeviceArray:
-    """As mpitp.ops.cross_entropy.row_maximum, in float32 for 16-bit logits. A NaN stays."""
+    """Compute as mpitp.ops.cross_entropy.row_maximum, in float32 for 16-bit logits. A NaN stays."""
     N, V = z_NV.shape
     out_N = cupy.empty(N, sum_dtype(z_NV.dtype))
     launch(kernel(SOURCE, "row_maximum", z_NV.dtype), N, threads_for(V), (z_NV, out_N, np.int32(V), pitch(z_NV)))
@@ -60,7 +60,7 @@ def row_maximum(z_NV: DeviceArray) -> DeviceArray:
 
 
 def row_sums(z_NV: DeviceArray, max_N: DeviceArray, targets_N: DeviceArray, with_sum: bool) -> DeviceArray:
-    """As mpitp.ops.cross_entropy.row_sums, in float32 for 16-bit logits."""
+    """Compute as mpitp.ops.cross_entropy.row_sums, in float32 for 16-bit logits."""
     N, V = z_NV.shape
     sums = cupy.empty((3 if with_sum else 2, N), sum_dtype(z_NV.dtype))
     launch(kernel(SOURCE, "row_sums", z_NV.dtype), N, threads_for(V),
@@ -70,7 +70,7 @@ def row_sums(z_NV: DeviceArray, max_N: DeviceArray, targets_N: DeviceArray, with
 
 def row_gradient(z_NV: DeviceArray, max_N: DeviceArray, targets_N: DeviceArray, factor_N: DeviceArray,
                  at_target_N: DeviceArray, everywhere_N: DeviceArray | None, out: DeviceArray) -> DeviceArray:
-    """As mpitp.ops.cross_entropy.row_gradient."""
+    """Compute as mpitp.ops.cross_entropy.row_gradient."""
     N, V = z_NV.shape
     launch(kernel(SOURCE, "row_gradient", z_NV.dtype), N if V else 0, threads_for(V),
            (z_NV, max_N, targets_N, factor_N, at_target_N, np.uint64(0) if everywhere_N is None else everywhere_N,

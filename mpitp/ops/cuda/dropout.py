@@ -41,7 +41,7 @@ KERNEL = cupy.ElementwiseKernel(
 
 def dropout_scale(seed: int, name: str, step: int, probability: float, shape: Sequence[int],
                   window: Sequence[slice | int], dtype: DTypeLike, xp: ModuleType = cupy) -> DeviceArray:
-    """As mpitp.ops.dropout.dropout_scale: the same zeros, on the device."""
+    """Compute as mpitp.ops.dropout.dropout_scale: the same zeros, on the device."""
     shape = tuple(map(int, shape))              # NumPy's integers would overflow
     ends = [(at, at + 1) if not isinstance(at, slice) else at.indices(n)[:2] for n, at in zip(shape, window)]
     lengths = [max(0, stop - start) for start, stop in ends]

@@ -29,7 +29,7 @@ extern "C" __global__ void add_segments(const T* d, const long long* sorted, con
 
 
 def embedding_forward(w_RH: DeviceArray, ids_N: DeviceArray) -> DeviceArray:
-    """As mpitp.ops.embedding.embedding_forward."""
+    """Compute as mpitp.ops.embedding.embedding_forward."""
     (rows, H), N = w_RH.shape, len(ids_N)
     y_NH = cupy.empty((N, H), w_RH.dtype)
     launch(kernel(SOURCE, "lookup", w_RH.dtype), N, threads_for(H), (w_RH, ids_N, y_NH, np.int64(rows), np.int32(H)))
@@ -37,7 +37,7 @@ def embedding_forward(w_RH: DeviceArray, ids_N: DeviceArray) -> DeviceArray:
 
 
 def embedding_backward(d_NH: DeviceArray, ids_N: DeviceArray, rows: int, out: DeviceArray | None = None) -> DeviceArray:
-    """As mpitp.ops.embedding.embedding_backward; in float32 for 16-bit d."""
+    """Compute as mpitp.ops.embedding.embedding_backward; in float32 for 16-bit d."""
     N, H = d_NH.shape
     dw_RH = cupy.empty((rows, H), sum_dtype(d_NH.dtype)) if out is None else out
     dw_RH.fill(0)

@@ -153,7 +153,7 @@ def gemv(dtype: np.dtype, warps: int, in_vectors: bool, rounded: bool) -> Any:
 
 
 def takes(x_NI: DeviceArray, w_OI: DeviceArray) -> bool:
-    """Whether few_rows is for these: up to MOST rows of float32, which are read in vectors."""
+    """Return whether few_rows is for these: up to MOST rows of float32, which are read in vectors."""
     return len(x_NI) <= MOST and w_OI.dtype == np.float32 and w_OI.size > 0 and w_OI.shape[1] % 4 == 0
 
 

@@ -100,7 +100,7 @@ extern "C" __global__ void add_pieces(const A* tops, const A* sums, const A* par
 
 def append(held_BCGK: tuple[DeviceArray, DeviceArray], new_BSGK: tuple[DeviceArray, DeviceArray],
            starts_B: DeviceArray) -> None:
-    """As mpitp.ops.keys_values.append, of a pair of arrays each."""
+    """Compute as mpitp.ops.keys_values.append, of a pair of arrays each."""
     (keys, values), (new_keys, new_values) = held_BCGK, (cupy.ascontiguousarray(new) for new in new_BSGK)
     (B, S), n = new_keys.shape[:2], new_keys.shape[2] * new_keys.shape[3]
     launch(kernel(APPEND, "append", keys.dtype), B * S if n else 0, threads_for(n),
@@ -110,7 +110,7 @@ def append(held_BCGK: tuple[DeviceArray, DeviceArray], new_BSGK: tuple[DeviceArr
 def last_query_forward(q_BHK: DeviceArray, k_BCGK: DeviceArray, v_BCGK: DeviceArray, starts_B: DeviceArray,
                        scale: float, *, out: DeviceArray, window: int | None = None,
                        slopes: DeviceArray | None = None) -> None:
-    """As mpitp.ops.keys_values.last_query_forward."""
+    """Compute as mpitp.ops.keys_values.last_query_forward."""
     (B, H, K), (_, C, G, _), computed = q_BHK.shape, k_BCGK.shape, sum_dtype(q_BHK.dtype)
     if not q_BHK.size:
         return

@@ -24,7 +24,7 @@ NUMBERS = {dtype: np.array([0, 1], dtype) for dtype in (np.dtype("float32"), np.
 
 def linear_forward(x_NI: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None = None,
                    dtype: DTypeLike | None = None) -> tuple[DeviceArray, tuple[DeviceArray, DeviceArray]]:
-    """As mpitp.ops.linear.linear_forward."""
+    """Compute as mpitp.ops.linear.linear_forward."""
     if len(x_NI) == 1 and w_OI.size:
         return one_row(x_NI, w_OI, out, dtype), (x_NI, w_OI)
     if takes(x_NI, w_OI):
@@ -34,7 +34,7 @@ def linear_forward(x_NI: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None
 
 def product(a: DeviceArray, b: DeviceArray, out: DeviceArray | None = None, dtype: DTypeLike | None = None,
             add: bool = False) -> DeviceArray:
-    """As mpitp.ops.linear.product, of two matrices or of two stacks of them, added up in float32 (float64)."""
+    """Compute as mpitp.ops.linear.product, of two matrices or of two stacks of them, added up in float32 (float64)."""
     (*stack, m, k), n = a.shape, b.shape[-1]
     result = cupy.ndarray((*stack, m, n), a.dtype if dtype is None else dtype) if out is None else out
     if not (result.size and k):
@@ -69,7 +69,7 @@ def product(a: DeviceArray, b: DeviceArray, out: DeviceArray | None = None, dtyp
 
 
 def add_bias(y_NO: DeviceArray, b_O: DeviceArray | None) -> None:
-    """As mpitp.ops.linear.add_bias, one pass in vectors."""
+    """Compute as mpitp.ops.linear.add_bias, one pass in vectors."""
     if b_O is None:
         return
     if not y_NO.flags.c_contiguous:
@@ -79,7 +79,7 @@ def add_bias(y_NO: DeviceArray, b_O: DeviceArray | None) -> None:
 
 
 def bias_backward(dy_NO: DeviceArray, out: DeviceArray | None = None) -> DeviceArray:
-    """As mpitp.ops.linear.bias_backward, in float32 for 16-bit dy."""
+    """Compute as mpitp.ops.linear.bias_backward, in float32 for 16-bit dy."""
     return column_sum(dy_NO, out=out)
 
 

@@ -52,7 +52,7 @@ extern "C" __global__ void norm_backward(const T* dy, const T* xhat, const A* rs
 
 def norm_forward(x: DeviceArray, w: DeviceArray, b: DeviceArray | None, kind: str, epsilon: float,
                  zero_centered: bool = False) -> tuple[DeviceArray, tuple]:
-    """As mpitp.ops.norm.norm_forward, computed in float32 for 16-bit x."""
+    """Compute as mpitp.ops.norm.norm_forward, computed in float32 for 16-bit x."""
     if kind not in KINDS:
         raise InputError(f"found norm kind {kind!r}, expected one of {', '.join(KINDS)}")
     K = x.shape[-1]
@@ -67,7 +67,7 @@ def norm_forward(x: DeviceArray, w: DeviceArray, b: DeviceArray | None, kind: st
 
 def norm_backward(dy: DeviceArray, saved: tuple, dw_out: DeviceArray | None = None,
                   db_out: DeviceArray | None = None) -> tuple[DeviceArray, DeviceArray, DeviceArray | None]:
-    """As mpitp.ops.norm.norm_backward; dw and db in float32 for 16-bit dy."""
+    """Compute as mpitp.ops.norm.norm_backward; dw and db in float32 for 16-bit dy."""
     xhat_NK, rstd_N1, w, kind, zero_centered, has_bias = saved
     K = dy.shape[-1]
     dy_NK = cupy.ascontiguousarray(dy).reshape(-1, K)

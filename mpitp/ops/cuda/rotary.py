@@ -32,7 +32,7 @@ extern "C" __global__ void rotary(const T* x, const A* cosine, const A* sine, co
 
 def rotary_forward(x: DeviceArray, cos: DeviceArray, sin: DeviceArray, interleaved: bool,
                    starts: DeviceArray | None = None, sign: float = 1) -> DeviceArray:
-    """As mpitp.ops.rotary.rotary_forward; cos and sin in float32 for 16-bit x."""
+    """Compute as mpitp.ops.rotary.rotary_forward; cos and sin in float32 for 16-bit x."""
     half, (S, heads, K) = cos.shape[-1], x.shape[-3:]
     x, y = cupy.ascontiguousarray(x), cupy.ndarray(x.shape, x.dtype)
     launch(kernel(SOURCE, "rotary", x.dtype), x.size // (heads * K) if x.size else 0, threads_for(heads * half),
@@ -42,5 +42,5 @@ def rotary_forward(x: DeviceArray, cos: DeviceArray, sin: DeviceArray, interleav
 
 
 def rotary_backward(dy: DeviceArray, cos: DeviceArray, sin: DeviceArray, interleaved: bool) -> DeviceArray:
-    """As mpitp.ops.rotary.rotary_backward."""
+    """Compute as mpitp.ops.rotary.rotary_backward."""
     return rotary_forward(dy, cos, sin, interleaved, sign=-1)
