@@ -1,6 +1,5 @@
 """The pages of docs/: what they print, their tables, their links, and the site that is built of them."""
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import pytest
 
 import mpitp.oracle
 import pages
-from spmd import ROOT, job
+from spmd import ROOT, job, job_environment
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -133,7 +132,7 @@ def test_no_page_is_lost():
 @pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in SITE), reason="needs docs/requirements.txt")
 def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", tmp_path],
-                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          cwd=ROOT, env=job_environment(), capture_output=True, text=True,
                           timeout=200)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tutorial.html").exists() and (tmp_path / "generated" / "mpitp.ParallelMLP.html").exists()
