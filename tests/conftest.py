@@ -25,6 +25,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "support"))       # w
 import pytest
 from mpi4py import MPI
 
+from groups import group_fixture
 from mpitp.comm import guard
 
 WORLD = MPI.COMM_WORLD
@@ -135,10 +136,4 @@ def world():
     return WORLD
 
 
-@pytest.fixture(params=[False, True], ids=["ordinary", "reproducible"])
-def group(request):
-    """A group of all ranks in either mode, with the agreement check on."""
-    import mpitp
-    group = mpitp.TensorParallelGroup(reproducible=request.param, check=True)
-    yield group
-    group.close()
+group = group_fixture("ordinary", "reproducible")

@@ -5,17 +5,19 @@ import numpy as np
 import pytest
 
 import mpitp
+from groups import group_fixture
 from mpitp import InputError
 from mpitp.comm import agreement, collectives
 from spmd import sum_of_blocks
 
 
-@pytest.fixture(scope="module")
-def group(world):
-    if world.size == 1:
+group = group_fixture("ordinary", scope="module")
+
+
+@pytest.fixture(autouse=True)
+def several_ranks(request, world):
+    if "group" in request.fixturenames and world.size == 1:
         pytest.skip("one rank agrees with itself")
-    with mpitp.TensorParallelGroup(check=True) as group:
-        yield group
 
 
 def last(group):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpitp
+from groups import group_fixture
 from mpitp import oracle
 from mpitp.layers import embedding
 from mpitp.layers.embedding import PositionEmbedding, VocabParallelEmbedding
@@ -17,10 +18,7 @@ from spmd import draw, job, same_bytes
 RANKS = (1, 2, 3, 4, 5, 9)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["ordinary", "reproducible"])
-def group(request):
-    with mpitp.TensorParallelGroup(reproducible=request.param, check=True) as group:
-        yield group
+group = group_fixture("ordinary", "reproducible", scope="module")
 
 
 def draw_ids(vocab, lead, seed=0):

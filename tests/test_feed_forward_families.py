@@ -8,6 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import make_tiny_checkpoints as tiny
 import mpitp
+from groups import group_fixture
 from check_layers import over_the_limit
 from mpitp import InputError
 from mpitp.checkpoints.loading import feed_forward
@@ -28,10 +29,7 @@ ACTIVATIONS = {"llama": "silu", "llama3_biases": "silu", "gemma3_text": "gelu_ta
                "gpt_neox": "gelu", "falcon_40b": "gelu", "bloom": "gelu_tanh"}
 
 
-@pytest.fixture(scope="module")
-def group():
-    with mpitp.TensorParallelGroup(check=True) as group:
-        yield group
+group = group_fixture("ordinary", scope="module")
 
 
 def dense_block(case):

@@ -5,6 +5,7 @@ import pytest
 from mpi4py import MPI
 
 import mpitp
+from groups import group_fixture
 from check_collectives import broadcast_problems, of_rank, partition_problems, reduction_problems
 from mpitp import InputError
 from mpitp.comm import guard
@@ -15,10 +16,7 @@ from spmd import same_bytes, sum_of_blocks
 DTYPES = ["float32", "float64", "int32", "int64", "float16", ml_dtypes.bfloat16]
 
 
-@pytest.fixture(scope="module")
-def group():
-    with mpitp.TensorParallelGroup(check=True) as group:
-        yield group
+group = group_fixture("ordinary", scope="module")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 import make_tiny_checkpoints as tiny
 import mpitp
+from groups import group_fixture
 from mpitp import InputError
 from mpitp.checkpoints.families.layout import View
 from spmd import everywhere
@@ -28,10 +29,7 @@ CASES = {"llama": np.float32, "gpt2": ml_dtypes.bfloat16, "falcon_40b": np.float
 MOST_BYTES, MOST_SECONDS = 3_000_000, 20                        # the files have up to 30 thousand
 
 
-@pytest.fixture(scope="module")
-def group():
-    with mpitp.TensorParallelGroup(check=True) as group:
-        yield group
+group = group_fixture("ordinary", scope="module")
 
 
 class InMemory:

@@ -3,16 +3,14 @@ import numpy as np
 import pytest
 
 import mpitp
+from groups import group_fixture
 from mpitp import InputError, ParameterSpec
 from mpitp.sharding.parameters import by_name
 
 pytestmark = pytest.mark.host       # NumPy arrays, as wrong as they can be
 
 
-@pytest.fixture(scope="module")
-def group():
-    with mpitp.TensorParallelGroup(check=True) as group:
-        yield group
+group = group_fixture("ordinary", scope="module")
 
 
 @pytest.fixture(scope="module")

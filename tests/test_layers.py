@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpitp
+from groups import group_fixture
 from check_layers import dense_weights, linear_problems, mlp_problems
 from mpitp.ops.activation import ACTIVATIONS
 from spmd import draw, everywhere, same_bytes
@@ -23,10 +24,7 @@ def require_none(problems, group):
     assert not any(found), f"problems by rank: {found}"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["ordinary", "reproducible"])
-def group(request):
-    with mpitp.TensorParallelGroup(reproducible=request.param, check=True) as group:
-        yield group
+group = group_fixture("ordinary", "reproducible", scope="module")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

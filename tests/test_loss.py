@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpitp
+from groups import group_fixture
 from check_loss import draw_targets, plain_loss, problems, require_none, seen_everywhere, whole_and_part
 from mpitp.layers import loss as loss_module
 from mpitp.layers.loss import vocab_parallel_cross_entropy_backward, vocab_parallel_cross_entropy_forward
@@ -20,10 +21,7 @@ RANKS = (1, 2, 3, 4, 5, 9)
 smoothings = pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["ordinary", "reproducible"])
-def group(request):
-    with mpitp.TensorParallelGroup(reproducible=request.param, check=True) as group:
-        yield group
+group = group_fixture("ordinary", "reproducible", scope="module")
 
 
 @pytest.fixture
