@@ -23,8 +23,7 @@ import torch.distributed as distributed
 import torch.nn.functional as functional
 
 import mpitp
-from mpitp import measure
-from mpitp.commands import report
+from mpitp import measure, tables
 from mpitp.comm.guard import guarded
 from mpitp.ops.activation import activation_backward, activation_forward
 from mpitp.ops.attention import attention_backward, attention_forward
@@ -186,8 +185,8 @@ def show_parts(group, tokens, hidden, rounds):
     if group.rank == 0:
         names = dict.fromkeys(name.rsplit(" ", 1)[0] for name in cases)
         print(f"h = {hidden}, {tokens} tokens, {group.size} ranks, medians of {rounds} interleaved rounds")
-        print("\n".join(report.table(("part", *KINDS), [
-            (name, *(report.seconds(measure.timing(seconds[f"{name} {kind}"]).median) for kind in KINDS))
+        print("\n".join(tables.table(("part", *KINDS), [
+            (name, *(tables.seconds(measure.timing(seconds[f"{name} {kind}"]).median) for kind in KINDS))
             for name in names])), flush=True)
 
 

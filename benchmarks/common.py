@@ -21,8 +21,7 @@ import torch                                        # noqa: E402
 import torch.distributed as distributed             # noqa: E402
 from threadpoolctl import ThreadpoolController      # noqa: E402
 
-from mpitp import measure                   # noqa: E402
-from mpitp.commands import report          # noqa: E402
+from mpitp import measure, tables           # noqa: E402
 
 LIBRARIES = ThreadpoolController()                  # looked for once: each search takes half a millisecond
 
@@ -95,9 +94,9 @@ def show(found, title, limit="limit"):
           f"interleaved rounds")
     base = found["base"]
     over_this = base.replace(" ", "_") + "_over_this"
-    print("\n".join(report.table(
+    print("\n".join(tables.table(
         ("", "median", "fastest", "slowest", f"over {limit}", f"{base} over this"),
-        [(name, *(report.seconds(row[f"{which}_seconds"]) for which in ("median", "least", "most")),
+        [(name, *(tables.seconds(row[f"{which}_seconds"]) for which in ("median", "least", "most")),
           f"{row['over_limit']:.3f}", f"{row[over_this]:.2f}") for name, row in found["rows"].items()])))
     for name, row in found["rows"].items():
         if "over_ordinary" in row:

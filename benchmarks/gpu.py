@@ -31,8 +31,7 @@ import gpu_decoder
 import gpu_sums
 import mpitp
 from gpu_common import TORCH, as_torch, draw, finished, randomise, relative_difference, torch_graph
-from mpitp import measure
-from mpitp.commands import report
+from mpitp import measure, tables
 from mpitp.comm import launch
 from mpitp.comm.guard import guarded
 from mpitp.errors import require
@@ -107,7 +106,7 @@ class Rows:
             for who, case in row["cases"].items():
                 ratios = "  ".join(f"{key.replace('_', ' ')} {value:.2f}" for key, value in case.items()
                                    if key.endswith("over_this"))
-                print(f"{name:44} {who:14} {report.seconds(case['median_seconds']):>9}  {ratios}", flush=True)
+                print(f"{name:44} {who:14} {tables.seconds(case['median_seconds']):>9}  {ratios}", flush=True)
 
     def measure_bandwidth(self):
         """Bytes a second that a copy on the device reads and writes."""

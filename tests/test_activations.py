@@ -85,3 +85,8 @@ def test_erf(dtype):
 def test_an_unknown_name():
     with pytest.raises(InputError, match="found activation 'swish', expected one of gelu_tanh"):
         activation_forward("swish", np.ones(3))
+
+
+def test_the_config_names_the_same_activations():
+    from mpitp import config
+    assert config.ACTIVATIONS == tuple(ACTIVATIONS)

@@ -184,3 +184,12 @@ def test_causal(group):
     assert np.abs(a - b)[:, 3:].max() == 0 and np.abs(a - b)[:, 2].max() > 0        # two layers see one position each
 
 
+
+
+def test_parameters_by_their_names_inside(group):
+    """A layer made of layers has them as its layers do; None where there is no such one."""
+    model = mpitp.Decoder(group, config("llama, one kv head", num_layers=1))
+    assert model.parameter("layers.0.mlp.up.weight") is model.weights["layers.0.mlp.up.weight"]
+    assert model.blocks[0].parameter("mlp.up.weight") is model.weights["layers.0.mlp.up.weight"]
+    assert model.blocks[0].attention.parameter("query.weight") is model.weights["layers.0.attention.query.weight"]
+    assert model.parameter("no.such") is None and model.blocks[0].parameter("up.weight") is None

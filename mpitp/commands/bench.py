@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from .. import measure
+from .. import measure, tables
 from ..arrays import compute_dtype
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.csv:
                 write_csv(arguments.csv, rows)
             if arguments.plot:
-                draw(arguments.plot, [report.plain(result)])
+                draw(arguments.plot, [tables.plain(result)])
     return 0
 
 
@@ -236,7 +236,7 @@ RUN = {"allreduce": collectives, "matmul": products, "ffn": feed_forward, "block
 
 def lines(result: BenchReport) -> Iterator[str]:
     """Return the lines that people read."""
-    ranks, cores = report.count(result.ranks, "rank"), report.count(result.cores_per_rank, "core")
+    ranks, cores = tables.count(result.ranks, "rank"), tables.count(result.cores_per_rank, "core")
     yield f"mpitp {result.mpitp}: {ranks}, {cores} a rank, {result.mpi}"
     yield result.machine if result.device == "cpu" else f"{result.machine}; {result.device}"
     yield f"{result.hidden_size} -> {result.ffn_hidden_size} -> {result.hidden_size}, {result.tokens} tokens, " \
@@ -244,10 +244,10 @@ def lines(result: BenchReport) -> Iterator[str]:
     yield "Look at `of limit`: 100% is the time of the bare products, or of reading the weights once."
     for bench in dict.fromkeys(r.bench for r in result.rows):
         yield ""
-        yield from report.table(
+        yield from tables.table(
             (bench, "size", "median", "fastest", "slowest", "rate", "of limit"),
-            [(r.case, report.size(r.bytes) if r.bytes else "-", report.seconds(r.median_seconds),
-              report.seconds(r.least_seconds), report.seconds(r.most_seconds), rate(r),
+            [(r.case, tables.size(r.bytes) if r.bytes else "-", tables.seconds(r.median_seconds),
+              tables.seconds(r.least_seconds), tables.seconds(r.most_seconds), rate(r),
               f"{r.share_of_limit:.1%}" if r.share_of_limit else "-") for r in result.rows if r.bench == bench])
 
 
@@ -261,9 +261,9 @@ def rate(found: Row) -> str:
 def write_csv(path: str, rows: list[Row]) -> None:
     """Write the figures as comma-separated values with a header."""
     with open(path, "w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, report.plain(rows[0]))
+        writer = csv.DictWriter(out, tables.plain(rows[0]))
         writer.writeheader()
-        writer.writerows(report.plain(r) for r in rows)
+        writer.writerows(tables.plain(r) for r in rows)
 
 
 def read_report(path: str) -> dict:

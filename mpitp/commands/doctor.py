@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .. import tables
 from ..comm import facts as machine
 from ..comm.facts import RankFacts
 from ..comm.launch import remedy
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Under the launcher of another MPI every process is rank 0 of its own world: the first one speaks.
     if ranks is not None and (ranks[0].world > 1 or ranks[0].launcher_rank == 0):
         if arguments.json:
-            report.require_writable(arguments.json)
+            tables.require_writable(arguments.json)
         found = DoctorReport(ranks, findings(ranks))
         report.publish([*page(ranks), "", *verdict(found.findings)], found, "mpitp.doctor/1", arguments.json)
         status = 1 if found.findings else 0
@@ -187,7 +188,7 @@ def small_shared_memory(ranks: list[RankFacts]) -> Finding | None:
         free = here[0].shared_memory
         if len(here) > 1 and free is not None and free < len(here) * SHARED_MEMORY_A_RANK:
             return Finding(
-                "little shared memory", f"{report.size(free)} free in /dev/shm of {host} for {len(here)} ranks",
+                "little shared memory", f"{tables.size(free)} free in /dev/shm of {host} for {len(here)} ranks",
                 "docker run --shm-size=1g, or remount /dev/shm larger")
     return None
 
@@ -228,13 +229,13 @@ def page(ranks: list[RankFacts]) -> Iterator[str]:
     if first.gpu_transport:
         yield from (f"             rank {number}: {rank.gpu}" for number, rank in enumerate(ranks))
         yield f"             transport: {first.gpu_transport} ({first.gpu_transport_how})"
-    shared = "unknown" if first.shared_memory is None else f"{report.size(first.shared_memory)} free"
+    shared = "unknown" if first.shared_memory is None else f"{tables.size(first.shared_memory)} free"
     yield f"/dev/shm     {shared}; container limit: {'none' if first.quota is None else f'{first.quota:.1f} cores'}"
     settings = [f"{name}={value}" for name, value in first.variables.items()] or ["nothing that matters"]
     yield f"environment  {settings[0]}"
     yield from (f"             {setting}" for setting in settings[1:])
     yield ""
-    yield from report.table(
+    yield from tables.table(
         ("rank", "host", "may run on", "share", "BLAS threads"),
         [(number, rank.host, f"{len(rank.cores)} of {rank.machine_cores} cores", f"{rank.share} of them",
           rank.blas_threads or "unknown") for number, rank in enumerate(ranks)])

@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 
+from .. import tables
 from ..checkpoints.loading import load_model
 from ..comm.group import TensorParallelGroup
 from ..errors import require, require_positive
@@ -108,7 +109,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def look_first(arguments: argparse.Namespace) -> tuple[list[str] | None, list[list[int]] | None]:
     """Read the prompts before anything is loaded: (texts, ids) as they were given, one of them None."""
     if arguments.json:
-        report.require_writable(arguments.json)
+        tables.require_writable(arguments.json)
     if arguments.ids:
         found = [text.parse_ids(ids) for ids in arguments.ids]
         require(all(found), f"--ids {arguments.ids}", "at least one token id in each")
@@ -239,14 +240,14 @@ def mean(shares: list[float | None]) -> float | None:
 
 def lines(result: GenerateReport) -> Iterator[str]:
     """Yield the lines of the table."""
-    rows = [(name, count, report.seconds(seconds), f"{count / seconds:.1f}", f"{share:.1%}")
+    rows = [(name, count, tables.seconds(seconds), f"{count / seconds:.1f}", f"{share:.1%}")
             for name, count, seconds, share in (
                 ("prefill", result.prefill_tokens, result.prefill_seconds, result.communication_share_of_prefill),
                 ("decode", result.decode_tokens, result.decode_seconds, result.communication_share_of_decode))
             if count]
-    yield from report.table(("", "tokens", "time", "tokens/s", "communication"), rows)
+    yield from tables.table(("", "tokens", "time", "tokens/s", "communication"), rows)
     if result.first_token_seconds is not None:
-        yield f"  first token  {report.seconds(result.first_token_seconds)} after the process started"
-    read = ", ".join(map(report.size, result.bytes_read_of_ranks))
-    yield f"  loading      {report.seconds(result.load_seconds)}; {read} read by the ranks"
+        yield f"  first token  {tables.seconds(result.first_token_seconds)} after the process started"
+    read = ", ".join(map(tables.size, result.bytes_read_of_ranks))
+    yield f"  loading      {tables.seconds(result.load_seconds)}; {read} read by the ranks"
     yield report.ranks_line(result)

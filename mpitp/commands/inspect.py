@@ -13,13 +13,14 @@ from math import prod
 
 import numpy as np
 
+from .. import tables
 from ..checkpoints.model_folder import open_folder
 from ..checkpoints.safetensors import STORED
 from ..comm.launch import is_first_rank
 from ..config import DecoderConfig
 from ..errors import require, require_positive
 from ..sharding.parameters import Place
-from . import model, report, text
+from . import model, text
 
 MOST = 1 << 14
 
@@ -81,12 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"at most {MOST}")
     text.print_any_character()
     if arguments.json:
-        report.require_writable(arguments.json)
+        tables.require_writable(arguments.json)
     if is_first_rank():
         found = inspect(arguments)
         print("\n".join(lines(found)), flush=True)
         if arguments.json:
-            report.write_json(arguments.json, "mpitp.inspect/1", found)
+            tables.write_json(arguments.json, "mpitp.inspect/1", found)
     return 0
 
 
@@ -132,7 +133,7 @@ def lines(found: InspectReport) -> Iterator[str]:
     """Yield the lines that are printed."""
     config = found.config
     yield found.model
-    yield f"  {found.family}: {count(found.parameters)} parameters, {report.size(found.stored_bytes)} in " \
+    yield f"  {found.family}: {count(found.parameters)} parameters, {tables.size(found.stored_bytes)} in " \
           f"{found.files} file{'' if found.files == 1 else 's'}"
     yield f"  {config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} query heads and " \
           f"{config.query_groups} key/value heads of {config.head_dim}"
@@ -141,12 +142,12 @@ def lines(found: InspectReport) -> Iterator[str]:
     yield ""
     yield f"Of {len(found.ranks)} rank{'' if len(found.ranks) == 1 else 's'}, in {found.dtype}" \
           f"{', reproducible mode' if found.reproducible else ''}, each would have"
-    yield from report.table(
+    yield from tables.table(
         ("rank", "query heads", "kv heads", "ffn features", "vocabulary", "holds", "reads"),
-        [(r.rank, r.query_heads, r.key_value_heads, r.ffn_features, count(r.vocabulary), report.size(r.hold_bytes),
-          report.size(r.read_bytes)) for r in found.ranks])
+        [(r.rank, r.query_heads, r.key_value_heads, r.ffn_features, count(r.vocabulary), tables.size(r.hold_bytes),
+          tables.size(r.read_bytes)) for r in found.ranks])
     yield ""
-    yield from report.table(
+    yield from tables.table(
         ("parameter", "of shape", "as many", "split", "stored", "a rank holds"),
         [(kind.name, "x".join(map(str, kind.shape)), kind.count, kind.split, kind.stored_dtype,
           span(kind.hold_bytes_of_ranks)) for kind in found.tensors])
@@ -162,7 +163,7 @@ def count(number: int) -> str:
 
 def span(sizes: list[int]) -> str:
     """Return the least and the largest of some numbers of bytes."""
-    least, most = report.size(min(sizes)), report.size(max(sizes))
+    least, most = tables.size(min(sizes)), tables.size(max(sizes))
     return most if least == most else f"{least} to {most}"
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .. import tables
 from ..checkpoints.loading import load_model
 from ..errors import require, require_positive
 from ..layers.decoder import Decoder
@@ -92,7 +93,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def look_first(arguments: argparse.Namespace) -> str | list[int]:
     """Read the text, or the ids, before anything is loaded."""
     if arguments.json:
-        report.require_writable(arguments.json)
+        tables.require_writable(arguments.json)
     if arguments.text is not None:
         return text.read_text(arguments.text)
     return text.parse_ids(text.read_text(arguments.ids_file))
@@ -145,9 +146,9 @@ def lines(result: ScoreReport) -> Iterator[str]:
     if result.bits_per_byte is not None:
         found.append(f"{result.bits_per_byte:.4f} bits a byte")
     yield ", ".join(found)
-    windows = report.count(result.windows, "window")
+    windows = tables.count(result.windows, "window")
     yield f"  {result.counted} tokens count, in {windows} of up to {result.window}, every {result.stride}"
-    read = ", ".join(map(report.size, result.bytes_read_of_ranks))
+    read = ", ".join(map(tables.size, result.bytes_read_of_ranks))
     rate = f"{result.counted / result.seconds:.0f} tokens/s"
-    yield f"  {report.seconds(result.seconds)}, {rate}; {read} read by the ranks"
+    yield f"  {tables.seconds(result.seconds)}, {rate}; {read} read by the ranks"
     yield report.ranks_line(result)

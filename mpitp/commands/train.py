@@ -8,6 +8,7 @@ import math
 import os
 import sys
 
+from .. import tables
 from ..comm.agreement import require_agreement
 from ..config import DecoderConfig
 from ..errors import InputError, require_positive
@@ -16,7 +17,7 @@ from ..training.data import DTYPES, Tokens, look_like_words, order_2_bits
 from ..training.log import read_log
 from ..training.loop import Trainer, TrainingStopped
 from ..training.settings import Settings
-from . import device, progress, report
+from . import device, progress
 
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
@@ -108,7 +109,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         raise InputError(f"found --baseline with --vocab-size {arguments.vocab_size}, expected at most 256: it counts "
                          f"what follows each pair of bytes")
     if arguments.plot:
-        report.require_writable(arguments.plot)
+        tables.require_writable(arguments.plot)
         try:
             import matplotlib       # noqa: F401
         except ImportError:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .. import tables
 from ..arrays import HALF_DTYPES
 from ..comm import launch
 from ..comm.group import TensorParallelGroup
@@ -20,7 +21,7 @@ from ..ops.activation import ACTIVATIONS
 from ..verification.feed_forward import (FeedForwardCheck, FeedForwardResult, checkpoint_layer, random_layer,
                                          require_room)
 from ..verification.notebook import Notebook, notebook_example
-from . import device, report, verify_all
+from . import device, verify_all
 from .verify_report import VerifyReport, json_of, opening, run_checks, take_steps
 
 HIDDEN_SIZE, ACTIVATION = 512, "gelu_tanh"      # where neither an option nor a checkpoint says otherwise
@@ -115,11 +116,11 @@ def check_arguments(arguments: Namespace) -> None:
 
 def lines(found: BlockReport) -> Iterator[str]:
     """Yield the lines of the report."""
-    ranks = report.count(found.ranks, "rank")
-    yield f"mpitp {found.mpitp}: {ranks}, {report.count(found.cores_per_rank, 'core')} a rank, {found.mpi}"
+    ranks = tables.count(found.ranks, "rank")
+    yield f"mpitp {found.mpitp}: {ranks}, {tables.count(found.cores_per_rank, 'core')} a rank, {found.mpi}"
     yield f"{found.machine}"
     if found.idle_cores:
-        idle = report.count(found.idle_cores, "core")
+        idle = tables.count(found.idle_cores, "core")
         yield f"NOTE: pinned, {idle} of this node idle: python -m mpitp doctor says what to do"
     yield ""
     yield from notebook_lines(found.notebook)
@@ -137,7 +138,7 @@ def notebook_lines(notebook: Notebook) -> Iterator[str]:
         first, last = part.features
         rows.append((part.rank, f"{first}:{last}", part.up_shape, part.down_shape, part.partial_shape,
                      f"{part.partial_first_value:+.6f}"))
-    yield from report.table(("rank", "features", "h_to_4h [out, in]", "4h_to_h [out, in]", "partial sum",
+    yield from tables.table(("rank", "features", "h_to_4h [out, in]", "4h_to_h [out, in]", "partial sum",
                              "its first value"), rows)
     yield f"  MPI_Allreduce adds the partial sums: {notebook.sum_first_value:+.6f}; dense: " \
           f"{notebook.dense_first_value:+.6f}"
@@ -149,23 +150,23 @@ def block_lines(found: BlockReport, block: FeedForwardResult) -> Iterator[str]:
     """Yield the table of the block, and its figures."""
     kind = f"{'gated ' if block.gated else ''}{block.activation}{', biases' if block.bias else ''}"
     yield f"2. A feed-forward block: {block.hidden_size} -> {block.ffn_hidden_size} -> {block.hidden_size}, {kind}, " \
-          f"{report.count(block.tokens, 'token')}, {found.dtype}"
+          f"{tables.count(block.tokens, 'token')}, {found.dtype}"
     yield f"   {block.what}{', reproducible mode' if found.reproducible else ''}; " \
           f"error = |found - exact| / (eps * magnitude)"
-    yield from report.table(
+    yield from tables.table(
         ("result", "shape", "parallel", "dense", "limit", ""),
         [(c.name, c.shape, f"{c.error:.2f}", f"{c.dense_error:.2f}", f"{c.limit:.2f}",
           "ok" if block.is_good(c) else "FAILED") for c in block.comparisons])
     yield from (f"  {comparison}" for comparison in block.comparisons if not block.is_good(comparison))
     yield collectives_line(block)
-    yield f"  on the wire   {report.size(block.wire_bytes_per_rank)} sent by a rank, forward and backward"
+    yield f"  on the wire   {tables.size(block.wire_bytes_per_rank)} sent by a rank, forward and backward"
     least, most = min(block.parameter_bytes_of_ranks), max(block.parameter_bytes_of_ranks)
-    to_most = f" to {report.size(most)}" if least != most else ""
-    yield f"  parameters    {report.size(least)}{to_most} a rank, {report.size(block.parameter_bytes_dense)} dense"
+    to_most = f" to {tables.size(most)}" if least != most else ""
+    yield f"  parameters    {tables.size(least)}{to_most} a rank, {tables.size(block.parameter_bytes_dense)} dense"
     if block.bytes_read_of_ranks:
-        yield f"  read          {', '.join(map(report.size, block.bytes_read_of_ranks))} of the checkpoint by the ranks"
-    yield f"  time          forward {report.seconds(block.forward_seconds)}, backward " \
-          f"{report.seconds(block.backward_seconds)}, {block.communication_share:.0%} of it in communication " \
+        yield f"  read          {', '.join(map(tables.size, block.bytes_read_of_ranks))} of the checkpoint by the ranks"
+    yield f"  time          forward {tables.seconds(block.forward_seconds)}, backward " \
+          f"{tables.seconds(block.backward_seconds)}, {block.communication_share:.0%} of it in communication " \
           f"(waiting included)"
     yield from (f"  sha256 {digest}  {name}" for name, digest in block.sha256.items())
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .. import tables
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError
 from ..verification.every_layer import BATCH, HIDDEN, SEQUENCE, VOCABULARY, EveryLayerCheck, LayerResult
-from . import report
 from .verify_report import VerifyReport, json_of, opening, run_checks, take_steps
 
 COLUMNS = ("error", "dense_error", "normwise", "dense_normwise")       # of a Comparison
@@ -50,14 +50,14 @@ def check_layers(group: TensorParallelGroup, arguments: Namespace) -> LayersRepo
 
 def lines(found: LayersReport) -> Iterator[str]:
     """Yield the lines of the report."""
-    yield f"mpitp {found.mpitp}: {report.count(found.ranks, 'rank')}, {found.mpi}, {found.device}"
+    yield f"mpitp {found.mpitp}: {tables.count(found.ranks, 'rank')}, {found.mpi}, {found.device}"
     yield f"{found.machine}"
     yield ""
     yield f"Every layer, forward and backward, {BATCH} x {SEQUENCE} tokens, hidden {HIDDEN}, vocabulary " \
           f"{VOCABULARY}, {found.dtype}"
     yield "error: largest |found - exact| / (eps * magnitude); limit: 4, or twice the dense float32 one"
     yield "of norm: |found - exact| / (eps * |exact|), Euclidean; limit: 128, or 32 times the dense float32 one"
-    yield from report.table(("layer", "results", "error", "dense", "of norm", "dense", "collectives", ""),
+    yield from tables.table(("layer", "results", "error", "dense", "of norm", "dense", "collectives", ""),
                             [row(layer) for layer in found.layers])
     for layer in found.layers:
         if not layer.as_closed_form:
