@@ -89,4 +89,4 @@ def test_an_unknown_name():
 
 def test_the_config_names_the_same_activations():
     from mpitp import config
-    assert config.ACTIVATIONS == tuple(ACTIVATIONS)
+    assert tuple(ACTIVATIONS) == config.ACTIVATIONS
