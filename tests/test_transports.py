@@ -6,8 +6,9 @@ import stand_in
 import mpitp
 from mpitp import InputError
 from mpitp.comm import guard
-from mpitp.comm.gpu import staged, choose as transport
+from mpitp.comm.gpu import binding, choose as transport, nccl, staged
 from mpitp.comm.gpu.binding import TF32_TENSOR_OP_MATH
+from mpitp.comm.gpu.nccl import NcclTransport
 from spmd import draw, same_bytes, sum_of_blocks
 
 NO_NCCL = "a CuPy without NCCL"
@@ -60,10 +61,30 @@ def test_auto(world, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_nccl_is_given_back(world):
-    before = stand_in.nccl.closed
-    mpitp.TensorParallelGroup(device="gpu", transport="nccl").close()
-    assert stand_in.nccl.closed - before == (world.size > 1)
+def test_groups_of_the_same_ranks_share_a_communicator(world, monkeypatch):
+    """It takes NCCL half a second to make one. On another device it is another one."""
+    monkeypatch.setattr(nccl, "_communicators", {})
+    before = stand_in.nccl.made
+    for _ in range(2):
+        with mpitp.TensorParallelGroup(device="gpu", transport="nccl") as group, group.subgroup(0) as part:
+            assert world.size == 1 or part.transport.comm is group.transport.comm
+    assert stand_in.nccl.made - before == (world.size > 1)
+    if world.size > 1:
+        monkeypatch.setattr(stand_in.runtime, "getDevice", lambda: 1)
+        NcclTransport(world, stand_in, "another device")
+        assert stand_in.nccl.made - before == 2
+
+
+def test_a_group_of_one_rank_stays_on_the_device_of_its_process(world, monkeypatch):
+    """It has rank 0 there; on device 0 it would compute beside the arrays of the first group, on another GPU."""
+    monkeypatch.setattr(binding, "_first_device", None)
+    monkeypatch.setattr(stand_in.runtime, "uuids", [b"%d" % i for i in range(world.size)])
+    with mpitp.TensorParallelGroup(device="gpu") as group:
+        assert group.gpu.number == world.rank
+        own = world.Split(world.rank)
+        with mpitp.TensorParallelGroup(own, device="gpu") as alone:
+            assert alone.gpu.number == world.rank == stand_in.Device.current
+        own.Free()
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -92,12 +113,14 @@ def test_transports_that_cannot_be_had(world, monkeypatch):
 
 def test_one_gpu_a_rank(world, monkeypatch):
     """Every rank sees all GPUs of the node, or one of its own."""
+    monkeypatch.setattr(binding, "_first_device", None)
     monkeypatch.setattr(stand_in.runtime, "uuids", [b"%d" % i for i in range(world.size + 1)])
     with mpitp.TensorParallelGroup(device="gpu", tf32=True) as group:
         assert stand_in.Device.current == world.rank and not group.gpu.shared
         assert stand_in.cublas.mode == TF32_TENSOR_OP_MATH
         with group.subgroup(0, key=-group.rank) as reversed_ranks:      # another number, the same GPU
             assert reversed_ranks.gpu == group.gpu
+    monkeypatch.setattr(binding, "_first_device", None)
     monkeypatch.setattr(stand_in.runtime, "uuids", [b"own of %d" % world.rank])
     with mpitp.TensorParallelGroup(device="gpu") as group:
         assert stand_in.Device.current == 0 and group.gpu.uuid == (b"own of %d" % world.rank).hex()

@@ -9,6 +9,7 @@ from ...errors import InputError, require
 from .. import agreement
 
 TF32_TENSOR_OP_MATH = 3     # of cublasMath_t; CuPy has no name for it
+_first_device: int | None = None        # of this process: its later groups, of fewer ranks too, stay on it
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def bind(comm: MPI.Comm, cupy: ModuleType, number: int | None, share: bool, tf32
     """Make one GPU this rank's own, and set how it multiplies float32. Collective.
 
     A launcher may show every rank all GPUs of the node, or each rank one: so the default is the rank's number on its
-    node modulo the devices visible, and only their UUIDs show whether two ranks share one.
+    node modulo the devices visible, and only their UUIDs show whether two ranks share one. A group that a process makes
+    later stays on the device of the first: its rank there may be another, and its arrays are not.
 
     Parameters
     ----------
@@ -55,6 +57,8 @@ def bind(comm: MPI.Comm, cupy: ModuleType, number: int | None, share: bool, tf32
     InputError
         On every rank, where a rank has no GPU or no such GPU, or shares one that it may not share.
     """
+    global _first_device
+    number = _first_device if number is None else number
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     try:
         device_of_rank = partial(device_number, cupy, number, node.rank)
@@ -64,6 +68,7 @@ def bind(comm: MPI.Comm, cupy: ModuleType, number: int | None, share: bool, tf32
         holders = [rank for rank, other in node.allgather((comm.rank, uuid)) if other == uuid]
     finally:
         node.Free()
+    _first_device = number if _first_device is None else _first_device
     gpu = Gpu(number, uuid, name, shared=len(holders) > 1)
     agreement.require_everywhere(comm, "whether every rank has a GPU of its own",
                                  lambda: require_own(gpu, holders, share))
