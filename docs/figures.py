@@ -108,7 +108,8 @@ def gpu() -> str:
 def versions() -> str:
     """Return the table of this version against the one before."""
     found = result("versions-0.2.0-n2")
-    rows = [[row["case"], milliseconds(row["now_ms"] / 1e3), milliseconds(row["before_ms"] / 1e3), f"{row['ratio']:.3f}"]
+    rows = [[row["case"], milliseconds(row["now_ms"] / 1e3), milliseconds(row["before_ms"] / 1e3),
+             f"{row['ratio']:.3f}"]
             for row in found["rows"]]
     now, before = found["now"], found["before"]
     return table(["", f"{now}, ms", f"{before}, ms", f"{now} over {before}"], rows) + \

@@ -190,9 +190,9 @@ class Trainer:
             if spec.axis is None:
                 found[name] = digest(w)
             elif spec.share > 1:
-                first = spec.window(self.group.place)[0].start // spec.unit
-                for head in range(len(w) // spec.unit):
-                    found[f"{name}, head {first + head}"] = digest(w[head * spec.unit:(head + 1) * spec.unit])
+                first = spec.window(self.group.place)[0].start // spec.multiple
+                for head in range(len(w) // spec.multiple):
+                    found[f"{name}, head {first + head}"] = digest(w[head * spec.multiple:(head + 1) * spec.multiple])
         return found
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
