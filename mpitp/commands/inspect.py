@@ -143,7 +143,7 @@ def lines(found: InspectReport) -> Iterator[str]:
     yield ""
     yield f"Of {tables.count(len(found.ranks), 'rank')}, in {found.dtype}" \
           f"{', reproducible mode' if found.reproducible else ''}, each would have"
-    yield "Look at `holds`: that much memory a rank needs for weights, beside keys, values and what is computed."
+    yield "Look at `holds`: the memory of a rank's weights; keys, values and what is computed come on top."
     yield from tables.table(
         ("rank", "query heads", "kv heads", "ffn features", "vocabulary", "holds", "reads"),
         [(r.rank, r.query_heads, r.key_value_heads, r.ffn_features, count(r.vocabulary), tables.size(r.hold_bytes),

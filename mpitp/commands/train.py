@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, number, text in (
             ("lr", defaults.lr, "learning rate"), ("min-lr", None, "at the last step (a tenth)"),
             ("weight-decay", 0.1, "decoupled"), ("clip-grad", 1.0, "largest norm of all gradients, 0 for any"),
-            ("adam-beta1", 0.9, ""), ("adam-beta2", 0.95, ""), ("adam-eps", 1e-8, ""), ("label-smoothing", 0.0, ""),
+            ("adam-beta1", 0.9, "decay of the gradient's mean"), ("adam-beta2", 0.95, "decay of its square's mean"),
+            ("adam-eps", 1e-8, "added to the root of that"),
+            ("label-smoothing", 0.0, "part of a label that all tokens share"),
             ("hidden-dropout", 0.0, "probability"), ("attention-dropout", 0.0, "probability")):
         shown = f" ({number})" if number is not None else ""
         parser.add_argument(f"--{flag}", type=float, default=number, metavar="X", help=(text + shown).strip())
