@@ -95,7 +95,7 @@ class MpiTransport:
             self.reduce_scatter_message(message, receive[part], part_counts, op)
 
     def reduce_scatter_message(self, message: Array, receive: Array, counts: list[int], op: str) -> None:
-        """MPI_Reduce_scatter of one message."""
+        """Call MPI_Reduce_scatter on one message."""
         self.comm.Reduce_scatter(message, receive, counts, OPERATIONS[op])
 
     def all_to_all(self, send: Array, send_counts: list[int], receive: Array, receive_counts: list[int]) -> None:

@@ -194,7 +194,7 @@ def small_shared_memory(ranks: list[RankFacts]) -> Finding | None:
 
 
 def staged_between_gpus(ranks: list[RankFacts]) -> Finding | None:
-    """GPUs talk through the memory of the host."""
+    """Find GPUs that talk through the memory of the host."""
     first = ranks[0]
     if first.gpus and first.gpu_transport == "staged" and first.world > 1:
         return Finding(

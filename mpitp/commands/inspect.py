@@ -48,7 +48,7 @@ class Rank:
 
 @dataclass
 class Parameter:
-    """A parameter, or those of this name of all layers."""
+    """A Parameter is one of the model, or those of one name in all layers."""
     name: str
     stored_as: str
     shape: tuple

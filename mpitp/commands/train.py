@@ -95,7 +95,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def config_of(arguments: argparse.Namespace) -> DecoderConfig:
-    """Llama's kind: rotary positions, RMS norms, gated SiLU, no biases."""
+    """Return a config of Llama's kind: rotary positions, RMS norms, gated SiLU, no biases."""
     require_positive(hidden_size=arguments.hidden_size)
     ffn = arguments.ffn_hidden_size or -(-arguments.hidden_size * 8 // 3)
     return DecoderConfig(
@@ -106,7 +106,7 @@ def config_of(arguments: argparse.Namespace) -> DecoderConfig:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Rank 0, before anything else: can the results be written, and is nothing in their way?"""
+    """Check before anything else that the results can be written and nothing is in their way. Rank 0 alone."""
     if arguments.baseline and arguments.vocab_size > 256:
         raise InputError(f"found --baseline with --vocab-size {arguments.vocab_size}, expected at most 256: it counts "
                          f"what follows each pair of bytes")
@@ -175,7 +175,7 @@ class Progress:
             print_line(text)
 
     def note(self, step: int, figures: dict) -> None:
-        """For the curve, in bits."""
+        """Keep the losses for the curve, in bits."""
         self.curve.append((step, figures["loss"] / math.log(2)))
         if "validation_loss" in figures:
             self.validation.append((step, figures["validation_loss"] / math.log(2)))

@@ -47,7 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 @dataclass
 class BlockReport(VerifyReport):
-    """The example and one feed-forward block.
+    """A BlockReport holds the example and one feed-forward block.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ OF_ONE_BLOCK = ("hidden_size", "ffn_hidden_size", "activation", "gated", "bias",
 
 @dataclass
 class LayersReport(VerifyReport):
-    """Every layer.
+    """A LayersReport holds what was found of every layer.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ from .partition import Partition
 
 
 class Place(NamedTuple):
-    """A rank's place in its group: everything that decides which part of a parameter it holds.
+    """A Place is a rank's place in its group: everything that decides which part of a parameter it holds.
 
     Parameters
     ----------

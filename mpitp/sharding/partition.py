@@ -129,5 +129,5 @@ class Partition:
 
     @cached_property
     def known_blocks(self) -> dict[int, tuple[Block, ...]]:
-        """The results of blocks_of, kept. Hashing a partition for lru_cache would cost more than a token's sum."""
+        """Keep the results of blocks_of. Hashing a partition for lru_cache would cost more than a token's sum."""
         return {}

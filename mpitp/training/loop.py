@@ -261,5 +261,5 @@ def difference(key: str, found: object, expected: object) -> str:
 
 
 def digest(w: Array) -> str:
-    """SHA-256 of an array's bytes."""
+    """Return the SHA-256 of an array's bytes."""
     return hashlib.sha256(on_host(w).tobytes()).hexdigest()

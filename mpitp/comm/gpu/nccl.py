@@ -38,7 +38,7 @@ def communicator(comm: MPI.Comm, cupy: ModuleType, nccl: ModuleType) -> Any:
 
 
 class NcclTransport:
-    """MpiTransport's methods, done by NCCL.
+    """This transport does what MpiTransport does by NCCL.
 
     Parameters
     ----------

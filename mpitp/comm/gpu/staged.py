@@ -22,7 +22,7 @@ def pinned_like(x: DeviceArray) -> Array:
 
 
 class StagedTransport:
-    """MpiTransport's methods, done by MPI on host copies of device arrays.
+    """This transport does what MpiTransport does on host copies of device arrays.
 
     Parameters
     ----------
