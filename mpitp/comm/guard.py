@@ -7,6 +7,7 @@ every rank finds the same, rank 0 says it in one line, and all leave with status
 """
 import faulthandler
 import os
+import socket
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from mpi4py import MPI
 
 from ..errors import InputError
 
-PATIENCE = 5.0      # seconds that a rank with bad input waits for the others to find the same
+PATIENCE = 1.5      # seconds that a rank with bad input waits for the others to find the same
 FORWARDING = 0.2    # seconds for the launcher to forward what was written: it drops the rest when it kills (seen)
 LEAVING = 7         # tag of the messages of all_leave()
 active = False      # whether guarded() runs: it ends the job then, not the group's context manager
@@ -58,7 +59,8 @@ def abort(error: BaseException) -> NoReturn:
     why = "interrupted\n" if isinstance(error, KeyboardInterrupt) else out_of_memory(error) or \
         "".join(traceback.format_exception(type(error), error, error.__traceback__))
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    end_job(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job: {why}", code or 1)
+    end_job(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job, on "
+            f"{socket.gethostname()}: {why}", code or 1)
 
 
 def succeeds(error: BaseException) -> bool:
@@ -97,7 +99,7 @@ def guarded(main: Callable[[], int | None]) -> int:
                 sys.stdout.flush()              # whoever reads it may be gone: that is seen here, not at exit
             return farewell(comm, status)
         except InputError as error:
-            return farewell(comm, 2, f"mpitp: {error}\n")
+            return farewell(comm, 2, str(error))
         except SystemExit as error:
             if not succeeds(error):
                 raise
@@ -124,10 +126,10 @@ def farewell(comm: MPI.Intracomm, status: int, message: str | None = None) -> in
     deadline = time.monotonic() + PATIENCE
     while not request.Test():
         if message and time.monotonic() > deadline:     # this rank alone met bad input
-            end_job(message, status)
+            end_job(f"mpitp: rank {comm.rank} of {comm.size} on {socket.gethostname()}: {message}\n", status)
         time.sleep(0.0005)
     if message and status not in statuses.tolist()[:comm.rank]:
-        say(message)
+        say(f"mpitp: {message}\n")
     return status
 
 
