@@ -125,7 +125,7 @@ def look_first(arguments: argparse.Namespace) -> tuple[list[str] | None, list[li
 
 
 class Continuations:
-    """The prompts and their continuations, on rank 0: one is printed as it comes, several at the end."""
+    """Continuations holds prompts and what continues them, on rank 0: one is printed as it comes, others at the end."""
 
     def __init__(self, arguments: argparse.Namespace, texts: list[str] | None, ids: list[list[int]] | None):
         self.texts, self.prompts = texts, ids or []
@@ -207,7 +207,7 @@ class Run:
 
     @property
     def decode_seconds(self) -> float:
-        """The time of all other steps."""
+        """Return the time of all other steps."""
         return self.times[-1] - self.times[1]
 
 

@@ -119,7 +119,7 @@ def give_to_all(group: TensorParallelGroup, prompts: list[list[int]] | None) -> 
 
 
 class TextStream:
-    """The text of new tokens, one at a time, behind a prompt.
+    """A TextStream decodes new tokens, one at a time, behind a prompt.
 
     A token may be a part of a character, and a space may depend on the token before it. So tokens are decoded behind a
     context, a few tokens that begin and end at characters, and held back while they end inside of one.

@@ -23,7 +23,7 @@ from .norm import hidden_norm
 
 
 class Decoder(Composite):
-    """A decoder-only transformer over ranks: token ids in, logits out, each rank with its part of the vocabulary.
+    """A Decoder is a decoder-only transformer over ranks: ids in, logits of the rank's part of the vocabulary out.
 
     Parameters
     ----------
