@@ -3,12 +3,13 @@
 n in the byte counts is the size in bytes of the whole (reduced, gathered) array, P the number of ranks.
 """
 from math import prod
+from threading import get_ident
 from typing import Any
 
 from ..arrays import Array, module_of
 from ..errors import InputError
 from ..sharding.partition import Partition
-from .ledger import Collective, Recording, dtype_name, memory_order, wire_bytes
+from .ledger import Collective, Recording, dtype_name, refuse_thread, wire_bytes
 from .mpi import OPERATIONS
 from .pending import PendingReduction, deliver
 
@@ -51,6 +52,8 @@ class Collectives:
 
         MPI_Iallreduce. Hardly any MPI makes progress while none of its functions runs: overlap is not a given.
         """
+        if get_ident() != self.ledger.thread:
+            refuse_thread()
         out, wire = self._prepare_reduction("begin_all_reduce", x, op, out)
         return PendingReduction(self, self.transport.begin_all_reduce(wire, op), x, wire, out)
 
@@ -138,7 +141,7 @@ class Collectives:
         what = operation if root is None else f"{operation} root {root}"
         what = what if op is None else f"{what} {op}"
         if partition is None:
-            return what, x.dtype, x.shape, memory_order(x)
+            return what, x.dtype, x.shape
         if not -x.ndim <= axis < x.ndim:
             raise InputError(f"found {operation} along axis {axis} of shape {x.shape}, expected an axis that it has")
         self._require_partition(operation, partition)
@@ -147,8 +150,7 @@ class Collectives:
             whose = f" on rank {self.rank}, its part of {partition.size}" if part else ""
             raise InputError(f"found {operation} of shape {x.shape}, expected {length} along axis {axis % x.ndim}"
                              f"{whose}")
-        order = "" if part else memory_order(x)
-        return what, x.dtype, _whole(x, partition, axis)[0], order, "axis", axis % x.ndim, partition
+        return what, x.dtype, _whole(x, partition, axis)[0], "axis", axis % x.ndim, partition
 
     def _require_partition(self: Any, operation: str, partition: Partition) -> None:
         if partition.ranks != self.size:

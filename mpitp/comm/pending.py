@@ -18,6 +18,7 @@ class PendingReduction:
     def __init__(self, group: Any, finish: Callable[[], None], x: Array, wire: Array, out: Array):
         self.group, self.x, self.wire, self.out = group, x, wire, out
         self.finish: Callable[[], None] | None = finish
+        group.pending.append(self)      # also where the caller drops it: MPI writes into `wire` until it is waited for
 
     def wait(self) -> Array:
         """Finish the sum, once, and return it."""
@@ -25,5 +26,6 @@ class PendingReduction:
             with self.group._record("all_reduce", self.x):
                 self.finish()
             self.finish = None
+            self.group.pending.remove(self)
             deliver(self.wire, self.out)
         return self.out

@@ -35,7 +35,8 @@ def add_group_arguments(parser: argparse.ArgumentParser, *, dtypes: str = DTYPES
 
 def add_blocks(parser: argparse.ArgumentParser) -> None:
     """Add --blocks; blocks_of() reads it."""
-    parser.add_argument("--blocks", type=int, metavar="N", help=f"blocks of a dimension in reproducible mode ({BLOCKS})")
+    parser.add_argument("--blocks", type=int, metavar="N",
+                        help=f"blocks of a dimension in reproducible mode ({BLOCKS})")
 
 
 def blocks_of(arguments: argparse.Namespace) -> int:
