@@ -6,12 +6,11 @@ from math import prod
 from threading import get_ident
 from typing import Any
 
-from ..arrays import Array, module_of
+from ..arrays import Array, is_writable, module_of
 from ..errors import InputError
 from ..sharding.partition import Partition
 from .ledger import Collective, Recording, dtype_name, refuse_thread, wire_bytes
 from .mpi import OPERATIONS
-from .pending import PendingReduction, deliver
 
 # float16 sums in MPI are 12 to 20 times slower than float32 ones, and there is no bfloat16: float32 travels.
 SENT_AS_FLOAT32 = ("float16", "bfloat16")
@@ -45,13 +44,14 @@ class Collectives:
         out, wire = self._prepare_reduction("all_reduce", x, op, out)
         with self._record("all_reduce", x):
             self.transport.all_reduce(wire, op)
-        return deliver(wire, out)
+        return self._deliver(wire, out)
 
-    def begin_all_reduce(self: Any, x: Array, op: str = "sum", out: Array | None = None) -> PendingReduction:
+    def begin_all_reduce(self: Any, x: Array, op: str = "sum", out: Array | None = None) -> Any:
         """Start all_reduce(x, op, out). Returns an object whose wait() gives the result; `out` must rest until then.
 
         MPI_Iallreduce. Hardly any MPI makes progress while none of its functions runs: overlap is not a given.
         """
+        from .pending import PendingReduction
         if get_ident() != self.ledger.thread:
             refuse_thread()
         out, wire = self._prepare_reduction("begin_all_reduce", x, op, out)
@@ -131,11 +131,11 @@ class Collectives:
             raise InputError(f"found {operation} operation {op!r}, expected one of {', '.join(OPERATIONS)}")
         if out is not None and out is not x:
             fits = module_of(out) is self.xp and out.shape == x.shape and out.dtype == x.dtype
-            if not fits or not out.flags.c_contiguous:
+            if not fits or not is_writable(out):
                 raise InputError(f"found out {getattr(out, 'dtype', type(out).__name__)} {getattr(out, 'shape', '')}, "
-                                 f"expected a C-contiguous {x.dtype} {x.shape}")
-        if out is x and not x.flags.c_contiguous:
-            raise InputError(f"found out {x.dtype} {x.shape}, expected a C-contiguous {x.dtype} {x.shape}")
+                                 f"expected a C-contiguous, aligned, writable {x.dtype} {x.shape}")
+        if out is x and not is_writable(x):
+            raise InputError(f"found out {x.dtype} {x.shape}, expected it C-contiguous, aligned and writable")
         if root is not None and not 0 <= root < self.size:
             raise InputError(f"found {operation} with root {root}, expected a rank from 0 to {self.size - 1}")
         what = operation if root is None else f"{operation} root {root}"
@@ -176,6 +176,12 @@ class Collectives:
             out[...] = x
         return out, out
 
+    def _deliver(self: Any, wire: Array, out: Array) -> Array:
+        """Return the result in `out`, out of the array that travelled."""
+        if wire is not out:
+            out[...] = wire                         # 16-bit: rounded once, after the sum
+        return out
+
     def _assemble(self: Any, received: Array, counts: list[int], shape: tuple[int, ...], partition: Partition,
                   axis: int) -> Array:
         """Return the parts, which lie one after the other as the ranks sent them, side by side along `axis`."""
@@ -203,7 +209,8 @@ def _whole(x: Array, partition: Partition, axis: int) -> tuple[tuple[int, ...], 
 
 def _flat(x: Array) -> Array:
     xp: Any = module_of(x)
-    return x.reshape(-1) if x.flags.c_contiguous else xp.ascontiguousarray(x).reshape(-1)
+    as_it_lies = x.flags.c_contiguous and getattr(x.flags, "aligned", True)      # MPI has no type for unaligned numbers
+    return (x if as_it_lies else xp.array(x, order="C")).reshape(-1)
 
 
 def _raw(flat: Array) -> Array:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import index
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -119,7 +120,8 @@ class TensorParallelGroup(Collectives, Sums):
             self.overlaps = self.transport.overlaps and self.size > 1 and not self.reproducible
             self.sum_class = Sum
             if self.reproducible:
-                self._make_reproducible()
+                from .reproducible import hold_bits
+                self._give_back_threads = hold_bits(self)
         except InputError:                          # raised on every rank
             self._release()
             raise
@@ -142,23 +144,6 @@ class TensorParallelGroup(Collectives, Sums):
         self.gpu = bind(self.comm, self.xp, self.options.gpu, share, self.options.tf32)
         return choose_transport(self.comm, self.xp, self.gpu, self.options.transport)
 
-    def _make_reproducible(self) -> None:
-        """Sum in the tree, and on a CPU compute each block by one BLAS thread, spare cores other blocks."""
-        from .agreement import require_everywhere
-        from .launch import share_of_cores
-        from .tree import TreeSum
-        from .workers import Workers
-        self.sum_class, self.workers = TreeSum, Workers(1)
-        if self.device == "cpu":
-            require_everywhere(self.comm, "the machine type, and with it the bits of a product", self._describe_machine)
-            self.workers = Workers(share_of_cores(self.comm))
-
-    def _describe_machine(self) -> str:
-        from .launch import machine
-        from .workers import one_blas_thread
-        self._give_back_threads = one_blas_thread()
-        return machine()
-
     def _release(self) -> None:
         if self.workers:
             self.workers.close()
@@ -170,7 +155,7 @@ class TensorParallelGroup(Collectives, Sums):
 
     def partition(self, size: int, unit: int = 1, share: int = 1) -> Partition:
         """Return how a dimension of `size` is split over this group; unit, share: as Partition's."""
-        return self.place.partition(size, unit, share)
+        return self.place.partition(index(size), index(unit), index(share))     # NumPy's integers print otherwise
 
     def subgroup(self, color: int | None, key: int = 0) -> "TensorParallelGroup | None":
         """Return the group of the ranks that give the same color, ordered by key; None for color None.

@@ -76,9 +76,10 @@ def succeeds(error: BaseException) -> bool:
 
 
 def thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """End the job for an exception that ends a thread, unless it is sys.exit()."""
-    if os.getpid() != process:                  # one that was forked off
-        threading.__excepthook__(failed)
+    """End the job for an exception that ends a thread while a group is open, unless it is sys.exit()."""
+    watchdog: Any = sys.modules.get("mpitp.comm.watchdog")
+    if os.getpid() != process or watchdog and not watchdog.is_watching() and not active:
+        threading.__excepthook__(failed)        # of a process that was forked off, or after the last group
         return
     error = failed.exc_value or RuntimeError(failed.exc_type.__name__)      # Python may leave the value out
     if not succeeds(error):
@@ -168,8 +169,9 @@ def guarded(main: Callable[[], int | None]) -> int:
 
 def farewell(comm: MPI.Intracomm, status: int, message: str | None = None) -> int:
     """Leave together: the lowest rank that has a message prints it. Aborts where the others do not follow."""
-    if "mpitp.comm.watchdog" in sys.modules:
-        sys.modules["mpitp.comm.watchdog"].leave()      # others may be inside of a collective
+    watchdog: Any = sys.modules.get("mpitp.comm.watchdog")
+    if watchdog:
+        watchdog.leave()                        # others may be inside of a collective
     statuses = memoryview(bytearray(4 * comm.size)).cast("i")
     request = comm.Iallgather(memoryview(bytearray(status.to_bytes(4, sys.byteorder))).cast("i"), statuses)
     deadline = time.monotonic() + PATIENCE

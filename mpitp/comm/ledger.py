@@ -97,7 +97,7 @@ class Ledger:
     transport: str = "mpi"
     current: Collective | str | None = None
     thread: int = field(default_factory=get_ident)
-    cleared: int = 0
+    cleared: int = field(default=0, compare=False)
 
     def record_data(self, collective: Collective, sent: int) -> Recording:
         """Return a context manager that counts a data collective of which this rank sends so many bytes.

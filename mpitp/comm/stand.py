@@ -1,4 +1,4 @@
-"""Where a thread stands: seen by another one, which the first need not know of."""
+"""Where a thread stands, and how a process is: seen from outside, so that they need not say it."""
 import linecache
 import os
 import re
@@ -60,3 +60,14 @@ def mpi_call(frame: FrameType) -> str | None:
         return None
     found = MPI_CALL.search(linecache.getline(file, frame.f_lineno))
     return found[1] if found else None
+
+
+def state(process: int) -> str:
+    """Return what the system says of a process of this host, for a message."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            letter = file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return " (there is no such process)" if os.path.isdir("/proc/self") else ""
+    return {"T": " (stopped)", "t": " (stopped by a debugger)", "Z": " (dead)", "D": " (waits for a disk or network "
+            "file system)"}.get(letter, "")

@@ -22,7 +22,7 @@ from ..errors import InputError
 from . import guard
 from .heartbeats import Heartbeats
 from .ledger import Ledger
-from .stand import Stand, where
+from .stand import Stand, state, where
 
 VARIABLE = "MPITP_STALL_LIMIT"
 DEFAULT_LIMIT = 600.0
@@ -54,6 +54,7 @@ def watch(comm: MPI.Comm, ledger: Ledger) -> "Watch | None":
         return None
     if not _watches:
         atexit.register(leave)
+        guard.watch_threads()
         threading.Thread(target=look_for_ever, name="mpitp-watchdog", daemon=True).start()
     own, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
     ranks = tuple(own.Translate_ranks(None, world))
@@ -85,6 +86,11 @@ def look_for_ever() -> None:
         for one in watches:
             one.look(stand, seconds, moved=now != before)
         before = now
+
+
+def is_watching() -> bool:
+    """Return whether any group of this process is open."""
+    return any(one.open for one in list(_watches.values()))
 
 
 def is_recorded() -> bool:
@@ -290,14 +296,3 @@ def text_of(current: Any) -> str | None:
 def clock() -> str:
     """Return the time of day."""
     return time.strftime("%H:%M:%S")
-
-
-def state(process: int) -> str:
-    """Return what the system says of a process of this host, for a message."""
-    try:
-        with open(f"/proc/{process}/stat") as file:
-            letter = file.read().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return " (there is no such process)" if os.path.isdir("/proc/self") else ""
-    return {"T": " (stopped)", "t": " (stopped by a debugger)", "Z": " (dead)", "D": " (waits for a disk or network "
-            "file system)"}.get(letter, "")
