@@ -4,13 +4,16 @@ n in the byte counts is the size in bytes of the whole (reduced, gathered) array
 """
 from math import prod
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..arrays import Array, is_writable, module_of
 from ..errors import InputError
 from ..sharding.partition import Partition
 from .ledger import Collective, Recording, dtype_name, refuse_thread, wire_bytes
 from .mpi import OPERATIONS
+
+if TYPE_CHECKING:
+    from .pending import PendingReduction
 
 # float16 sums in MPI are 12 to 20 times slower than float32 ones, and there is no bfloat16: float32 travels.
 SENT_AS_FLOAT32 = ("float16", "bfloat16")
@@ -46,7 +49,7 @@ class Collectives:
             self.transport.all_reduce(wire, op)
         return self._deliver(wire, out)
 
-    def begin_all_reduce(self: Any, x: Array, op: str = "sum", out: Array | None = None) -> Any:
+    def begin_all_reduce(self: Any, x: Array, op: str = "sum", out: Array | None = None) -> "PendingReduction":
         """Start all_reduce(x, op, out). Returns an object whose wait() gives the result; `out` must rest until then.
 
         MPI_Iallreduce. Hardly any MPI makes progress while none of its functions runs: overlap is not a given.
@@ -133,9 +136,10 @@ class Collectives:
             fits = module_of(out) is self.xp and out.shape == x.shape and out.dtype == x.dtype
             if not fits or not is_writable(out):
                 raise InputError(f"found out {getattr(out, 'dtype', type(out).__name__)} {getattr(out, 'shape', '')}, "
-                                 f"expected a C-contiguous, aligned, writable {x.dtype} {x.shape}")
+                                 f"expected a C-contiguous {x.dtype} {x.shape}, aligned and writable")
         if out is x and not is_writable(x):
-            raise InputError(f"found out {x.dtype} {x.shape}, expected it C-contiguous, aligned and writable")
+            raise InputError(f"found out {x.dtype} {x.shape}, expected a C-contiguous {x.dtype} {x.shape}, aligned "
+                             f"and writable")
         if root is not None and not 0 <= root < self.size:
             raise InputError(f"found {operation} with root {root}, expected a rank from 0 to {self.size - 1}")
         what = operation if root is None else f"{operation} root {root}"

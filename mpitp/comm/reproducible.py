@@ -4,8 +4,8 @@ from functools import partial
 from typing import Any
 
 from ..errors import InputError
+from . import launch
 from .agreement import require_everywhere
-from .launch import machine, share_of_cores
 from .tree import TreeSum
 from .workers import Workers, one_blas_thread
 
@@ -31,11 +31,11 @@ def hold_bits(group: Any) -> Callable[[], None] | None:
         for give_back in held:
             give_back()
         raise
-    group.workers = Workers(share_of_cores(group.comm))
+    group.workers = Workers(launch.share_of_cores(group.comm))
     return held[0]
 
 
 def hold_and_describe(held: list) -> str:
     """Hold BLAS to one thread, add what gives its threads back to the list, and describe the machine."""
     held.append(one_blas_thread())
-    return machine()
+    return launch.machine()

@@ -1,9 +1,12 @@
-"""Where a thread stands, and how a process is: seen from outside, so that they need not say it."""
+"""Where a rank stands, by its thread, its process and its ledger: seen from outside, so that it need not say it."""
 import linecache
 import os
 import re
+import time
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from .ledger import Ledger
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 COMM = os.path.join(HOME, "comm") + os.sep
@@ -11,7 +14,7 @@ MPI_CALL = re.compile(r"\b(?:comm|node|COMM_WORLD)\.(\w+)\(")
 
 
 class Stand(NamedTuple):
-    """Where a thread stands.
+    """A stand is where a thread was when it was looked at.
 
     Attributes
     ----------
@@ -62,12 +65,41 @@ def mpi_call(frame: FrameType) -> str | None:
     return found[1] if found else None
 
 
-def state(process: int) -> str:
-    """Return what the system says of a process of this host, for a message."""
+def letter(process: int) -> str | None:
+    """Return the letter of a process of this host in /proc, None where there is none, "?" where no system says."""
     try:
         with open(f"/proc/{process}/stat") as file:
-            letter = file.read().rpartition(")")[2].split()[0]
+            return file.read().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
-        return " (there is no such process)" if os.path.isdir("/proc/self") else ""
-    return {"T": " (stopped)", "t": " (stopped by a debugger)", "Z": " (dead)", "D": " (waits for a disk or network "
-            "file system)"}.get(letter, "")
+        return None if os.path.isdir("/proc/self") else "?"
+
+
+def is_there(process: int) -> bool:
+    """Return whether a process of this host is there, and not dead; True where no system says."""
+    return letter(process) not in (None, "Z", "X")
+
+
+def state(process: int) -> str:
+    """Return what the system says of a process, for a message."""
+    return {None: " (there is no such process)", "T": " (stopped)", "t": " (stopped by a debugger)", "Z": " (dead)",
+            "D": " (waits for a disk or a file system of the network)"}.get(letter(process), "")
+
+
+def done(ledger: Ledger) -> int:
+    """Return how many collectives of a group this rank has done."""
+    while True:
+        try:
+            return ledger.cleared + sum(entry.calls for entries in (ledger.data, ledger.control)
+                                        for entry in entries.values())
+        except RuntimeError:                        # another kind was added meanwhile
+            continue
+
+
+def text_of(current: Any) -> str | None:
+    """Return a ledger's current collective as text: "all_reduce 5120 float32"."""
+    return current if current is None or isinstance(current, str) else " ".join(map(str, current))
+
+
+def clock() -> str:
+    """Return the time of day."""
+    return time.strftime("%H:%M:%S")

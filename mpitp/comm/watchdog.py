@@ -14,7 +14,6 @@ import os
 import sys
 import threading
 import time
-from typing import Any
 
 from mpi4py import MPI
 
@@ -22,7 +21,7 @@ from ..errors import InputError
 from . import guard
 from .heartbeats import Heartbeats
 from .ledger import Ledger
-from .stand import Stand, state, where
+from .stand import Stand, clock, done, is_there, state, text_of, where
 
 VARIABLE = "MPITP_STALL_LIMIT"
 DEFAULT_LIMIT = 600.0
@@ -99,12 +98,12 @@ def is_recorded() -> bool:
 
 
 class Watch:
-    """What one rank knows of the ranks of its groups, all of which have the same ranks. The constructor is collective.
+    """A watch is what one rank knows of the ranks of its groups, all of which have the same ranks.
 
     Parameters
     ----------
     comm : mpi4py communicator
-        Of these ranks.
+        Of these ranks, for all of which the constructor is collective.
     """
 
     def __init__(self, comm: MPI.Comm):
@@ -117,6 +116,7 @@ class Watch:
         self.stand, self.since = Stand(None, "its start", False, None), clock()
         self.others: dict[int, dict] = {}           # the last record of each other rank of this host
         self.silent: dict[int, float] = {}          # seconds since it changed
+        self.visible: set[int] = set()              # whose processes this one sees: not those of other containers
 
     def add(self, ledger: Ledger, limit: float) -> None:
         """Watch one more group."""
@@ -178,7 +178,9 @@ class Watch:
 
     def write(self) -> None:
         """Tell the other ranks of the host where this one stands."""
-        self.beats.write({"round": self.round, "process": self.process, "open": self.groups(), "closed": self.closed,
+        waits = self.stand.is_in_comm               # else it computes meanwhile, or an error has left the name behind
+        groups = {number: (count, name if waits else None) for number, (count, name) in self.groups().items()}
+        self.beats.write({"round": self.round, "process": self.process, "open": groups, "closed": self.closed,
                           "leaving": self.is_leaving, "place": self.stand.place, "since": self.since,
                           "waits": self.collective() is not None, "call": self.unrecorded()})
 
@@ -188,6 +190,8 @@ class Watch:
             record = self.beats.read(rank) if rank != self.rank else None
             if record is None:
                 continue
+            if rank not in self.others and is_there(record["process"]):
+                self.visible.add(rank)
             is_fresh = record["leaving"] or record["round"] != self.others.get(rank, record)["round"]
             self.silent[rank] = 0.0 if is_fresh else self.silent.get(rank, 0.0) + seconds
             self.others[rank] = record
@@ -200,7 +204,7 @@ class Watch:
         The number is "" where no ledger records it: what mpitp asks before and beside the collectives of groups.
         """
         for number, (count, name) in self.groups().items():
-            if name and self.stand.is_in_comm:      # an error may have left the name behind
+            if name and self.stand.is_in_comm:
                 return number, count, name
         call = self.unrecorded()
         return ("", 0, call) if call else None
@@ -244,6 +248,8 @@ class Watch:
                 said.append(f"{self.name(rank)} has left the program at {record['since']}")
             elif record["closed"].get(number, count + 1) <= count:
                 said.append(f"{self.name(rank)} has closed the group")
+            elif self.silent[rank] >= LEFT and rank in self.visible and not is_there(record["process"]):
+                said.append(f"{self.name(rank)} has ended without a word, last at {record['place']}")
         return said
 
     def missing(self, number: str, count: int, name: str) -> list[str]:
@@ -274,25 +280,3 @@ class Watch:
         """Return the line about what this rank waits for, and those who have not arrived there."""
         return f"rank {self.rank} of {self.size} on {self.beats.hosts[self.rank]} waits for {name} since " \
                f"{self.since}, at {self.stand.place}; not there: {'; '.join(guilty)}"
-
-
-# --- small things --------------------------------------------------------------------------------------------------
-
-def done(ledger: Ledger) -> int:
-    """Return how many collectives of a group this rank has done."""
-    while True:
-        try:
-            return ledger.cleared + sum(entry.calls for entries in (ledger.data, ledger.control)
-                                        for entry in entries.values())
-        except RuntimeError:                        # another kind was added meanwhile
-            continue
-
-
-def text_of(current: Any) -> str | None:
-    """Return a ledger's current collective as text: "all_reduce 5120 float32"."""
-    return current if current is None or isinstance(current, str) else " ".join(map(str, current))
-
-
-def clock() -> str:
-    """Return the time of day."""
-    return time.strftime("%H:%M:%S")

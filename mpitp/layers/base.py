@@ -148,8 +148,8 @@ class ParallelLayer:
             fits = module_of(g) is self.group.xp and g.shape == w.shape and g.dtype == self.sum_dtype
             if g is w or not (fits and is_writable(g)):
                 raise InputError(f"out[{name!r}]: found {getattr(g, 'dtype', type(g).__name__)} "
-                                 f"{getattr(g, 'shape', '')}, expected C-contiguous, aligned, writable "
-                                 f"{self.sum_dtype} {w.shape} beside the weights")
+                                 f"{getattr(g, 'shape', '')}, expected C-contiguous {self.sum_dtype} {w.shape}, "
+                                 f"aligned and writable, beside the weights")
         return out
 
     def require_names(self, arrays: Any, what: str) -> None:
