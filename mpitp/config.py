@@ -11,7 +11,7 @@ NORM_PLACEMENTS = ("before", "after", "after_residual", "both")
 
 @dataclass(frozen=True)
 class DecoderConfig(HeadSizes):
-    """The architecture of a decoder-only transformer.
+    """A DecoderConfig is the architecture of a decoder-only transformer.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ class DecoderConfig(HeadSizes):
 
     @property
     def ffn_size(self) -> int:
-        """Features of the feed-forward middle."""
+        """Return the features of the feed-forward middle."""
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
 
     @property

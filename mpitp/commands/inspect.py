@@ -20,7 +20,7 @@ from ..comm.launch import is_first_rank
 from ..config import DecoderConfig
 from ..errors import require, require_positive
 from ..sharding.parameters import Place
-from . import model, text
+from . import device, model, text
 
 MOST = 1 << 14
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--ranks", type=int, default=1, metavar="P", help="how many ranks (1)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="computed in (float32)")
     parser.add_argument("--reproducible", action="store_true", help="as it would be split in reproducible mode")
-    parser.add_argument("--blocks", type=int, default=8, help="blocks of a dimension in reproducible mode (8)")
+    device.add_blocks(parser)
     model.add_strict(parser)
     parser.add_argument("--json", metavar="FILE", help="write the report there, too")
 
@@ -48,7 +48,7 @@ class Rank:
 
 @dataclass
 class Parameter:
-    """A parameter, or those of this name of all layers."""
+    """A Parameter is one of the model, or those of one name in all layers."""
     name: str
     stored_as: str
     shape: tuple
@@ -77,9 +77,9 @@ class InspectReport:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command on this rank; return 0."""
-    require_positive(ranks=arguments.ranks, blocks=arguments.blocks)
-    require(max(arguments.ranks, arguments.blocks) <= MOST, f"{arguments.ranks} ranks, {arguments.blocks} blocks",
-            f"at most {MOST}")
+    require_positive(ranks=arguments.ranks)
+    blocks = device.blocks_of(arguments)
+    require(max(arguments.ranks, blocks) <= MOST, f"{arguments.ranks} ranks, {blocks} blocks", f"at most {MOST}")
     text.print_any_character()
     if arguments.json:
         tables.require_writable(arguments.json)
@@ -95,7 +95,7 @@ def inspect(arguments: argparse.Namespace) -> InspectReport:
     """Open the folder and count what each rank would hold and read."""
     folder, ranks = open_folder(arguments.model, strict=arguments.strict), arguments.ranks
     folder.warn()
-    blocks = arguments.blocks if arguments.reproducible else ranks
+    blocks = device.blocks_of(arguments) if arguments.reproducible else ranks
     places = [Place(rank, ranks, blocks) for rank in range(ranks)]
     size = np.dtype(arguments.dtype).itemsize
     kinds: dict[str, Parameter] = {}
@@ -135,13 +135,15 @@ def lines(found: InspectReport) -> Iterator[str]:
     yield found.model
     yield f"  {found.family}: {count(found.parameters)} parameters, {tables.size(found.stored_bytes)} in " \
           f"{found.files} file{'' if found.files == 1 else 's'}"
-    yield f"  {config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} query heads and " \
-          f"{config.query_groups} key/value heads of {config.head_dim}"
+    yield f"  {tables.count(config.num_layers, 'layer')}, hidden {config.hidden_size}, " \
+          f"{tables.count(config.num_attention_heads, 'query head')} and " \
+          f"{tables.count(config.query_groups, 'key/value head')} of {config.head_dim}"
     yield f"  {'gated ' if config.gated else ''}{config.activation} of {config.ffn_size} features, vocabulary " \
           f"{count(config.vocab_size)}{', tied head' if config.tie_word_embeddings else ''}"
     yield ""
-    yield f"Of {len(found.ranks)} rank{'' if len(found.ranks) == 1 else 's'}, in {found.dtype}" \
+    yield f"Of {tables.count(len(found.ranks), 'rank')}, in {found.dtype}" \
           f"{', reproducible mode' if found.reproducible else ''}, each would have"
+    yield "Look at `holds`: the memory of a rank's weights; keys, values and what is computed come on top."
     yield from tables.table(
         ("rank", "query heads", "kv heads", "ffn features", "vocabulary", "holds", "reads"),
         [(r.rank, r.query_heads, r.key_value_heads, r.ffn_features, count(r.vocabulary), tables.size(r.hold_bytes),

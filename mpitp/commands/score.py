@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     with device.group_of(arguments) as group:
         given = group.on_root(lambda: look_first(arguments))
         with Progress(f"loading {arguments.model}"):
-            decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
+            decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
+                                 verify_weights=arguments.verify_weights)
         given_ids = group.root_first(lambda: None if given is None else tokens_of(arguments, given))
         ids = text.give_to_all(group, None if given_ids is None else [given_ids])[0][0]
         window, stride = sizes(arguments, decoder)
@@ -108,7 +109,7 @@ def tokens_of(arguments: argparse.Namespace, given: str | list[int]) -> list[int
 
 
 def sizes(arguments: argparse.Namespace, model: Decoder) -> tuple[int, int]:
-    """Window and stride. Raises InputError for a window of more positions than the model has."""
+    """Return window and stride. Raises InputError for a window of more positions than the model has."""
     most = model.position.max_positions if model.position else None
     window = arguments.window or min(WINDOW, most or WINDOW)
     require(most is None or window <= most, f"window = {window}", f"at most {most}, the model's learned positions")
