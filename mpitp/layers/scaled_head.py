@@ -47,11 +47,11 @@ class ScaledHead(ColumnParallelLinear):
         scaled(z, self.multiplier, out=z)
         if self.softcap is not None:
             softcap_forward(z, self.softcap)
-        return z, ((of_linear, z) if save else None)
+        return z, ((self, of_linear, z) if save else None)
 
     def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:
         """Return dx and {name: gradient} as ColumnParallelLinear does."""
-        of_linear, z = require_saved(saved)
+        of_linear, z = require_saved(saved, self)
         dz = scaled(dy, self.multiplier)
         if self.softcap is not None:
             dz *= softcap_slope(z, self.softcap)
