@@ -133,8 +133,9 @@ class AttentionConfig(HeadSizes):
         c: scores are c tanh(score / c), before ALiBi is added (arXiv 2408.00118).
     qk_norm : str or None
         "layernorm" or "rmsnorm" over each query and key head, without bias; None: no norm.
-    qk_norm_after_rotary : bool
-        Whether that norm comes after rotary, not before.
+    qk_norm_after_rotary, qk_norm_over_heads : bool
+        Whether that norm comes after rotary, not before; whether it is one over the features of all heads ("rmsnorm"
+        before rotary only), whose weights are split as the heads are.
     norm_epsilon, zero_centered_gamma : float, bool
         Of that norm.
     attention_scale : float or None
@@ -160,6 +161,7 @@ class AttentionConfig(HeadSizes):
     softcap: float | None = None
     qk_norm: str | None = None
     qk_norm_after_rotary: bool = False
+    qk_norm_over_heads: bool = False
     norm_epsilon: float = 1e-5
     zero_centered_gamma: bool = False
     attention_scale: float | None = None
@@ -173,6 +175,9 @@ class AttentionConfig(HeadSizes):
         require_rotary(self.rotary, self.head_dim)
         if self.qk_norm is not None:
             one_of("qk_norm", self.qk_norm, NORMALIZATIONS)
+        require(not self.qk_norm_over_heads or self.qk_norm == "rmsnorm" and not self.qk_norm_after_rotary,
+                f"qk_norm_over_heads with qk_norm {self.qk_norm!r}"
+                f"{' after rotary' if self.qk_norm_after_rotary else ''}", "'rmsnorm', before rotary")
         require_number("norm_epsilon", self.norm_epsilon, above=0)
         if self.softcap is not None:
             require_number("softcap", self.softcap, above=0)

@@ -76,6 +76,12 @@ def test_a_softcap_changes_what_it_should(group):
     (lambda: config("opt", position_offset=-1), "found position_offset = -1"),
     (lambda: DecoderConfig(9, 8, 1, 2, logits_multiplier=float("nan")), "found logits_multiplier = nan"),
     (lambda: AttentionConfig(8, 2, softcap=-1.0), "found softcap = -1.0"),
+    (lambda: config("one kv head, normed over heads", parallel_residual=True), "qk_norm_over_heads with parallel"),
+    (lambda: config("one kv head, normed over heads", normalization="layernorm"), "with qk_norm .layernorm"),
+    (lambda: config("one kv head, normed over heads", qk_norm_after_rotary=True), "'rmsnorm' after rotary"),
+    (lambda: mpitp.ParallelAttention(mpitp.TensorParallelGroup(MPI.COMM_SELF),
+                                     config("one kv head, normed over heads").attention(0)),
+     "found qk_norm_over_heads True, expected False, as ParallelAttention has it"),
     (lambda: refuse_softcap(3.0), "found a softcap of 3.0 on a GPU, expected none"),
 ])
 def test_refused(make, said):

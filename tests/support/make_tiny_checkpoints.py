@@ -128,6 +128,13 @@ CASES = {       # name: (model_type, what its configuration class is called with
     "hunyuan_alpha": ("hunyuan_v1_dense", dict(SIZES, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
                                                attention_bias=True, rope_parameters=dict(
                                                    rope_type="dynamic", alpha=50.0, factor=1.0, rope_theta=20.0))),
+    "olmo2": ("olmo2", dict(SIZES, num_key_value_heads=1, head_dim=6)),
+    "olmo2_biases": ("olmo2", dict(SIZES, hidden_size=24, num_attention_heads=6, num_key_value_heads=3,
+                                   attention_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "olmo3": ("olmo3", dict(SIZES, hidden_size=24, num_attention_heads=4, num_key_value_heads=2, sliding_window=3,
+                            layer_types=[SLIDING, FULL], rope_parameters=dict(
+                                sliding_attention=dict(rope_type="default", rope_theta=5e5),
+                                full_attention=dict(YARN, rope_theta=5e5)))),
     "opt_no_last_norm": ("opt", dict(OPT, ffn_dim=23, _remove_final_layer_norm=True)),
 }
 ZERO_CENTERED = ("gemma", "gemma2", "gemma3_text", "gemma3", "nemotron")

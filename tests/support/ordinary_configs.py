@@ -142,4 +142,9 @@ ORDINARY = {
                     pretraining_tp=1, use_cla=False, use_qk_norm=True, use_rotary_pos_emb=True,
                     rope_scaling=dict(alpha=1000.0, beta_fast=32, beta_slow=1, factor=1.0, mscale=1.0,
                                       mscale_all_dim=1.0, type="dynamic")),
+    "OLMo 2": dict(LLAMA, model_type="olmo2", attention_bias=False, rope_scaling=None, pad_token_id=1),
+    "OLMo 3": dict(LLAMA, model_type="olmo3", attention_bias=False, sliding_window=4096,
+                   layer_types=["sliding_attention", "full_attention"],
+                   rope_scaling=dict(attention_factor=1.2, beta_fast=32.0, beta_slow=1.0, factor=8.0,
+                                     original_max_position_embeddings=8192, rope_type="yarn")),
 }
