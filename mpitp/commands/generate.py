@@ -115,12 +115,10 @@ def look_first(arguments: argparse.Namespace) -> tuple[list[str] | None, list[li
         found = [text.parse_ids(ids) for ids in arguments.ids]
         require(all(found), f"--ids {arguments.ids}", "at least one token id in each")
         return None, found
-    texts = arguments.prompt
-    if arguments.batch_file is not None:
-        texts = [line for line in text.lines_of(text.read_text(arguments.batch_file)) if line.strip()]
-        require(texts, f"no text in {arguments.batch_file}", "a text a line")
-    for prompt in texts:
-        text.require_text(prompt, "--prompt")
+    if arguments.batch_file is None:
+        return [text.text_of_argument(prompt, "--prompt") for prompt in arguments.prompt], None
+    texts = [line for line in text.lines_of(text.read_text(arguments.batch_file)) if line.strip()]
+    require(texts, f"no text in {arguments.batch_file}", "a text a line")
     return texts, None
 
 
