@@ -154,6 +154,7 @@ class Yardstick:
         growth = max(1.0, np.abs(other).max() / max(np.abs(exact).max(), 1e-300))
         growth = min(growth, 1e6) if np.abs(exact).max() > 1e-12 * self.scale else 1.0
         times = eps / EPS64
+        size = size + size.mean()               # numbers in other places have the magnitudes of other places
         error = error_ratio(found, other, (size * growth + np.abs(other)) * times) / 4.0
         scale = max(self.scale if np.abs(other).max() <= 1e-12 * self.scale else 0.0, 0.0)
         normwise = normwise_ratio(found, other, scale) / times

@@ -10,7 +10,7 @@ from ..ranks import Fault, Local
 from .mistake import (Mistake, Planted, doubled, first_alone, left_out, mean, missing, on_first, over_ranks,
                       times_ranks)
 
-WHERE = {"attention": "attention's ", "mlp": "the feed-forward block's ", "": ""}
+WHERE = {"attention": "attention's ", "mlp": "feed-forward block's ", "": ""}
 
 
 def parts(case: Case) -> tuple[str, ...]:
@@ -40,6 +40,12 @@ def both_biases(case: Case) -> Planted:
     """Add the bias P times, and take its gradient P times."""
     yield (f"the row-parallel bias is added on each of {case.ranks} ranks before the sum, and its gradient summed over "
            f"them"), case.with_faults({"row_bias": times_ranks, "row_bias_value": times_ranks})
+
+
+def both_divided(case: Case) -> Planted:
+    """Divide the bias by P though it is added after the sum, and with it its gradient."""
+    yield (f"the row-parallel bias is divided by {case.ranks}, the ranks, and so is its gradient"), \
+        case.with_faults({"row_bias": over_ranks, "row_bias_value": over_ranks})
 
 
 def summed_everywhere(case: Case) -> Planted:
@@ -79,54 +85,55 @@ def sum_over_holders(values: Local, used: list) -> Local:
 
 MISTAKES = (
     role_mistake("row bias P times", "row_bias", times_ranks,
-                 "{}row-parallel bias is added on every rank before the sum: {P} times"),
-    role_mistake("row bias over P", "row_bias", over_ranks, "{}row-parallel bias is divided by {P}, the ranks"),
-    role_mistake("row bias missing", "row_bias", left_out, "{}row-parallel bias is not added"),
-    role_mistake("row bias on one rank", "row_bias", on_first, "{}row-parallel bias is added on rank 0 after the sum"),
+                 "the {}row-parallel bias is added on every rank before the sum: {P} times"),
+    role_mistake("row bias over P", "row_bias", over_ranks, "the {}row-parallel bias is divided by {P}, the ranks"),
+    role_mistake("row bias missing", "row_bias", left_out, "the {}row-parallel bias is not added"),
+    role_mistake("row bias on one rank", "row_bias", on_first, "the {}row-parallel bias is added on rank 0 after the sum"),
     Mistake("row bias gradient over P", bias_divided),
     role_mistake("row bias gradient P times", "row_bias_value", times_ranks,
-                 "{}gradient of the row-parallel bias, complete on every rank, is summed over the ranks: {P} times"),
+                 "the {}gradient of the row-parallel bias, complete on every rank, is summed over the ranks: {P} times"),
     Mistake("row bias and its gradient P times", both_biases),
-    role_mistake("g missing", "row", missing, "{}all-reduce after the row-parallel product (g) is missing: each rank has "
+    Mistake("row bias and its gradient over P", both_divided),
+    role_mistake("g missing", "row", missing, "the {}all-reduce after the row-parallel product (g) is missing: each rank has "
                  "its own summand"),
-    role_mistake("g doubled", "row", doubled, "{}all-reduce after the row-parallel product (g) is taken twice: {P} times"),
-    role_mistake("g mean", "row", mean, "{}all-reduce after the row-parallel product (g) is a mean: divided by {P}"),
-    role_mistake("g rank 0's", "row", first_alone, "{}sum after the row-parallel product (g) is rank 0's summand alone"),
-    role_mistake("f missing", "column_dx", missing, "{}all-reduce of dx in f's backward is missing: each rank has its own "
+    role_mistake("g doubled", "row", doubled, "the {}all-reduce after the row-parallel product (g) is taken twice: {P} times"),
+    role_mistake("g mean", "row", mean, "the {}all-reduce after the row-parallel product (g) is a mean: divided by {P}"),
+    role_mistake("g rank 0's", "row", first_alone, "the {}sum after the row-parallel product (g) is rank 0's summand alone"),
+    role_mistake("f missing", "column_dx", missing, "the {}all-reduce of dx in f's backward is missing: each rank has its own "
                  "summand"),
-    role_mistake("f doubled", "column_dx", doubled, "{}all-reduce of dx in f's backward is taken twice: {P} times"),
-    role_mistake("f mean", "column_dx", mean, "{}all-reduce of dx in f's backward is a mean: divided by {P}"),
-    role_mistake("f rank 0's", "column_dx", first_alone, "{}sum of dx in f's backward is rank 0's summand alone"),
-    role_mistake("dy summed", "dy", times_ranks, "{}gradient of y, the same on every rank, is summed over the ranks in "
+    role_mistake("f doubled", "column_dx", doubled, "the {}all-reduce of dx in f's backward is taken twice: {P} times"),
+    role_mistake("f mean", "column_dx", mean, "the {}all-reduce of dx in f's backward is a mean: divided by {P}"),
+    role_mistake("f rank 0's", "column_dx", first_alone, "the {}sum of dx in f's backward is rank 0's summand alone"),
+    role_mistake("dy summed", "dy", times_ranks, "the {}gradient of y, the same on every rank, is summed over the ranks in "
                  "g's backward: {P} times"),
-    role_mistake("dy over P", "dy", over_ranks, "{}gradient of y is divided by {P}, the ranks"),
-    role_mistake("bias gradient not summed", "row_bias_grad", missing, "{}gradient of the row-parallel bias is not summed "
+    role_mistake("dy over P", "dy", over_ranks, "the {}gradient of y is divided by {P}, the ranks"),
+    role_mistake("bias gradient not summed", "row_bias_grad", missing, "the {}gradient of the row-parallel bias is not summed "
                  "over the ranks, each of which has its own tokens"),
-    role_mistake("bias gradient mean", "row_bias_grad", mean, "{}gradient of the row-parallel bias is a mean over the "
+    role_mistake("bias gradient mean", "row_bias_grad", mean, "the {}gradient of the row-parallel bias is a mean over the "
                  "ranks, each of which has its own tokens: divided by {P}"),
-    role_mistake("norm gradient not summed", "norm_grad", missing, "{}gradients of the norm's weights are not summed over "
+    role_mistake("norm gradient not summed", "norm_grad", missing, "the {}gradients of the norm's weights are not summed over "
                  "the ranks, each of which has its own tokens"),
-    role_mistake("norm gradient mean", "norm_grad", mean, "{}gradients of the norm's weights are averaged over the ranks, "
+    role_mistake("norm gradient mean", "norm_grad", mean, "the {}gradients of the norm's weights are averaged over the ranks, "
                  "not summed: divided by {P}"),
-    role_mistake("norm gradient doubled", "norm_grad", doubled, "{}gradients of the norm's weights are summed over the "
+    role_mistake("norm gradient doubled", "norm_grad", doubled, "the {}gradients of the norm's weights are summed over the "
                  "ranks twice: {P} times"),
-    role_mistake("gradient not communicated", "token_grad", missing, "{}gradients are not summed over the ranks, each of "
+    role_mistake("gradient not communicated", "token_grad", missing, "the {}gradients are not summed over the ranks, each of "
                  "which has its own tokens"),
-    role_mistake("gradient mean", "token_grad", mean, "{}gradients are averaged over the ranks, not summed: divided by {P}"),
-    role_mistake("kv gradient not summed", "kv_grad", missing, "{}gradient of a shared key/value head is not summed over "
+    role_mistake("gradient mean", "token_grad", mean, "the {}gradients are averaged over the ranks, not summed: divided by {P}"),
+    role_mistake("kv gradient not summed", "kv_grad", missing, "the {}gradient of a shared key/value head is not summed over "
                  "the ranks that use it"),
-    role_mistake("kv gradient mean", "kv_grad", mean, "{}gradient of a shared key/value head is a mean over the ranks: "
+    role_mistake("kv gradient mean", "kv_grad", mean, "the {}gradient of a shared key/value head is a mean over the ranks: "
                  "divided by {P}"),
-    role_mistake("kv gradient doubled", "kv_grad", doubled, "{}gradient of a shared key/value head is summed twice: {P} "
+    role_mistake("kv gradient doubled", "kv_grad", doubled, "the {}gradient of a shared key/value head is summed twice: {P} "
                  "times"),
     Mistake("kv gradient once a holder", holders_summed),
-    role_mistake("q/k norm gradient not summed", "qk_norm_grad", missing, "{}gradients of the query and key norms are not "
+    role_mistake("q/k norm gradient not summed", "qk_norm_grad", missing, "the {}gradients of the query and key norms are not "
                  "summed over the ranks, each of which has its own heads"),
-    role_mistake("q/k norm gradient mean", "qk_norm_grad", mean, "{}gradients of the query and key norms are averaged over "
+    role_mistake("q/k norm gradient mean", "qk_norm_grad", mean, "the {}gradients of the query and key norms are averaged over "
                  "the ranks, not summed: divided by {P}"),
-    role_mistake("embedding sum missing", "embedding", missing, "{}all-reduce of the embedded tokens is missing"),
-    role_mistake("embedding sum doubled", "embedding", doubled, "{}all-reduce of the embedded tokens is taken twice: {P} "
+    role_mistake("embedding sum missing", "embedding", missing, "the {}all-reduce of the embedded tokens is missing"),
+    role_mistake("embedding sum doubled", "embedding", doubled, "the {}all-reduce of the embedded tokens is taken twice: {P} "
                  "times"),
-    role_mistake("embedding mean", "embedding", mean, "{}all-reduce of the embedded tokens is a mean: divided by {P}"),
+    role_mistake("embedding mean", "embedding", mean, "the {}all-reduce of the embedded tokens is a mean: divided by {P}"),
     Mistake("all sums", summed_everywhere),
 )

@@ -82,6 +82,11 @@ def masked_ids(case: Case) -> Planted:
             "an target", "a target"), case.with_faults({role: unmasked})
         for step, how in ((1, "one too late"), (-1, "one too early")):
             yield f"each rank's range of ids begins {how}", case.with_faults({role: partial(rolled, step=step)})
+    if case.kind in LOSSES:
+        for column, which in ((-1, "last"), (0, "first")):
+            yield (f"the {which} id of a rank's range is masked as another rank's in the loss, not in its gradient: a "
+                   f"target with it counts as 0"), \
+                case.with_faults({"target_rows_forward": partial(without, column=column)})
     if case.kind == "loss":
         yield ("the last id of a rank's range is masked as another rank's before the maximum is taken off: its logit "
                "counts as 0"), case.with_faults({"target_logit": partial(as_zero, case=case, parts=parts)})

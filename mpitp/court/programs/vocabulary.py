@@ -75,9 +75,10 @@ def loss_forward(ranks: Ranks, case: Case, logits: Local, place: Place | None, t
     shifted = [z - highest[..., None] for z in logits]
     exps = [np.exp(z) for z in shifted]
     at_target = ranks.changed([one_of(targets, part, logits[0].dtype) for part in parts], "target_rows")
+    at_forward = ranks.changed(at_target, "target_rows_forward")
     sums = {}
     for role, summands in (("sum_exp", [e.sum(axis=-1) for e in exps]),
-                           ("target_logit", [(z * at).sum(axis=-1) for z, at in zip(shifted, at_target)]),
+                           ("target_logit", [(z * at).sum(axis=-1) for z, at in zip(shifted, at_forward)]),
                            ("smooth", [z.sum(axis=-1) for z in shifted])):
         sums[role] = summands if place is None else ranks.total("forward", role, summands, role)
     counts = ranks.changed([max(1, int(counted.sum()))] * ranks.count, "count")
