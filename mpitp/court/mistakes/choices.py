@@ -20,15 +20,13 @@ def scales(case: Case) -> Planted:
     if case.kind not in ATTENTION:
         return
     K, D, H = config.head_dim, config.hidden_size, config.num_attention_heads
-    ways = [("the square root of hidden_size in place of the head's features", D ** -0.5),
-            ("nothing: the scores are not scaled", 1.0), ("the head's features, not their square root", 1.0 / K),
-            ("the square root of the head's features, twice", config.scale ** 2),
-            ("the square root of the number of heads", H ** -0.5),
-            ("the square root of all heads' features", (H * K) ** -0.5),
-            ("the default, 1 / sqrt(features of a head), in place of attention_scale", K ** -0.5)]
-    for what, scale in ways:
-        if scale != config.scale:
-            yield f"attention's scores are scaled by {what}", case.with_config(attention_scale=scale)
+    of_hidden = [("the square root of hidden_size in place of the head's features", D ** -0.5)]
+    others = [("nothing: the scores are not scaled", 1.0), ("the head's features, not their square root", 1.0 / K),
+              ("the square root of the head's features, twice", config.scale ** 2),
+              ("the square root of the number of heads", H ** -0.5),
+              ("the square root of all heads' features", (H * K) ** -0.5),
+              ("the default, 1 / sqrt(features of a head), in place of attention_scale", K ** -0.5)]
+    yield from one_scale(case, of_hidden)
     if case.ranks > 1:
         counts = [max(1, len(heads)) for heads in case.heads]
         for what, of_ranks in (("hidden_size over the heads of a rank", [(D / n) ** -0.5 for n in counts]),
@@ -39,6 +37,14 @@ def scales(case: Case) -> Planted:
             configs = tuple(dataclasses.replace(c, attention_scale=s) for c, s in zip(case.configs, of_ranks))
             yield f"attention's scores are scaled by the square root of {what} in place of the head's features", \
                 dataclasses.replace(case, configs=configs)
+    yield from one_scale(case, others)
+
+
+def one_scale(case: Case, ways: list[tuple[str, float]]) -> Planted:
+    """Scale the scores by the same wrong number on every rank."""
+    for what, scale in ways:
+        if scale != case.config.scale:
+            yield f"attention's scores are scaled by {what}", case.with_config(attention_scale=scale)
 
 
 def rotary(case: Case) -> Planted:

@@ -105,13 +105,15 @@ def gate_and_up(case: Case) -> Planted:
     for sentence, change in (("gate and up are swapped", swap_rows), ("gate and up are taken as even and odd rows of a "
                              "matrix that has gate in front of up", read_interleaved),
                              ("gate and up are taken as the halves of a matrix that has their rows in turn", read_halves)):
-        changed: Arrays = {}
-        for prefix in prefixes:
-            for key in ("weight", "bias"):
-                if f"{prefix}gate.{key}" in case.whole and f"{prefix}up.{key}" in case.whole:
-                    gate, up = change(case.whole[f"{prefix}gate.{key}"], case.whole[f"{prefix}up.{key}"])
-                    changed.update({f"{prefix}gate.{key}": gate, f"{prefix}up.{key}": up})
-        yield sentence, resliced(case, changed)
+        for keys, less in ((("weight", "bias"), ""), (("weight",), " (not their biases)")):
+            changed: Arrays = {}
+            for prefix in prefixes:
+                for key in keys:
+                    if f"{prefix}gate.{key}" in case.whole and f"{prefix}up.{key}" in case.whole:
+                        gate, up = change(case.whole[f"{prefix}gate.{key}"], case.whole[f"{prefix}up.{key}"])
+                        changed.update({f"{prefix}gate.{key}": gate, f"{prefix}up.{key}": up})
+            if not less or any(f"{prefix}gate.bias" in case.whole for prefix in prefixes):
+                yield sentence + less, resliced(case, changed)
     if case.ranks > 1:
         yield from fused_dealt(case, prefixes)
 
