@@ -15,12 +15,14 @@ Given = Mapping[str, Any]
 
 
 def check_layer(kind: str, config: Any, weights: Given, inputs: Given, outputs: Given, gradients: Given, *,
-                layouts: Given | None = None, options: Given | None = None, accumulate: str = "float32") -> Verdict:
+                layouts: Given | None = None, options: Given | None = None) -> Verdict:
     """Judge arrays, or lists of what each rank has; raises AssertionError with three lines unless they are right."""
+    others = dict(options or {})
+    accumulate = others.pop("accumulate", "float32")
     folder = tempfile.mkdtemp(prefix="mpitp-check-")
     try:
         record_all(folder, kind, config, weights, (("forward", inputs), ("forward", outputs), ("backward", gradients)),
-                   dict(layouts or {}), dict(options or {}), accumulate)
+                   dict(layouts or {}), others, accumulate)
         verdict = judge(read_dump(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -27,11 +27,13 @@ LOOK = (("bias", "where the bias is added, and what its gradient is summed over"
         ("label smoothing", "the mean over the vocabulary in the loss"),
         ("ids", "the comparison of ids with the ends of a rank's range"),
         ("cross entropy", "the sums over the vocabulary and the number of tokens that divide the loss"),
-        ("attention scale", "what the scores are divided by"), ("rotary", "the table of cos and sin, and its positions"),
+        ("attention scale", "what the scores are divided by"),
+        ("rotary", "the table of cos and sin, and its positions"),
         ("attention mask", "which keys a query may attend to"), ("norm", "the norm's settings"),
         ("activation", "the activation's name"),
         ("gate", "how the fused matrix of gate and up is cut"), ("fused", "how the fused matrix is cut"),
-        ("slice", "which range of the weight a rank loads"), ("transposed", "the memory order of the weight: [out, in]"),
+        ("slice", "which range of the weight a rank loads"),
+        ("transposed", "the memory order of the weight: [out, in]"),
         ("16 bits", "the dtype of products, sums and messages"), ("parts", "which range a rank writes or gathers"),
         ("stale", "when gradients are cleared and communicated"), ("embedding", "the embedding's sum and multiplier"))
 

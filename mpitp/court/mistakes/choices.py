@@ -105,7 +105,8 @@ def masks(case: Case) -> Planted:
         {"allowed": partial(shift_mask, step=-1)})
     yield "the causal mask is off by one: a query attends to the next position", case.with_faults(
         {"allowed": partial(shift_mask, step=1)})
-    for window in {case.config.window(layer) for layer in range(case.config.num_layers)} - {None}:
+    windows = {case.config.window(layer) for layer in range(case.config.num_layers)}
+    for window in sorted(window for window in windows if window is not None):
         for step, how in ((1, "more"), (-1, "less")):
             if window + step > 0:
                 yield f"the sliding window has one position {how} than {window}", \
@@ -149,8 +150,8 @@ def norms(case: Case) -> Planted:
                 f"the norm's epsilon, {config.norm_epsilon:g}, is missing", case.with_config(norm_epsilon=epsilon)
     other = "rmsnorm" if config.normalization == "layernorm" else "layernorm"
     yield f"the norm is of kind {other} in place of {config.normalization}", case.with_config(normalization=other)
-    yield "the norm multiplies by " + ("w in place of 1 + w" if config.zero_centered_gamma else "1 + w in place of w"), \
-        case.with_config(zero_centered_gamma=not config.zero_centered_gamma)
+    centred = "w in place of 1 + w" if config.zero_centered_gamma else "1 + w in place of w"
+    yield f"the norm multiplies by {centred}", case.with_config(zero_centered_gamma=not config.zero_centered_gamma)
     if config.qk_norm:
         yield "the norms of query and key are missing", case.with_config(qk_norm=False)
 

@@ -102,9 +102,10 @@ def gate_and_up(case: Case) -> Planted:
     prefixes = [name[:-len("gate.weight")] for name in case.whole if name.endswith("gate.weight")]
     if not prefixes:
         return
-    for sentence, change in (("gate and up are swapped", swap_rows), ("gate and up are taken as even and odd rows of a "
-                             "matrix that has gate in front of up", read_interleaved),
-                             ("gate and up are taken as the halves of a matrix that has their rows in turn", read_halves)):
+    ways = (("gate and up are swapped", swap_rows),
+            ("gate and up are taken as even and odd rows of a matrix that has gate in front of up", read_interleaved),
+            ("gate and up are taken as the halves of a matrix that has their rows in turn", read_halves))
+    for sentence, change in ways:
         for keys, less in ((("weight", "bias"), ""), (("weight",), " (not their biases)")):
             changed: Arrays = {}
             for prefix in prefixes:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...oracle import embedding
 from ..case import Case, part_of
-from ..ranks import Local, Place, Ranks
+from ..ranks import Local, Ranks
 from . import attention, feed_forward
 from .linear import column_linear_backward, column_linear_forward, joined
 from .norm import norm_backward, norm_forward
@@ -137,7 +137,8 @@ def decoder(ranks: Ranks, case: Case) -> None:
     if config.final_norm:
         x, saved["final_norm"] = norm_forward(ranks, case, "final_norm", x, "final_norm")
     head_name = "embedding" if config.tie_word_embeddings else "head"
-    logits, place, saved_head = column_linear_forward(ranks, case, head_name, x, "logits", part_of(case.weights, "head"))
+    logits, place, saved_head = column_linear_forward(ranks, case, head_name, x, "logits",
+                                                      part_of(case.weights, "head"))
     _, saved_loss = loss_forward(ranks, case, logits, place, case.inputs["targets"])
     d = ranks.keep("backward", "logits", loss_backward(ranks, case, saved_loss), place, "d_logits")
     into = "final_norm" if config.final_norm else names[-1]
