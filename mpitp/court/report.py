@@ -90,7 +90,7 @@ def mistake_line(verdict: Verdict) -> str:
     best = verdict.explanations[0]
     line = f"The mistake: {best.text}."
     also = [other.text for other in verdict.explanations[1:] if other.complete == best.complete
-            and other.text != best.text and best.complete]
+            and best.complete and other.name not in (best.name, "all sums")]
     if also:
         line += f" The same numbers: {also[0]}."
     if best.leaves and best.explains and not best.complete:

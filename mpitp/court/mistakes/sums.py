@@ -7,15 +7,15 @@ import numpy as np
 
 from ..case import Case
 from ..ranks import Fault, Local
-from .mistake import (Mistake, Planted, doubled, first_alone, left_out, mean, missing, on_first, over_ranks,
-                      times_ranks)
+from .mistake import (Mistake, Planted, doubled, first_alone, largest, left_out, mean, missing, on_first,
+                      over_ranks, times_ranks)
 
-WHERE = {"attention": "attention's ", "mlp": "feed-forward block's ", "": ""}
+WHERE = {"attention": "attention's ", "mlp": "feed-forward block's ", "head": "head's ", "": ""}
 
 
 def parts(case: Case) -> tuple[str, ...]:
     """Return the parts of which one alone may have a mistake: the whole code first."""
-    return ("", "attention", "mlp") if case.kind in ("block", "decoder") else ("",)
+    return {"block": ("", "attention", "mlp"), "decoder": ("", "attention", "mlp", "head")}.get(case.kind, ("",))
 
 
 def at_role(case: Case, role: str, fault: Fault, sentence: str) -> Planted:
@@ -106,11 +106,13 @@ MISTAKES = (
                  "the {}sum after the row-parallel product (g) is rank 0's summand alone"),
     role_mistake("f missing", "column_dx", missing,
                  "the {}all-reduce of dx in f's backward is missing: each rank has its own summand"),
-    role_mistake("f doubled", "column_dx", doubled, "the {}all-reduce of dx in f's backward is taken twice: {P} times too large"),
+    role_mistake("f doubled", "column_dx", doubled,
+                 "the {}all-reduce of dx in f's backward is taken twice: {P} times too large"),
     role_mistake("f mean", "column_dx", mean, "the {}all-reduce of dx in f's backward is a mean: divided by {P}"),
     role_mistake("f rank 0's", "column_dx", first_alone, "the {}sum of dx in f's backward is rank 0's summand alone"),
     role_mistake("dy summed", "dy", times_ranks,
-                 "the {}gradient of y, the same on every rank, is summed over the ranks in g's backward: {P} times too large"),
+                 "the {}gradient of y, the same on every rank, is summed over the ranks in g's backward: {P} times "
+                 "too large"),
     role_mistake("dy over P", "dy", over_ranks, "the {}gradient of y is divided by {P}, the ranks"),
     role_mistake("bias gradient not summed", "row_bias_grad", missing,
                  "the {}gradient of the row-parallel bias is not summed over the ranks, each of which has its own "
@@ -148,4 +150,6 @@ MISTAKES = (
     role_mistake("embedding mean", "embedding", mean,
                  "the {}all-reduce of the embedded tokens is a mean: divided by {P}"),
     Mistake("all sums", summed_everywhere),
+    role_mistake("g maximum", "row", largest,
+                 "the {}all-reduce after the row-parallel product (g) takes the maximum, not the sum"),
 )

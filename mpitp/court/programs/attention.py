@@ -133,7 +133,7 @@ def backward(ranks: Ranks, case: Case, prefix: str, dy: Local, saved: Any, x_nam
     weights = part_of(case.weights, prefix)
     norms: dict[str, list] = {}
     for name in ("query", "key"):
-        turns = saved[f"{name} turn"]
+        turns = ranks.changed(saved[f"{name} turn"], "turns_back", part)
         if turns[0] != (None, None):
             d[name] = ranks.keep("backward", joined(prefix, f"{name}_rotated"), d[name], places[name], part=part)
         d[name] = [turn_back(d_r, turn, norms, name) for d_r, turn in zip(d[name], turns)]
@@ -186,17 +186,16 @@ def projections_backward(ranks: Ranks, case: Case, prefix: str, d: dict[str, Loc
         own = ranks.keep("backward", joined(prefix, name), d[name], saved["places"][name], f"d_{name}", part)
         if name != "query":
             own = ranks.changed(own, "dk", part)
-        gradients = []
+        gradients, dx_own = [], []
         for rank, d_r in enumerate(own):
             B, S, heads, K = d_r.shape
             inner, rows = saved[name][rank]
             dx_r, found = linear.backward(d_r.reshape(B, S, heads * K), inner)
             gradients.append(found if rows is None else {key: scattered(array, rows, weights[rank][f"{name}.{key}"])
                                                          for key, array in found.items()})
-            if name == "query":
-                dx.append(dx_r)
-            else:
-                dx[rank] = dx[rank] + dx_r
+            dx_own.append(dx_r)
+        dx_own = ranks.changed(dx_own, f"dx_{name}", part)
+        dx = [a + b for a, b in zip(dx, dx_own)] if dx else dx_own
         if name == "query":
             keep_column(ranks, case, prefix, name, gradients, part)
         else:

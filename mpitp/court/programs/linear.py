@@ -45,7 +45,7 @@ def column_linear_backward(ranks: Ranks, case: Case, dy: Local, saved: list, pla
     for key in keep:
         if key in found:
             found[key] = ranks.keep("backward", key, found[key], case.places[key], "weight_grad")
-    return column_dx(ranks, x_name, list(dx), "", place), found
+    return column_dx(ranks, x_name, list(dx), "head", place), found
 
 
 def row_linear(ranks: Ranks, case: Case) -> None:
