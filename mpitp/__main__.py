@@ -27,10 +27,23 @@ def main() -> int:
             MPI.Init_thread()
         from .comm.guard import guarded
     except (ImportError, RuntimeError) as error:            # no mpi4py, or no MPI library for it to load
+        if sys.argv[1:2] == ["judge"]:
+            return run_alone()
         print(f"mpitp: found no MPI for mpi4py ({error}), expected one: pip install 'mpitp[mpi]' or name the "
               f"library in MPI4PY_LIBMPI", file=sys.stderr)
         return 2
     return guarded(run)
+
+
+def run_alone() -> int:
+    """Run the command that sys.argv names where there is no MPI; returns its exit status."""
+    from .commands import run_command
+    from .errors import InputError
+    try:
+        return run_command(sys.argv[1:])
+    except InputError as error:
+        print(f"mpitp: {error}", file=sys.stderr)
+        return 2
 
 
 def run() -> int:

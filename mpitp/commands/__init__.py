@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..comm.launch import is_first_rank
 from ..errors import InputError
 
 WIDTH = 100         # columns that help and tables have at most
@@ -73,7 +72,22 @@ COMMANDS = {
              "See the size, the shapes and the family of a checkpoint; no weights are read."),
             ("python -m mpitp inspect my-model -n 8 --json inspect.json",
              "See what each of eight ranks would hold, and write it for a program."))),
+    "judge": Command(
+        "tell whether somebody's tensor-parallel run is right, and which mistake it has", (
+            ("python -m mpitp judge my-dump",
+             "Judge what the ranks of a run wrote down with mpitp.oracle.Recorder; needs no MPI."),
+            ("python -m mpitp judge my-dump --json judge.json",
+             "Write the verdict for a program, too."))),
 }
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the one that prints; where there is no MPI, for `judge`, it is alone."""
+    try:
+        from ..comm import launch
+    except (ImportError, RuntimeError):         # no mpi4py, or no MPI library for it to load
+        return True
+    return launch.is_first_rank()
 
 
 class Parser(argparse.ArgumentParser):

@@ -19,7 +19,7 @@ def activation_forward(h: Any, name: str, eps: float) -> tuple[Any, Any]:
     eps : float
         Of the dtype of the dump. relu may flip its slope where h is 0 but for rounding in it.
     """
-    a, slope = activation.forward(h, name)
+    a, slope = activation.forward(h, name)      # type: Any, Any
     if isinstance(h, Magnitude) and name == "relu" and eps > 0:
         near = np.abs(h.value) <= 4 * eps * h.size
         slope = Magnitude(slope.value, slope.size + near / eps)

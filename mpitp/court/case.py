@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,7 @@ class Case:
         """Return the same case, every rank with these changes of the architecture."""
         return dataclasses.replace(self, configs=tuple(dataclasses.replace(c, **changes) for c in self.configs))
 
-    def with_weights(self, weights: list[Mapping[str, Any]]) -> Case:
+    def with_weights(self, weights: Sequence[Mapping[str, Any]]) -> Case:
         """Return the same case with other weights on the ranks."""
         return dataclasses.replace(self, weights=tuple(weights))
 

@@ -58,8 +58,8 @@ def explain(first: Key, wrong: dict[Key, bool], case: Case, yard: Yardstick) -> 
     list of Explanation
         Those that account for all tensors first.
     """
-    found = [one for one in planted(first, wrong, case, yard)]
-    found.sort(key=lambda one: (not one.complete, -len(one.explains), len(one.leaves)))     # stable: likelier ones first
+    found = planted(first, wrong, case, yard)
+    found.sort(key=lambda one: (not one.complete, -len(one.explains), len(one.leaves)))      # likelier ones first
     if not any(one.complete for one in found):
         tensor = yard.dump.tensors[first]
         alone = patterns(tensor, wrong, yard)
@@ -83,7 +83,9 @@ def planted(first: Key, wrong: dict[Key, bool], case: Case, yard: Yardstick) -> 
             distance = distance_of(yard.dump.tensors[first], ranks, yard)
             if distance > 1 or not is_as_far(yard.dump.tensors[first], ranks, yard):
                 continue
-            explains, leaves, before = [], [], False
+            explains: list[str] = []
+            leaves: list[str] = []
+            before = False
             for key, is_wrong in wrong.items():
                 fits = distance_of(yard.dump.tensors[key], ranks, yard) <= 1
                 (explains if fits else leaves).append(title(*key))
@@ -134,6 +136,7 @@ def patterns(tensor: Tensor, wrong: dict[Key, bool], yard: Yardstick) -> list[Ex
         for name, text, predicted in pattern(tensor, yard):
             distance = max(yard.fits(tensor, rank, np.asarray(other)) for rank, other in enumerate(predicted))
             if distance <= 1:
-                others = [title(*key) for key, is_wrong in wrong.items() if is_wrong and key != (tensor.phase, tensor.name)]
+                others = [title(*key) for key, is_wrong in wrong.items()
+                          if is_wrong and key != (tensor.phase, tensor.name)]
                 found.append(Explanation(name, text, [tensor.title], others, not others, distance))
     return found

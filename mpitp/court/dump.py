@@ -116,17 +116,17 @@ def read_dump(folder: str | os.PathLike) -> Dump:
         raise InputError(f"{folder}: found no such folder, expected a dump with its run.json")
     run = read_json(os.path.join(folder, "run.json"))
     require(run.get("schema") == SCHEMA, f"schema {run.get('schema')!r:.60} in run.json", repr(SCHEMA))
-    ranks = run.get("ranks")
+    ranks: Any = run.get("ranks")
     require(is_integer(ranks) and 1 <= ranks <= MOST_RANKS, f"ranks {ranks!r:.60} in run.json",
             f"a number from 1 to {MOST_RANKS}")
-    one_of("kind", run.get("kind"), KINDS)
+    one_of("kind", run.get("kind", ""), KINDS)
     grid = run.get("grid", {"tensor": ranks})
     require(isinstance(grid, dict) and grid and all(is_integer(n) and 0 < n <= ranks for n in grid.values())
             and len(grid) < 9 and prod(grid.values()) == ranks, f"grid {grid!r:.60} in run.json",
             f"sizes whose product is {ranks}, the ranks")
     accumulate = run.get("accumulate", "float32")
     one_of("accumulate", accumulate, tuple(DTYPES))
-    config, layouts = run.get("config", {}), run.get("tensors")
+    config, layouts = run.get("config", {}), run.get("tensors")      # type: Any, Any
     require(isinstance(config, dict), "a config in run.json that is not an object", "an object")
     require(isinstance(layouts, dict) and layouts and all(isinstance(of, dict) for of in layouts.values()),
             "no tensors by phases in run.json", "{phase: {name: layout}}")
@@ -226,7 +226,7 @@ def decoder_config(given: dict[str, Any], **derived: Any) -> DecoderConfig:
         require(name in known, f"config key {name!r:.60}", "one of mpitp.DecoderConfig, which the dense side knows")
         require(not is_integer(value) or abs(value) < MOST_SIZE, f"config {name} = {value!r:.60}", f"below {MOST_SIZE}")
     settings = {**derived, **given}
-    layers = settings.get("num_layers")
+    layers: Any = settings.get("num_layers")
     require(is_integer(layers) and 0 < layers <= MOST_LAYERS, f"num_layers {layers!r:.60}", f"1 to {MOST_LAYERS}")
     rotary = settings.get("rotary")
     if isinstance(rotary, dict):

@@ -89,8 +89,8 @@ def make_layout(where: str, entry: Any, shapes: list[tuple[int, ...]]) -> Layout
     axis %= ndim
     for rank, shape in enumerate(shapes):
         if len(shape) != ndim or shape[:axis] + shape[axis + 1:] != shapes[0][:axis] + shapes[0][axis + 1:]:
-            raise InputError(f"{where}: found shape {shape} on rank {rank} and {shapes[0]} on rank 0, expected the same "
-                             f"but for axis {axis}")
+            raise InputError(f"{where}: found shape {shape} on rank {rank} and {shapes[0]} on rank 0, expected the "
+                             f"same but for axis {axis}")
     lengths = [shape[axis] for shape in shapes]
     pairs = in_order(lengths) if ranges is None else checked_ranges(where, ranges, lengths)
     require_cover(where, pairs)
@@ -114,8 +114,8 @@ def checked_ranges(where: str, ranges: Any, lengths: list[int]) -> list[list[tup
     for rank, (of_rank, length) in enumerate(zip(ranges, lengths)):
         pairs = [of_rank] if isinstance(of_rank, list) and all(map(is_integer, of_rank)) and of_rank else of_rank
         good = isinstance(pairs, list) and all(
-            isinstance(pair, list) and len(pair) == 2 and all(map(is_integer, pair)) and 0 <= pair[0] <= pair[1] < 2 ** 60
-            for pair in pairs)
+            isinstance(pair, list) and len(pair) == 2 and all(map(is_integer, pair))
+            and 0 <= pair[0] <= pair[1] < 2 ** 60 for pair in pairs)
         if not good:
             raise InputError(f"run.json: found range {of_rank!r:.60} of {where} on rank {rank}, expected "
                              f"[start, stop], or a list of such pairs")

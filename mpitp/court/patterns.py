@@ -1,4 +1,4 @@
-"""What can be said of a wrong tensor by itself, whatever computed it: a factor, parts in other places, summands left out.
+"""What can be said of a wrong tensor by itself: a factor, parts in other places, summands left out.
 
 Each pattern is recomputed from the right numbers, and holds only where the found ones match it to a few roundings.
 """
@@ -38,7 +38,8 @@ def factors(tensor: Tensor, yard: Yardstick) -> Pattern:
     c = known[int(np.argmax([e.size for e, of in zip(exact, of_ranks) if of is not None]))]
     for value, why in named_factors(P, yard.dump.options["loss_scale"], tokens_of(yard)):
         if abs(c - value) <= 0.02 * abs(value):
-            yield f"times {why}", f"{tensor.title} is {value:.6g} times the right one: {why}", [e * value for e in exact]
+            text = f"{tensor.title} is {value:.6g} times the right one: {why}"
+            yield f"times {why}", text, [e * value for e in exact]
     few = sum(e.size for e in exact) < LEAST        # any one number is some multiple of another one
     if not few and all(of is not None and abs(of - c) < 1e-3 * abs(c) for of in known):
         yield "a factor", f"{tensor.title} is {c:.6g} times the right one, which no count of ranks or tokens is", \
@@ -54,7 +55,7 @@ def scale_of(found: Array, exact: Array) -> float | None:
 
 def tokens_of(yard: Yardstick) -> int:
     """Return how many tokens there are."""
-    for (phase, name), kept in yard.exact.items():
+    for (phase, _), kept in yard.exact.items():
         if phase == "forward" and kept.values[0].ndim > 1:
             return int(np.prod(kept.values[0].shape[:-1]))
     return 1
@@ -91,14 +92,13 @@ def other_parts(tensor: Tensor, yard: Yardstick) -> Pattern:
         size = whole.shape[layout.axis]
         for step in (1, -1):
             moved = [take(whole, (part + step) % size, layout.axis) for part in layout.parts]
-            yield "parts offset by one", f"the parts of {tensor.title} begin one too {'late' if step > 0 else 'early'}", \
-                moved
+            late = "late" if step > 0 else "early"
+            yield "parts offset by one", f"the parts of {tensor.title} begin one too {late}", moved
     if layout.how == "replicated" and P > 1:
         for axis, size in enumerate(whole.shape):
             bounds = [size * r // P for r in range(P + 1)]
             parts = [np.arange(a, b) for a, b in zip(bounds, bounds[1:])]
-            for how, order in (("in reverse order", range(P - 1, -1, -1)), ("from the second rank on",
-                                                                           [*range(1, P), 0])):
+            for how, order in (("in reverse order", [*range(P)][::-1]), ("from the second rank on", [*range(1, P), 0])):
                 moved = take(whole, np.concatenate([parts[q] for q in order]), axis)
                 yield "gathered in another order", f"the ranks' parts of {tensor.title} along axis {axis} are put " \
                     f"together {how}", [moved] * P

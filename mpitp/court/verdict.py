@@ -193,8 +193,8 @@ def replicas_note(tensor: Tensor, row: Row) -> list[str]:
     other = [rank for rank, array in enumerate(tensor.local) if not np.array_equal(array, tensor.local[0])]
     if not other:
         return []
-    return [f"{tensor.title} has other bits on rank{'s' if len(other) > 1 else ''} {', '.join(map(str, other))} than on "
-            f"rank 0: rounding, but replicas drift apart by it"]
+    return [f"{tensor.title} has other bits on {inputs.listed(other)} than on rank 0: rounding, but replicas drift "
+            f"apart by it"]
 
 
 # --- the mistake -------------------------------------------------------------------------------------------------

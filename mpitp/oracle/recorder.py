@@ -62,7 +62,8 @@ class Recorder:
         if not 0 <= rank < ranks:
             raise ValueError(f"found rank {rank}, expected one of 0 to {ranks - 1}")
         self.folder, self.rank, self.ranks = os.fspath(folder), rank, ranks
-        given = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config or {})
+        given = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else \
+            dict(config or {})
         self.run: dict[str, Any] = {"schema": SCHEMA, "ranks": ranks, "grid": dict(grid or {"tensor": ranks}),
                                     "kind": kind, "config": given, "options": dict(options or {}),
                                     "accumulate": accumulate}

@@ -1,7 +1,7 @@
-"""A small tensor-parallel implementation of its own, P ranks in one process, that records what it does and can be wrong.
+"""A small tensor-parallel implementation of its own, P ranks in one process; it records what it does and can be wrong.
 
-It shares no code with the court: products, sums and layouts are written out here. A `bug` is a name that some line asks
-for.
+It shares no code with the court: products, sums and layouts are written out here. A `bug` is a name that
+some line asks for.
 """
 import numpy as np
 
@@ -124,7 +124,7 @@ class Host:
             y = [st(a + self.compute(times) * w["down.bias"]) for a in y]
         dxs, grads = [], {name: [] for name in w}
         dy_used = dy * self.compute(P if bug == "dy summed" else 1)
-        for o, (up, gate, act, slope, hidden) in zip(own, saved):
+        for o, (up, _, act, slope, hidden) in zip(own, saved):
             d = st(dy_used @ o["down.weight"])
             flat = lambda a: a.reshape(-1, a.shape[-1])         # noqa: E731
             grads["down.weight"].append(flat(dy_used).T @ flat(hidden))
@@ -161,8 +161,9 @@ class Host:
 
     def attention(self, D, H, G, K, B=2, S=6, bias=True, rotary=True, base=10000.0):
         P, bug, st = self.P, self.bug, self.stored
-        w = {"query.weight": self.random(H * K, D, scale=D ** -0.5), "key.weight": self.random(G * K, D, scale=D ** -0.5),
-             "value.weight": self.random(G * K, D, scale=D ** -0.5), "out.weight": self.random(D, H * K, scale=D ** -0.5)}
+        std = D ** -0.5
+        w = {"query.weight": self.random(H * K, D, scale=std), "key.weight": self.random(G * K, D, scale=std),
+             "value.weight": self.random(G * K, D, scale=std), "out.weight": self.random(D, H * K, scale=std)}
         if bias:
             w.update({"query.bias": self.random(H * K, scale=0.3), "key.bias": self.random(G * K, scale=0.3),
                       "value.bias": self.random(G * K, scale=0.3), "out.bias": self.random(D, scale=0.3)})
@@ -171,7 +172,7 @@ class Host:
         parts, share = cuts(H, P), H // G
         cos, sin = self.turns(S, K, base)
         ys, saved = [], []
-        for r, (a, b) in enumerate(parts):
+        for a, b in parts:
             heads = np.arange(a, b)
             kv = sorted(set(heads // share))
             rows = (heads[:, None] * K + np.arange(K)).ravel()
@@ -182,14 +183,14 @@ class Host:
                 if bias:
                     z[name] = z[name] + w[f"{name}.bias"][own]
                 z[name] = st(z[name]).reshape(B, S, len(own) // K, K).transpose(0, 2, 1, 3)
-            plain = dict(z)
             if rotary:
                 for name in ("query", "key"):
                     z[name] = st(self.turn(z[name], cos, sin))
                     if bug == "rotary twice":
                         z[name] = st(self.turn(z[name], cos, sin))
             group = np.array([kv.index(h // share) for h in heads], int)
-            scale = {"scale of hidden": D ** -0.5, "scale of local heads": (D / max(1, b - a)) ** -0.5}.get(bug, K ** -0.5)
+            wrong = {"scale of hidden": D ** -0.5, "scale of local heads": (D / max(1, b - a)) ** -0.5}
+            scale = wrong.get(bug, K ** -0.5)
             q, k, v = z["query"] * self.compute(scale), z["key"][:, group], z["value"][:, group]
             s = q @ k.swapaxes(-1, -2)
             s = np.where(np.tril(np.ones((S, S), bool)), s, -np.inf)
@@ -197,20 +198,20 @@ class Host:
             p = p / p.sum(-1, keepdims=True)
             context = st((p @ v).transpose(0, 2, 1, 3).reshape(B, S, len(heads) * K))
             ys.append(context @ w["out.weight"][:, rows].T)
-            saved.append((rows, kv_rows, kv, group, q, k, v, p, context, scale, plain))
+            saved.append((rows, kv_rows, kv, group, q, k, v, p, context, scale))
         y = self.total(ys, "g")
         if bias:
             y = [st(a + (P if bug == "bias P times" else 1) * w["out.bias"]) for a in y]
         dxs, grads = [], {name: [] for name in w}
         flat = lambda a: a.reshape(-1, a.shape[-1])             # noqa: E731
-        for rows, kv_rows, kv, group, q, k, v, p, context, scale, plain in saved:
+        for rows, kv_rows, kv, group, q, k, v, p, context, scale in saved:
             grads["out.weight"].append(flat(dy).T @ flat(context))
             da = st(dy @ w["out.weight"][:, rows]).reshape(B, S, -1 if len(rows) else 0, K).transpose(0, 2, 1, 3)
             dv = p.swapaxes(-1, -2) @ da
             dp = da @ v.swapaxes(-1, -2)
             ds = p * (dp - (p * dp).sum(-1, keepdims=True))
             dq, dk = ds @ k * self.compute(scale), ds.swapaxes(-1, -2) @ q
-            d = {"query": dq, "key": np.zeros((B, len(kv), S, K), self.compute), "value": np.zeros((B, len(kv), S, K), self.compute)}
+            d = {"query": dq, **{name: np.zeros((B, len(kv), S, K), self.compute) for name in ("key", "value")}}
             for i, g in enumerate(group):
                 d["key"][:, g] += dk[:, i]
                 d["value"][:, g] += dv[:, i]
@@ -296,7 +297,8 @@ class Host:
             dx = dx - g.mean(-1, keepdims=True)
         parts = cuts(S, P)
         ranges = [list(p) for p in parts]
-        for phase, name, whole in (("forward", "x", x), ("forward", "y", y), ("backward", "y", dy), ("backward", "x", dx * rstd)):
+        for phase, name, whole in (("forward", "x", x), ("forward", "y", y), ("backward", "y", dy),
+                                   ("backward", "x", dx * rstd)):
             self.record(phase, name, [whole[:, a:b] for a, b in parts], 1, ranges)
         for name, d in (("weight", dy * xhat), ("bias", dy)):
             if name in w:

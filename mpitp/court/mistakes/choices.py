@@ -20,15 +20,13 @@ def scales(case: Case) -> Planted:
     if case.kind not in ATTENTION:
         return
     K, D, H = config.head_dim, config.hidden_size, config.num_attention_heads
-    ways = [("the square root of hidden_size in place of the head's features", D ** -0.5),
-            ("nothing: the scores are not scaled", 1.0), ("the head's features, not their square root", 1.0 / K),
-            ("the square root of the head's features, twice", config.scale ** 2),
-            ("the square root of the number of heads", H ** -0.5),
-            ("the square root of all heads' features", (H * K) ** -0.5),
-            ("the default, 1 / sqrt(features of a head), in place of attention_scale", K ** -0.5)]
-    for what, scale in ways:
-        if scale != config.scale:
-            yield f"attention's scores are scaled by {what}", case.with_config(attention_scale=scale)
+    of_hidden = [("the square root of hidden_size in place of the head's features", D ** -0.5)]
+    others = [("nothing: the scores are not scaled", 1.0), ("the head's features, not their square root", 1.0 / K),
+              ("the square root of the head's features, twice", config.scale ** 2),
+              ("the square root of the number of heads", H ** -0.5),
+              ("the square root of all heads' features", (H * K) ** -0.5),
+              ("the default, 1 / sqrt(features of a head), in place of attention_scale", K ** -0.5)]
+    yield from one_scale(case, of_hidden)
     if case.ranks > 1:
         counts = [max(1, len(heads)) for heads in case.heads]
         for what, of_ranks in (("hidden_size over the heads of a rank", [(D / n) ** -0.5 for n in counts]),
@@ -39,6 +37,14 @@ def scales(case: Case) -> Planted:
             configs = tuple(dataclasses.replace(c, attention_scale=s) for c, s in zip(case.configs, of_ranks))
             yield f"attention's scores are scaled by the square root of {what} in place of the head's features", \
                 dataclasses.replace(case, configs=configs)
+    yield from one_scale(case, others)
+
+
+def one_scale(case: Case, ways: list[tuple[str, float]]) -> Planted:
+    """Scale the scores by the same wrong number on every rank."""
+    for what, scale in ways:
+        if scale != case.config.scale:
+            yield f"attention's scores are scaled by {what}", case.with_config(attention_scale=scale)
 
 
 def rotary(case: Case) -> Planted:
@@ -99,7 +105,8 @@ def masks(case: Case) -> Planted:
         {"allowed": partial(shift_mask, step=-1)})
     yield "the causal mask is off by one: a query attends to the next position", case.with_faults(
         {"allowed": partial(shift_mask, step=1)})
-    for window in {case.config.window(layer) for layer in range(case.config.num_layers)} - {None}:
+    windows = {case.config.window(layer) for layer in range(case.config.num_layers)}
+    for window in sorted(window for window in windows if window is not None):
         for step, how in ((1, "more"), (-1, "less")):
             if window + step > 0:
                 yield f"the sliding window has one position {how} than {window}", \
@@ -143,8 +150,8 @@ def norms(case: Case) -> Planted:
                 f"the norm's epsilon, {config.norm_epsilon:g}, is missing", case.with_config(norm_epsilon=epsilon)
     other = "rmsnorm" if config.normalization == "layernorm" else "layernorm"
     yield f"the norm is of kind {other} in place of {config.normalization}", case.with_config(normalization=other)
-    yield "the norm multiplies by " + ("w in place of 1 + w" if config.zero_centered_gamma else "1 + w in place of w"), \
-        case.with_config(zero_centered_gamma=not config.zero_centered_gamma)
+    centred = "w in place of 1 + w" if config.zero_centered_gamma else "1 + w in place of w"
+    yield f"the norm multiplies by {centred}", case.with_config(zero_centered_gamma=not config.zero_centered_gamma)
     if config.qk_norm:
         yield "the norms of query and key are missing", case.with_config(qk_norm=False)
 

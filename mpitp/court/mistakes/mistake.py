@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..case import Case
 from ..ranks import Local, add_up
 
@@ -40,6 +42,11 @@ def doubled(summands: Local) -> Local:
 def mean(summands: Local) -> Local:
     """Divide the sum by the number of ranks."""
     return [add_up(summands) * (1.0 / len(summands))] * len(summands)
+
+
+def largest(summands: Local) -> Local:
+    """Take the maximum over the ranks."""
+    return [np.max(summands, axis=0)] * len(summands)
 
 
 def first_alone(summands: Local) -> Local:

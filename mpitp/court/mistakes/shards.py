@@ -57,6 +57,39 @@ def of_other_ranks(case: Case) -> Planted:
             yield f"{what} are {how}", case.with_weights(local)
 
 
+def in_turn(case: Case) -> Planted:
+    """Deal single rows, or heads, to the ranks in turn, not in runs."""
+    if case.ranks == 1:
+        return
+    for what, names in groups(case):
+        local = []
+        for rank, own in enumerate(case.weights):
+            moved = {}
+            for name in names:
+                place = case.places[name]
+                assert place is not None
+                unit = case.config.head_dim if name.split(".")[-2:-1] in (["query"], ["out"]) else 1
+                size = case.whole[name].shape[place.axis] // unit
+                part = (np.arange(rank, size, case.ranks)[:, None] * unit + np.arange(unit)).ravel()
+                moved[name] = take(case.whole[name], part, place.axis)
+            local.append({**own, **moved})
+        if all(a[name].shape == b[name].shape for a, b in zip(local, case.weights) for name in names):
+            yield f"{what} are dealt to the ranks in turn, one by one, not in runs", case.with_weights(local)
+
+
+def swapped_weights(case: Case) -> Planted:
+    """Take two weights of one shape for each other."""
+    for one, two in (("key", "value"), ("query", "key"), ("query", "value")):
+        changed: Arrays = {}
+        for name in case.whole:
+            start, _, end = name.rpartition(f"{one}.")
+            other = f"{start}{two}.{end}"
+            if end in ("weight", "bias") and other in case.whole and case.whole[name].shape == case.whole[other].shape:
+                changed.update({name: case.whole[other], other: case.whole[name]})
+        if changed:
+            yield f"{one} and {two} are swapped", resliced(case, changed)
+
+
 def offset(case: Case) -> Planted:
     """Begin every slice but the first one too early, or one too late."""
     if case.ranks == 1:
@@ -102,16 +135,19 @@ def gate_and_up(case: Case) -> Planted:
     prefixes = [name[:-len("gate.weight")] for name in case.whole if name.endswith("gate.weight")]
     if not prefixes:
         return
-    for sentence, change in (("gate and up are swapped", swap_rows), ("gate and up are taken as even and odd rows of a "
-                             "matrix that has gate in front of up", read_interleaved),
-                             ("gate and up are taken as the halves of a matrix that has their rows in turn", read_halves)):
-        changed: Arrays = {}
-        for prefix in prefixes:
-            for key in ("weight", "bias"):
-                if f"{prefix}gate.{key}" in case.whole and f"{prefix}up.{key}" in case.whole:
-                    gate, up = change(case.whole[f"{prefix}gate.{key}"], case.whole[f"{prefix}up.{key}"])
-                    changed.update({f"{prefix}gate.{key}": gate, f"{prefix}up.{key}": up})
-        yield sentence, resliced(case, changed)
+    ways = (("gate and up are swapped", swap_rows),
+            ("gate and up are taken as even and odd rows of a matrix that has gate in front of up", read_interleaved),
+            ("gate and up are taken as the halves of a matrix that has their rows in turn", read_halves))
+    for sentence, change in ways:
+        for keys, less in ((("weight", "bias"), ""), (("weight",), " (not their biases)")):
+            changed: Arrays = {}
+            for prefix in prefixes:
+                for key in keys:
+                    if f"{prefix}gate.{key}" in case.whole and f"{prefix}up.{key}" in case.whole:
+                        gate, up = change(case.whole[f"{prefix}gate.{key}"], case.whole[f"{prefix}up.{key}"])
+                        changed.update({f"{prefix}gate.{key}": gate, f"{prefix}up.{key}": up})
+            if not less or any(f"{prefix}gate.bias" in case.whole for prefix in prefixes):
+                yield sentence + less, resliced(case, changed)
     if case.ranks > 1:
         yield from fused_dealt(case, prefixes)
 
@@ -219,5 +255,7 @@ def replace_kv(case: Case, kv_heads: tuple) -> Case:
 
 
 MISTAKES = (Mistake("gate and up", gate_and_up), Mistake("slices of other ranks", of_other_ranks),
-            Mistake("slices offset by one", offset), Mistake("transposed", transposed),
+            Mistake("slices offset by one", offset),
+            Mistake("slices in turn", in_turn), Mistake("weights swapped", swapped_weights),
+            Mistake("transposed", transposed),
             Mistake("fused qkv", fused_qkv), Mistake("kv heads numbered wrongly", kv_numbering))

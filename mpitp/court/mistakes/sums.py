@@ -7,15 +7,15 @@ import numpy as np
 
 from ..case import Case
 from ..ranks import Fault, Local
-from .mistake import (Mistake, Planted, doubled, first_alone, left_out, mean, missing, on_first, over_ranks,
-                      times_ranks)
+from .mistake import (Mistake, Planted, doubled, first_alone, largest, left_out, mean, missing, on_first,
+                      over_ranks, times_ranks)
 
-WHERE = {"attention": "attention's ", "mlp": "feed-forward block's ", "": ""}
+WHERE = {"attention": "attention's ", "mlp": "feed-forward block's ", "head": "head's ", "": ""}
 
 
 def parts(case: Case) -> tuple[str, ...]:
     """Return the parts of which one alone may have a mistake: the whole code first."""
-    return ("", "attention", "mlp") if case.kind in ("block", "decoder") else ("",)
+    return {"block": ("", "attention", "mlp"), "decoder": ("", "attention", "mlp", "head")}.get(case.kind, ("",))
 
 
 def at_role(case: Case, role: str, fault: Fault, sentence: str) -> Planted:
@@ -88,52 +88,68 @@ MISTAKES = (
                  "the {}row-parallel bias is added on every rank before the sum: {P} times"),
     role_mistake("row bias over P", "row_bias", over_ranks, "the {}row-parallel bias is divided by {P}, the ranks"),
     role_mistake("row bias missing", "row_bias", left_out, "the {}row-parallel bias is not added"),
-    role_mistake("row bias on one rank", "row_bias", on_first, "the {}row-parallel bias is added on rank 0 after the sum"),
+    role_mistake("row bias on one rank", "row_bias", on_first,
+                 "the {}row-parallel bias is added on rank 0 after the sum"),
     Mistake("row bias gradient over P", bias_divided),
     role_mistake("row bias gradient P times", "row_bias_value", times_ranks,
-                 "the {}gradient of the row-parallel bias, complete on every rank, is summed over the ranks: {P} times"),
+                 "the {}gradient of the row-parallel bias, complete on every rank, is summed over the ranks: {P} "
+                 "times too large"),
     Mistake("row bias and its gradient P times", both_biases),
     Mistake("row bias and its gradient over P", both_divided),
-    role_mistake("g missing", "row", missing, "the {}all-reduce after the row-parallel product (g) is missing: each rank has "
-                 "its own summand"),
-    role_mistake("g doubled", "row", doubled, "the {}all-reduce after the row-parallel product (g) is taken twice: {P} times"),
-    role_mistake("g mean", "row", mean, "the {}all-reduce after the row-parallel product (g) is a mean: divided by {P}"),
-    role_mistake("g rank 0's", "row", first_alone, "the {}sum after the row-parallel product (g) is rank 0's summand alone"),
-    role_mistake("f missing", "column_dx", missing, "the {}all-reduce of dx in f's backward is missing: each rank has its own "
-                 "summand"),
-    role_mistake("f doubled", "column_dx", doubled, "the {}all-reduce of dx in f's backward is taken twice: {P} times"),
+    role_mistake("g missing", "row", missing,
+                 "the {}all-reduce after the row-parallel product (g) is missing: each rank has its own summand"),
+    role_mistake("g doubled", "row", doubled,
+                 "the {}all-reduce after the row-parallel product (g) is taken twice: {P} times too large"),
+    role_mistake("g mean", "row", mean,
+                 "the {}all-reduce after the row-parallel product (g) is a mean: divided by {P}"),
+    role_mistake("g rank 0's", "row", first_alone,
+                 "the {}sum after the row-parallel product (g) is rank 0's summand alone"),
+    role_mistake("f missing", "column_dx", missing,
+                 "the {}all-reduce of dx in f's backward is missing: each rank has its own summand"),
+    role_mistake("f doubled", "column_dx", doubled,
+                 "the {}all-reduce of dx in f's backward is taken twice: {P} times too large"),
     role_mistake("f mean", "column_dx", mean, "the {}all-reduce of dx in f's backward is a mean: divided by {P}"),
     role_mistake("f rank 0's", "column_dx", first_alone, "the {}sum of dx in f's backward is rank 0's summand alone"),
-    role_mistake("dy summed", "dy", times_ranks, "the {}gradient of y, the same on every rank, is summed over the ranks in "
-                 "g's backward: {P} times"),
+    role_mistake("dy summed", "dy", times_ranks,
+                 "the {}gradient of y, the same on every rank, is summed over the ranks in g's backward: {P} times "
+                 "too large"),
     role_mistake("dy over P", "dy", over_ranks, "the {}gradient of y is divided by {P}, the ranks"),
-    role_mistake("bias gradient not summed", "row_bias_grad", missing, "the {}gradient of the row-parallel bias is not summed "
-                 "over the ranks, each of which has its own tokens"),
-    role_mistake("bias gradient mean", "row_bias_grad", mean, "the {}gradient of the row-parallel bias is a mean over the "
-                 "ranks, each of which has its own tokens: divided by {P}"),
-    role_mistake("norm gradient not summed", "norm_grad", missing, "the {}gradients of the norm's weights are not summed over "
-                 "the ranks, each of which has its own tokens"),
-    role_mistake("norm gradient mean", "norm_grad", mean, "the {}gradients of the norm's weights are averaged over the ranks, "
-                 "not summed: divided by {P}"),
-    role_mistake("norm gradient doubled", "norm_grad", doubled, "the {}gradients of the norm's weights are summed over the "
-                 "ranks twice: {P} times"),
-    role_mistake("gradient not communicated", "token_grad", missing, "the {}gradients are not summed over the ranks, each of "
-                 "which has its own tokens"),
-    role_mistake("gradient mean", "token_grad", mean, "the {}gradients are averaged over the ranks, not summed: divided by {P}"),
-    role_mistake("kv gradient not summed", "kv_grad", missing, "the {}gradient of a shared key/value head is not summed over "
-                 "the ranks that use it"),
-    role_mistake("kv gradient mean", "kv_grad", mean, "the {}gradient of a shared key/value head is a mean over the ranks: "
-                 "divided by {P}"),
-    role_mistake("kv gradient doubled", "kv_grad", doubled, "the {}gradient of a shared key/value head is summed twice: {P} "
-                 "times"),
+    role_mistake("bias gradient not summed", "row_bias_grad", missing,
+                 "the {}gradient of the row-parallel bias is not summed over the ranks, each of which has its own "
+                 "tokens"),
+    role_mistake("bias gradient mean", "row_bias_grad", mean,
+                 "the {}gradient of the row-parallel bias is a mean over the ranks, each of which has its own "
+                 "tokens: divided by {P}"),
+    role_mistake("norm gradient not summed", "norm_grad", missing,
+                 "the {}gradients of the norm's weights are not summed over the ranks, each of which has its own "
+                 "tokens"),
+    role_mistake("norm gradient mean", "norm_grad", mean,
+                 "the {}gradients of the norm's weights are averaged over the ranks, not summed: divided by {P}"),
+    role_mistake("norm gradient doubled", "norm_grad", doubled,
+                 "the {}gradients of the norm's weights are summed over the ranks twice: {P} times too large"),
+    role_mistake("gradient not communicated", "token_grad", missing,
+                 "the {}gradients are not summed over the ranks, each of which has its own tokens"),
+    role_mistake("gradient mean", "token_grad", mean,
+                 "the {}gradients are averaged over the ranks, not summed: divided by {P}"),
+    role_mistake("kv gradient not summed", "kv_grad", missing,
+                 "the {}gradient of a shared key/value head is not summed over the ranks that use it"),
+    role_mistake("kv gradient mean", "kv_grad", mean,
+                 "the {}gradient of a shared key/value head is a mean over the ranks: divided by {P}"),
+    role_mistake("kv gradient doubled", "kv_grad", doubled,
+                 "the {}gradient of a shared key/value head is summed twice: {P} times too large"),
     Mistake("kv gradient once a holder", holders_summed),
-    role_mistake("q/k norm gradient not summed", "qk_norm_grad", missing, "the {}gradients of the query and key norms are not "
-                 "summed over the ranks, each of which has its own heads"),
-    role_mistake("q/k norm gradient mean", "qk_norm_grad", mean, "the {}gradients of the query and key norms are averaged over "
-                 "the ranks, not summed: divided by {P}"),
+    role_mistake("q/k norm gradient not summed", "qk_norm_grad", missing,
+                 "the {}gradients of the query and key norms are not summed over the ranks, each of which has its "
+                 "own heads"),
+    role_mistake("q/k norm gradient mean", "qk_norm_grad", mean,
+                 "the {}gradients of the query and key norms are averaged over the ranks, not summed: divided by "
+                 "{P}"),
     role_mistake("embedding sum missing", "embedding", missing, "the {}all-reduce of the embedded tokens is missing"),
-    role_mistake("embedding sum doubled", "embedding", doubled, "the {}all-reduce of the embedded tokens is taken twice: {P} "
-                 "times"),
-    role_mistake("embedding mean", "embedding", mean, "the {}all-reduce of the embedded tokens is a mean: divided by {P}"),
+    role_mistake("embedding sum doubled", "embedding", doubled,
+                 "the {}all-reduce of the embedded tokens is taken twice: {P} times too large"),
+    role_mistake("embedding mean", "embedding", mean,
+                 "the {}all-reduce of the embedded tokens is a mean: divided by {P}"),
     Mistake("all sums", summed_everywhere),
+    role_mistake("g maximum", "row", largest,
+                 "the {}all-reduce after the row-parallel product (g) takes the maximum, not the sum"),
 )

@@ -26,7 +26,8 @@ def forward(ranks: Ranks, case: Case, prefix: str, x: Local, layer: int = 0) -> 
     """y = sum over the ranks of context_p W_o,p^T + b_o, context = softmax(q k^T * scale) v."""
     weights, part = part_of(case.weights, prefix), prefix.rsplit(".", 1)[-1]
     used = [np.unique(heads) for heads in case.kv_heads]
-    places = {"query": Place(2, case.heads), "key": Place(2, tuple(used)), "value": Place(2, tuple(used))}
+    places: dict[str, Place | None] = {"query": Place(2, case.heads), "key": Place(2, tuple(used)),
+                                       "value": Place(2, tuple(used))}
     if ranks.count == 1:
         places = dict.fromkeys(places)
     projected: dict[str, Local] = {}
@@ -85,7 +86,7 @@ def turned(ranks: Ranks, case: Case, z: Local, name: str, weights: list, layer: 
 def rotate_at(z: Any, rotary: Any, at: Array) -> tuple[Any, Any]:
     """Turn (B, S, heads, K) by the positions `at` (S)."""
     longest = int(at.max(initial=0)) + 1
-    shape, K = (longest, z.shape[-1]), z.shape[-1]
+    shape = longest, z.shape[-1]
     _, (cos, sin, partner) = rotate_forward(np.zeros(shape, z.dtype), rotary)
     cos, sin = cos[at][:, None], sin[at][:, None]
     return z * cos + z[..., partner] * sin, (cos, sin, partner)
@@ -102,7 +103,8 @@ def scored(ranks: Ranks, case: Case, prefix: str, z: dict[str, Local], used: lis
         B, h, S, K = q.shape
         scores = q @ k.swapaxes(-1, -2)
         if config.position_embedding == "alibi":
-            scores = scores + alibi(config.num_attention_heads, S, scores.dtype)[ranks.changed(list(case.heads), "alibi_heads")[rank]]
+            own = ranks.changed(list(case.heads), "alibi_heads")[rank]
+            scores = scores + alibi(config.num_attention_heads, S, scores.dtype)[own]
         allowed = allowed_pairs(B, S, config.window(layer), mask_of(case, "mask"))
         p = softmax_forward(scores, ranks.changed([allowed] * ranks.count, "allowed")[rank])
         kept = 1.0 if drop is None else drop[:, heads]
@@ -131,10 +133,10 @@ def backward(ranks: Ranks, case: Case, prefix: str, dy: Local, saved: Any, x_nam
     weights = part_of(case.weights, prefix)
     norms: dict[str, list] = {}
     for name in ("query", "key"):
-        turns = saved[f"{name} turn"]
+        turns = ranks.changed(saved[f"{name} turn"], "turns_back", part)
         if turns[0] != (None, None):
             d[name] = ranks.keep("backward", joined(prefix, f"{name}_rotated"), d[name], places[name], part=part)
-        d[name] = [turn_back(d_r, *turn, norms, name) for d_r, turn in zip(d[name], turns)]
+        d[name] = [turn_back(d_r, turn, norms, name) for d_r, turn in zip(d[name], turns)]
     for name, summands in norms.items():
         full = joined(prefix, f"{name}_norm.weight")
         ranks.keep("backward", full, ranks.total("backward", full, summands, "qk_norm_grad", part))
@@ -165,8 +167,9 @@ def by_group(d: Any, group: Array, g: int) -> Any:
     return moved.transpose(0, 1, 3, 2)
 
 
-def turn_back(d: Any, saved_norm: Any, saved_rotary: Any, norms: dict[str, list], name: str) -> Any:
+def turn_back(d: Any, saved: tuple[Any, Any], norms: dict[str, list], name: str) -> Any:
     """Go back through rotary positions and norm; the norm's gradient is added to `norms`."""
+    saved_norm, saved_rotary = saved
     if saved_rotary is not None:
         d = rotate_backward(d, saved_rotary)
     if saved_norm is not None:
@@ -183,17 +186,16 @@ def projections_backward(ranks: Ranks, case: Case, prefix: str, d: dict[str, Loc
         own = ranks.keep("backward", joined(prefix, name), d[name], saved["places"][name], f"d_{name}", part)
         if name != "query":
             own = ranks.changed(own, "dk", part)
-        gradients = []
+        gradients, dx_own = [], []
         for rank, d_r in enumerate(own):
             B, S, heads, K = d_r.shape
             inner, rows = saved[name][rank]
             dx_r, found = linear.backward(d_r.reshape(B, S, heads * K), inner)
             gradients.append(found if rows is None else {key: scattered(array, rows, weights[rank][f"{name}.{key}"])
                                                          for key, array in found.items()})
-            if name == "query":
-                dx.append(dx_r)
-            else:
-                dx[rank] = dx[rank] + dx_r
+            dx_own.append(dx_r)
+        dx_own = ranks.changed(dx_own, f"dx_{name}", part)
+        dx = [a + b for a, b in zip(dx, dx_own)] if dx else dx_own
         if name == "query":
             keep_column(ranks, case, prefix, name, gradients, part)
         else:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...oracle import embedding
 from ..case import Case, part_of
-from ..ranks import Local, Place, Ranks
+from ..ranks import Local, Ranks
 from . import attention, feed_forward
 from .linear import column_linear_backward, column_linear_forward, joined
 from .norm import norm_backward, norm_forward
@@ -54,7 +54,7 @@ def block_forward(ranks: Ranks, case: Case, prefix: str, x: Local, layer: int) -
                                                     joined(prefix, "mlp_norm"))
         a, saved["attention"] = branch_forward(ranks, case, prefix, "attention", h, layer)
         m, saved["mlp"] = branch_forward(ranks, case, prefix, "mlp", h_mlp, layer)
-        y = [x_r + (a_r + m_r) for x_r, a_r, m_r in zip(x, a, m)]
+        y = [x_r + (a_r + m_r) for x_r, a_r, m_r in zip(ranks.changed(x, "residual_x"), a, m)]
         return ranks.keep("forward", joined(prefix, "y"), y, None, "block_y"), saved
     for branch, out in zip(BRANCHES, ("residual", "y")):
         h = x
@@ -65,7 +65,7 @@ def block_forward(ranks: Ranks, case: Case, prefix: str, x: Local, layer: int) -
         post = joined(prefix, f"{branch}_post_norm")
         if config.norm_placement in ("after", "both"):
             h, saved[f"{branch}_post_norm"] = norm_forward(ranks, case, post, h, post)
-        x = [x_r + h_r for x_r, h_r in zip(x, h)]
+        x = [x_r + h_r for x_r, h_r in zip(ranks.changed(x, "residual_x"), h)]
         if config.norm_placement == "after_residual":
             x, saved[f"{branch}_post_norm"] = norm_forward(ranks, case, post, x, post)
         x = ranks.keep("forward", joined(prefix, out), x, None, f"block_{out}")
@@ -90,6 +90,7 @@ def block_backward(ranks: Ranks, case: Case, prefix: str, dy: Local, saved: dict
         d = branch_backward(ranks, case, prefix, branch, d, saved[branch], into)
         if normed:
             d = norm_backward(ranks, case, into, d, saved[f"{branch}_norm"], before)
+        d_residual = ranks.changed(d_residual, "residual_dx")
         dy = ranks.keep("backward", before, [a + b for a, b in zip(d_residual, d)], None, "block_dx")
     return dy
 
@@ -101,7 +102,7 @@ def parallel_backward(ranks: Ranks, case: Case, prefix: str, dy: Local, saved: d
          for branch, name in zip(BRANCHES, norms)]
     if case.config.shared_norm:
         d = [ranks.keep("backward", joined(prefix, norms[0]), [a + b for a, b in zip(*d)])]
-    dx = dy
+    dx = ranks.changed(dy, "residual_dx")
     for d_branch, name in zip(d, norms):
         d_x = norm_backward(ranks, case, joined(prefix, name), d_branch, saved[name], x_name)
         dx = [a + b for a, b in zip(dx, d_x)]
@@ -123,6 +124,7 @@ def decoder(ranks: Ranks, case: Case) -> None:
     x = embedding_forward(ranks, case, "embedding", ids, "embedding")
     if learned:
         added = [w["position.weight"][np.arange(ids.shape[1])] for w in case.weights]
+        added = ranks.changed(added, "position_y")
         x = ranks.keep("forward", "position", [x_r + a for x_r, a in zip(x, added)])
     saved: dict[str, Any] = {}
     if config.embedding_norm:
@@ -137,7 +139,8 @@ def decoder(ranks: Ranks, case: Case) -> None:
     if config.final_norm:
         x, saved["final_norm"] = norm_forward(ranks, case, "final_norm", x, "final_norm")
     head_name = "embedding" if config.tie_word_embeddings else "head"
-    logits, place, saved_head = column_linear_forward(ranks, case, head_name, x, "logits", part_of(case.weights, "head"))
+    logits, place, saved_head = column_linear_forward(ranks, case, head_name, x, "logits",
+                                                      part_of(case.weights, "head"))
     _, saved_loss = loss_forward(ranks, case, logits, place, case.inputs["targets"])
     d = ranks.keep("backward", "logits", loss_backward(ranks, case, saved_loss), place, "d_logits")
     into = "final_norm" if config.final_norm else names[-1]
@@ -160,5 +163,6 @@ def decoder(ranks: Ranks, case: Case) -> None:
         ranks.keep("backward", "position.weight", [g["weight"] for g in gradients], case.places["position.weight"])
     found, place = embedding_gradient(ranks, case, "embedding", ids, d)
     if config.tie_word_embeddings:
-        found = [a + b for a, b in zip(found, d_head["weight"])]
+        found = [a + b for a, b in zip(ranks.changed(found, "tied_embedding"),
+                                       ranks.changed(d_head["weight"], "tied_head"))]
     ranks.keep("backward", "embedding.weight", found, place, "weight_grad")

@@ -59,6 +59,7 @@ def mlp_backward(ranks: Ranks, case: Case, prefix: str, dy: Local, saved: Any, x
             continue
         d = ranks.keep("backward", joined(prefix, name), d, wide, f"d_{name}", part)
         dx_r, gradients = zip(*[linear.backward(d_r, s[index]) for d_r, s in zip(d, inner)])
-        dx = [a + b for a, b in zip(dx, dx_r)] if dx else list(dx_r)
+        own = ranks.changed(list(dx_r), f"dx_{name}", part)
+        dx = [a + b for a, b in zip(dx, own)] if dx else own
         keep_column(ranks, case, prefix, name, list(gradients), part)
     return column_dx(ranks, x_name, dx, part, wide)

@@ -20,7 +20,7 @@ def column_linear(ranks: Ranks, case: Case) -> None:
     """Split out: y_p = x W_p^T + b_p; dx = sum of dy_p W_p over the ranks."""
     x = ranks.changed([case.inputs["x"]] * ranks.count, "input_x")
     _, place, saved = column_linear_forward(ranks, case, "", x, "y", list(case.weights))
-    dy = ranks.keep("backward", "y", [case.inputs["dy"]] * ranks.count, None, "dy")
+    dy = ranks.keep("backward", "y", [case.inputs["dy"]] * ranks.count, None, "column_dy")
     if place is not None:
         dy = [d[..., part] for d, part in zip(dy, place.parts)]
     column_linear_backward(ranks, case, dy, saved, place, "x", ("bias", "weight"))
@@ -45,7 +45,7 @@ def column_linear_backward(ranks: Ranks, case: Case, dy: Local, saved: list, pla
     for key in keep:
         if key in found:
             found[key] = ranks.keep("backward", key, found[key], case.places[key], "weight_grad")
-    return column_dx(ranks, x_name, list(dx), "", place), found
+    return column_dx(ranks, x_name, list(dx), "head", place), found
 
 
 def row_linear(ranks: Ranks, case: Case) -> None:
