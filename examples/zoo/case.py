@@ -22,8 +22,10 @@ class Case:
         Makes the mistake.
     source : str
         A tracker's thread that reports it, or UNPUBLISHED. A question there is called one.
-    named : tuple of str
-        Names of the judge that are right for it.
+    family : str
+        Its row in the confusion matrix.
+    named : str
+        A regular expression: what the judge says of it, "name: sentence", if it has understood.
     sizes : dict
         Of the problem, see problems.make.
     ranks : tuple of int
@@ -34,13 +36,19 @@ class Case:
     kind: str
     code: Any
     source: str
-    named: tuple[str, ...]
+    family: str
+    named: str
     sizes: dict = field(default_factory=dict)
     ranks: tuple[int, ...] = (2, 3)
     dtype: str = "float64"
     sequence_parallel: bool = False
     tokens: int | None = None
     options: dict = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """A name for files."""
+        return self.code.__name__
 
 
 class Registry(list):
@@ -49,10 +57,10 @@ class Registry(list):
     def __init__(self, host: str):
         self.host = host
 
-    def __call__(self, name: str, kind: str, named: str | tuple[str, ...], source: str = UNPUBLISHED,
+    def __call__(self, name: str, kind: str, family: str, named: str, source: str = UNPUBLISHED,
                  **more: Any) -> Callable[[Any], Any]:
         """Register what is decorated."""
-        return Entry(self, name, kind, (named,) if isinstance(named, str) else named, source, more)
+        return Entry(self, name, kind, family, named, source, more)
 
 
 @dataclass
@@ -61,10 +69,12 @@ class Entry:
     registry: Registry
     name: str
     kind: str
-    named: tuple[str, ...]
+    family: str
+    named: str
     source: str
     more: dict
 
     def __call__(self, code: Any) -> Any:
-        self.registry.append(Case(self.name, self.registry.host, self.kind, code, self.source, self.named, **self.more))
+        self.registry.append(Case(self.name, self.registry.host, self.kind, code, self.source, self.family, self.named,
+                                  **self.more))
         return code

@@ -1,6 +1,6 @@
 """What the layers of the zoo are given: sizes, weights, inputs and upstream gradients, of one seed; and the dump of a run."""
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -213,14 +213,13 @@ class Program:
     tokens: int | None = None           # the axis along which the ranks have tokens of their own
 
     def __call__(self, comm: Any) -> None:
-        self.setting.config = self.problem.config
-        self.setting.options = {**self.problem.options, **self.setting.options}
-        options = {key: value for key, value in self.setting.options.items() if key in ("label_smoothing", "loss_scale")}
+        mine = replace(self.setting, config=self.problem.config, options={**self.problem.options, **self.setting.options})
+        options = {key: value for key, value in mine.options.items() if key in ("label_smoothing", "loss_scale")}
         name = "data" if self.tokens == 0 else "tensor"
         recorder = Recorder(self.folder, comm.rank, comm.size, self.problem.kind, self.problem.config, options=options,
                             grid={name: comm.size})
         with np.errstate(all="ignore"):
-            layer = self.cls(comm, self.setting, self.problem.weights)
+            layer = self.cls(comm, mine, self.problem.weights)
             run = {"loss": self.run_loss, "decoder": self.run_decoder, "embedding": self.run_embedding,
                    "gradient_norm": self.run_gradient_norm}.get(self.problem.kind, self.run_layer)
             run(comm, layer, recorder)
@@ -257,11 +256,11 @@ class Program:
 
     def write_dropout(self, comm: Any, layer: Any, recorder: Recorder) -> None:
         """Record the masks that the layer used."""
-        if "mask" in self.setting.options:
+        if "mask" in layer.setting.options:
             held = comm.all_gather(layer.heads)
             recorder.forward("weights.dropout", self.setting.to_file(layer.drop), 1, [[h.start, h.stop] for h in held])
         for name in ("attention.dropout", "mlp.dropout"):
-            if name in self.setting.options:
+            if name in layer.setting.options:
                 recorder.forward(name, self.setting.to_file(layer.setting.options[name]))
 
     def run_embedding(self, comm: Any, layer: Any, recorder: Recorder) -> None:
