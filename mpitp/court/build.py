@@ -41,7 +41,8 @@ def make_case(dump: Dump) -> tuple[Case, Case]:
     inputs = whole_inputs(dump)
     weights = whole_gradients(dump) if dump.kind == "gradient_norm" else whole_weights(dump)
     config = config_of(dump, weights, inputs)
-    check_shapes(dump.kind, config, weights, inputs)
+    check_shapes(dump.kind, config, weights, inputs, dump.options["ignore_index"])
+    inputs.setdefault("dy", np.zeros(shape_of_y(dump.kind, weights, inputs)))       # of forward alone
     require_size(dump.kind, config, inputs, weights)
     tokens = tokens_place(dump)
     places = weight_places(dump, config, weights)
@@ -96,6 +97,15 @@ def whole_inputs(dump: Dump) -> dict[str, Array]:
     return inputs
 
 
+def shape_of_y(kind: str, weights: dict[str, Array], inputs: dict[str, Array]) -> tuple[int, ...]:
+    """Return the shape of y, for kinds that have one."""
+    if kind in ("column_linear", "row_linear"):
+        return (*inputs["x"].shape[:-1], len(weights["weight"]))
+    if kind == "embedding":
+        return (*inputs["ids"].shape, weights["weight"].shape[1])
+    return inputs["x"].shape if "x" in inputs else ()
+
+
 def whole_weights(dump: Dump) -> dict[str, Array]:
     """Return the whole weights: the reference's, and those that the ranks' slices make up."""
     found = {name: tensor.whole() for name, tensor in dump.of_phase("weights").items()}
@@ -146,7 +156,8 @@ def config_of(dump: Dump, weights: dict[str, Array], inputs: dict[str, Array]) -
     return config
 
 
-def check_shapes(kind: str, config: DecoderConfig, weights: dict[str, Array], inputs: dict[str, Array]) -> None:
+def check_shapes(kind: str, config: DecoderConfig, weights: dict[str, Array], inputs: dict[str, Array],
+                 ignored: int) -> None:
     """Raise InputError unless weights have the names and shapes of the kind, and ids and targets are in range."""
     expected = expected_shapes(kind, config, weights, inputs)
     for name, shape in expected.items():
@@ -157,12 +168,14 @@ def check_shapes(kind: str, config: DecoderConfig, weights: dict[str, Array], in
     for name in weights if kind != "gradient_norm" else ():
         require(name in expected, f"a weight {name}", f"one of {', '.join(expected)} for a {kind}"[:300])
     for name, size in vocabulary_of(kind, config, weights, inputs).items():
-        array, ignored = inputs[name], -1 if name == "ids" else None
-        good = (array >= 0) & (array < size)
-        if ignored is None:
-            good |= array == -100
-        if not good.all() and name == "ids":
-            raise InputError(f"{name}: found {int(array[~good][0])}, expected ids from 0 to {size - 1}")
+        array = inputs[name]
+        good = (array >= 0) & (array < size) | (name == "targets") & (array == ignored)
+        if not good.all():
+            also = f", or {ignored}" if name == "targets" else ""
+            raise InputError(f"{name}: found {int(array[~good][0])}, expected ids from 0 to {size - 1}{also}")
+    if kind == "decoder" and config.position_embedding == "learned":
+        most, S = config.max_position_embeddings or 0, inputs["ids"].shape[1]
+        require(most >= S, f"ids of {S} positions", f"at most max_position_embeddings = {most}")
     if kind in ("attention", "block"):
         require(inputs["x"].ndim == 3, f"x of shape {inputs['x'].shape}", "(B, S, D)")
     if "mask" in inputs:

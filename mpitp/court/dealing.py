@@ -23,6 +23,10 @@ def tokens_place(dump: Dump) -> Place | None:
         return None
     ndim = len(found.layout.shape)
     last = ndim - 1 if found.name != "ids" else ndim
+    assert name is not None
+    whole = forward[name].layout.shape
+    if len(whole) <= found.layout.axis or whole[found.layout.axis] != found.layout.shape[found.layout.axis]:
+        return None                             # y does not fit x: that is said of y
     return Place(found.layout.axis, found.layout.parts) if found.layout.axis < last else None
 
 

@@ -25,6 +25,7 @@ OPTIONS = {"label_smoothing": 0.0, "ignore_index": -100, "loss_scale": 1.0, "lay
 EPS = {"F64": 2.0 ** -52, "F32": 2.0 ** -23, "F16": 2.0 ** -10, "BF16": 2.0 ** -7}
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MOST_RANKS, MOST_LAYERS, MOST_SIZE = 4096, 4096, 2 ** 31
+MOST_OF_RUN = 2 ** 24
 MOST_BYTES = 2 ** 33            # of one dump, so that its float64 copies fit a machine
 
 
@@ -114,7 +115,10 @@ def read_dump(folder: str | os.PathLike) -> Dump:
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: found no such folder, expected a dump with its run.json")
-    run = read_json(os.path.join(folder, "run.json"))
+    path = os.path.join(folder, "run.json")
+    if not os.path.isfile(path) or os.path.getsize(path) > MOST_OF_RUN:
+        raise InputError(f"{path}: found no such file of at most {MOST_OF_RUN} bytes, expected what Recorder writes")
+    run = read_json(path)
     require(run.get("schema") == SCHEMA, f"schema {run.get('schema')!r:.60} in run.json", repr(SCHEMA))
     ranks: Any = run.get("ranks")
     require(is_integer(ranks) and 1 <= ranks <= MOST_RANKS, f"ranks {ranks!r:.60} in run.json",
@@ -169,7 +173,7 @@ def read_tensors(folder: str, ranks: int, layouts: dict[str, dict[str, Any]]) ->
         files[phase] = []
         for rank in range(count if of_phase else 0):
             path = os.path.join(folder, f"{phase}-{rank}.safetensors")
-            if not os.path.exists(path):
+            if not os.path.isfile(path):
                 raise InputError(f"{folder}: found no {phase}-{rank}.safetensors, expected one of each of {count} "
                                  f"rank{'s' if count > 1 else ''}")
             files[phase].append(SafetensorsFile(path))

@@ -4,19 +4,26 @@ from __future__ import annotations
 import numpy as np
 
 from ..arrays import Array
+from ..errors import InputError
 from .dump import Dump, Tensor
 from .layouts import take
 
+INPUTS = ("x", "ids", "targets", "logits", "mask")
 
-def not_finite(dump: Dump) -> tuple[Tensor, str] | None:
-    """Return the first tensor of the inputs and weights that is not made of finite numbers, and a line about it."""
-    for tensor in dump.tensors.values():
-        if any(not np.isfinite(array).all() for array in tensor.local) and \
-                (tensor.phase in ("reference", "weights") or tensor.name in ("x", "y", "logits")):
-            if tensor.phase == "forward" and tensor.name == "y":
-                continue
-            return tensor, located(tensor)
-    return None
+
+def is_input(dump: Dump, key: tuple[str, str]) -> bool:
+    """Return whether a tensor is given, not computed."""
+    phase, name = key
+    if phase == "backward":
+        return dump.kind == "gradient_norm" or name == "y" and dump.kind != "decoder"
+    return phase in ("reference", "weights", "previous") or name in INPUTS or name.endswith(".dropout")
+
+
+def require_finite(dump: Dump) -> None:
+    """Raise InputError for an input or a weight that is not made of finite numbers."""
+    for key, tensor in dump.tensors.items():
+        if is_input(dump, key) and any(not np.isfinite(array).all() for array in tensor.local):
+            raise InputError(f"{located(tensor)}; nothing can be judged without it")
 
 
 def located(tensor: Tensor) -> str:
@@ -96,14 +103,11 @@ def what_it_is(tensor: Tensor, rank: int, references: dict[str, Array]) -> str:
         if other != rank and part.shape == parts[rank].shape and \
                 np.array_equal(take(whole, part, axis).astype(array.dtype), array):
             return f"is rank {other}'s"
-    if array.ndim == 2:
-        for name in ("transposed",):
-            square = array.shape[0] == array.shape[1]
-            if square and np.array_equal(take(whole, parts[rank], axis).T.astype(array.dtype), array):
-                return f"is {name}"
-            if whole.shape[0] == whole.shape[1] and np.array_equal(take(whole.T, parts[rank], axis).astype(array.dtype),
-                                                                   array):
-                return f"is that of the {name} weight"
+    if array.ndim == 2 and np.array_equal(take(whole, parts[rank], axis).T.astype(array.dtype), array):
+        return "is transposed"
+    if array.ndim == 2 and whole.shape[0] == whole.shape[1] and \
+            np.array_equal(take(whole.T, parts[rank], axis).astype(array.dtype), array):
+        return "is that of the transposed weight"
     return rows_found(tensor, rank, references)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from ..arrays import Array
 from ..errors import InputError, is_integer
 
+MOST_OF_AXIS = 2 ** 24      # an index of each is made: a file may claim more where another axis is 0
 LAYOUTS = ("replicated", "split", "partial")
 
 
@@ -74,6 +75,8 @@ def make_layout(where: str, entry: Any, shapes: list[tuple[int, ...]]) -> Layout
     InputError
         An entry that says something else, and shapes or ranges that do not fit each other.
     """
+    if any(size > MOST_OF_AXIS for shape in shapes for size in shape):
+        raise InputError(f"{where}: found shapes {shapes[0]}, expected at most {MOST_OF_AXIS} along an axis")
     how = entry.get("layout") if isinstance(entry, dict) else None
     if how not in LAYOUTS:
         raise InputError(f"run.json: found layout {how!r:.60} of {where}, expected one of {', '.join(LAYOUTS)}")

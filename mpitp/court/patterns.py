@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ..arrays import Array
-from .dump import Tensor
+from .dump import EPS, Tensor
 from .layouts import take
 from .rounding import stored
 from .yardstick import Yardstick
@@ -160,26 +160,28 @@ PATTERNS: tuple[Callable[[Tensor, Yardstick], Pattern], ...] = (stale, other_par
 # --- 16 bits -----------------------------------------------------------------------------------------------------
 
 def narrow(tensor: Tensor, yard: Yardstick) -> tuple[str, str] | None:
-    """Return (name, sentence) where the errors are those of 16 bits: no pattern, and as large as these make them."""
+    """Return (name, sentence) where 16 bits show: in the digits of longer numbers, or in errors without a pattern."""
     exact = np.concatenate([part.ravel() for part in exact_parts(tensor, yard)])
     found = np.concatenate([array.astype(np.float64).ravel() for array in tensor.local])
-    error = found - exact
-    if found.size < 8 or not error.any():
+    error, size = found - exact, np.linalg.norm(exact)
+    if found.size < 8 or not error.any() or not size:
         return None
-    size = np.linalg.norm(exact)
-    relative = np.linalg.norm(error) / size if size else np.inf
-    aligned = abs((error * exact).sum()) / (np.linalg.norm(error) * size) if size else 1.0
-    no_pattern = aligned < 3 / found.size ** 0.5
-    for dtype, name, eps in (("BF16", "bfloat16", 2.0 ** -7), ("F16", "float16", 2.0 ** -10)):
-        is_stored = tensor.dtype in ("F32", "F64") and np.array_equal(stored(found, dtype), found)
-        if is_stored and relative < eps:
-            return "16 bits", f"{tensor.title} has numbers of {name} where {full_name(tensor.dtype)} is claimed: it " \
-                f"was stored or sent in 16 bits"
-    for dtype, name, eps in (("F16", "float16", 2.0 ** -10), ("BF16", "bfloat16", 2.0 ** -7)):
-        coarser = eps > yard.eps_of(tensor) or tensor.dtype == dtype
-        if coarser and no_pattern and 0.05 * eps < relative < 4 * eps:
-            return "16 bits", f"the errors of {tensor.title} have no pattern and are as large as adding up in {name} " \
-                f"makes them, {relative / eps:.2g} of its eps"
+    relative = np.linalg.norm(error) / size
+    if tensor.dtype in ("F32", "F64"):
+        claimed = f"where {full_name(tensor.dtype)} is claimed"
+        for dtype in ("BF16", "F16"):
+            if relative < 4 * EPS[dtype] and np.array_equal(stored(found, dtype), found):
+                return "16 bits", f"{tensor.title} has numbers of {full_name(dtype)} {claimed}: it was added up, " \
+                    f"stored or sent in 16 bits"
+        digits = 2.0 ** 16 * np.frexp(found)[0]         # all of them, of a sum of numbers of 16 bits
+        if relative < 4 * EPS["BF16"] and np.array_equal(digits, np.round(digits)):
+            return "16 bits", f"{tensor.title} has numbers of at most 16 digits {claimed}: a sum of numbers of 16 bits"
+        return None
+    aligned = abs((error * exact).sum()) / (np.linalg.norm(error) * size)
+    if aligned < 3 / found.size ** 0.5 and relative < 1.5 * EPS[tensor.dtype]:
+        times = f"{relative / EPS[tensor.dtype]:.2g} eps of {full_name(tensor.dtype)}"
+        return "16 bits", f"the errors of {tensor.title} have no pattern and are {times} in norm: more than storing " \
+            f"makes, as adding up in 16 bits does"
     return None
 
 

@@ -16,8 +16,6 @@ from .dump import Dump, Tensor, title
 from .ranks import Key
 from .yardstick import Reading, Yardstick
 
-INPUTS = ("x", "ids", "targets", "logits", "mask")
-
 
 @dataclass
 class Row:
@@ -93,19 +91,19 @@ def judge(dump: Dump) -> Verdict:
     InputError
         A dump that cannot be judged, in one line.
     """
-    bad = inputs.not_finite(dump)
-    if bad is not None and bad[0].phase in ("reference", "weights") or bad is not None and \
-            bad[0].name in INPUTS and bad[0].phase == "forward" or bad is not None and bad[0].name == "y" and \
-            bad[0].phase == "backward":
-        raise InputError(bad[1] + "; nothing can be judged without it")
+    inputs.require_finite(dump)
     dense, on_ranks = make_case(dump)
-    yard = Yardstick(dump, dense, on_ranks)
+    try:
+        yard = Yardstick(dump, dense, on_ranks)
+    except (ValueError, ArithmeticError, IndexError, MemoryError) as error:
+        raise InputError(f"found sizes or a config that the dense side cannot compute ({error}), expected those of a "
+                         f"{dump.kind}") from None
     rows = [*input_rows(dump), *weight_rows(dump)]
     require_known(dump, yard)
     notes: list[str] = []
     for key in yard.exact:
         tensor = dump.tensors.get(key)
-        if tensor is None or is_input(dump, key):
+        if tensor is None or inputs.is_input(dump, key):
             continue
         require_shape(tensor, yard)
         if any(not np.isfinite(array).all() for array in tensor.local):
@@ -119,22 +117,14 @@ def judge(dump: Dump) -> Verdict:
     return Verdict(dump.kind, dump.ranks, first is None, rows, explanations, notes)
 
 
-def is_input(dump: Dump, key: Key) -> bool:
-    """Return whether a tensor is given, not computed."""
-    phase, name = key
-    if phase == "backward":
-        return dump.kind == "gradient_norm" or name == "y" and dump.kind not in ("decoder",)
-    return phase in ("reference", "weights", "previous") or name in INPUTS or name.endswith(".dropout")
-
-
 def require_known(dump: Dump, yard: Yardstick) -> None:
     """Raise InputError for a tensor that the dense side does not compute, and for a dump without results."""
     results = 0
     for (phase, name), tensor in dump.tensors.items():
-        if is_input(dump, (phase, name)):
+        if inputs.is_input(dump, (phase, name)):
             continue
         if (phase, name) not in yard.exact:
-            known = ", ".join(title(*key) for key in yard.exact if not is_input(dump, key))
+            known = ", ".join(title(*key) for key in yard.exact if not inputs.is_input(dump, key))
             raise InputError(f"{phase} {name}: found a tensor that a {dump.kind} does not have, expected one of "
                              f"{known[:600]}")
         results += tensor.phase in ("forward", "backward")
@@ -156,7 +146,7 @@ def input_rows(dump: Dump) -> list[Row]:
     """Judge inputs: what is replicated is the same on every rank, dropout masks are as they must be."""
     rows = []
     for key, tensor in dump.tensors.items():
-        if key[0] not in ("forward", "backward") or not is_input(dump, key) or dump.kind == "gradient_norm":
+        if key[0] not in ("forward", "backward") or not inputs.is_input(dump, key) or dump.kind == "gradient_norm":
             continue
         why, ranks = inputs.problem(tensor)
         rows.append(row_of(tensor, "wrong" if why else "right", None, ranks, why))

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from ..case import Case
 from ..ranks import Local
+from ..rounding import stored
 from .mistake import Mistake, Planted
 
 ATTENTION = ("attention", "block", "decoder")
@@ -165,5 +168,23 @@ def activations(case: Case) -> Planted:
             yield f"the activation is {name} in place of {case.config.activation}", case.with_config(activation=name)
 
 
+def short_inputs(case: Case) -> Planted:
+    """Multiply numbers that were rounded to 16 bits."""
+    if case.kind in ("gradient_norm", "loss"):
+        return
+    for dtype, name in (("BF16", "bfloat16"), ("F16", "float16")):
+        short = partial(stored_all, dtype=dtype)
+        inputs, local = short(case.inputs), [short(own) for own in case.weights]
+        yield f"inputs and weights are rounded to {name} before they are multiplied", \
+            dataclasses.replace(case, inputs=inputs, weights=tuple(local))
+        yield f"weights are rounded to {name}", dataclasses.replace(case, weights=tuple(local))
+
+
+def stored_all(arrays: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Round all floating-point arrays of a dict."""
+    return {name: stored(a, dtype) if a.dtype.kind == "f" else a for name, a in arrays.items()}
+
+
 MISTAKES = (Mistake("attention scale", scales), Mistake("rotary", rotary), Mistake("attention mask", masks),
-            Mistake("norm", norms), Mistake("activation", activations))
+            Mistake("norm", norms), Mistake("activation", activations),
+            Mistake("16 bits", short_inputs))
