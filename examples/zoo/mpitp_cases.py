@@ -42,7 +42,7 @@ class Patch:
             setattr(owner, name, value)
 
 
-# --- the mistakes ----------------------------------------------------------------------------------------------------
+# --- the mistakes --------------------------------------------------------------------------------------------------
 
 @mistake("row bias added by every rank", "mlp", "row bias", r"row bias P times", "PaddlePaddle/Paddle #35186")
 def bias_on_every_rank(patch: Patch) -> None:
@@ -111,8 +111,9 @@ def same_rows_on_every_rank(patch: Patch) -> None:
     patch.set(ParameterSpec, "window", wrong)
 
 
-@mistake("gate and up read alternately out of a fused matrix", "mlp", "gate and up", r"gate and up: .*(interleav|even and odd)",
-         "pytorch/torchtitan #4535 (the two layouts)", sizes={"gated": True, "bias": False, "F": 18})
+@mistake("gate and up read alternately out of a fused matrix", "mlp", "gate and up",
+         r"gate and up: .*(interleav|even and odd)", "pytorch/torchtitan #4535 (the two layouts)",
+         sizes={"gated": True, "bias": False, "F": 18})
 def fused_alternately(patch: Patch) -> None:
     right = ParallelMLP.load_dense
 
@@ -218,7 +219,7 @@ def other_epsilon(patch: Patch) -> None:
     patch.set(mpitp.layers.norm.Norm, "forward", wrong)
 
 
-# --- how a case is run -----------------------------------------------------------------------------------------------
+# --- how a case is run ---------------------------------------------------------------------------------------------
 
 def problem_of(case: Case) -> Problem:
     """Return the problem, with what mpitp's layers have and the plain ones have not."""

@@ -1,11 +1,11 @@
 """Tensor parallelism in plain NumPy: what somebody writes who has read the papers. Right; the cases of the zoo are not.
 
-Every class is one layer on one rank: made of `comm` (ranks.py), a `Setting` and the whole weights, of which it takes its
-part; `forward` and `backward`, which keeps gradients in `self.gradients`; `write` tells a recorder what this rank holds.
-Small methods are there to be got wrong, one at a time: see plain_cases.py.
+Every class is one layer on one rank: made of `comm` (ranks.py), a `Setting` and the whole weights, of which it takes
+its part. `backward` keeps the weights' gradients in `self.gradients`; `write` tells a recorder what this rank holds.
+The methods are small so that each can be got wrong by itself: see plain_cases.py.
 
-Dimension key: N tokens, B sequences, S positions, D hidden, F feed-forward, H query heads, G key/value heads, K features
-of a head, V vocabulary.
+Dimension key: N tokens, B sequences, S positions, D hidden, F feed-forward, H query heads, G key/value heads,
+K features of a head, V vocabulary.
 """
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,7 +98,7 @@ class Layer:
         self.gradients[name] = self.setting.store(gradient)
 
     def sum_of_tokens(self, gradient: Array) -> Array:
-        """Finish the gradient of something that every rank has whole: under sequence parallelism a rank saw its tokens."""
+        """Finish the gradient of a weight that every rank has whole: a rank may have seen its own tokens alone."""
         return self.comm.all_reduce(gradient) if self.setting.sequence_parallel else gradient
 
     def split_of(self, name: str) -> tuple[int, Any] | None:
@@ -116,7 +116,7 @@ class Layer:
 
 def rows(x: Array) -> Array:
     """Return x as (N, features)."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
 
 
 # --- linear layers -------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class MLP(Layer):
         return None if name == "down.bias" else (1, None) if name == "down.weight" else (0, None)
 
 
-# --- attention -------------------------------------------------------------------------------------------------------
+# --- attention -----------------------------------------------------------------------------------------------------
 
 class Attention(Layer):
     """Causal attention, grouped queries, rotary positions in halves or ALiBi. A rank has some query heads, and the
@@ -244,6 +244,10 @@ class Attention(Layer):
 
     def features(self, heads: slice) -> slice:
         return slice(heads.start * self.K, heads.stop * self.K)
+
+    def by_head(self, z: Array) -> Array:
+        """Return z (B, S, heads K) as (B, S, heads, K)."""
+        return z.reshape(*z.shape[:2], z.shape[2] // self.K, self.K)
 
     def scale(self) -> float:
         return self.K ** -0.5
@@ -277,9 +281,9 @@ class Attention(Layer):
     def forward(self, x: Array) -> Array:
         store, self.x = self.setting.store, self.f_forward(x)
         B, S, _ = self.x.shape
-        q = self.turn(store(self.x @ self.wq.T).reshape(B, S, -1, self.K))
-        k = self.turn(store(self.x @ self.wk.T).reshape(B, S, -1, self.K))
-        self.v = store(self.x @ self.wv.T).reshape(B, S, -1, self.K).transpose(0, 2, 1, 3)
+        q = self.turn(self.by_head(store(self.x @ self.wq.T)))
+        k = self.turn(self.by_head(store(self.x @ self.wk.T)))
+        self.v = self.by_head(store(self.x @ self.wv.T)).transpose(0, 2, 1, 3)
         self.q, self.k = q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3)
         used = self.group_of - self.groups.start
         z = self.q @ self.k[:, used].swapaxes(-1, -2) * self.setting.numbers.type(self.scale())
@@ -291,7 +295,7 @@ class Attention(Layer):
         self.p = store(e / e.sum(-1, keepdims=True))
         self.drop = np.asarray(self.dropout(self.p.shape), z.dtype)
         context = store((self.p * self.drop) @ self.v[:, used]).transpose(0, 2, 1, 3)
-        self.context = context.reshape(B, S, -1)
+        self.context = context.reshape(B, S, self.wo.shape[1])
         return self.add_bias(self.g_forward(self.context @ self.wo.T))
 
     def add_bias(self, y: Array) -> Array:
@@ -316,8 +320,7 @@ class Attention(Layer):
 
     def carried(self, d: Array) -> Array:
         """Return the part of dk or dv (B, S, groups * K) that this rank carries on into dx."""
-        B, S, _ = d.shape
-        return (d.reshape(B, S, -1, self.K) * self.owned()[:, None]).reshape(d.shape)
+        return (self.by_head(d) * self.owned()[:, None]).reshape(d.shape)
 
     def backward(self, dy: Array) -> Array:
         store = self.setting.store
@@ -327,7 +330,7 @@ class Attention(Layer):
         B, S, _ = dy.shape
         used = self.group_of - self.groups.start
         self.keep("out.weight", rows(dy).T @ rows(self.context))
-        da = store(dy @ self.wo).reshape(B, S, -1, self.K).transpose(0, 2, 1, 3)
+        da = self.by_head(store(dy @ self.wo)).transpose(0, 2, 1, 3)
         dv = self.per_group((self.p * self.drop).swapaxes(-1, -2) @ da)
         dp = (da @ self.v[:, used].swapaxes(-1, -2)) * self.drop
         dz = self.p * (dp - (self.p * dp).sum(-1, keepdims=True)) * self.setting.numbers.type(self.scale())
@@ -335,7 +338,7 @@ class Attention(Layer):
         dq = dz @ self.k[:, used]
         dq, dk, dv = (store(d.transpose(0, 2, 1, 3)) for d in (dq, dk, dv))
         dq, dk = self.turn(dq, back=True), self.turn(dk, back=True)
-        dq, dk, dv = (d.reshape(B, S, -1) for d in (dq, dk, dv))
+        dq, dk, dv = (d.reshape(B, S, d.shape[2] * self.K) for d in (dq, dk, dv))
         for name, d in (("query.weight", dq), ("key.weight", dk), ("value.weight", dv)):
             self.keep(name, rows(d).T @ rows(self.x))
         return self.f_backward(dq @ self.wq + self.carried(dk) @ self.wk + self.carried(dv) @ self.wv)
@@ -348,10 +351,10 @@ class Attention(Layer):
         return (1 if name == "out.weight" else 0), ranges
 
 
-# --- norms -----------------------------------------------------------------------------------------------------------
+# --- norms ---------------------------------------------------------------------------------------------------------
 
 class Norm(Layer):
-    """y = x / sqrt(mean of x^2 + e) * w, or with a bias (x - mean) / sqrt(variance + e) * w + b; each rank its tokens."""
+    """y = x / sqrt(mean of x^2 + e) * w, or with a bias (x - mean) / sqrt(variance + e) * w + b."""
     kind = "norm"
     epsilon = 1e-5
 
@@ -374,7 +377,7 @@ class Norm(Layer):
         return self.setting.store(self.r * (d - self.xhat * (d * self.xhat).mean(-1, keepdims=True)))
 
 
-# --- vocabulary --------------------------------------------------------------------------------------------------------
+# --- vocabulary ----------------------------------------------------------------------------------------------------
 
 class Embedding(Layer):
     """y = sum over p of W_p[ids], 0 for ids of other ranks."""
@@ -434,7 +437,7 @@ class Loss(Layer):
         return s / self.V
 
     def count(self, counted: Array) -> Array:
-        return counted.sum()
+        return np.maximum(counted.sum(), 1)
 
     def forward(self, z: Array, targets: Array) -> Array:
         s = self.setting.options.get("label_smoothing", 0.0)
@@ -442,8 +445,10 @@ class Loss(Layer):
         counted = targets != -100
         own = self.is_mine(targets)
         picked = np.where(own, targets - self.part.start, 0)
-        target = np.take_along_axis(z, picked[..., None], -1)[..., 0] if z.shape[-1] else np.zeros(targets.shape, z.dtype)
-        z_t = self.comm.all_reduce((target * own).astype(z.dtype))
+        target = np.zeros(targets.shape, z.dtype)
+        if z.shape[-1]:
+            target = np.take_along_axis(z, picked[..., None], -1)[..., 0] * own
+        z_t = self.comm.all_reduce(target)
         total = self.sum_exp(z)
         lse = np.log(total)
         loss = (1 - s) * (lse - z_t) + s * (lse - self.mean_logit(z)) if s else lse - z_t
@@ -486,7 +491,7 @@ class DataParallelLoss(Loss):
             self.comm = self.local_comm
 
     def count(self, counted: Array) -> Array:
-        return self.local_comm.all_reduce(np.asarray(counted.sum(), float))
+        return np.maximum(self.local_comm.all_reduce(np.asarray(counted.sum(), float)), 1)
 
     def mean(self, losses: Array, n: Array) -> Array:
         return self.local_comm.all_reduce(np.asarray(losses.sum() / n, self.setting.numbers))
@@ -503,7 +508,7 @@ class Alone:
         return [x]
 
 
-# --- data parallelism ------------------------------------------------------------------------------------------------
+# --- data parallelism ----------------------------------------------------------------------------------------------
 
 class DataParallelMLP(MLP):
     """Every rank has all weights and some of the tokens; gradients of weights are summed over the ranks."""
@@ -540,7 +545,7 @@ class DataParallelMLP(MLP):
         return None
 
 
-# --- the block, and the decoder ----------------------------------------------------------------------------------------
+# --- the block, and the decoder ------------------------------------------------------------------------------------
 
 def below(weights: Weights, name: str) -> Weights:
     """Return the weights of one part."""

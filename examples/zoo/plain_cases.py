@@ -15,14 +15,16 @@ mistake = Registry("plain")
 
 # --- sums of the feed-forward block and of linear layers -----------------------------------------------------------
 
-@mistake("row bias added by every rank", "mlp", "row bias", r"row bias P times", "huggingface/text-generation-inference #1036")
+@mistake("row bias added by every rank", "mlp", "row bias", r"row bias P times",
+         "huggingface/text-generation-inference #1036")
 class BiasOnEveryRank(plain.MLP):
     def forward(self, x: Array) -> Array:
         super().forward(x)
         return self.g_forward(self.a @ self.down.T + self.down_bias)
 
 
-@mistake("row bias added by every rank, of a linear layer", "row_linear", "row bias", r"row bias P times", "Wenyueh/MinivLLM #80")
+@mistake("row bias added by every rank, of a linear layer", "row_linear", "row bias", r"row bias P times",
+         "Wenyueh/MinivLLM #80")
 class LinearBiasOnEveryRank(plain.RowLinear):
     def forward(self, x: Array) -> Array:
         self.x = x
@@ -96,16 +98,17 @@ class MeanOfDx(plain.ColumnLinear):
         return super().f_backward(dx) / self.comm.size
 
 
-@mistake("dx of a row-parallel layer gathered: every rank has rank 0's", "row_linear", "slices", r"parts of other ranks: .*rank 1 has rank 0's",
-         "huggingface/nanotron #46", sizes={"F": 18})
+@mistake("dx of a row-parallel layer gathered: every rank has rank 0's", "row_linear", "slices",
+         r"parts of other ranks: .*rank 1 has rank 0's", "huggingface/nanotron #46", sizes={"F": 18})
 class SameDxOnEveryRank(plain.RowLinear):
     def backward(self, dy: Array) -> Array:
         return self.comm.all_gather(super().backward(dy))[0]
 
 
-# --- shards -----------------------------------------------------------------------------------------------------------
+# --- shards --------------------------------------------------------------------------------------------------------
 
-@mistake("the down projection's shards in the reverse order of ranks", "mlp", "slices", r"down's slices are (in reverse order|swapped)", sizes={"F": 18})
+@mistake("the down projection's shards in the reverse order of ranks", "mlp", "slices",
+         r"down's slices are (in reverse order|swapped)", sizes={"F": 18})
 class DownReversed(plain.MLP):
     def load(self, w: Weights) -> None:
         super().load(w)
@@ -144,8 +147,8 @@ class Transposed(plain.MLP):
         self.down = w["down.weight"].T[:, self.mine(w["down.weight"].shape[1])]
 
 
-@mistake("gate and up fused and cut like one matrix", "mlp", "gate and up", r"gate and up: .*(cut|one matrix|ranks)", "NVIDIA-NeMo/Automodel #1324",
-         sizes={"gated": True, "F": 18, "bias": False})
+@mistake("gate and up fused and cut like one matrix", "mlp", "gate and up", r"gate and up: .*(cut|one matrix|ranks)",
+         "NVIDIA-NeMo/Automodel #1324", sizes={"gated": True, "F": 18, "bias": False})
 class FusedGateUpCut(plain.MLP):
     def load(self, w: Weights) -> None:
         super().load(w)
@@ -153,8 +156,8 @@ class FusedGateUpCut(plain.MLP):
         self.gate, self.up = np.split(fused[self.mine(len(fused))], 2)
 
 
-@mistake("gate and up interleaved row by row, read as halves", "mlp", "gate and up", r"gate and up: .*interleav", "vllm-project/vllm #36242",
-         sizes={"gated": True, "F": 18, "bias": False})
+@mistake("gate and up interleaved row by row, read as halves", "mlp", "gate and up", r"gate and up: .*interleav",
+         "vllm-project/vllm #36242", sizes={"gated": True, "F": 18, "bias": False})
 class FusedGateUpInterleaved(plain.MLP):
     def load(self, w: Weights) -> None:
         super().load(w)
@@ -162,15 +165,15 @@ class FusedGateUpInterleaved(plain.MLP):
         self.gate, self.up = np.split(fused[self.mine(len(fused))], 2)
 
 
-@mistake("the activation applied to up, not to gate", "mlp", "gate and up", r"gate and up: .*swap", "tenstorrent/tt-forge-models #855",
-         sizes={"gated": True, "bias": False})
+@mistake("the activation applied to up, not to gate", "mlp", "gate and up", r"gate and up: .*swap",
+         "tenstorrent/tt-forge-models #855", sizes={"gated": True, "bias": False})
 class GateUpSwapped(plain.MLP):
     def load(self, w: Weights) -> None:
         super().load({**w, "gate.weight": w["up.weight"], "up.weight": w["gate.weight"]})
 
 
-@mistake("q, k and v fused and cut like one matrix", "attention", "fused qkv", r"fused qkv: .*(one matrix|cut)", "vllm-project/vllm #42803",
-         sizes={"H": 6, "G": 6, "K": 4})
+@mistake("q, k and v fused and cut like one matrix", "attention", "fused qkv", r"fused qkv: .*(one matrix|cut)",
+         "vllm-project/vllm #42803", sizes={"H": 6, "G": 6, "K": 4})
 class FusedQKVCut(plain.Attention):
     def load(self, w: Weights) -> None:
         super().load(w)
@@ -178,8 +181,8 @@ class FusedQKVCut(plain.Attention):
         self.wq, self.wk, self.wv = np.split(fused[self.mine(len(fused))], 3)
 
 
-@mistake("q, k and v by heads in the checkpoint, read as thirds", "attention", "fused qkv", r"fused qkv: .*(head|group)",
-         "ai-dynamo/modelexpress #650 (the layout)", sizes={"H": 6, "G": 6, "K": 4})
+@mistake("q, k and v by heads in the checkpoint, read as thirds", "attention", "fused qkv",
+         r"fused qkv: .*(head|group)", "ai-dynamo/modelexpress #650 (the layout)", sizes={"H": 6, "G": 6, "K": 4})
 class FusedQKVByHeads(plain.Attention):
     def load(self, w: Weights) -> None:
         super().load(w)
@@ -188,8 +191,8 @@ class FusedQKVByHeads(plain.Attention):
         self.wq, self.wk, self.wv = np.split(fused, 3)
 
 
-@mistake("heads dealt in turn for out, in runs for q, k and v", "attention", "slices", r"(out|heads).*(turn|interleav|rank \\+|every)",
-         sizes={"H": 6, "G": 6})
+@mistake("heads dealt in turn for out, in runs for q, k and v", "attention", "slices",
+         r"(out|heads).*(turn|interleav|rank \\+|every)", sizes={"H": 6, "G": 6})
 class HeadsInTurn(plain.Attention):
     def load(self, w: Weights) -> None:
         super().load(w)
@@ -197,35 +200,38 @@ class HeadsInTurn(plain.Attention):
         self.wo = by_head[:, self.comm.rank::self.comm.size].reshape(len(w["out.weight"]), -1)
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention -----------------------------------------------------------------------------------------------------
 
-@mistake("a shared key/value head's gradient not summed over its ranks", "attention", "key/value heads", r"kv gradient not summed",
-         "bigcode-project/Megatron-LM #37", sizes={"H": 6, "G": 1})
+@mistake("a shared key/value head's gradient not summed over its ranks", "attention", "key/value heads",
+         r"kv gradient not summed", "bigcode-project/Megatron-LM #37", sizes={"H": 6, "G": 1})
 class SharedNotSummed(plain.Attention):
     def share(self, total: Array) -> Array:
         return total
 
 
-@mistake("a shared key/value head's gradient carried into dx by every holder", "attention", "key/value heads", r"kv gradient once a holder", "NVIDIA/Megatron-LM #6839 (in a review)", sizes={"H": 6, "G": 1})
+@mistake("a shared key/value head's gradient carried into dx by every holder", "attention", "key/value heads",
+         r"kv gradient once a holder", "NVIDIA/Megatron-LM #6839 (in a review)", sizes={"H": 6, "G": 1})
 class CarriedByAll(plain.Attention):
     def carried(self, d: Array) -> Array:
         return d
 
 
-@mistake("scores over the square root of hidden_size", "attention", "attention scale", r"square root of hidden_size in place", "karpathy/ng-video-lecture #6")
+@mistake("scores over the square root of hidden_size", "attention", "attention scale",
+         r"square root of hidden_size in place", "karpathy/ng-video-lecture #6")
 class ScaleOfHidden(plain.Attention):
     def scale(self) -> float:
         return self.D ** -0.5
 
 
-@mistake("scores scaled by hidden_size over the local heads", "attention", "attention scale", r"hidden_size over the heads of a rank",
-         "huggingface/transformers #43481", sizes={"H": 6, "G": 6, "K": 2})
+@mistake("scores scaled by hidden_size over the local heads", "attention", "attention scale",
+         r"hidden_size over the heads of a rank", "huggingface/transformers #43481", sizes={"H": 6, "G": 6, "K": 2})
 class ScaleOfLocalHeads(plain.Attention):
     def scale(self) -> float:
         return (self.D / (self.heads.stop - self.heads.start)) ** -0.5
 
 
-@mistake("rotary positions by neighbours in place of halves", "attention", "rotary", r"interleaved pairs in place of halves", "huggingface/transformers #47328")
+@mistake("rotary positions by neighbours in place of halves", "attention", "rotary",
+         r"interleaved pairs in place of halves", "huggingface/transformers #47328")
 class RotaryInterleaved(plain.Attention):
     def turn(self, z: Array, back: bool = False) -> Array:
         mixed = np.concatenate([z[..., 0::2], z[..., 1::2]], axis=-1)
@@ -240,8 +246,8 @@ class RotaryTwice(plain.Attention):
         return super().turn(super().turn(z, back), back)
 
 
-@mistake("positions of each rank's part of the sequence begin at 0", "block", "rotary", r"positions of each rank's part .* begin at 0",
-         "NVIDIA/Megatron-LM #560 (a question)", sequence_parallel=True)
+@mistake("positions of each rank's part of the sequence begin at 0", "block", "rotary",
+         r"positions of each rank's part .* begin at 0", "NVIDIA/Megatron-LM #560 (a question)", sequence_parallel=True)
 class PositionsFromZero(plain.Block):
     class attention(plain.Attention):
         def positions(self, S: int) -> Array:
@@ -249,14 +255,16 @@ class PositionsFromZero(plain.Block):
             return np.concatenate([np.arange(stop - start) for start, stop in zip(cut, cut[1:])])
 
 
-@mistake("ALiBi slopes counted from head 0 on every rank", "attention", "ALiBi", r"ALiBi's slopes are counted from head 0",
-         "bigscience-workshop/Megatron-DeepSpeed #227", sizes={"position_embedding": "alibi", "H": 4})
+@mistake("ALiBi slopes counted from head 0 on every rank", "attention", "ALiBi",
+         r"ALiBi's slopes are counted from head 0", "bigscience-workshop/Megatron-DeepSpeed #227",
+         sizes={"position_embedding": "alibi", "H": 4})
 class LocalSlopes(plain.Attention):
     def slopes(self) -> Array:
         return 2.0 ** (-8.0 * np.arange(1, self.heads.stop - self.heads.start + 1) / self.H)
 
 
-@mistake("ALiBi slopes of as many heads as a rank has", "attention", "ALiBi", r"ALiBi's slopes are .*(number|as many|local)", "flashinfer-ai/flashinfer #1606",
+@mistake("ALiBi slopes of as many heads as a rank has", "attention", "ALiBi",
+         r"ALiBi's slopes are .*(number|as many|local)", "flashinfer-ai/flashinfer #1606",
          sizes={"position_embedding": "alibi", "H": 4})
 class SlopesOfLocalHeads(plain.Attention):
     def slopes(self) -> Array:
@@ -264,8 +272,8 @@ class SlopesOfLocalHeads(plain.Attention):
         return 2.0 ** (-8.0 * np.arange(1, n + 1) / n)
 
 
-@mistake("key/value heads tiled, not repeated", "attention", "key/value heads", r"kv heads numbered wrongly", "onnx/onnx #7274",
-         sizes={"H": 6, "G": 2})
+@mistake("key/value heads tiled, not repeated", "attention", "key/value heads", r"kv heads numbered wrongly",
+         "onnx/onnx #7274", sizes={"H": 6, "G": 2})
 class TiledHeads(plain.Attention):
     def load(self, w: Weights) -> None:
         super().load(w)
@@ -277,17 +285,17 @@ class TiledHeads(plain.Attention):
         return np.full(self.G, self.comm.rank == 0)
 
 
-@mistake("the same dropout mask on every rank's heads", "attention", "dropout", r"dropout.*same", "tenstorrent/tt-metal #55947",
-         sizes={"H": 6, "G": 6, "dropout": 0.25})
+@mistake("the same dropout mask on every rank's heads", "attention", "dropout", r"dropout.*same",
+         "tenstorrent/tt-metal #55947", sizes={"H": 6, "G": 6, "dropout": 0.25})
 class SameMask(plain.Attention):
     def dropout(self, shape: tuple) -> Array:
         return self.setting.options["mask"][:, :shape[1]]
 
 
-# --- norms and replicated parameters ------------------------------------------------------------------------------------
+# --- norms and replicated parameters -------------------------------------------------------------------------------
 
-@mistake("a norm's gradient not summed under sequence parallelism", "norm", "norm gradients", r"norm gradient not summed",
-         "NVIDIA/Megatron-LM #1446", sequence_parallel=True)
+@mistake("a norm's gradient not summed under sequence parallelism", "norm", "norm gradients",
+         r"norm gradient not summed", "NVIDIA/Megatron-LM #1446", sequence_parallel=True)
 class NormNotSummed(plain.Norm):
     def sum_of_tokens(self, gradient: Array) -> Array:
         return gradient
@@ -300,26 +308,27 @@ class NormAveraged(plain.Norm):
         return super().sum_of_tokens(gradient) / self.comm.size
 
 
-@mistake("norms' gradients not summed under sequence parallelism, of a block", "block", "norm gradients", r"norm gradient not summed",
-         "NVIDIA/Megatron-LM #1446", sequence_parallel=True)
+@mistake("norms' gradients not summed under sequence parallelism, of a block", "block", "norm gradients",
+         r"norm gradient not summed", "NVIDIA/Megatron-LM #1446", sequence_parallel=True)
 class BlockNormNotSummed(plain.Block):
     norm = NormNotSummed
 
 
-@mistake("the row bias's gradient not summed under sequence parallelism", "mlp", "row bias", r"bias gradient not summed",
-         "NVIDIA/Megatron-LM #236 (a question)", sequence_parallel=True)
+@mistake("the row bias's gradient not summed under sequence parallelism", "mlp", "row bias",
+         r"bias gradient not summed", "NVIDIA/Megatron-LM #236 (a question)", sequence_parallel=True)
 class BiasGradientNotSummed(plain.MLP):
     def bias_gradient(self, dy_own: Array) -> Array:
         return rows(dy_own).sum(0)
 
 
-@mistake("epsilon 1e-6 in place of 1e-5", "norm", "norm", r"epsilon is 1e-06 in place of 1e-05", "foundation-model-stack/foundation-model-stack #99",
-         sizes={"rms": True})
+@mistake("epsilon 1e-6 in place of 1e-5", "norm", "norm", r"epsilon is 1e-06 in place of 1e-05",
+         "foundation-model-stack/foundation-model-stack #99", sizes={"rms": True})
 class OtherEpsilon(plain.Norm):
     epsilon = 1e-6
 
 
-@mistake("another dropout mask on every replica", "block", "dropout", r"dropout.*(differ|another|other|not the same)", "NVIDIA/Megatron-LM #206", sizes={"dropout": 0.25})
+@mistake("another dropout mask on every replica", "block", "dropout", r"dropout.*(differ|another|other|not the same)",
+         "NVIDIA/Megatron-LM #206", sizes={"dropout": 0.25})
 class OtherMasks(plain.Block):
     def load(self, w: Weights) -> None:
         super().load(w)
@@ -329,9 +338,10 @@ class OtherMasks(plain.Block):
             self.setting.options = {**self.setting.options, name: mask}
 
 
-# --- vocabulary ---------------------------------------------------------------------------------------------------------
+# --- vocabulary ----------------------------------------------------------------------------------------------------
 
-@mistake("the first id of every part masked", "embedding", "ids of a range", r"first id", "deepseek-ai/DeepSeek-V3 #298 (a question)")
+@mistake("the first id of every part masked", "embedding", "ids of a range", r"first id",
+         "deepseek-ai/DeepSeek-V3 #298 (a question)")
 class FirstIdMasked(plain.Embedding):
     def is_mine(self, ids: Array) -> Array:
         return (ids > self.part.start) & (ids < self.part.stop)
@@ -351,8 +361,8 @@ class NotMasked(plain.Embedding):
         return self.g_forward(self.w[np.where(self.own, ids - self.part.start, 0)])
 
 
-@mistake("label smoothing over the local vocabulary", "loss", "label smoothing", r"label smoothing.*local|label smoothing.*rank", "NVIDIA/Megatron-LM #737",
-         sizes={"smoothing": 0.1})
+@mistake("label smoothing over the local vocabulary", "loss", "label smoothing",
+         r"label smoothing.*local|label smoothing.*rank", "NVIDIA/Megatron-LM #737", sizes={"smoothing": 0.1})
 class LocalSmoothing(plain.Loss):
     def mean_logit(self, z: Array) -> Array:
         return z.mean(-1)
@@ -388,30 +398,31 @@ class LastTargetMasked(plain.Loss):
         return (t >= self.part.start) & (t < self.part.stop - 1)
 
 
-@mistake("valid tokens averaged per rank", "loss", "tokens", r"(averag|mean|count).*(rank)", "huggingface/transformers #34373",
-         sizes={"B": 6, "few_in_the_first": True}, tokens=0)
+@mistake("valid tokens averaged per rank", "loss", "tokens", r"(averag|mean|count).*(rank)",
+         "huggingface/transformers #34373", sizes={"B": 6, "few_in_the_first": True}, tokens=0)
 class TokensPerRank(plain.DataParallelLoss):
     def count(self, counted: Array) -> Array:
         return counted.sum() * self.local_comm.size
 
 
-@mistake("the gradient of the loss scaled twice", "loss", "loss scale", r"(scale|scaled).*twice", "huggingface/accelerate #1839",
-         options={"loss_scale": 8.0})
+@mistake("the gradient of the loss scaled twice", "loss", "loss scale", r"(scale|scaled).*twice",
+         "huggingface/accelerate #1839", options={"loss_scale": 8.0})
 class ScaledTwice(plain.Loss):
     def backward(self) -> Array:
         return super().backward() * 8.0 * 8.0
 
 
-@mistake("the loss averaged over all tokens, those that do not count too", "loss", "tokens", r"(all tokens|ignored|do not count|every token)",
-         "ml-explore/mlx-lm #1413 (of accumulation)")
+@mistake("the loss averaged over all tokens, those that do not count too", "loss", "tokens",
+         r"(all tokens|ignored|do not count|every token)", "ml-explore/mlx-lm #1413 (of accumulation)")
 class AllTokensCounted(plain.Loss):
     def count(self, counted: Array) -> Array:
         return np.asarray(counted.size, float)
 
 
-# --- the decoder ----------------------------------------------------------------------------------------------------------
+# --- the decoder ---------------------------------------------------------------------------------------------------
 
-@mistake("the head's dx not summed over the ranks", "decoder", "f", r"head.*|f missing", "NovaSky-AI/SkyRL #1886 (in a review)")
+@mistake("the head's dx not summed over the ranks", "decoder", "f", r"head.*|f missing",
+         "NovaSky-AI/SkyRL #1886 (in a review)")
 class HeadNotSummed(plain.Decoder):
     def head_backward(self, dz: Array) -> Array:
         return dz @ self.head
@@ -424,8 +435,8 @@ class TiedWithoutHead(plain.Decoder):
         return d_embedding
 
 
-@mistake("label smoothing over the local vocabulary, of a decoder", "decoder", "label smoothing", r"label smoothing.*local|label smoothing.*rank",
-         "NVIDIA/Megatron-LM #7464", options={"label_smoothing": 0.1})
+@mistake("label smoothing over the local vocabulary, of a decoder", "decoder", "label smoothing",
+         r"label smoothing.*local|label smoothing.*rank", "NVIDIA/Megatron-LM #7464", options={"label_smoothing": 0.1})
 class DecoderLocalSmoothing(plain.Decoder):
     loss = LocalSmoothing
 
@@ -437,25 +448,25 @@ class DecoderSumOfDy(plain.Decoder):
         mlp = SumOfDy
 
 
-# --- gradients over the ranks --------------------------------------------------------------------------------------------
+# --- gradients over the ranks --------------------------------------------------------------------------------------
 
-@mistake("the gradient norm counts what all ranks have P times", "gradient_norm", "gradient norm", r"gradient norm: .*(every rank|replica).*times",
-         "NVIDIA-NeMo/RL #3788")
+@mistake("the gradient norm counts what all ranks have P times", "gradient_norm", "gradient norm",
+         r"gradient norm: .*(every rank|replica).*times", "NVIDIA-NeMo/RL #3788")
 class ReplicasCounted(plain.GradientNorm):
     def forward(self, gradients: dict[str, tuple[Array, bool]]) -> Array:
         own = sum(self.squares(g) for g, _ in gradients.values())
         return np.sqrt(self.comm.all_reduce(np.asarray(own, self.setting.numbers)))
 
 
-@mistake("the gradient norm of each rank's own part", "gradient_norm", "gradient norm", r"gradient norm: .*(own|local|not summed)",
-         "huggingface/transformers #36132 (norms differ by rank)")
+@mistake("the gradient norm of each rank's own part", "gradient_norm", "gradient norm",
+         r"gradient norm: .*(own|local|not summed)", "huggingface/transformers #36132 (norms differ by rank)")
 class LocalNorm(plain.GradientNorm):
     def forward(self, gradients: dict[str, tuple[Array, bool]]) -> Array:
         return np.sqrt(sum(self.squares(g) for g, _ in gradients.values()))
 
 
-@mistake("gradients averaged over data-parallel ranks, of a loss that is a sum", "mlp", "gradients of tokens", r"gradient mean",
-         "pytorch/pytorch #36516 (divided by another number)", sizes={"B": 6}, tokens=0)
+@mistake("gradients averaged over data-parallel ranks, of a loss that is a sum", "mlp", "gradients of tokens",
+         r"gradient mean", "pytorch/pytorch #36516 (divided by another number)", sizes={"B": 6}, tokens=0)
 class GradientsAveraged(plain.DataParallelMLP):
     def synchronise(self) -> None:
         super().synchronise()
@@ -463,22 +474,24 @@ class GradientsAveraged(plain.DataParallelMLP):
             self.keep(name, gradient / self.comm.size)
 
 
-@mistake("gradients not communicated over data-parallel ranks", "mlp", "gradients of tokens", r"gradient not communicated", "NVIDIA/Megatron-LM #1685",
-         sizes={"B": 6}, tokens=0)
+@mistake("gradients not communicated over data-parallel ranks", "mlp", "gradients of tokens",
+         r"gradient not communicated", "NVIDIA/Megatron-LM #1685", sizes={"B": 6}, tokens=0)
 class NotCommunicated(plain.DataParallelMLP):
     def synchronise(self) -> None:
         pass
 
 
-@mistake("one bucket of gradients not communicated", "mlp", "gradients of tokens", r"gradient not communicated|not summed",
-         "NVIDIA/Megatron-LM #1012 (a gradient computed after the all-reduce)", sizes={"B": 6}, tokens=0)
+@mistake("one bucket of gradients not communicated", "mlp", "gradients of tokens",
+         r"gradient not communicated|not summed", "NVIDIA/Megatron-LM #1012 (a gradient computed after the all-reduce)",
+         sizes={"B": 6}, tokens=0)
 class BucketLeftOut(plain.DataParallelMLP):
     def synchronise(self) -> None:
         for name in ("down.weight", "down.bias"):
             self.keep(name, self.comm.all_reduce(self.gradients[name]))
 
 
-@mistake("a bucket of the step before", "mlp", "gradients of tokens", r"stale", "NVIDIA/Megatron-LM #3670", sizes={"B": 6}, tokens=0)
+@mistake("a bucket of the step before", "mlp", "gradients of tokens", r"stale", "NVIDIA/Megatron-LM #3670",
+         sizes={"B": 6}, tokens=0)
 class StaleBucket(plain.DataParallelMLP):
     """Communication starts before backward has written the buffer: what it finds is the last step's."""
 
@@ -499,7 +512,7 @@ class StaleBucket(plain.DataParallelMLP):
             recorder.record("previous", name, gradient)
 
 
-# --- precision ------------------------------------------------------------------------------------------------------------
+# --- precision -----------------------------------------------------------------------------------------------------
 
 @mistake("the sum over the ranks in bfloat16, where float32 is claimed", "row_linear", "16 bits", r"16 bits",
          "NVIDIA/TransformerEngine #1761", sizes={"F": 192, "D": 48}, dtype="bfloat16", ranks=(8,))

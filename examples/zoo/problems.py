@@ -1,5 +1,4 @@
-"""What the layers of the zoo are given: sizes, weights, inputs and upstream gradients, of one seed; and the dump of a run."""
-from collections.abc import Callable
+"""What the layers of the zoo are given, drawn from one seed; and a run of a layer on one rank, with its dump."""
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,8 +40,8 @@ def make(kind: str, seed: int = 0, setting: Setting | None = None, **sizes: Any)
     """
     setting = setting or Setting()
     draw = Draw(np.random.default_rng(seed), setting)
-    size = {"B": 2, "S": 6, "D": 12, "F": 18, "H": 4, "G": 4, "K": 4, "V": 23, "layers": 1, "gated": False, "bias": True,
-            "position_embedding": "rotary", "rms": False, "tied": False, "smoothing": 0.0, **sizes}
+    size = {"B": 2, "S": 6, "D": 12, "F": 18, "H": 4, "G": 4, "K": 4, "V": 23, "layers": 1, "gated": False,
+            "bias": True, "position_embedding": "rotary", "rms": False, "tied": False, "smoothing": 0.0, **sizes}
     return globals()[f"make_{kind}"](draw, size)
 
 
@@ -63,12 +62,14 @@ class Draw:
 
 def make_column_linear(draw: Draw, n: dict) -> Problem:
     weights = {"weight": draw.weight(n["F"], n["D"]), "bias": draw(n["F"])}
-    return Problem("column_linear", {}, weights, {"x": draw(n["B"], n["S"], n["D"]), "dy": draw(n["B"], n["S"], n["F"])})
+    inputs = {"x": draw(n["B"], n["S"], n["D"]), "dy": draw(n["B"], n["S"], n["F"])}
+    return Problem("column_linear", {}, weights, inputs)
 
 
 def make_row_linear(draw: Draw, n: dict) -> Problem:
     weights = {"weight": draw.weight(n["D"], n["F"]), "bias": draw(n["D"])}
-    return Problem("row_linear", {}, weights, {"x": draw(n["B"], n["S"], n["F"]), "dy": draw(n["B"], n["S"], n["D"])})
+    inputs = {"x": draw(n["B"], n["S"], n["F"]), "dy": draw(n["B"], n["S"], n["D"])}
+    return Problem("row_linear", {}, weights, inputs)
 
 
 def mlp_weights(draw: Draw, n: dict) -> dict[str, Array]:
@@ -111,7 +112,8 @@ def attention_config(n: dict) -> dict:
 
 def make_attention(draw: Draw, n: dict) -> Problem:
     shape = n["B"], n["S"], n["D"]
-    problem = Problem("attention", attention_config(n), attention_weights(draw, n), {"x": draw(*shape), "dy": draw(*shape)})
+    inputs = {"x": draw(*shape), "dy": draw(*shape)}
+    problem = Problem("attention", attention_config(n), attention_weights(draw, n), inputs)
     if n.get("dropout"):
         problem.options["mask"] = dropout_mask(draw, (n["B"], n["H"], n["S"], n["S"]), n["dropout"])
     return problem
@@ -196,12 +198,7 @@ def make_gradient_norm(draw: Draw, n: dict) -> Problem:
     return Problem("gradient_norm", {}, {}, {"gradients": gradients})
 
 
-# --- a run of a layer on one rank, and its dump ------------------------------------------------------------------------
-
-def program(cls: type[Layer], problem: Problem, setting: Setting, folder: str) -> Callable[[Any], None]:
-    """Return a program for ranks.simulate, or for MPI's ranks: the layer forward and backward, and its dump."""
-    return Program(cls, problem, setting, folder)
-
+# --- a run of a layer on one rank, and its dump --------------------------------------------------------------------
 
 @dataclass
 class Program:
@@ -213,8 +210,9 @@ class Program:
     tokens: int | None = None           # the axis along which the ranks have tokens of their own
 
     def __call__(self, comm: Any) -> None:
-        mine = replace(self.setting, config=self.problem.config, options={**self.problem.options, **self.setting.options})
-        options = {key: value for key, value in mine.options.items() if key in ("label_smoothing", "loss_scale")}
+        given = {**self.problem.options, **self.setting.options}
+        mine = replace(self.setting, config=self.problem.config, options=given)
+        options = {key: value for key, value in given.items() if key in ("label_smoothing", "loss_scale")}
         name = "data" if self.tokens == 0 else "tensor"
         recorder = Recorder(self.folder, comm.rank, comm.size, self.problem.kind, self.problem.config, options=options,
                             grid={name: comm.size})

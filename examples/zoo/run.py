@@ -3,16 +3,16 @@
     python examples/zoo/run.py                      the programs in plain NumPy and mpitp's layers
     python examples/zoo/run.py --torch              those of torch besides: pip install -r examples/zoo/requirements.txt
     python examples/zoo/run.py --correct 300        that many right programs: nothing may be found
-    python examples/zoo/run.py --only bias          the cases with this in their name or source
+    python examples/zoo/run.py --only bias          the cases with this in their name, kind or source
     python examples/zoo/run.py --mpi                the plain programs on the ranks of mpirun, not on threads
     python examples/zoo/run.py --json               for programs
+    python examples/zoo/run.py --torch --write docs/zoo.md      the tables of that page
 
 A case is found if the judge calls every run of it wrong, on each number of ranks; named if the mistake that the judge
 puts first is the one that was made.
 """
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -24,16 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")            # small arrays, several ranks
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
-
 from case import Case
 from hosts import HOSTS, cases_of, dump_cases, dump_of
 from mpitp.court.dump import read_dump
-from mpitp.court.verdict import as_json, judge
+from mpitp.court.verdict import judge
 from mpitp.errors import InputError
 
 
@@ -106,7 +100,7 @@ def run_cases(cases: list[Case], on_mpi: bool = False) -> list[Result]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# --- what is printed ---------------------------------------------------------------------------------------------------
+# --- what is printed -----------------------------------------------------------------------------------------------
 
 def share(part: int, of: int) -> str:
     """Return "39 of 40 (98%)"."""
@@ -115,7 +109,8 @@ def share(part: int, of: int) -> str:
 
 def table(results: list[Result]) -> list[str]:
     """Return the lines of the table, for Markdown."""
-    lines = ["| case | host | ranks | found | named | seconds | source |", "| --- | --- | --- | --- | --- | ---: | --- |"]
+    lines = ["| case | host | ranks | found | named | seconds | source |",
+             "| --- | --- | --- | --- | --- | ---: | --- |"]
     for r in results:
         c = r.case
         lines.append(f"| {c.name} | {c.host} | {', '.join(map(str, c.ranks))} | {'yes' if r.found else '**no**'} | "
@@ -123,16 +118,11 @@ def table(results: list[Result]) -> list[str]:
     return lines
 
 
-def family(case: Case) -> str:
-    """Return the mistake's family, the row of the confusion matrix."""
-    return case.family
-
-
 def confusion(results: list[Result]) -> list[str]:
     """Return the confusion matrix: for each family of mistakes how often the judge said what, over all runs."""
     said: dict[str, Counter] = {}
     for r in results:
-        said.setdefault(family(r.case), Counter()).update(
+        said.setdefault(r.case.family, Counter()).update(
             "**right**" if one == "right" else f"**{one.split(':')[0]}**" if one.startswith(("not ", "did not"))
             else one.split(":")[0] if re.search(r.case.named, one) else f"**{one.split(':')[0]}**" for one in r.said)
     lines = ["| made | runs | what the judge put first |", "| --- | ---: | --- |"]
@@ -150,9 +140,22 @@ def not_found(results: list[Result]) -> list[str]:
 
 
 def summary(results: list[Result], seconds: float) -> str:
-    """Return the last line."""
+    """Return the last lines."""
     found, named = sum(r.found for r in results), sum(r.named for r in results)
-    return f"found {share(found, len(results))}, named {share(named, len(results))}, {seconds:.0f} s"
+    return f"found {share(found, len(results))}, named {share(named, len(results))}\n  time {seconds:.0f} s"
+
+
+def write(page: Path, results: list[Result], seconds: float) -> None:
+    """Put the tables of the results between the marks of a page."""
+    missed = not_found(results)
+    parts = table(results), confusion(results), [f"- {line}" for line in missed] or ["Nothing."]
+    heads = summary(results, seconds).replace("\n  time", ", in"), "## What the judge said", \
+        "## What was not found, or called by another name"
+    text = f"{heads[0]}.\n\n" + "\n".join(parts[0]) + "".join(
+        f"\n\n{head}\n\n" + "\n".join(part) for head, part in zip(heads[1:], parts[1:]))
+    old = page.read_text(encoding="utf-8")
+    new = re.sub(r"(<!-- the zoo -->\n).*(\n<!-- end of the zoo -->)", lambda m: m[1] + text + m[2], old, flags=re.S)
+    page.write_text(new, encoding="utf-8")
 
 
 def as_dict(r: Result) -> dict[str, Any]:
@@ -166,11 +169,12 @@ def main() -> int:
     """Run what the command line asks for. Returns 0 if all is as it must be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--torch", action="store_true", help="the cases on gloo ranks of torch besides")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name, host, kind or source")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name, kind or source")
+    parser.add_argument("--host", choices=tuple(HOSTS), help="cases of this host alone")
     parser.add_argument("--mpi", action="store_true", help="run the plain programs under mpirun")
     parser.add_argument("--correct", type=int, metavar="N", help="run N right programs in place of the mistakes")
     parser.add_argument("--seed", type=int, default=0, help="of the right programs")
-    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/zoo.md")
+    parser.add_argument("--write", metavar="PAGE", help="put the tables into a page, such as docs/zoo.md")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     start = time.perf_counter()
@@ -178,21 +182,21 @@ def main() -> int:
         from correct import main_correct
         return main_correct(arguments.correct, arguments.seed, judged, arguments.json)
     wanted = arguments.only.lower()
-    cases = [case for case in cases_of(arguments.torch)
-             if wanted in f"{case.name} {case.host} {case.kind} {case.source}".lower()]
+    cases = [case for case in cases_of(arguments.torch or arguments.host == "torch")
+             if wanted in f"{case.name} {case.kind} {case.source}".lower() and arguments.host in (None, case.host)]
     results = run_cases(cases, arguments.mpi)
     seconds = time.perf_counter() - start
     if arguments.json:
         print(json.dumps({"schema": "mpitp.zoo/1", "cases": [as_dict(r) for r in results],
                           "found": sum(r.found for r in results), "named": sum(r.named for r in results),
                           "of": len(results), "seconds": round(seconds, 1)}, indent=1))
-    elif arguments.markdown:
-        print(*table(results), "", *confusion(results), "", *not_found(results), "", summary(results, seconds), sep="\n")
     else:
         for r in results:
-            print(f"{'found' if r.found else 'MISSED':7}{'named' if r.named else 'MISNAMED':9}{r.seconds:5.1f} s  "
-                  f"{r.case.host:6} {r.case.name}")
+            print(f"{'found' if r.found else 'MISSED':7}{'named' if r.named else 'MISNAMED':9}{r.case.host:6} "
+                  f"{r.case.name}")
         print(*not_found(results), summary(results, seconds), sep="\n")
+    if arguments.write:
+        write(Path(arguments.write), results, seconds)
     enough = sum(r.found for r in results) >= 0.95 * len(results) and \
         sum(r.named for r in results) >= 0.85 * len(results)
     return 0 if enough else 1

@@ -47,7 +47,7 @@ def run_backward(recorder: Recorder, problem: Problem, x: Any, y: Any, sum_dx: b
     recorder.backward("x", x.grad)
 
 
-# --- sums ------------------------------------------------------------------------------------------------------------
+# --- sums ----------------------------------------------------------------------------------------------------------
 
 @mistake("torch.distributed.nn's all_reduce as g, unmodified", "mlp", "g", r"dy summed",
          "pytorch/pytorch #190419 (its documentation)", sizes={"bias": False})
@@ -110,7 +110,7 @@ def bias_over_ranks(rank: int, ranks: int, problem: Problem, recorder: Recorder)
     recorder.backward("bias", bias.grad)
 
 
-# --- shards ------------------------------------------------------------------------------------------------------------
+# --- shards --------------------------------------------------------------------------------------------------------
 
 def colwise(weight: Any, ranks: int) -> Any:
     """Return torch's own ColwiseParallel of a linear layer without bias."""
@@ -157,7 +157,7 @@ def colwise_qkv(rank: int, ranks: int, problem: Problem, recorder: Recorder) -> 
     recorder.backward("out.weight", out.grad, 1)
 
 
-# --- vocabulary and tokens -----------------------------------------------------------------------------------------------
+# --- vocabulary and tokens -----------------------------------------------------------------------------------------
 
 @mistake("Megatron-core's vocab_parallel_cross_entropy with label smoothing, unmodified", "loss", "label smoothing",
          r"label smoothing.*(local|rank)", "NVIDIA/Megatron-LM #737", sizes={"V": 24, "smoothing": 0.1}, ranks=(2, 3))
@@ -194,7 +194,7 @@ def mean_of_means(rank: int, ranks: int, problem: Problem, recorder: Recorder) -
     recorder.backward("logits", logits.grad, 0)
 
 
-# --- gradients of what every rank has ----------------------------------------------------------------------------------------
+# --- gradients of what every rank has ------------------------------------------------------------------------------
 
 @mistake("nn.LayerNorm on each rank's tokens, its gradient not summed", "norm", "norm gradients",
          r"norm gradient not summed", "NVIDIA/Megatron-LM #1446")
@@ -253,7 +253,7 @@ def clip_grad_norm(rank: int, ranks: int, problem: Problem, recorder: Recorder) 
     recorder.forward("norm", torch.nn.utils.clip_grad_norm_(parameters, max_norm=1e9))
 
 
-# --- how a case is run -----------------------------------------------------------------------------------------------
+# --- how a case is run ---------------------------------------------------------------------------------------------
 
 def run(case: Case, folder: Path) -> None:
     """Run a case on the gloo ranks of this job and write its dump. Collective."""
