@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import make_tiny_checkpoints as tiny
+from judge_host import Host
 from mpitp import commands
 from mpitp.commands import COMMANDS, WIDTH
-from spmd import job, job_environment
+from spmd import job, job_environment, mpirun
 
 pytestmark = pytest.mark.launcher
 EXAMPLES = [(name, line) for name, command in COMMANDS.items() for line, _ in command.examples]
@@ -46,11 +47,12 @@ def test_help_fits_and_ends_with_two_examples(name):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the examples name: a tiny checkpoint, a text, and token ids."""
+    """What the examples name: a tiny checkpoint, a text, token ids, and a dump of a right run."""
     folder = tmp_path_factory.mktemp("examples")
     tiny.write(folder / "my-model", tiny.load("gemma3_text"))
     (folder / "book.txt").write_text(400 * "once upon a time there was a row of a matrix ")
     (folder / "ids.txt").write_text(" ".join(str(i % 37) for i in range(60)))
+    Host(folder / "my-dump", 2, "mlp", {"activation": "relu"}).mlp(6, 9)
     return folder
 
 
@@ -71,7 +73,7 @@ def test_examples_run_and_their_tables_fit(folder, tmp_path, name, line, ranks):
     words = shlex.split(line)
     words = words[words.index("-m"):]
     assert words[:3] == ["-m", "mpitp", name]
-    for given in ("my-model", "book.txt", "ids.txt"):
+    for given in ("my-model", "my-dump", "book.txt", "ids.txt"):
         (tmp_path / given).symlink_to(folder / given)
     done = job(ranks, *words, cwd=tmp_path, timeout=120)
     assert done.returncode == 0 or name == "doctor", done.stdout + done.stderr
@@ -98,12 +100,12 @@ print(list(progress(range(3), 3, "windows")))
 """
 
 
-def in_a_terminal(*arguments, stdout=True, stderr=True, **environment):
-    """(what a program writes to a pseudo-terminal, to pipes) where its streams are the one or the other."""
+def in_a_terminal(*arguments, stdout=True, stderr=True, command=(sys.executable,), **environment):
+    """(what Python, or mpirun, writes to a pseudo-terminal, to pipes) where its streams are the one or the other."""
     ours, theirs = os.openpty()
     stdout, stderr = (theirs if terminal else subprocess.PIPE for terminal in (stdout, stderr))
-    process = subprocess.Popen([sys.executable, *arguments], text=True, env=job_environment(**environment),
-                               stdout=stdout, stderr=stderr)
+    process = subprocess.Popen([*command, *arguments], text=True, env=job_environment(**environment), stdout=stdout,
+                               stderr=stderr)
     os.close(theirs)
     shown = b""
     try:
@@ -145,6 +147,14 @@ def test_the_variable_decides_for_ranks_whose_streams_are_pipes():
     for wanted in ("0", "1"):
         done = job(2, "-c", SLOW, environment=dict(MPITP_PROGRESS=wanted))
         assert done.returncode == 0 and done.stderr.count("checking  1/2") == int(wanted), done.stderr
+
+
+@pytest.mark.parametrize("stdout, stderr", [(True, True), (False, True), (True, False)])
+def test_the_streams_of_mpirun_decide_where_those_of_ranks_are_pipes(stdout, stderr):
+    pytest.importorskip("tqdm")
+    shown, piped = in_a_terminal("-c", SLOW, stdout=stdout, stderr=stderr, command=(*mpirun(2), sys.executable))
+    assert ("checking  1/2" in shown) == (stdout and stderr)
+    assert "checking" not in piped and "[0, 1, 2]" in shown + piped
 
 
 def test_training_in_a_terminal_moves_one_line_and_in_a_log_none():

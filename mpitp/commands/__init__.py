@@ -23,7 +23,7 @@ class Command:
         One line, for the list of all commands.
     examples : tuple of (str, str)
         Command lines that end the command's help, each with what it does. A test runs them in one folder, in order,
-        beside a tiny checkpoint `my-model` and a text `book.txt`.
+        beside a tiny checkpoint `my-model`, a dump `my-dump` and a text `book.txt`.
     """
     summary: str
     examples: tuple[tuple[str, str], ...]

@@ -23,7 +23,7 @@ from .norm import hidden_norm
 
 
 class Decoder(Composite):
-    """A decoder-only transformer over ranks: token ids in, logits out, each rank with its part of the vocabulary.
+    """A Decoder is a decoder-only transformer over ranks: ids in, logits of the rank's part of the vocabulary out.
 
     Parameters
     ----------
@@ -64,8 +64,9 @@ class Decoder(Composite):
         V, D, std = config.vocab_size, config.hidden_size, config.init_method_std
         self.embedding = VocabParallelEmbedding(group, V, D, config.embedding_multiplier, init_std=std,
                                                 name="embedding", **common)
-        self.position = PositionEmbedding(group, config.max_position_embeddings or 0, D, init_std=std, name="position",
-                                          **common) if config.position_embedding == "learned" else None
+        self.position = PositionEmbedding(group, config.max_position_embeddings or 0, D, config.position_offset,
+                                          init_std=std, name="position", **common) \
+            if config.position_embedding == "learned" else None
         self.embedding_norm = hidden_norm(group, config, dtype, "embedding_norm") if config.embedding_norm else None
         self.blocks = [ParallelBlock(group, config, i, name=f"layers.{i}", **common) for i in range(config.num_layers)]
         self.final_norm = hidden_norm(group, config, dtype, "final_norm") if config.final_norm else None
@@ -143,7 +144,7 @@ class Decoder(Composite):
         x = self.embedding.look_up(ids)
         if self.position:                                   # padding may stand at any position
             positions = xp.minimum(kv.starts[:, None] + xp.arange(S), self.position.max_positions - 1)
-            x += self.position.own["weight"][positions]
+            x += self.position.own["weight"][self.position.offset:][positions]
         if self.embedding_norm:
             x, _ = self.embedding_norm.forward(x, save=False)
         for block, of_layer in zip(self.blocks, kv.layers):
@@ -180,11 +181,12 @@ class Decoder(Composite):
         """Return dx of one of the layers, and write its gradients."""
         return layer.backward(dy, saved, out=self.gradients_of(layer, gradients))[0]
 
-    def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0,
+    def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
              ignore_index: int = -100) -> tuple[float, Any]:
         """Return the mean cross entropy of targets (..., S), global ids; and what loss_backward needs."""
         return vocab_parallel_cross_entropy_forward(logits, targets, self.group, self.partition,
-                                                    label_smoothing=label_smoothing, ignore_index=ignore_index)
+                                                    label_smoothing=label_smoothing, z_loss=z_loss,
+                                                    ignore_index=ignore_index)
 
     def loss_backward(self, saved: Any, d_loss: float = 1.0) -> Array:
         """Return the gradient of the loss with respect to this rank's logits."""

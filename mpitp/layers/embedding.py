@@ -102,7 +102,7 @@ class VocabParallelEmbedding(ParallelLayer):
 
 
 class PositionEmbedding(ParallelLayer):
-    """y = W[0..S-1], W [M, D] replicated: learned positions.
+    """y = W[offset..offset+S-1], W [offset+M, D] replicated: learned positions.
 
     Parameters
     ----------
@@ -110,6 +110,8 @@ class PositionEmbedding(ParallelLayer):
         The ranks.
     max_positions, hidden_size : int
         M, D.
+    offset : int
+        Rows of W before that of position 0, which nothing uses.
     dtype : str
         "float32" or "float64"; on a GPU "float16" and "bfloat16" too.
     seed : int or None
@@ -129,18 +131,19 @@ class PositionEmbedding(ParallelLayer):
     No collectives.
     """
 
-    def __init__(self, group: TensorParallelGroup, max_positions: int, hidden_size: int, *, dtype: str = "float32",
-                 seed: int | None = 0, init_std: float = 0.02, name: str = ""):
+    def __init__(self, group: TensorParallelGroup, max_positions: int, hidden_size: int, offset: int = 0, *,
+                 dtype: str = "float32", seed: int | None = 0, init_std: float = 0.02, name: str = ""):
         require_positive(max_positions=max_positions, hidden_size=hidden_size)
-        self.max_positions, self.hidden_size = int(max_positions), int(hidden_size)
-        specs = [ParameterSpec(join(name, "weight"), (self.max_positions, self.hidden_size), None, init_std)]
+        self.max_positions, self.hidden_size, self.offset = int(max_positions), int(hidden_size), offset
+        specs = [ParameterSpec(join(name, "weight"), (offset + self.max_positions, self.hidden_size), None, init_std)]
         super().__init__(group, specs, dtype, seed, name)
 
     def forward(self, positions: int, *, save: bool = True) -> tuple[Array, Any]:
         """Return y (S, D), a new array, of so many positions, S; and what backward needs (None if not save)."""
         good = is_integer(positions) and 0 <= positions <= self.max_positions
         require(good, f"{positions!r} positions", f"0 to {self.max_positions}, the size of the table")
-        return self.own["weight"][:positions].copy(), (int(positions) if save else None)
+        rows = slice(self.offset, self.offset + positions)
+        return self.own["weight"][rows].copy(), (int(positions) if save else None)
 
     def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[None, dict[str, Array]]:
         """Return None and {name: gradient} of dy (..., S, D), summed over the batch, the leading axes.
@@ -152,8 +155,9 @@ class PositionEmbedding(ParallelLayer):
         require(dy.ndim >= 2 and dy.shape[-2] == S, f"dy: shape {dy.shape}", f"(..., {S}, {D})")
         dy_ND, gradients = self.rows(dy, D, "dy"), self.gradients(out)
         dw_MD = gradients[join(self.name, "weight")]
-        dw_MD[S:] = 0
-        dy_ND.reshape(prod(dy.shape[:-2]), S, D).sum(axis=0, dtype=self.sum_dtype, out=dw_MD[:S])
+        first, stop = self.offset, self.offset + S
+        dw_MD[:first], dw_MD[stop:] = 0, 0
+        dy_ND.reshape(prod(dy.shape[:-2]), S, D).sum(axis=0, dtype=self.sum_dtype, out=dw_MD[first:stop])
         return None, gradients
 
     def collectives(self, tokens: int = 0) -> tuple[Counter, Counter]:

@@ -126,7 +126,7 @@ class Host:
         dy_used = dy * self.compute(P if bug == "dy summed" else 1)
         for o, (up, _, act, slope, hidden) in zip(own, saved):
             d = st(dy_used @ o["down.weight"])
-            flat = lambda a: a.reshape(-1, a.shape[-1])         # noqa: E731
+            flat = lambda a: a.reshape(a.shape[0] * a.shape[1], a.shape[2])         # noqa: E731
             grads["down.weight"].append(flat(dy_used).T @ flat(hidden))
             d_up, d_gate = (st(d * act), st(d * up * slope)) if gated else (st(d * slope), None)
             dx = d_up @ o["up.weight"]
@@ -203,10 +203,10 @@ class Host:
         if bias:
             y = [st(a + (P if bug == "bias P times" else 1) * w["out.bias"]) for a in y]
         dxs, grads = [], {name: [] for name in w}
-        flat = lambda a: a.reshape(-1, a.shape[-1])             # noqa: E731
+        flat = lambda a: a.reshape(a.shape[0] * a.shape[1], a.shape[2])             # noqa: E731
         for rows, kv_rows, kv, group, q, k, v, p, context, scale in saved:
             grads["out.weight"].append(flat(dy).T @ flat(context))
-            da = st(dy @ w["out.weight"][:, rows]).reshape(B, S, -1 if len(rows) else 0, K).transpose(0, 2, 1, 3)
+            da = st(dy @ w["out.weight"][:, rows]).reshape(B, S, len(rows) // K, K).transpose(0, 2, 1, 3)
             dv = p.swapaxes(-1, -2) @ da
             dp = da @ v.swapaxes(-1, -2)
             ds = p * (dp - (p * dp).sum(-1, keepdims=True))

@@ -15,7 +15,7 @@ class OneRankTransport:
         Why it is that one.
     """
     overlaps = False
-    piece_bytes = 1 << 62
+    message_bytes = 1 << 62
 
     def __init__(self, name: str, how: str) -> None:
         self.name, self.how = name, how

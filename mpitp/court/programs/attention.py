@@ -19,7 +19,7 @@ from ...oracle.magnitude import Magnitude
 from ...oracle.positions import alibi, rotate_backward, rotate_forward
 from ..case import Case, part_of
 from ..ranks import Local, Place, Ranks
-from .linear import column_dx, joined, keep_column, row_backward, row_forward, sub
+from .linear import column_dx, joined, keep_column, linear_backward, row_backward, row_forward, sub
 
 
 def forward(ranks: Ranks, case: Case, prefix: str, x: Local, layer: int = 0) -> Any:
@@ -190,7 +190,7 @@ def projections_backward(ranks: Ranks, case: Case, prefix: str, d: dict[str, Loc
         for rank, d_r in enumerate(own):
             B, S, heads, K = d_r.shape
             inner, rows = saved[name][rank]
-            dx_r, found = linear.backward(d_r.reshape(B, S, heads * K), inner)
+            dx_r, found = linear_backward(d_r.reshape(B, S, heads * K), inner)
             gradients.append(found if rows is None else {key: scattered(array, rows, weights[rank][f"{name}.{key}"])
                                                          for key, array in found.items()})
             dx_own.append(dx_r)

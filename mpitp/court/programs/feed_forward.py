@@ -7,7 +7,7 @@ from ...oracle import linear
 from ..activations import activation_forward
 from ..case import Case, part_of
 from ..ranks import Local, Place, Ranks
-from .linear import column_dx, joined, keep_column, row_backward, row_forward, sub
+from .linear import column_dx, joined, keep_column, linear_backward, row_backward, row_forward, sub
 
 
 def mlp_forward(ranks: Ranks, case: Case, prefix: str, x: Local) -> Any:
@@ -58,7 +58,7 @@ def mlp_backward(ranks: Ranks, case: Case, prefix: str, dy: Local, saved: Any, x
         if not d:
             continue
         d = ranks.keep("backward", joined(prefix, name), d, wide, f"d_{name}", part)
-        dx_r, gradients = zip(*[linear.backward(d_r, s[index]) for d_r, s in zip(d, inner)])
+        dx_r, gradients = zip(*[linear_backward(d_r, s[index]) for d_r, s in zip(d, inner)])
         own = ranks.changed(list(dx_r), f"dx_{name}", part)
         dx = [a + b for a, b in zip(dx, own)] if dx else own
         keep_column(ranks, case, prefix, name, list(gradients), part)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ...oracle import linear
 from ..case import Case
 from ..ranks import Local, Place, Ranks
@@ -14,6 +16,14 @@ from ..ranks import Local, Place, Ranks
 def joined(prefix: str, name: str) -> str:
     """Return the name of a part's tensor in the whole."""
     return f"{prefix}.{name}" if prefix else name
+
+
+def linear_backward(dy: Any, saved: Any) -> tuple[Any, dict[str, Any]]:
+    """Compute the gradients of a linear layer, of a rank without features too."""
+    x, w = saved
+    if dy.shape[-1] and x.shape[-1]:
+        return linear.backward(dy, saved)
+    return dy @ w["weight"], {name: np.zeros(array.shape) for name, array in w.items()}
 
 
 def column_linear(ranks: Ranks, case: Case) -> None:
@@ -40,7 +50,7 @@ def column_linear_forward(ranks: Ranks, case: Case, prefix: str, x: Local, y_nam
 def column_linear_backward(ranks: Ranks, case: Case, dy: Local, saved: list, place: Place | None, x_name: str,
                            keep: tuple[str, ...] = ()) -> tuple[Local, dict[str, Local]]:
     """Return the gradient of x, the sum over the ranks, and those of weight and bias; keep the latter before, if so."""
-    dx, gradients = zip(*[linear.backward(d, s) for d, s in zip(dy, saved)])
+    dx, gradients = zip(*[linear_backward(d, s) for d, s in zip(dy, saved)])
     found = {key: [g[key] for g in gradients] for key in ("bias", "weight") if key in gradients[0]}
     for key in keep:
         if key in found:
@@ -76,7 +86,7 @@ def row_backward(ranks: Ranks, case: Case, prefix: str, dy: Local, saved: list, 
                  inner: str = "") -> Local:
     """Keep the gradients of weight and bias, and return each rank's dx; `inner` is "down" of "mlp", for one."""
     part = prefix.rsplit(".", 1)[-1]
-    dx, gradients = zip(*[linear.backward(d, s) for d, (s, _) in zip(dy, saved)])
+    dx, gradients = zip(*[linear_backward(d, s) for d, (s, _) in zip(dy, saved)])
     if saved[0][1]:
         bias_gradient(ranks, case, joined(prefix, joined(inner, "bias")), dy, part)
     ranks.keep("backward", joined(prefix, joined(inner, "weight")), [g["weight"] for g in gradients], place,
