@@ -137,7 +137,7 @@ def table(verdict: Verdict) -> list[str]:
         r = row.reading
         numbers = ("", "", "", "") if r is None else (f"{r.error:.2g}", f"{r.limit:.2g}", f"{r.normwise:.2g}",
                                                       f"{r.normwise_limit:.2g}")
-        mark = row.verdict if row.verdict == "right" else f"WRONG, {listed(row.wrong_ranks)}" \
+        mark = row.verdict if row.verdict != "wrong" else f"WRONG, {listed(row.wrong_ranks)}" \
             if 0 < len(row.wrong_ranks) < verdict.ranks else "WRONG"
         first = "  <- first" if row is verdict.first else ""
         rows.append((row.title[:36], row.layout, row.dtype, *numbers, f"{mark}{first}"[:32]))

@@ -110,6 +110,9 @@ def judge(dump: Dump) -> Verdict:
             right = sum(row.verdict == "right" for row in rows)
             line = f"{inputs.located(tensor)}; of the {len(rows)} tensors before it {right} are right"
             return Verdict(dump.kind, dump.ranks, all(row.verdict == "right" for row in rows), rows, [], notes, line)
+        if holds_summands(tensor):
+            rows.append(row_of(tensor, "not judged", None, []))
+            continue
         rows.append(judged(tensor, yard))
         notes += replicas_note(tensor, rows[-1])
     first = next((row for row in rows if row.verdict == "wrong"), None)
@@ -165,6 +168,13 @@ def weight_rows(dump: Dump) -> list[Row]:
 def row_of(tensor: Tensor, verdict: str, reading: Reading | None, ranks: list[int], why: str = "") -> Row:
     """Return the row of a tensor."""
     return Row(tensor.phase, tensor.name, tensor.title, tensor.layout.how, tensor.dtype, verdict, reading, ranks, why)
+
+
+def holds_summands(tensor: Tensor) -> bool:
+    """Return whether ranks that share a key/value head have their own heads' part of its gradient alone."""
+    last, layout = tensor.name.rsplit(".", 1)[-1], tensor.layout
+    return tensor.phase == "backward" and last in ("key", "value", "key_rotated") and layout.how == "split" and \
+        sum(map(len, layout.parts)) > layout.shape[layout.axis]
 
 
 def judged(tensor: Tensor, yard: Yardstick) -> Row:

@@ -90,6 +90,12 @@ MISTAKES = (
     role_mistake("row bias missing", "row_bias", left_out, "the {}row-parallel bias is not added"),
     role_mistake("row bias on one rank", "row_bias", on_first,
                  "the {}row-parallel bias is added on rank 0 after the sum"),
+    role_mistake("bias gradient not summed", "row_bias_grad", missing,
+                 "the {}gradient of the row-parallel bias is not summed over the ranks, each of which has its own "
+                 "tokens"),
+    role_mistake("bias gradient mean", "row_bias_grad", mean,
+                 "the {}gradient of the row-parallel bias is a mean over the ranks, each of which has its own "
+                 "tokens: divided by {P}"),
     Mistake("row bias gradient over P", bias_divided),
     role_mistake("row bias gradient P times", "row_bias_value", times_ranks,
                  "the {}gradient of the row-parallel bias, complete on every rank, is summed over the ranks: {P} "
@@ -114,12 +120,6 @@ MISTAKES = (
                  "the {}gradient of y, the same on every rank, is summed over the ranks in g's backward: {P} times "
                  "too large"),
     role_mistake("dy over P", "dy", over_ranks, "the {}gradient of y is divided by {P}, the ranks"),
-    role_mistake("bias gradient not summed", "row_bias_grad", missing,
-                 "the {}gradient of the row-parallel bias is not summed over the ranks, each of which has its own "
-                 "tokens"),
-    role_mistake("bias gradient mean", "row_bias_grad", mean,
-                 "the {}gradient of the row-parallel bias is a mean over the ranks, each of which has its own "
-                 "tokens: divided by {P}"),
     role_mistake("norm gradient not summed", "norm_grad", missing,
                  "the {}gradients of the norm's weights are not summed over the ranks, each of which has its own "
                  "tokens"),
