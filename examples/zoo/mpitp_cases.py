@@ -192,13 +192,14 @@ def embedding_not_summed(patch: Patch) -> None:
     patch.set(embedding.VocabParallelEmbedding, "look_up", wrong)
 
 
-@mistake("the head's dx not summed over the ranks", "decoder", "f", r"head", "NovaSky-AI/SkyRL #1886 (in a review)")
+@mistake("the head's dx not summed over the ranks", "decoder", "f", r"the head's all-reduce of dx .* missing",
+         "NovaSky-AI/SkyRL #1886 (in a review)")
 def head_not_summed(patch: Patch) -> None:
     patch.set(linear, "copy_to_ranks_backward", lambda total: total.local_sum())
 
 
-@mistake("the row bias twice where both branches share a sum", "decoder", "row bias", r"row bias", ranks=(2, 3),
-         sizes={"parallel_residual": True})
+@mistake("the row bias twice where both branches share a sum", "decoder", "row bias",
+         r"row bias.*(twice|2 times|too often)", ranks=(2, 3), sizes={"parallel_residual": True})
 def bias_twice(patch: Patch) -> None:
     right = ParallelMLP.add_bias
 

@@ -371,14 +371,14 @@ class LocalSmoothing(plain.Loss):
         return s / (self.part.stop - self.part.start)
 
 
-@mistake("logits gathered, and summed over the ranks again: log P too much", "loss", "cross entropy", r"log",
-         "NVIDIA/Megatron-LM #7452")
+@mistake("logits gathered, and summed over the ranks again: log P too much", "loss", "cross entropy",
+         r"the loss is log \d too large", "NVIDIA/Megatron-LM #7452")
 class LogPTooMuch(plain.Loss):
     def sum_exp(self, z: Array) -> Array:
         return super().sum_exp(z) * self.comm.size
 
 
-@mistake("the softmax over the local vocabulary", "loss", "cross entropy", r"sum.*(missing|not|own|local)",
+@mistake("the softmax over the local vocabulary", "loss", "cross entropy", r"sum of e\^z is not summed",
          "bigscience-workshop/Megatron-DeepSpeed #394 (a question)")
 class LocalSoftmax(plain.Loss):
     def sum_exp(self, z: Array) -> Array:
@@ -398,7 +398,7 @@ class LastTargetMasked(plain.Loss):
         return (t >= self.part.start) & (t < self.part.stop - 1)
 
 
-@mistake("valid tokens averaged per rank", "loss", "tokens", r"(averag|mean|count).*(rank)",
+@mistake("valid tokens averaged per rank", "loss", "tokens", r"averages over its own valid tokens",
          "huggingface/transformers #34373", sizes={"B": 6, "few_in_the_first": True}, tokens=0)
 class TokensPerRank(plain.DataParallelLoss):
     def count(self, counted: Array) -> Array:
@@ -421,15 +421,15 @@ class AllTokensCounted(plain.Loss):
 
 # --- the decoder ---------------------------------------------------------------------------------------------------
 
-@mistake("the head's dx not summed over the ranks", "decoder", "f", r"head.*|f missing",
+@mistake("the head's dx not summed over the ranks", "decoder", "f", r"the head's all-reduce of dx .* missing",
          "NovaSky-AI/SkyRL #1886 (in a review)")
 class HeadNotSummed(plain.Decoder):
     def head_backward(self, dz: Array) -> Array:
         return dz @ self.head
 
 
-@mistake("a tied embedding without the head's gradient", "decoder", "tied embedding", r"head", "paiml/entrenar #314",
-         sizes={"tied": True})
+@mistake("a tied embedding without the head's gradient", "decoder", "tied embedding",
+         r"tied embedding leaves out the head", "paiml/entrenar #314", sizes={"tied": True})
 class TiedWithoutHead(plain.Decoder):
     def tie(self, d_embedding: Array, d_head: Array) -> Array:
         return d_embedding
