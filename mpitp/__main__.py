@@ -29,7 +29,11 @@ def main() -> int:
     except (ImportError, RuntimeError) as error:            # no mpi4py, or no MPI library for it to load
         if sys.argv[1:2] == ["judge"]:
             return run_alone()
-        print(f"mpitp: found no MPI for mpi4py ({error}), expected one: pip install 'mpitp[mpi]' or name the "
+        if sys.argv[1:2] in (["-h"], ["--help"], ["--version"]):
+            from .commands import main_parser
+            main_parser().parse_args(sys.argv[1:2])         # exits
+        why = str(error).partition("\n")[0].rstrip(": ")     # mpi4py lists all that it tried
+        print(f"mpitp: found no MPI for mpi4py ({why}), expected one: pip install 'mpitp[mpi]' or name the "
               f"library in MPI4PY_LIBMPI", file=sys.stderr)
         return 2
     return guarded(run)
@@ -37,10 +41,11 @@ def main() -> int:
 
 def run_alone() -> int:
     """Run the command that sys.argv names where there is no MPI; returns its exit status."""
-    from .commands import run_command
+    from .commands import parse_or_help
     from .errors import InputError
     try:
-        return run_command(sys.argv[1:])
+        command, arguments = parse_or_help(sys.argv[1:])
+        return command.run(arguments)
     except InputError as error:
         print(f"mpitp: {error}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ from ..court.dump import read_dump
 from ..court.report import lines
 from ..court.verdict import as_json, judge
 from ..errors import InputError
-from . import is_first_rank
+from . import speaks
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(arguments: Namespace) -> int:
     if arguments.json:
         tables.require_writable(arguments.json)
     verdict = judge(read_dump(arguments.dump))
-    if is_first_rank():
+    if speaks():
         print("\n".join(lines(verdict)), flush=True)
         if arguments.json:
             tables.write_json(arguments.json, "mpitp.judge/1", as_json(verdict))

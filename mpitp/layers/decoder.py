@@ -86,7 +86,7 @@ class Decoder(Composite):
         """
         x, of_hidden = self.hidden(ids, mask=mask, step=step, save=save)
         logits, of_head = self.head.forward(x, save=save)
-        return logits, ((of_hidden, of_head) if save else None)
+        return logits, ((self, of_hidden, of_head) if save else None)
 
     def hidden(self, ids: Any, *, mask: Array | None = None, step: int | None = None,
                save: bool = True) -> tuple[Array, Any]:
@@ -159,7 +159,8 @@ class Decoder(Composite):
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        (of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm), of_head = require_saved(saved)
+        of_hidden, of_head = require_saved(saved, self)
+        of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm = of_hidden
         gradients = self.gradients(out)
         dx = self.layer_backward(self.head, d_logits, of_head, gradients)
         if self.final_norm:

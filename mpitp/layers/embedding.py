@@ -64,7 +64,7 @@ class VocabParallelEmbedding(ParallelLayer):
     def forward(self, ids: Any, *, save: bool = True) -> tuple[Array, Any]:
         """Return y (..., D), complete, of ids (...), the same on every rank; and what backward needs, or None."""
         ids = self.checked(ids)
-        return self.look_up(ids), (self.local(ids) if save else None)
+        return self.look_up(ids), ((self, self.local(ids)) if save else None)
 
     def checked(self, ids: Any) -> Array:
         """Return ids where the weights are. Raises InputError as token_ids."""
@@ -88,12 +88,12 @@ class VocabParallelEmbedding(ParallelLayer):
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        require_saved(saved)
-        dy_ND, gradients = self.rows(dy, self.hidden_size, "dy", len(saved)), self.gradients(out)
+        (ids_N,) = require_saved(saved, self)
+        dy_ND, gradients = self.rows(dy, self.hidden_size, "dy", len(ids_N)), self.gradients(out)
         if self.multiplier != 1:
             dy_ND = scaled(dy_ND, self.multiplier)
         dw_VpD = gradients[join(self.name, "weight")]
-        embedding_backward(dy_ND, saved, len(dw_VpD), out=dw_VpD)
+        embedding_backward(dy_ND, ids_N, len(dw_VpD), out=dw_VpD)
         return None, gradients
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
@@ -143,15 +143,14 @@ class PositionEmbedding(ParallelLayer):
         good = is_integer(positions) and 0 <= positions <= self.max_positions
         require(good, f"{positions!r} positions", f"0 to {self.max_positions}, the size of the table")
         rows = slice(self.offset, self.offset + positions)
-        return self.own["weight"][rows].copy(), (int(positions) if save else None)
+        return self.own["weight"][rows].copy(), ((self, int(positions)) if save else None)
 
     def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[None, dict[str, Array]]:
         """Return None and {name: gradient} of dy (..., S, D), summed over the batch, the leading axes.
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        require_saved(saved)
-        S, D = saved, self.hidden_size
+        (S,), D = require_saved(saved, self), self.hidden_size
         require(dy.ndim >= 2 and dy.shape[-2] == S, f"dy: shape {dy.shape}", f"(..., {S}, {D})")
         dy_ND, gradients = self.rows(dy, D, "dy"), self.gradients(out)
         dw_MD = gradients[join(self.name, "weight")]
@@ -186,6 +185,7 @@ def token_ids(ids: Any, vocab_size: int, what: str = "ids", ignore_index: int | 
     InputError
         For ids that are no integers, and naming the first that is outside the vocabulary.
     """
+    require(not hasattr(ids, "mask"), f"{what}: a masked array", "one without a mask")
     xp = module_of(ids) or np
     ids = xp.asarray(ids)
     if ids.dtype.kind not in "iu":
