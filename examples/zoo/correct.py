@@ -42,7 +42,8 @@ def sizes_of(random: np.random.Generator) -> dict[str, Any]:
             "G": int(random.choice([1, 2, 8])) if alibi else G, "K": int(2 * random.integers(1, 9)),
             "V": int(random.integers(5, 90)), "layers": int(random.integers(1, 3)),
             "gated": bool(random.random() < 0.5), "bias": bool(random.random() < 0.7),
-            "rms": bool(random.random() < 0.5), "tied": bool(random.random() < 0.5), "smoothing": float(random.choice([0.0, 0.1])),
+            "rms": bool(random.random() < 0.5), "tied": bool(random.random() < 0.5),
+            "smoothing": float(random.choice([0.0, 0.1])),
             "position_embedding": "alibi" if alibi else str(random.choice(["rotary", "none"]))}
 
 
@@ -53,7 +54,7 @@ def programs(count: int, seed: int) -> Any:
     for number in range(count):
         (kind, cls, tokens, may_split), dtype, ranks = next(combinations)
         sizes = sizes_of(random)
-        split = may_split and random.random() < 0.5 and kind not in ("column_linear", "row_linear")
+        split = may_split and random.random() < 0.5
         setting = Setting(dtype=dtype, sequence_parallel=bool(split))
         problem = make(kind, seed=seed * 1000003 + number, setting=setting, **sizes)
         what = f"{kind}{' of its own tokens' if tokens == 0 else ''}{', tokens split' if split else ''}, {dtype}, " \

@@ -141,7 +141,7 @@ def make_norm(draw: Draw, n: dict) -> Problem:
 
 def make_embedding(draw: Draw, n: dict) -> Problem:
     ids = np.arange(n["B"] * n["S"]) * 7 % n["V"]
-    ids[-2:] = n["V"] - 1, 0
+    ids[:1], ids[-1:] = n["V"] - 1, 0
     return Problem("embedding", {}, {"weight": draw(n["V"], n["D"])},
                    {"ids": ids.reshape(n["B"], n["S"]), "dy": draw(n["B"], n["S"], n["D"])})
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,7 @@ def main() -> int:
     parser.add_argument("--torch", action="store_true", help="the cases on gloo ranks of torch besides")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name, kind or source")
     parser.add_argument("--host", choices=tuple(HOSTS), help="cases of this host alone")
+    parser.add_argument("--ranks", type=int, metavar="P", help="on P ranks alone")
     parser.add_argument("--mpi", action="store_true", help="run the plain programs under mpirun")
     parser.add_argument("--correct", type=int, metavar="N", help="run N right programs in place of the mistakes")
     parser.add_argument("--seed", type=int, default=0, help="of the right programs")
@@ -184,6 +185,8 @@ def main() -> int:
     wanted = arguments.only.lower()
     cases = [case for case in cases_of(arguments.torch or arguments.host == "torch")
              if wanted in f"{case.name} {case.kind} {case.source}".lower() and arguments.host in (None, case.host)]
+    if arguments.ranks:
+        cases = [replace(case, ranks=(arguments.ranks,)) for case in cases]
     results = run_cases(cases, arguments.mpi)
     seconds = time.perf_counter() - start
     if arguments.json:
