@@ -58,7 +58,7 @@ def test_some_of_the_plain_ones(zoo, tmp_path):
     assert len(cases) >= 13
     for case in cases:
         result = zoo["run"].run_case(dataclasses.replace(case, ranks=case.ranks[:1]), tmp_path)
-        assert result.found and result.named, (case.name, result.said)
+        assert result.found and result.named, (case.name, result.answers)
 
 
 def test_one_of_mpitps_layers_on_real_ranks():

@@ -63,27 +63,29 @@ def programs(count: int, seed: int) -> Any:
 
 
 def main_correct(count: int, seed: int, judged: Callable[[Any], tuple[bool, str, str]], as_json: bool) -> int:
-    """Run right programs and print what is said of them. Returns 0 if nothing was found."""
-    start, false, kinds = time.perf_counter(), [], Counter()     # type: float, list[dict], Counter
+    """Run right programs and print what the judge answers. Returns 0 if it calls none wrong, and has judged all."""
+    start = time.perf_counter()
+    alarms: list[dict] = []
+    not_judged: list[dict] = []
+    kinds: Counter = Counter()
     folder = Path(tempfile.mkdtemp(prefix="mpitp-zoo-"))
     for number, (what, ranks, program) in enumerate(programs(count, seed)):
         program.folder = str(folder / str(number))
         simulate(ranks, program)
-        _, said, first = judged(program.folder)
+        wrong, answer, _ = judged(program.folder)
         shutil.rmtree(program.folder)
         kinds[what.split(": ")[0].rsplit(",", 2)[0]] += 1
-        if said != "right":
-            false.append({"run": what, "said": said, "first_wrong": first})
+        if answer != "right":
+            (alarms if wrong else not_judged).append({"run": what, "answer": answer})
     shutil.rmtree(folder, ignore_errors=True)
     seconds = time.perf_counter() - start
     if as_json:
-        print(json.dumps({"schema": "mpitp.zoo_correct/1", "runs": count, "seed": seed, "false_alarms": false,
-                          "seconds": round(seconds, 1)}, indent=1))
+        print(json.dumps({"schema": "mpitp.zoo_correct/1", "runs": count, "seed": seed, "false_alarms": alarms,
+                          "not_judged": not_judged, "seconds": round(seconds, 1)}, indent=1))
     else:
-        for one in false:
-            print(f"{'FALSE ALARM' if one['first_wrong'] else 'NOT JUDGED'}: {one['run']}: {one['said']}")
+        print(*[f"FALSE ALARM: {one['run']}: {one['answer']}\n" for one in alarms],
+              *[f"NOT JUDGED: {one['run']}: {one['answer']}\n" for one in not_judged], sep="", end="")
         print(*[f"{n:4}  {kind}" for kind, n in sorted(kinds.items())], sep="\n")
-        alarms = sum(bool(one["first_wrong"]) for one in false)
-        print(f"{count} right runs, {alarms} false alarms, {len(false) - alarms} not judged")
+        print(f"{count} right runs, {len(alarms)} false alarms, {len(not_judged)} not judged")
         print(f"  time {seconds:.0f} s")
-    return 1 if any(one["first_wrong"] for one in false) else 0
+    return 1 if alarms or not_judged else 0

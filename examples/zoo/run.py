@@ -1,4 +1,4 @@
-"""Run the zoo: each mistake in its program, the dump of its ranks to the judge, and what the judge says of it.
+"""Run the zoo: each mistake in its program, the dump of its ranks to the judge, and what the judge answers.
 
     python examples/zoo/run.py                      the programs in plain NumPy and mpitp's layers
     python examples/zoo/run.py --torch              those of torch besides: pip install -r examples/zoo/requirements.txt
@@ -33,13 +33,13 @@ from mpitp.errors import InputError
 
 @dataclass
 class Result:
-    """What the judge said of a case.
+    """What the judge answers to a case.
 
     Parameters
     ----------
     case : Case
     found, named : bool
-    said : list of str
+    answers : list of str
         On each number of ranks: the name and the sentence of what it put first, or why it could not judge.
     first : list of str
         The first wrong tensors.
@@ -49,7 +49,7 @@ class Result:
     case: Case
     found: bool
     named: bool
-    said: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
     first: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -76,12 +76,12 @@ def run_case(case: Case, folder: Path) -> Result:
         try:
             if not where.exists():
                 HOSTS[case.host].make(case, ranks, where)
-            wrong, said, first = judged(where)
+            wrong, answer, first = judged(where)
         except subprocess.CalledProcessError as error:
-            wrong, said, first = False, f"did not run: {(error.stderr or '').strip().splitlines()[-1:]}", ""
+            wrong, answer, first = False, f"did not run: {(error.stderr or '').strip().splitlines()[-1:]}", ""
         result.found &= wrong
-        result.named &= wrong and re.search(case.named, said) is not None
-        result.said.append(said)
+        result.named &= wrong and re.search(case.named, answer) is not None
+        result.answers.append(answer)
         result.first.append(first)
     result.seconds = time.perf_counter() - start
     return result
@@ -119,24 +119,24 @@ def table(results: list[Result]) -> list[str]:
 
 
 def confusion(results: list[Result]) -> list[str]:
-    """Return the confusion matrix: for each family of mistakes how often the judge said what, over all runs."""
-    said: dict[str, Counter] = {}
+    """Return the confusion matrix: for each family of mistakes what the judge answered how often, over all runs."""
+    counts_of: dict[str, Counter] = {}
     for r in results:
-        said.setdefault(r.case.family, Counter()).update(
+        counts_of.setdefault(r.case.family, Counter()).update(
             "**right**" if one == "right" else f"**{one.split(':')[0]}**" if one.startswith(("not ", "did not"))
-            else one.split(":")[0] if re.search(r.case.named, one) else f"**{one.split(':')[0]}**" for one in r.said)
+            else one.split(":")[0] if re.search(r.case.named, one) else f"**{one.split(':')[0]}**" for one in r.answers)
     lines = ["| made | runs | what the judge put first |", "| --- | ---: | --- |"]
-    for made, counts in sorted(said.items()):
+    for made, counts in sorted(counts_of.items()):
         lines.append(f"| {made} | {sum(counts.values())} | "
                      f"{', '.join(f'{name} {count}' for name, count in counts.most_common())} |")
     return lines
 
 
 def not_found(results: list[Result]) -> list[str]:
-    """Return a line for every case that was not found or not named, with what was said."""
-    return [f"{'NOT FOUND' if not r.found else 'NOT NAMED'}: {r.case.name} ({r.case.host}, {ranks} ranks): {said}"
-            for r in results for ranks, said in zip(r.case.ranks, r.said)
-            if said == "right" or not re.search(r.case.named, said)]
+    """Return a line for every case that was not found or not named, with the answer."""
+    return [f"{'NOT FOUND' if not r.found else 'NOT NAMED'}: {r.case.name} ({r.case.host}, {ranks} ranks): {answer}"
+            for r in results for ranks, answer in zip(r.case.ranks, r.answers)
+            if answer == "right" or not re.search(r.case.named, answer)]
 
 
 def summary(results: list[Result], seconds: float) -> str:
@@ -149,7 +149,7 @@ def write(page: Path, results: list[Result], seconds: float) -> None:
     """Put the tables of the results between the marks of a page."""
     missed = not_found(results)
     parts = table(results), confusion(results), [f"- {line}" for line in missed] or ["Nothing."]
-    heads = summary(results, seconds).replace("\n  time", ", in"), "## What the judge said", \
+    heads = summary(results, seconds).replace("\n  time", ", in"), "## What the judge put first", \
         "## What was not found, or called by another name"
     text = f"{heads[0]}.\n\n" + "\n".join(parts[0]) + "".join(
         f"\n\n{head}\n\n" + "\n".join(part) for head, part in zip(heads[1:], parts[1:]))
@@ -161,8 +161,8 @@ def write(page: Path, results: list[Result], seconds: float) -> None:
 def as_dict(r: Result) -> dict[str, Any]:
     """Return a result by the keys of the JSON."""
     return {"case": r.case.name, "host": r.case.host, "kind": r.case.kind, "source": r.case.source,
-            "ranks": list(r.case.ranks), "found": r.found, "named": r.named, "said": r.said, "first_wrong": r.first,
-            "seconds": round(r.seconds, 3)}
+            "ranks": list(r.case.ranks), "found": r.found, "named": r.named, "answers": r.answers,
+            "first_wrong": r.first, "seconds": round(r.seconds, 3)}
 
 
 def main() -> int:
