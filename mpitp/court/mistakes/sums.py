@@ -56,6 +56,17 @@ def summed_everywhere(case: Case) -> Planted:
         yield sentence, case.with_faults(dict.fromkeys(("row", "column_dx", "embedding"), fault))
 
 
+def one_gradient(case: Case) -> Planted:
+    """Forget the sum of one gradient of a weight that all ranks have, while each rank has its own tokens."""
+    role = "norm_grad" if case.kind == "norm" else "token_grad"
+    if case.by_tokens and case.ranks > 1 and len(case.whole) > 1:
+        for name in case.whole:
+            yield f"the gradient of {name} is not summed over the ranks, each of which has its own tokens", \
+                case.with_faults({f"{name}.{role}": missing})
+            yield f"the gradient of {name} is averaged over the ranks, not summed: divided by {case.ranks}", \
+                case.with_faults({f"{name}.{role}": mean})
+
+
 def holders_summed(case: Case) -> Planted:
     """Sum the gradients of shared key/value heads over their holders before the projection: dx counts them again."""
     if case.kind not in ("attention", "block", "decoder") or not case.kv_heads:
@@ -137,6 +148,7 @@ MISTAKES = (
                  "the {}gradient of a shared key/value head is a mean over the ranks: divided by {P}"),
     role_mistake("kv gradient doubled", "kv_grad", doubled,
                  "the {}gradient of a shared key/value head is summed twice: {P} times too large"),
+    Mistake("gradient of one weight", one_gradient),
     Mistake("kv gradient once a holder", holders_summed),
     role_mistake("q/k norm gradient not summed", "qk_norm_grad", missing,
                  "the {}gradients of the query and key norms are not summed over the ranks, each of which has its "
