@@ -50,7 +50,7 @@ class TensorParallelGroup(Collectives, Sums):
     check : bool
         Prove before every collective that all ranks mean the same one (16 bytes more each).
     transport : str
-        "auto", "mpi", "nccl" or "staged"; MPITP_TRANSPORT stands in for "auto".
+        "auto", "mpi", "nccl", "staged" or "peer"; MPITP_TRANSPORT stands in for "auto".
     gpu : int, optional
         Number of the device. None: the rank's number on its node, modulo the devices visible.
     share_gpu : bool
@@ -113,6 +113,9 @@ class TensorParallelGroup(Collectives, Sums):
             self.sum_class = Sum
             if self.reproducible:
                 self._make_reproducible()
+            if self.transport.name == "peer" and self.size > 1:
+                from .gpu.peer import PeerSum, PeerTreeSum
+                self.sum_class = PeerTreeSum if self.reproducible else PeerSum
         except InputError:                          # raised on every rank
             self._release_threads()
             self.comm.Free()

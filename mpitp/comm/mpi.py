@@ -9,7 +9,7 @@ from mpi4py import MPI
 from ..arrays import Array, module_of
 from ..errors import require
 
-TRANSPORTS = ("auto", "mpi", "nccl", "staged")
+TRANSPORTS = ("auto", "mpi", "nccl", "staged", "peer")
 OPERATIONS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 # MPI counts are 32-bit integers, and some libraries count bytes in them on the way.
 PIECE_BYTES = 1 << 30

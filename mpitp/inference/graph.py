@@ -24,7 +24,7 @@ class Captured:
     Parameters
     ----------
     group : TensorParallelGroup
-        On a GPU, of one rank or with the NCCL transport: MPI works on the host, which a graph cannot.
+        On a GPU, of one rank or with transport peer or nccl: MPI works on the host, which a graph cannot.
     function : function
         Of arrays to an array, or to a tuple of them. It must start kernels only: products of one row qualify, or of a
         few rows in float32 (mpitp/ops/cuda/few_rows.py); others go through cuBLAS, which CuPy refuses to record.
@@ -46,8 +46,8 @@ class Captured:
     def __init__(self, group: TensorParallelGroup, function: Callable[..., DeviceArray | tuple[DeviceArray, ...]],
                  *arrays: DeviceArray) -> None:
         require(group.device == "gpu", f"device {group.device!r}", "'gpu', to record a CUDA graph")
-        require(group.size == 1 or group.transport.name == "nccl", f"transport {group.transport.name!r}",
-                "'nccl', or one rank, to record a CUDA graph")
+        require(group.transport.records, f"transport {group.transport.name!r}",
+                "'peer' or 'nccl', or one rank, to record a CUDA graph")
         self.cuda = group.xp.cuda
         self.inputs = [x.copy() for x in arrays]
         self.pool, stream = self.cuda.MemoryPool(), self.cuda.Stream(non_blocking=True)
@@ -100,10 +100,11 @@ class CapturedToken:
 def can_record(model: Decoder, batch: int) -> bool:
     """Return whether a graph may hold what a token of each of `batch` sequences takes.
 
-    That needs one GPU, and kernels of mpitp/ops/cuda alone: products of one row, or of a few that are read in vectors.
+    That needs a transport without MPI, and kernels of mpitp/ops/cuda alone: products of one row, or of a few that are
+    read in vectors.
     """
     group = model.group
-    if group.device != "gpu" or group.size > 1:
+    if group.device != "gpu" or not group.transport.records:
         return False
     if batch == 1:
         return True

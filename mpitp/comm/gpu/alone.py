@@ -15,6 +15,7 @@ class OneRankTransport:
         Why it is that one.
     """
     overlaps = False
+    records = True
     piece_bytes = 1 << 62
 
     def __init__(self, name: str, how: str) -> None:
