@@ -28,7 +28,7 @@ def small_peers(world, monkeypatch):
     monkeypatch.setattr(peer_memory, "_peers", {})
     monkeypatch.setenv("MPITP_PEER_SECONDS", "60")
     for module, name, value in ((peer_kernels, "BLOCKS", 3), (peer_kernels, "WORDS", 32), (peer_kernels, "SHARE", 64),
-                                (peer, "WORDS_BYTES", 1000), (peer, "GATHER_BYTES", 3000), (peer, "SHARES_BLOCKS", 3),
+                                (peer_kernels, "SHARE_BLOCKS", 3), (peer, "WORDS_BYTES", 1000), (peer, "GATHER_BYTES", 3000), (peer, "SHARES_BLOCKS", 3),
                                 (peer, "BESIDE_BLOCKS", 2)):
         monkeypatch.setattr(module, name, value)
 
@@ -61,30 +61,31 @@ def test_the_grids_cover_everything(count):
     assert (blocks - 1) * width < count <= blocks * width or blocks == peer_kernels.BLOCKS
     for size in (2, 3, 8):
         blocks, threads, width = peer_kernels.shares_grid(count, size, 128)
-        assert 1 <= blocks <= 128 and threads % 32 == width % 4 == 0 and width <= peer_kernels.SHARE and threads <= 512
+        assert 1 <= blocks <= 128 and threads % 32 == width % 4 == 0 and width <= peer_kernels.share(size) and threads <= 512
         assert (blocks - 1) * width * size < count <= blocks * width * size or blocks == 128
 
 
 # --- the kernels ----------------------------------------------------------------------------------------------------
 
-LENGTHS = (1, 2, 3, 63, 64, 65, 191, 193, 500, 1025)
+LENGTHS = (1, 64, 193, 500, 1025)
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["float32", "float64", "int32", "int64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
 def test_all_reduce(world, small_peers, dtype):
     """Sums in the order of the ranks, maxima, minima; new arrays and in place; words, shares, and what is beyond."""
     with mpitp.TensorParallelGroup(device="gpu") as group:
         assert group.transport.name == ("peer" if world.size > 1 else "mpi")
-        for n in LENGTHS if dtype == "float32" else (1, 3, 65, 1025):
+        for n in LENGTHS if dtype == "float32" else (1, 65, 1024):
             every = [(draw(r, n) * 100).astype(dtype) for r in range(world.size)]
             x, total = stand_in.array(every[world.rank]), every[0].copy()
             for other in every[1:]:
                 total += other
             found = group.all_reduce(x).memory
-            assert same_bytes(found, total) if n * 8 < 1000 or dtype == "float32" else np.allclose(found, total)
-            assert same_bytes(group.all_reduce(x, "max").memory, np.max(every, axis=0))
-            assert same_bytes(group.all_reduce(x, "min", out=x).memory, np.min(every, axis=0))
+            in_order = dtype != "float64" or 8 * n * (world.size - 1) <= peer.WORDS_BYTES
+            assert same_bytes(found, total) if in_order else np.allclose(found, total)
+            op = "max" if n % 2 else "min"
+            assert same_bytes(group.all_reduce(x, op, out=x).memory, getattr(np, op)(every, axis=0))
 
 
 @needs_compiler
@@ -93,7 +94,7 @@ def test_all_reduce(world, small_peers, dtype):
 def test_sums(world, small_peers, monkeypatch, dtype, reproducible):
     """The bits of NumPy's sum in the order of ranks or tree, rounded once; also while the device does something else."""
     with mpitp.TensorParallelGroup(device="gpu", reproducible=reproducible) as group:
-        for n in (1, 3, 64, 500, 1025):
+        for n in (1, 500, 1025):
             for size in (40, 5):
                 partition = group.partition(size)
                 own = [draw(b, n).astype("float32") for b in range(group.blocks)]
@@ -163,7 +164,7 @@ def test_many_sums_with_delays(world, small_peers):
     """Of random lengths, in words and shares and gathers, while the ranks fall behind each other at random."""
     common, own = np.random.default_rng(5), np.random.default_rng(world.rank)
     with mpitp.TensorParallelGroup(device="gpu") as group:
-        for turn in range(60):
+        for turn in range(30):
             n, kind = int(common.integers(1, 700)), int(common.integers(3))
             every = [np.random.default_rng([turn, r]).standard_normal(n).astype("float32") for r in range(world.size)]
             if own.random() < 0.2:
@@ -226,7 +227,7 @@ def test_gpus_that_cannot(world, small_peers, monkeypatch):
         patch.setattr(peer_memory, "TRIAL_PATIENCE", 0.2)
         if last:                                                # its buffer is not the one that others write to
             patch.setattr(stand_in.runtime, "ipcOpenMemHandle",
-                          lambda handle, flags: stand_in.runtime.malloc(peer_kernels.memory_bytes()))
+                          lambda handle, flags: stand_in.runtime.malloc(peer_kernels.memory_bytes(world.size)))
         refused("memory that GPUs cannot share .rank 0: nothing of rank")
     with monkeypatch.context() as patch:
         patch.setattr(stand_in.runtime, "getDeviceProperties",

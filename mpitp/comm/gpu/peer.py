@@ -14,13 +14,13 @@ from ..ledger import Collective, dtype_name
 from ..sums import Sum
 from ..tree import TreeSum, nodes_of_ranks, root_width
 from .mpi_device import runs
-from .peer_kernels import SLOTS, Order, order_of_ranks, order_of_tree
+from .peer_kernels import Order, order_of_ranks, order_of_tree, slots
 from .peer_memory import EIGHT_BYTES, Peers
 
-WORDS_BYTES = 1 << 19           # of what a rank sends to all others in words, up to which that is the fastest
+WORDS_BYTES = 1 << 20           # of what a rank sends to all others in words, up to which that is the fastest
 GATHER_BYTES = 1 << 19          # of the gathered array
 # Of results whose float32 summands are added up in shares: bytes of the summands up to which that is the fastest.
-SHARES_BLOCKS, BESIDE_BLOCKS = 128, 32      # of threads; fewer where they leave room for what the device computes
+SHARES_BLOCKS, BESIDE_BLOCKS = 256, 32      # of threads; fewer where they leave room for what the device computes
 SHARES_BYTES = {"float32": 1 << 62, "float16": 1 << 62, "bfloat16": 1 << 62}
 
 
@@ -53,7 +53,7 @@ class PeerTransport:
         """
         name, most = dtype_name(y.dtype), max(order.counts)
         summand_bytes = y.size * (8 if name in EIGHT_BYTES else 4)
-        if sum(order.counts) > SLOTS or not most:
+        if sum(order.counts) > slots(self.size) or not most:
             return False
         if summand_bytes * most * (self.size - 1) <= WORDS_BYTES:
             if y.size:

@@ -16,8 +16,9 @@ The order of the additions is an expression, `total`: of the ranks, or in reprod
 from collections.abc import Sequence
 from typing import NamedTuple
 
-MOST_RANKS, SLOTS = 8, 8        # summands that a sum may have: one a rank, or the nodes of the tree
-BLOCKS, WORDS, SHARE = 128, 512, 2048       # blocks of threads; of a tile: words that a rank sends, numbers that it adds up
+MOST_RANKS = 8
+BLOCKS, WORDS = 128, 512        # of sum_words: blocks of threads, words of a tile that a rank sends to another one
+SHARE_BLOCKS, SHARE = 256, 8192     # of sum_shares: blocks of threads, numbers of a tile that one of two ranks adds up
 
 TYPES = {       # of a result, T, and of its summands, A
     "float32": "typedef float T; typedef float A; __device__ T down(A x) { return x; }",
@@ -58,22 +59,23 @@ __device__ __noinline__ void give_up(unsigned* error) {         // results would
     __threadfence_system();
     __trap();
 }
+#define LOOKS 1023                                              // between two looks at the clock, less 1
 #endif
 __device__ __forceinline__ A most(A x, A y) { return x > y ? x : y; }
 __device__ __forceinline__ A least(A x, A y) { return x < y ? x : y; }
 struct Patience { unsigned long long limit, since; unsigned looks; unsigned* error; };
 __device__ __forceinline__ bool is_over(Patience& patience) {
-    if (++patience.looks & 1023) return false;
+    if (++patience.looks & LOOKS) return false;
     const unsigned long long t = nanoseconds();
     if (!patience.since) patience.since = t;
     return t - patience.since > patience.limit;
 }
-// A rank's memory that the others write to: words, summands, results, flags, a flag for the trial.
+// A rank's memory that the others write to: words, summands, results, flags, a flag of each rank for the trial.
 #define REGION (SLOTS * WORDS + MOST_RANKS)                     // words of a block and slot; the last for ranks without any
 #define SUMMANDS_AT (16LL * BLOCKS * 2 * REGION)
-#define RESULTS_AT (SUMMANDS_AT + 4LL * BLOCKS * 2 * SLOTS * SHARE)
-#define FLAGS_AT (RESULTS_AT + 4LL * BLOCKS * 2 * MOST_RANKS * SHARE)
-#define TRIAL_AT (FLAGS_AT + 256LL * BLOCKS)
+#define RESULTS_AT (SUMMANDS_AT + 4LL * SHARE_BLOCKS * 2 * SLOTS * SHARE)
+#define FLAGS_AT (RESULTS_AT + 4LL * SHARE_BLOCKS * 2 * P * SHARE)
+#define TRIAL_AT (FLAGS_AT + 256LL * SHARE_BLOCKS)
 __device__ __forceinline__ Word* words_of(char* memory, int block, unsigned tick) {
     return (Word*)memory + (long long)(block * 2 + (tick & 1)) * REGION;
 }
@@ -229,7 +231,7 @@ __device__ __forceinline__ float* summands_of(char* memory, unsigned tick, int n
     return (float*)(memory + SUMMANDS_AT) + ((long long)(blockIdx.x * 2 + (tick & 1)) * SLOTS + node) * SHARE;
 }
 __device__ __forceinline__ T* results_of(char* memory, unsigned tick, int rank) {
-    return (T*)(memory + RESULTS_AT) + ((long long)(blockIdx.x * 2 + (tick & 1)) * MOST_RANKS + rank) * SHARE;
+    return (T*)(memory + RESULTS_AT) + ((long long)(blockIdx.x * 2 + (tick & 1)) * P + rank) * SHARE;
 }
 __device__ __forceinline__ unsigned* flag_of(char* memory, int kind, int rank) {
     return (unsigned*)(memory + FLAGS_AT) + blockIdx.x * 64 + kind * 32 + rank;
@@ -245,42 +247,74 @@ __device__ __forceinline__ void wait_all(char* const* in, int kind, unsigned tic
             if (is_over(patience)) give_up(patience.error);
     __syncthreads();
 }
+// A thread takes AT_ONCE fours of a share at a time, so that many loads are under way before the first store.
+#define AT_ONCE 4
+__device__ __forceinline__ int length(long long first, long long n, int width) {     // of a share that starts there
+    return n <= first ? 0 : n - first < width ? (int)(n - first) : width;
+}
+__device__ __forceinline__ int place(int start, int j) { return start + 4 * j * (int)blockDim.x; }
 __device__ __forceinline__ void send_summands(const A* const* x, long long n, int width, char* const* in, long long tile,
                                               unsigned tick) {
     #pragma unroll
     for (int p = 0; p < P; p++) {
         if (p == RANK) continue;
         const long long first = (tile * P + p) * width;
-        for (int i = 4 * threadIdx.x; i < width && first + i < n; i += 4 * blockDim.x)
-            #pragma unroll
-            for (int k = 0; k < MINE; k++)
-                *(FourSummands*)(summands_of(in[p], tick, FIRST + k) + i) = load_four(x[k], first + i, n);
+        const int count = length(first, n, width);
+        #pragma unroll
+        for (int k = 0; k < MINE; k++) {
+            float* const to = summands_of(in[p], tick, FIRST + k);
+            for (int start = 4 * threadIdx.x; start < count; start += 4 * AT_ONCE * blockDim.x) {
+                FourSummands v[AT_ONCE];
+                #pragma unroll
+                for (int j = 0; j < AT_ONCE; j++)
+                    if (place(start, j) < count) v[j] = load_four(x[k], first + place(start, j), n);
+                #pragma unroll
+                for (int j = 0; j < AT_ONCE; j++)
+                    if (place(start, j) < count) *(FourSummands*)(to + place(start, j)) = v[j];
+            }
+        }
     }
     tell_all(in, 0, tick);
+}
+__device__ __forceinline__ Four total(const FourSummands* v) {
+    Four sum;
+    #pragma unroll
+    for (int e = 0; e < 4; e++) {
+        A u[NODES];
+        #pragma unroll
+        for (int k = 0; k < NODES; k++) u[k] = v[k].x[e];
+        sum.x[e] = down(TOTAL);
+    }
+    return sum;
 }
 __device__ __forceinline__ void add_up(const A* const* x, T* y, long long n, int width, char* const* in, long long tile,
                                        unsigned tick) {
     const long long first = (tile * P + RANK) * width;
-    for (int i = 4 * threadIdx.x; i < width && first + i < n; i += 4 * blockDim.x) {
-        FourSummands v[NODES];
+    const int count = length(first, n, width);
+    for (int start = 4 * threadIdx.x; start < count; start += 4 * AT_ONCE * blockDim.x) {
+        Four sum[AT_ONCE];
         #pragma unroll
-        for (int k = 0; k < NODES; k++) {
-            const int own = k - FIRST;
-            if (own >= 0 && own < MINE) v[k] = load_four(x[own], first + i, n);
-            else v[k] = fresh((const FourSummands*)(summands_of(in[RANK], tick, k) + i));
-        }
-        Four sum;
-        #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            A u[NODES];
+        for (int j = 0; j < AT_ONCE; j++) {
+            const int i = place(start, j);
+            if (i >= count) continue;
+            FourSummands v[NODES];
             #pragma unroll
-            for (int k = 0; k < NODES; k++) u[k] = v[k].x[e];
-            sum.x[e] = down(TOTAL);
+            for (int k = 0; k < NODES; k++) {
+                const int own = k - FIRST;
+                if (own >= 0 && own < MINE) v[k] = load_four(x[own], first + i, n);
+                else v[k] = fresh((const FourSummands*)(summands_of(in[RANK], tick, k) + i));
+            }
+            sum[j] = total(v);
         }
         #pragma unroll
-        for (int p = 0; p < P; p++)
-            if (p != RANK) *(Four*)(results_of(in[p], tick, RANK) + i) = sum;
-        store_four(y, first + i, n, sum);
+        for (int j = 0; j < AT_ONCE; j++) {
+            const int i = place(start, j);
+            if (i >= count) continue;
+            #pragma unroll
+            for (int p = 0; p < P; p++)
+                if (p != RANK) *(Four*)(results_of(in[p], tick, RANK) + i) = sum[j];
+            store_four(y, first + i, n, sum[j]);
+        }
     }
     tell_all(in, 1, tick);
 }
@@ -290,12 +324,21 @@ __device__ __forceinline__ void take_results(T* y, long long n, int width, char*
     for (int p = 0; p < P; p++) {
         if (p == RANK) continue;
         const long long first = (tile * P + p) * width;
-        for (int i = 4 * threadIdx.x; i < width && first + i < n; i += 4 * blockDim.x)
-            store_four(y, first + i, n, fresh((const Four*)(results_of(in[RANK], tick, p) + i)));
+        const int count = length(first, n, width);
+        for (int start = 4 * threadIdx.x; start < count; start += 4 * AT_ONCE * blockDim.x) {
+            Four v[AT_ONCE];
+            #pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+                if (place(start, j) < count)
+                    v[j] = fresh((const Four*)(results_of(in[RANK], tick, p) + place(start, j)));
+            #pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+                if (place(start, j) < count) store_four(y, first + place(start, j), n, v[j]);
+        }
     }
 }
 // y[n] = the total of x[n], rounded to T; a tile has `width` numbers a rank, a multiple of 4
-extern "C" __global__ void __launch_bounds__(512) sum_shares(
+extern "C" __global__ void __launch_bounds__(512, 2) sum_shares(
         X_PARAMETERS, T* y, long long n, int width, IN_PARAMETERS, unsigned* ticks, unsigned* error,
         unsigned long long limit) {
     const A* const x[] = {X};
@@ -395,18 +438,29 @@ def source(name: str, types: str, rank: int, order: Order) -> str:
     x = [f"x{k}" for k in range(max(mine, 1))]
     places, counts = [f"in{p}" for p in range(size)], [f"count{p}" for p in range(size)]
     idle = sum(1 << p for p, count in enumerate(order.counts) if not count)
-    defined = {"SLOTS": SLOTS, "MOST_RANKS": MOST_RANKS, "BLOCKS": BLOCKS, "WORDS": WORDS, "SHARE": SHARE, "P": size,
-               "RANK": rank, "NODES": sum(order.counts), "FIRST": first, "MINE": mine, "IDLE": idle,
-               "TOTAL": order.total, "X": ", ".join(x), "X_PARAMETERS": ", ".join(f"const A* {part}" for part in x),
+    defined = {"SLOTS": slots(size), "MOST_RANKS": MOST_RANKS, "BLOCKS": BLOCKS, "WORDS": WORDS,
+               "SHARE_BLOCKS": SHARE_BLOCKS, "SHARE": share(size), "P": size, "RANK": rank,
+               "NODES": sum(order.counts), "FIRST": first, "MINE": mine, "IDLE": idle, "TOTAL": order.total,
+               "X": ", ".join(x), "X_PARAMETERS": ", ".join(f"const A* {part}" for part in x),
                "IN": ", ".join(places), "IN_PARAMETERS": ", ".join(f"char* {place}" for place in places),
                "COUNTS": ", ".join(counts), "COUNT_PARAMETERS": ", ".join(f"long long {count}" for count in counts)}
     return "".join(f"#define {key} {value}\n" for key, value in defined.items()) + types + PRIMITIVES + BODIES[name]
 
 
-def memory_bytes() -> int:
+def slots(size: int) -> int:
+    """Return how many summands a sum over so many ranks may have: one a rank, or the nodes of the tree."""
+    return 4 if size == 2 else 8
+
+
+def share(size: int) -> int:
+    """Return how many numbers of a tile a rank adds up at most."""
+    return SHARE * 4 // slots(size)
+
+
+def memory_bytes(size: int) -> int:
     """Return the bytes of a rank's memory that the others write to."""
-    words = 16 * BLOCKS * 2 * (SLOTS * WORDS + MOST_RANKS)
-    return words + 4 * BLOCKS * 2 * (SLOTS + MOST_RANKS) * SHARE + 256 * BLOCKS + 4 * MOST_RANKS
+    words = 16 * BLOCKS * 2 * (slots(size) * WORDS + MOST_RANKS)
+    return words + 4 * SHARE_BLOCKS * 2 * (slots(size) + size) * share(size) + 256 * SHARE_BLOCKS + 4 * MOST_RANKS
 
 
 def words_grid(words: int) -> tuple[int, int, int]:
@@ -419,5 +473,5 @@ def words_grid(words: int) -> tuple[int, int, int]:
 
 def shares_grid(numbers: int, size: int, blocks: int) -> tuple[int, int, int]:
     """Return (blocks, threads of a block, numbers of a rank's share of a tile) for a sum over `size` ranks."""
-    width = min(SHARE, 128 * -(-numbers // (128 * size * blocks)))
-    return min(blocks, -(-numbers // (size * width))), max(32, min(512, width // 4)), width
+    width = min(share(size), 128 * -(-numbers // (128 * size * blocks)))
+    return min(blocks, -(-numbers // (size * width))), max(32, min(512, width // 4 // 32 * 32)), width

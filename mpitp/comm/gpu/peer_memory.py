@@ -127,10 +127,10 @@ class Peers:
     def allocate(self) -> bytes:
         """Make this rank's buffer, with memory of its own, not of a pool. Returns the handle for the other ranks."""
         runtime = self.cupy.cuda.runtime
-        size = peer_kernels.memory_bytes()
+        size = peer_kernels.memory_bytes(self.size)
         self.own = runtime.malloc(size)
         runtime.memset(self.own, 0, size)
-        self.ticks = self.cupy.zeros(2 * peer_kernels.BLOCKS, "uint32")
+        self.ticks = self.cupy.zeros(peer_kernels.BLOCKS + peer_kernels.SHARE_BLOCKS, "uint32")
         self.error = self.cupy.cuda.alloc_pinned_memory(8)      # the host reads it when the device no longer answers
         self.gave_up = np.frombuffer(self.error, np.uint32, 1)
         self.gave_up[0] = 0
