@@ -28,8 +28,8 @@ def small_peers(world, monkeypatch):
     monkeypatch.setattr(peer_memory, "_peers", {})
     monkeypatch.setenv("MPITP_PEER_SECONDS", "60")
     for module, name, value in ((peer_kernels, "BLOCKS", 3), (peer_kernels, "WORDS", 32), (peer_kernels, "SHARE", 64),
-                                (peer_kernels, "SHARE_BLOCKS", 3), (peer, "WORDS_BYTES", 1000), (peer, "GATHER_BYTES", 3000), (peer, "SHARES_BLOCKS", 3),
-                                (peer, "BESIDE_BLOCKS", 2)):
+                                (peer_kernels, "SHARE_BLOCKS", 3), (peer, "WORDS_BYTES", 1000),
+                                (peer, "GATHER_BYTES", 3000), (peer, "BESIDE_BLOCKS", 2)):
         monkeypatch.setattr(module, name, value)
 
 
@@ -61,7 +61,8 @@ def test_the_grids_cover_everything(count):
     assert (blocks - 1) * width < count <= blocks * width or blocks == peer_kernels.BLOCKS
     for size in (2, 3, 8):
         blocks, threads, width = peer_kernels.shares_grid(count, size, 128)
-        assert 1 <= blocks <= 128 and threads % 32 == width % 4 == 0 and width <= peer_kernels.share(size) and threads <= 512
+        assert 1 <= blocks <= 128 and threads % 32 == width % 4 == 0 and threads <= 512
+        assert width <= peer_kernels.share(size)
         assert (blocks - 1) * width * size < count <= blocks * width * size or blocks == 128
 
 
@@ -92,7 +93,7 @@ def test_all_reduce(world, small_peers, dtype):
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sums(world, small_peers, monkeypatch, dtype, reproducible):
-    """The bits of NumPy's sum in the order of ranks or tree, rounded once; also while the device does something else."""
+    """The bits of NumPy's sum in the order of ranks or tree, rounded once."""
     with mpitp.TensorParallelGroup(device="gpu", reproducible=reproducible) as group:
         for n in (1, 500, 1025):
             for size in (40, 5):

@@ -55,6 +55,7 @@ class MpiTransport:
     name = "mpi"
     how = "host arrays"         # why it is this transport, for `doctor`
     overlaps = False            # hardly any MPI makes progress while none of its functions runs
+    records = False             # whether a CUDA graph can hold its calls
 
     def __init__(self, comm: MPI.Comm):
         self.comm, self.piece_bytes = comm, PIECE_BYTES

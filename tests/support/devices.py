@@ -1,4 +1,4 @@
-"""The suite on a GPU: `pytest tests --device gpu [--transport mpi|nccl|staged|peer]`, or `--device stand-in` without one.
+"""The suite on a GPU: `pytest tests --device gpu [--transport peer|nccl|mpi|staged]`, or `--device stand-in` without.
 
 Tests draw, compare and plant mistakes in NumPy. This adapter wraps the functions and methods that tests call: arrays
 that a test gives go to the device, and what comes back comes to the host. The library's own calls are left alone, so

@@ -22,9 +22,9 @@ _communicators: dict[tuple[tuple[int, ...], tuple[int, ...]], Any] = {}
 
 
 def key_of(comm: MPI.Comm, cupy: ModuleType) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return (ranks of the world, their current devices): what groups of a process that may share things have in common.
+    """Return (ranks of the world, their current devices). Collective.
 
-    Collective. A rank that is not of the world is MPI.UNDEFINED.
+    Groups of a process for which they are equal may share a communicator. A rank not of the world is MPI.UNDEFINED.
     """
     own, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
     ranks = tuple(own.Translate_ranks(None, world))

@@ -14,14 +14,13 @@ from ..ledger import Collective, dtype_name
 from ..sums import Sum
 from ..tree import TreeSum, nodes_of_ranks, root_width
 from .mpi_device import runs
-from .peer_kernels import Order, order_of_ranks, order_of_tree, slots
+from .peer_kernels import Order, order_of_ranks, order_of_tree, shares_blocks, slots
 from .peer_memory import EIGHT_BYTES, Peers
 
 WORDS_BYTES = 1 << 20           # of what a rank sends to all others in words, up to which that is the fastest
 GATHER_BYTES = 1 << 19          # of the gathered array
-# Of results whose float32 summands are added up in shares: bytes of the summands up to which that is the fastest.
-SHARES_BLOCKS, BESIDE_BLOCKS = 256, 32      # of threads; fewer where they leave room for what the device computes
-SHARES_BYTES = {"float32": 1 << 62, "float16": 1 << 62, "bfloat16": 1 << 62}
+BESIDE_BLOCKS = 32              # of threads, of a sum in shares that leaves room for what the device computes meanwhile
+IN_SHARES = ("float32", "float16", "bfloat16")      # results whose float32 summands may be added up in shares
 
 
 class PeerTransport:
@@ -58,8 +57,8 @@ class PeerTransport:
         if summand_bytes * most * (self.size - 1) <= WORDS_BYTES:
             if y.size:
                 self.peers.sum_words(summands, y, order)
-        elif summand_bytes <= SHARES_BYTES.get(name, 0):
-            self.peers.sum_shares(summands, y, order, BESIDE_BLOCKS if beside else SHARES_BLOCKS)
+        elif name in IN_SHARES:
+            self.peers.sum_shares(summands, y, order, BESIDE_BLOCKS if beside else shares_blocks(y.size))
         else:
             return False
         return True

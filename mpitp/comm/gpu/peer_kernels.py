@@ -5,11 +5,11 @@ exchange is a tile of the array; `tick` counts a block's tiles over all calls, o
 hold a call. A rank can be one tile ahead of another and never two, since it waits for something of every rank in every
 tile; so two slots, by the parity of the tick, are enough.
 
-sum_words   few bytes: a rank writes its summands to every other one and adds up what arrives. They travel in words of
-            8 bytes, half number and half tick, that arrive whole: no fence, no second message.
-sum_shares  many bytes: a rank gets everybody's summands of its share of a tile, adds them up, rounds once, and writes the
-            result to everybody: (P-1)/P (4 + bytes of a result) a number. The summands of a tile are under way while the
-            tile before is added up.
+sum_words     few bytes: a rank writes its summands to every other one and adds up what arrives. They travel in words of
+              8 bytes, half number and half tick, that arrive whole: no fence, no second message.
+sum_shares    many bytes: a rank gets everybody's summands of its share of a tile, adds them up, rounds once, and writes
+              the result to everybody: (P-1)/P (4 + bytes of a result) a number. The summands of a tile are under way
+              while the tile before is added up.
 gather_words  few bytes that are only moved.
 The order of the additions is an expression, `total`: of the ranks, or in reproducible mode of the tree's nodes.
 """
@@ -71,7 +71,7 @@ __device__ __forceinline__ bool is_over(Patience& patience) {
     return t - patience.since > patience.limit;
 }
 // A rank's memory that the others write to: words, summands, results, flags, a flag of each rank for the trial.
-#define REGION (SLOTS * WORDS + MOST_RANKS)                     // words of a block and slot; the last for ranks without any
+#define REGION (SLOTS * WORDS + MOST_RANKS)         // words of a block and slot; the last for ranks without summands
 #define SUMMANDS_AT (16LL * BLOCKS * 2 * REGION)
 #define RESULTS_AT (SUMMANDS_AT + 4LL * SHARE_BLOCKS * 2 * SLOTS * SHARE)
 #define FLAGS_AT (RESULTS_AT + 4LL * SHARE_BLOCKS * 2 * P * SHARE)
@@ -154,8 +154,8 @@ extern "C" __global__ void sum_words(X_PARAMETERS, T* y, long long n, int width,
 """
 
 GATHER_WORDS = SUM_WORDS + r"""
-// y = the x of the ranks, counts[p] numbers of rank p, one after the other; y is 0 where nothing is received, and x goes
-// to the ranks in the mask `to`. Of each tile the first word is always sent, so that no rank gets ahead.
+// y = the x of the ranks, counts[p] numbers of rank p, one after the other; y is 0 where nothing is received, and x
+// goes to the ranks in the mask `to`. Of each tile the first word is always sent, so that no rank gets ahead.
 extern "C" __global__ void gather_words(const A* x, A* y, int to, long long words, int width, COUNT_PARAMETERS,
                                         IN_PARAMETERS, unsigned* ticks, unsigned* error, unsigned long long limit) {
     const long long counts[] = {COUNTS};
@@ -253,8 +253,8 @@ __device__ __forceinline__ int length(long long first, long long n, int width) {
     return n <= first ? 0 : n - first < width ? (int)(n - first) : width;
 }
 __device__ __forceinline__ int place(int start, int j) { return start + 4 * j * (int)blockDim.x; }
-__device__ __forceinline__ void send_summands(const A* const* x, long long n, int width, char* const* in, long long tile,
-                                              unsigned tick) {
+__device__ __forceinline__ void send_summands(const A* const* x, long long n, int width, char* const* in,
+                                              long long tile, unsigned tick) {
     #pragma unroll
     for (int p = 0; p < P; p++) {
         if (p == RANK) continue;
@@ -469,6 +469,11 @@ def words_grid(words: int) -> tuple[int, int, int]:
     threads = min(threads, WORDS)
     width = min(WORDS, threads * -(-words // (BLOCKS * threads)))
     return min(BLOCKS, -(-words // width)), threads, width
+
+
+def shares_blocks(numbers: int) -> int:
+    """Return how many blocks of threads a sum of so many numbers takes at most: what was the fastest on two H200."""
+    return min(SHARE_BLOCKS, 128 if numbers <= 1 << 22 else 256)
 
 
 def shares_grid(numbers: int, size: int, blocks: int) -> tuple[int, int, int]:

@@ -22,12 +22,12 @@ TRIAL_PATIENCE = 5.0    # and in the trial
 NOTHING = (np.uint64(0),)               # the summands of a rank without any
 MOVED = {2: "uint16", 4: "int32", 8: "int64"}       # what arrays that are only moved are taken for
 EIGHT_BYTES = ("float64", "int64")      # of a summand; the others have 4
-# {(ranks of the world, their devices): Peers, or why there are none}: as with NCCL, groups of the same ranks share them.
+# {(ranks of the world, their devices): Peers, or why there are none}: groups of the same ranks share them, as NCCL's.
 _peers: dict[Any, Any] = {}
 
 
 def patience() -> float:
-    """Return the seconds that a kernel waits for another rank's. Raises InputError for a number that is not positive."""
+    """Return the seconds that a kernel waits for another rank's. Raises InputError unless they are positive."""
     text = os.environ.get("MPITP_PEER_SECONDS", str(PATIENCE))
     try:
         seconds = float(text)
@@ -187,7 +187,7 @@ class Peers:
             *(summands or NOTHING), y, np.int64(n), np.int32(width), *self.tail))
 
     def sum_shares(self, summands: list[DeviceArray], y: DeviceArray, order: Order, most_blocks: int) -> None:
-        """y = the total of everybody's summands, which are float32, many of them; rounded to 16 bits where y has those."""
+        """y = the total of everybody's summands, many float32; rounded to 16 bits where y has those."""
         self.wait_for_others()
         blocks, threads, width = peer_kernels.shares_grid(y.size, self.size, most_blocks)
         self.kernel("sum_shares", dtype_name(y.dtype), order)((blocks,), (threads,), (
