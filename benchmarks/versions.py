@@ -1,7 +1,7 @@
 """Two versions of mpitp in one process, pair after pair: is this one as fast as that one?
 
     git worktree add /tmp/before v0.1.0
-    mpirun -n 2 python benchmarks/versions.py /tmp/before [--device gpu] [--pairs 25] [--json FILE]
+    mpirun -n 2 python benchmarks/versions.py /tmp/before [--model GEMMA] [--device gpu] [--pairs 25] [--json FILE]
 
 The other checkout's package is copied beside this one under the name `mpitp_before` (its imports are relative). Each
 case is timed once a pair with either version, in turns; the ratio is the median of the ratios of the pairs.
@@ -39,8 +39,8 @@ CAPACITY = 64
 class Version:
     """One version of the package, with a group and the cases that are timed: {name: (calls a time, function)}."""
 
-    def __init__(self, package, device, dtype):
-        self.package, self.device, self.dtype = package, device, dtype
+    def __init__(self, package, device, dtype, model_folder):
+        self.package, self.device, self.dtype, self.model_folder = package, device, dtype, model_folder
         self.group = package.TensorParallelGroup(device=device)
         self.xp = self.group.xp
 
@@ -56,7 +56,11 @@ class Version:
             config = self.package.DecoderConfig(hidden_size=hidden, **BLOCK)
             self.layer = self.package.ParallelBlock(self.group, config, dtype=self.dtype)
             yield from self.forward_and_both(f"decoder block {hidden}, 512 tokens", (1, 512, hidden), 1)
-        yield "a token of Gemma 3 270M's sizes", 3, self.token_of_gemma()
+        if self.model_folder:
+            yield f"a token of {Path(self.model_folder).name}", 3, self.token(
+                self.package.load_model(self.model_folder, self.group, self.dtype))
+        else:
+            yield "a token of Gemma 3 270M's sizes", 3, self.token(self.made_up_gemma())
 
     def forward_and_both(self, name, shape, calls):
         layer, x, kept = self.layer, self.draw(*shape), {}
@@ -67,21 +71,24 @@ class Version:
         yield f"{name}: forward", calls, lambda: layer.forward(x)
         yield f"{name}: both", calls, both
 
-    def token_of_gemma(self):
+    def made_up_gemma(self):
         model = self.package.Decoder(self.group, self.package.DecoderConfig(**GEMMA), dtype=self.dtype, seed=None)
         for weight in model.weights.values():
             weight[...] = 0.01                              # zeros that nobody wrote lie in one page of memory
+        return model
+
+    def token(self, model):
         try:
             kv = importlib.import_module(f"{self.package.__name__}.inference.kv")
         except ImportError:                                 # where 0.1.0 had it
             kv = importlib.import_module(f"{self.package.__name__}.layers.kv")
         kv, ids = kv.KeyValues(model, 1, CAPACITY), np.array([[5]])
 
-        def token():
+        def next_token():
             if kv.lengths[0] == CAPACITY:
                 kv.set_lengths(np.zeros(1, np.int64))
             model.extend(ids, kv)
-        return token
+        return next_token
 
     def seconds(self, calls, function):
         """Of one call, the slowest rank's."""
@@ -114,13 +121,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", help="a checkout of the other version")
     parser.add_argument("--pairs", type=int, default=25)
+    parser.add_argument("--model", metavar="DIR", help="a checkpoint whose tokens are timed, in place of Gemma's sizes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", default="", help="the cases that have this in their names")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     package, folder = other_package(arguments.before)
-    now, before = (Version(version, arguments.device, arguments.dtype) for version in (mpitp, package))
+    now, before = (Version(version, arguments.device, arguments.dtype, arguments.model) for version in (mpitp, package))
     rows = []
     for (name, calls, mine), (_, _, theirs) in zip(now.cases(), before.cases()):
         if arguments.only not in name:

@@ -105,6 +105,17 @@ def gpu() -> str:
         f"{found['rounds']} rounds. `{found['command']}`"
 
 
+def versions() -> str:
+    """Return the table of this version against the one before."""
+    found = result("versions-0.2.0-n2")
+    rows = [[row["case"], milliseconds(row["now_ms"] / 1e3), milliseconds(row["before_ms"] / 1e3),
+             f"{row['ratio']:.3f}"]
+            for row in found["rows"]]
+    now, before = found["now"], found["before"]
+    return table(["", f"{now}, ms", f"{before}, ms", f"{now} over {before}"], rows) + \
+        f"\n\n{found['ranks']} ranks, {found['dtype']}, medians of {found['pairs']} pairs; {where(found)}"
+
+
 def small(number: float) -> str:
     """Return an error with two decimals, or as a power of ten where it is tiny."""
     return f"{number:.2f}" if number >= 0.1 else f"{number:.0e}".replace("e-0", "e-")
@@ -143,7 +154,8 @@ def ratios() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "ffn": lambda: interleaved("ffn-h2048-n2"), "block-512": lambda: interleaved("block-h512-n2"),
     "block-1024": lambda: interleaved("block-h1024-n2"), "train": lambda: interleaved("train-h256-n2"),
-    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "walk": walk.table}
+    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions,
+    "walk": walk.table}
 
 
 def wrapped(text: str) -> str:

@@ -73,7 +73,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """The architecture of one self-attention layer.
+    """An AttentionConfig is the architecture of one self-attention layer.
 
     Parameters
     ----------
@@ -140,17 +140,17 @@ class AttentionConfig:
 
     @property
     def query_groups(self) -> int:
-        """Key/value heads, G."""
+        """Return the number of key/value heads, G."""
         return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
 
     @property
     def head_dim(self) -> int:
-        """Features of a head, K."""
+        """Return the features of a head, K."""
         return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
 
     @property
     def scale(self) -> float:
-        """The factor of the scores."""
+        """Return the factor of the scores."""
         return self.head_dim ** -0.5 if self.attention_scale is None else self.attention_scale
 
 

@@ -11,7 +11,7 @@ NORM_PLACEMENTS = ("before", "after", "after_residual", "both")
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The architecture of a decoder-only transformer.
+    """A DecoderConfig is the architecture of a decoder-only transformer.
 
     Parameters
     ----------
@@ -139,22 +139,22 @@ class DecoderConfig:
 
     @property
     def query_groups(self) -> int:
-        """Key/value heads."""
+        """Return the number of key/value heads."""
         return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
 
     @property
     def head_dim(self) -> int:
-        """Features of a head."""
+        """Return the features of a head."""
         return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
 
     @property
     def ffn_size(self) -> int:
-        """Features of the feed-forward middle."""
+        """Return the features of the feed-forward middle."""
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
 
     @property
     def scale(self) -> float:
-        """The factor of the scores."""
+        """Return the factor of the scores."""
         return self.head_dim ** -0.5 if self.attention_scale is None else self.attention_scale
 
     @property

@@ -11,7 +11,7 @@ import pytest
 import make_tiny_checkpoints as tiny
 from mpitp import commands
 from mpitp.commands import COMMANDS, WIDTH
-from spmd import job, job_environment
+from spmd import job, job_environment, mpirun
 
 pytestmark = pytest.mark.launcher
 EXAMPLES = [(name, line) for name, command in COMMANDS.items() for line, _ in command.examples]
@@ -98,12 +98,12 @@ print(list(progress(range(3), 3, "windows")))
 """
 
 
-def in_a_terminal(*arguments, stdout=True, stderr=True, **environment):
-    """(what a program writes to a pseudo-terminal, to pipes) where its streams are the one or the other."""
+def in_a_terminal(*arguments, stdout=True, stderr=True, command=(sys.executable,), **environment):
+    """(what Python, or mpirun, writes to a pseudo-terminal, to pipes) where its streams are the one or the other."""
     ours, theirs = os.openpty()
     stdout, stderr = (theirs if terminal else subprocess.PIPE for terminal in (stdout, stderr))
-    process = subprocess.Popen([sys.executable, *arguments], text=True, env=job_environment(**environment),
-                               stdout=stdout, stderr=stderr)
+    process = subprocess.Popen([*command, *arguments], text=True, env=job_environment(**environment), stdout=stdout,
+                               stderr=stderr)
     os.close(theirs)
     shown = b""
     try:
@@ -145,6 +145,14 @@ def test_the_variable_decides_for_ranks_whose_streams_are_pipes():
     for wanted in ("0", "1"):
         done = job(2, "-c", SLOW, environment=dict(MPITP_PROGRESS=wanted))
         assert done.returncode == 0 and done.stderr.count("checking  1/2") == int(wanted), done.stderr
+
+
+@pytest.mark.parametrize("stdout, stderr", [(True, True), (False, True), (True, False)])
+def test_the_streams_of_mpirun_decide_where_those_of_ranks_are_pipes(stdout, stderr):
+    pytest.importorskip("tqdm")
+    shown, piped = in_a_terminal("-c", SLOW, stdout=stdout, stderr=stderr, command=(*mpirun(2), sys.executable))
+    assert ("checking  1/2" in shown) == (stdout and stderr)
+    assert "checking" not in piped and "[0, 1, 2]" in shown + piped
 
 
 def test_training_in_a_terminal_moves_one_line_and_in_a_log_none():

@@ -144,10 +144,10 @@ def settled(group):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "float16"])
-@pytest.mark.parametrize("piece_bytes", [1 << 30, 64])
-def test_every_collective_on_a_device(gpu_group, dtype, piece_bytes):
+@pytest.mark.parametrize("message_bytes", [1 << 30, 64])
+def test_every_collective_on_a_device(gpu_group, dtype, message_bytes):
     group, P = gpu_group, gpu_group.size
-    group.transport.piece_bytes = piece_bytes
+    group.transport.message_bytes = message_bytes
     everyone = [np.round(draw(r, 6, 7) * 4).astype(dtype) for r in range(P)]
     total, mine = sum(everyone[1:], everyone[0]), everyone[group.rank]
     partition = group.partition(7)

@@ -20,11 +20,11 @@ group = group_fixture("ordinary", scope="module")
 
 
 @pytest.fixture
-def in_pieces(group):
+def in_messages(group):
     """Messages cut as they are above 2 GiB, but every 56 bytes."""
-    group.transport.piece_bytes, before = 56, group.transport.piece_bytes
+    group.transport.message_bytes, before = 56, group.transport.message_bytes
     yield group
-    group.transport.piece_bytes = before
+    group.transport.message_bytes = before
 
 
 # --- values ------------------------------------------------------------------------------------------------
@@ -52,8 +52,8 @@ def test_broadcast(group, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int64", ml_dtypes.bfloat16])
-def test_in_pieces(in_pieces, dtype):
-    group = in_pieces
+def test_in_messages(in_messages, dtype):
+    group = in_messages
     for shape in ((), (0,), (7, 5)):
         assert reduction_problems(group, shape, dtype, "sum") == [] == broadcast_problems(group, shape, dtype)
     for shape, axis in (((2, 13), 1), ((33, 2), 0), ((2, 1, 2), 1), ((4, 0), 0)):

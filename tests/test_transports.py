@@ -255,7 +255,7 @@ def settled(x):
     return x.memory
 
 
-def test_large_sums_are_staged_in_pieces(world, monkeypatch):
+def test_large_sums_are_staged_in_messages(world, monkeypatch):
     monkeypatch.setattr(staged, "STAGE_BYTES", 64)
     with mpitp.TensorParallelGroup(device="gpu", transport="staged") as group:
         x = stand_in.array(np.arange(100, dtype="float32") * (world.rank + 1))

@@ -82,17 +82,17 @@ def values(partition, seed, shape, dtype):
 @pytest.mark.parametrize("size, blocks, shape", [(64, 8, (3, 5)), (3, 8, (4,)), (7, 6, (2, 2)), (40, 1, (3,)),
                                                  (40, 32, (1,)), (9, 8, (0, 4)), (8, 8, ())])
 def test_a_sum_has_the_same_bits_for_every_number_of_ranks(world, size, blocks, shape, dtype):
-    """Groups of 1, 2, ... ranks out of this job against the definition, in pieces and at once."""
+    """Groups of 1, 2, ... ranks out of this job against the definition, in several messages and in one."""
     for ranks in range(1, world.size + 1):
         part = world.Split(0 if world.rank < ranks else 1)
         with mpitp.TensorParallelGroup(part, reproducible=True, blocks=blocks, check=True) as group:
             partition = group.partition(size)
             leaves = values(partition, 5, shape, dtype)
             expected = reference({b: x for b, x in leaves.items() if not partition.is_empty(b)}, 0, root(blocks))
-            for piece_bytes in (1 << 30, 100):
-                group.transport.piece_bytes = piece_bytes
+            for message_bytes in (1 << 30, 100):
+                group.transport.message_bytes = message_bytes
                 found = sum_of_blocks(group, lambda block: leaves[block.index].copy(), partition, shape, dtype)
-                assert same_bytes(found, np.asarray(expected)), (ranks, piece_bytes)
+                assert same_bytes(found, np.asarray(expected)), (ranks, message_bytes)
         part.Free()
 
 

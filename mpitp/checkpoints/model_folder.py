@@ -154,7 +154,7 @@ def require_tensors(checkpoint: Checkpoint, needed: set[str], unexpected: set[st
 
 
 def summary(names: Iterable[str], most: int = 6) -> str:
-    """Names of tensors for a message, those of all layers as one: 'layers.*.mlp.up_proj.bias (24)'."""
+    """Return names of tensors for a message, those of all layers as one: 'layers.*.mlp.up_proj.bias (24)'."""
     kinds: dict[str, list[str]] = {}
     for name in sorted(names):
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)

@@ -110,7 +110,9 @@ def bounds_of(window: tuple | slice | int, shape: tuple) -> tuple[list[tuple[int
 
 
 class SafetensorsFile:
-    """The tensors of one file by name. Raises InputError, a line with file, found and expected, for a damaged one.
+    """A SafetensorsFile has the tensors of one file by name.
+
+    Raises InputError, a line with file, found and expected, for a damaged one.
 
     tensors : {name: (dtype by its name in the file, shape, begin, end)}, offsets from the start of the file
     bytes_read : of tensors, so far
@@ -207,7 +209,7 @@ def addressable(shape: list[int]) -> bool:
 
 
 class Checkpoint:
-    """A folder saved from the Hugging Face hub: config.json and model.safetensors, or shards with their index.
+    """A Checkpoint is a folder saved from the hub: config.json and model.safetensors, or shards with their index.
 
     Opening reads headers only. Raises InputError for a folder, a file or a tensor that is missing or damaged, and
     for an index that points outside of its folder.

@@ -216,7 +216,7 @@ class TensorParallelGroup(Collectives, Sums):
             problem = self.comm.bcast(problem)
         if problem is not None:
             raise InputError(problem)
-        return result if self.rank == 0 else function()      # type: ignore[return-value]
+        return result if self.rank == 0 else function()      # type: ignore[return-value]  # or it raised
 
     def close(self) -> None:
         """Free the communicator. Collective. With check=True it proves that all ranks are through."""

@@ -17,7 +17,7 @@ def memory_order(x: Array) -> str:
 
 
 class Collective(NamedTuple):
-    """A logical operation, however it travels: elements are those of the whole (reduced, gathered) array."""
+    """A Collective is a logical operation, however it travels; its elements are the whole array's."""
     operation: str
     elements: int
     dtype: str
@@ -43,7 +43,7 @@ def wire_bytes(operation: str, elements: int, itemsize: int, size: int) -> int:
 
 
 class Recording:
-    """A context manager around one collective: counts it and its time in the ledger, unless it raises.
+    """A Recording counts one collective and its time in the ledger, unless it raises.
 
     A plain class, as a generator would cost more than the rest of a small call.
     """

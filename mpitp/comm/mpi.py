@@ -12,12 +12,12 @@ from ..errors import require
 TRANSPORTS = ("auto", "mpi", "nccl", "staged", "peer")
 OPERATIONS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 # MPI counts are 32-bit integers, and some libraries count bytes in them on the way.
-PIECE_BYTES = 1 << 30
+MESSAGE_BYTES = 1 << 30
 
 
-def pieces(length: int, itemsize: int, piece_bytes: int) -> list[slice]:
-    """Return slices that cut `length` elements into messages of at most piece_bytes."""
-    step = max(1, piece_bytes // itemsize)
+def messages(length: int, itemsize: int, message_bytes: int) -> list[slice]:
+    """Return slices that cut `length` elements into messages of at most message_bytes."""
+    step = max(1, message_bytes // itemsize)
     return [slice(at, min(at + step, length)) for at in range(0, length, step)]
 
 
@@ -58,46 +58,46 @@ class MpiTransport:
     records = False             # whether a CUDA graph can hold its calls
 
     def __init__(self, comm: MPI.Comm):
-        self.comm, self.piece_bytes = comm, PIECE_BYTES
+        self.comm, self.message_bytes = comm, MESSAGE_BYTES
 
     def all_reduce(self, x: Array, op: str) -> None:
         """Make x the sum (max, min) over the ranks, in place."""
         flat = x.reshape(-1)
-        if flat.nbytes <= self.piece_bytes:
+        if flat.nbytes <= self.message_bytes:
             self.comm.Allreduce(MPI.IN_PLACE, flat, OPERATIONS[op])
             return
-        for part in pieces(flat.size, flat.itemsize, self.piece_bytes):
+        for part in messages(flat.size, flat.itemsize, self.message_bytes):
             self.comm.Allreduce(MPI.IN_PLACE, flat[part], OPERATIONS[op])
 
     def begin_all_reduce(self, x: Array, op: str) -> Callable[[], object]:
         """Start all_reduce(x, op); returns a function that waits for it. x must be left alone until then."""
         flat = x.reshape(-1)
         requests = [self.comm.Iallreduce(MPI.IN_PLACE, flat[part], OPERATIONS[op])
-                    for part in pieces(flat.size, flat.itemsize, self.piece_bytes)]
+                    for part in messages(flat.size, flat.itemsize, self.message_bytes)]
         return partial(MPI.Request.Waitall, requests)
 
     def all_gather(self, send: Array, receive: Array, counts: list[int]) -> None:
         """Make `receive` the send arrays of all ranks, one after the other."""
-        for part, part_counts, offsets in self.vector_pieces(counts, receive.itemsize):
+        for part, part_counts, offsets in self.vector_messages(counts, receive.itemsize):
             self.comm.Allgatherv(send[part], [receive, (part_counts, offsets)])
 
     def gather(self, send: Array, receive: Array | None, counts: list[int], root: int) -> None:
         """Make `receive` on root the send arrays of all ranks, one after the other; it is None elsewhere."""
-        for part, part_counts, offsets in self.vector_pieces(counts, send.itemsize):
+        for part, part_counts, offsets in self.vector_messages(counts, send.itemsize):
             self.comm.Gatherv(send[part], None if receive is None else [receive, (part_counts, offsets)], root)
 
     def reduce_scatter(self, send: Array, receive: Array, counts: list[int], op: str) -> None:
         """Make `receive` this rank's run of the sum (max, min) of the send arrays, which `counts` cut."""
-        for part, part_counts, offsets in self.vector_pieces(counts, send.itemsize):
+        for part, part_counts, offsets in self.vector_messages(counts, send.itemsize):
             if part_counts == list(counts):
-                piece = send
-            else:                                           # what each rank gets of this piece lies apart
-                piece = concatenate([send[at:at + n] for at, n in zip(offsets, part_counts)])
-            self.reduce_scatter_piece(piece, receive[part], part_counts, op)
+                message = send
+            else:                                           # what each rank gets of it lies apart
+                message = concatenate([send[at:at + n] for at, n in zip(offsets, part_counts)])
+            self.reduce_scatter_message(message, receive[part], part_counts, op)
 
-    def reduce_scatter_piece(self, piece: Array, receive: Array, counts: list[int], op: str) -> None:
-        """MPI_Reduce_scatter of one message."""
-        self.comm.Reduce_scatter(piece, receive, counts, OPERATIONS[op])
+    def reduce_scatter_message(self, message: Array, receive: Array, counts: list[int], op: str) -> None:
+        """Call MPI_Reduce_scatter on one message."""
+        self.comm.Reduce_scatter(message, receive, counts, OPERATIONS[op])
 
     def all_to_all(self, send: Array, send_counts: list[int], receive: Array, receive_counts: list[int]) -> None:
         """Send run p of `send` to rank p; `receive` becomes what every rank sent here, one after the other."""
@@ -106,16 +106,16 @@ class MpiTransport:
     def broadcast(self, x: Array, root: int) -> None:
         """Make x root's x, in place."""
         flat = x.reshape(-1)
-        for part in pieces(flat.size, flat.itemsize, self.piece_bytes):
+        for part in messages(flat.size, flat.itemsize, self.message_bytes):
             self.comm.Bcast(flat[part], root)
 
     def close(self) -> None:
         """Give nothing back: the communicator is the group's."""
 
-    def vector_pieces(self, counts: list[int], itemsize: int) -> Iterator[tuple[slice, list[int], list[int]]]:
+    def vector_messages(self, counts: list[int], itemsize: int) -> Iterator[tuple[slice, list[int], list[int]]]:
         """Cut a gather of `counts` elements a rank: yield (this rank's slice, counts, offsets) of each message."""
         starts = [sum(counts[:p]) for p in range(len(counts))]
-        step = max(1, self.piece_bytes // itemsize // len(counts))
+        step = max(1, self.message_bytes // itemsize // len(counts))
         mine = counts[self.comm.rank]
         for at in range(0, max(max(counts), 1), step):
             part_counts = [max(0, min(step, n - at)) for n in counts]

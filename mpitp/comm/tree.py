@@ -19,7 +19,7 @@ from typing import Any
 from ..arrays import Array, module_of, sum_dtype
 from ..sharding.partition import Block, Partition, ranges
 from .ledger import Collective, dtype_name
-from .mpi import pieces
+from .mpi import messages
 from .sums import Sum
 
 Node = tuple[int, int]      # first leaf, width
@@ -145,13 +145,13 @@ def exchange(fold: Fold, rank: int, total: Array, transport: Any) -> None:
     if node_count == 0:
         total[...] = 0                                      # every block is empty
         return
-    for part in pieces(total.size, node_count * total.itemsize, transport.piece_bytes):
-        exchange_piece(nodes, fold.partition.blocks, rank, [node[part] for node in mine], total[part], transport)
+    for part in messages(total.size, node_count * total.itemsize, transport.message_bytes):
+        exchange_message(nodes, fold.partition.blocks, rank, [node[part] for node in mine], total[part], transport)
 
 
-def exchange_piece(nodes: list[list[Node]], blocks: int, rank: int, mine: list[Array], total: Array,
-                   transport: Any) -> None:
-    """Finish one piece of the sum: exchange chunks of every node, add them up in the tree, spread the result."""
+def exchange_message(nodes: list[list[Node]], blocks: int, rank: int, mine: list[Array], total: Array,
+                     transport: Any) -> None:
+    """Finish as much of the sum as a message holds: exchange chunks of every node, add them in the tree, spread it."""
     xp: Any = module_of(total)
     size = len(nodes)
     chunk = ranges(total.size, size)

@@ -194,7 +194,7 @@ def small_shared_memory(ranks: list[RankFacts]) -> Finding | None:
 
 
 def staged_between_gpus(ranks: list[RankFacts]) -> Finding | None:
-    """GPUs talk through the memory of the host."""
+    """Find GPUs that talk through the memory of the host."""
     first = ranks[0]
     if first.gpus and first.gpu_transport == "staged" and first.world > 1:
         return Finding(
@@ -235,6 +235,7 @@ def page(ranks: list[RankFacts]) -> Iterator[str]:
     yield f"environment  {settings[0]}"
     yield from (f"             {setting}" for setting in settings[1:])
     yield ""
+    yield "Look at `share`: as many cores, and BLAS threads, are a rank's own if nothing else runs there."
     yield from tables.table(
         ("rank", "host", "may run on", "share", "BLAS threads"),
         [(number, rank.host, f"{len(rank.cores)} of {rank.machine_cores} cores", f"{rank.share} of them",

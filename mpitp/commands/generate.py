@@ -114,17 +114,15 @@ def look_first(arguments: argparse.Namespace) -> tuple[list[str] | None, list[li
         found = [text.parse_ids(ids) for ids in arguments.ids]
         require(all(found), f"--ids {arguments.ids}", "at least one token id in each")
         return None, found
-    texts = arguments.prompt
-    if arguments.batch_file is not None:
-        texts = [line for line in text.lines_of(text.read_text(arguments.batch_file)) if line.strip()]
-        require(texts, f"no text in {arguments.batch_file}", "a text a line")
-    for prompt in texts:
-        text.require_text(prompt, "--prompt")
+    if arguments.batch_file is None:
+        return [text.text_of_argument(prompt, "--prompt") for prompt in arguments.prompt], None
+    texts = [line for line in text.lines_of(text.read_text(arguments.batch_file)) if line.strip()]
+    require(texts, f"no text in {arguments.batch_file}", "a text a line")
     return texts, None
 
 
 class Continuations:
-    """The prompts and their continuations, on rank 0: one is printed as it comes, several at the end."""
+    """Continuations holds prompts and what continues them, on rank 0: one is printed as it comes, others at the end."""
 
     def __init__(self, arguments: argparse.Namespace, texts: list[str] | None, ids: list[list[int]] | None):
         self.texts, self.prompts = texts, ids or []
@@ -206,7 +204,7 @@ class Run:
 
     @property
     def decode_seconds(self) -> float:
-        """The time of all other steps."""
+        """Return the time of all other steps."""
         return self.times[-1] - self.times[1]
 
 

@@ -48,7 +48,7 @@ class Rank:
 
 @dataclass
 class Parameter:
-    """A parameter, or those of this name of all layers."""
+    """A Parameter is one of the model, or those of one name in all layers."""
     name: str
     stored_as: str
     shape: tuple
@@ -135,13 +135,15 @@ def lines(found: InspectReport) -> Iterator[str]:
     yield found.model
     yield f"  {found.family}: {count(found.parameters)} parameters, {tables.size(found.stored_bytes)} in " \
           f"{found.files} file{'' if found.files == 1 else 's'}"
-    yield f"  {config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} query heads and " \
-          f"{config.query_groups} key/value heads of {config.head_dim}"
+    yield f"  {tables.count(config.num_layers, 'layer')}, hidden {config.hidden_size}, " \
+          f"{tables.count(config.num_attention_heads, 'query head')} and " \
+          f"{tables.count(config.query_groups, 'key/value head')} of {config.head_dim}"
     yield f"  {'gated ' if config.gated else ''}{config.activation} of {config.ffn_size} features, vocabulary " \
           f"{count(config.vocab_size)}{', tied head' if config.tie_word_embeddings else ''}"
     yield ""
-    yield f"Of {len(found.ranks)} rank{'' if len(found.ranks) == 1 else 's'}, in {found.dtype}" \
+    yield f"Of {tables.count(len(found.ranks), 'rank')}, in {found.dtype}" \
           f"{', reproducible mode' if found.reproducible else ''}, each would have"
+    yield "Look at `holds`: the memory of a rank's weights; keys, values and what is computed come on top."
     yield from tables.table(
         ("rank", "query heads", "kv heads", "ffn features", "vocabulary", "holds", "reads"),
         [(r.rank, r.query_heads, r.key_value_heads, r.ffn_features, count(r.vocabulary), tables.size(r.hold_bytes),

@@ -96,7 +96,7 @@ def roofline(axis: Axes, reports: Sequence[Report]) -> None:
 
 def draw_training(path: str, curve: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]],
                   baseline: float | None, title: str) -> None:
-    """Bits a token against steps: training, validation, and the baseline as a line."""
+    """Draw bits a token against steps: training, validation, and the baseline as a line."""
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     axis.plot(*zip(*curve), linewidth=0.8, color="0.6", label="training, each step")
     if validation:

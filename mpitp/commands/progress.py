@@ -3,11 +3,12 @@
     for window in progress(windows, len(windows), "windows"): ...
     with Progress("dense side in float64"): ...
 
-Logs get nothing. Under mpirun a process cannot see whether people watch: MPICH gives it pipes even in a terminal, and
-Open MPI gives rank 0 a pseudo-terminal as its standard output even where mpirun's goes to a file. So the launching
-shell decides by the variable MPITP_PROGRESS (run.sh sets it to 1 in a terminal, to 0 elsewhere), and without that
-variable both standard output and standard error must be terminals.
+Logs get nothing. Under mpirun a process cannot see by its own streams whether people watch: MPICH gives it pipes even
+in a terminal, and Open MPI gives rank 0 a pseudo-terminal as its standard output even where mpirun's goes to a file.
+So the streams of mpirun itself count, where it runs on this host and the system shows them (Linux). The variable
+MPITP_PROGRESS decides before that: run.sh sets it to 1 in a terminal, to 0 elsewhere.
 """
+import contextlib
 import os
 import shutil
 import sys
@@ -16,22 +17,48 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from ..comm.launch import is_first_rank
+from ..comm.launch import is_first_rank, launcher
 
 Item = TypeVar("Item")
 SILENT = 1.0            # seconds until the bar appears, and from one update to the next
 FORWARDING = 0.1        # seconds for the launcher to forward the wiped line before the next line of standard output
 VARIABLE = "MPITP_PROGRESS"
+LAUNCHERS = "mpirun", "mpiexec", "prterun", "orterun"
+
+
+def launcher_process() -> int | None:
+    """Return the process id of the mpirun that started this process, None where this host does not show one."""
+    process = os.getpid()
+    with contextlib.suppress(OSError, ValueError):
+        while process > 1:
+            with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+                name, _, fields = file.read().partition("(")[2].rpartition(")")
+            if name.startswith(LAUNCHERS):
+                return process
+            process = int(fields.split()[1])
+    return None
+
+
+def are_terminals(process: int) -> bool:
+    """Return whether standard output and standard error of a process of this host are terminals."""
+    try:
+        return all(os.readlink(f"/proc/{process}/fd/{stream}").startswith(("/dev/pts/", "/dev/tty", "/dev/console"))
+                   for stream in (1, 2))
+    except OSError:
+        return False
 
 
 def is_watched() -> bool:
-    """Return whether this process writes to a terminal: rank 0 alone, and by MPITP_PROGRESS where that is set."""
+    """Return whether this job writes to a terminal: asked on rank 0 alone, and by MPITP_PROGRESS where that is set."""
     if not is_first_rank():
         return False
     wanted = os.environ.get(VARIABLE, "")
     if wanted in ("0", "1"):
         return wanted == "1"
-    return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
+    if all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr)):
+        return True
+    started_by = launcher_process() if launcher()[0] else None
+    return started_by is not None and are_terminals(started_by)
 
 
 def progress(iterable: Iterable[Item], total: int | None, what: str) -> Iterator[Item]:

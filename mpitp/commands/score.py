@@ -108,7 +108,7 @@ def tokens_of(arguments: argparse.Namespace, given: str | list[int]) -> list[int
 
 
 def sizes(arguments: argparse.Namespace, model: Decoder) -> tuple[int, int]:
-    """Window and stride. Raises InputError for a window of more positions than the model has."""
+    """Return window and stride. Raises InputError for a window of more positions than the model has."""
     most = model.position.max_positions if model.position else None
     window = arguments.window or min(WINDOW, most or WINDOW)
     require(most is None or window <= most, f"window = {window}", f"at most {most}, the model's learned positions")

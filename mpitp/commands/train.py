@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, number, text in (
             ("lr", defaults.lr, "learning rate"), ("min-lr", None, "at the last step (a tenth)"),
             ("weight-decay", 0.1, "decoupled"), ("clip-grad", 1.0, "largest norm of all gradients, 0 for any"),
-            ("adam-beta1", 0.9, ""), ("adam-beta2", 0.95, ""), ("adam-eps", 1e-8, ""), ("label-smoothing", 0.0, ""),
+            ("adam-beta1", 0.9, "decay of the gradient's mean"), ("adam-beta2", 0.95, "decay of its square's mean"),
+            ("adam-eps", 1e-8, "added to the root of that"),
+            ("label-smoothing", 0.0, "part of a label that all tokens share"),
             ("hidden-dropout", 0.0, "probability"), ("attention-dropout", 0.0, "probability")):
         shown = f" ({number})" if number is not None else ""
         parser.add_argument(f"--{flag}", type=float, default=number, metavar="X", help=(text + shown).strip())
@@ -93,7 +95,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def config_of(arguments: argparse.Namespace) -> DecoderConfig:
-    """Llama's kind: rotary positions, RMS norms, gated SiLU, no biases."""
+    """Return a config of Llama's kind: rotary positions, RMS norms, gated SiLU, no biases."""
     require_positive(hidden_size=arguments.hidden_size)
     ffn = arguments.ffn_hidden_size or -(-arguments.hidden_size * 8 // 3)
     return DecoderConfig(
@@ -104,7 +106,7 @@ def config_of(arguments: argparse.Namespace) -> DecoderConfig:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Rank 0, before anything else: can the results be written, and is nothing in their way?"""
+    """Check before anything else that the results can be written and nothing is in their way. Rank 0 alone."""
     if arguments.baseline and arguments.vocab_size > 256:
         raise InputError(f"found --baseline with --vocab-size {arguments.vocab_size}, expected at most 256: it counts "
                          f"what follows each pair of bytes")
@@ -173,7 +175,7 @@ class Progress:
             print_line(text)
 
     def note(self, step: int, figures: dict) -> None:
-        """For the curve, in bits."""
+        """Keep the losses for the curve, in bits."""
         self.curve.append((step, figures["loss"] / math.log(2)))
         if "validation_loss" in figures:
             self.validation.append((step, figures["validation_loss"] / math.log(2)))

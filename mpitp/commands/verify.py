@@ -47,7 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 @dataclass
 class BlockReport(VerifyReport):
-    """The example and one feed-forward block.
+    """A BlockReport holds the example and one feed-forward block.
 
     Parameters
     ----------
@@ -133,6 +133,7 @@ def lines(found: BlockReport) -> Iterator[str]:
 def notebook_lines(notebook: Notebook) -> Iterator[str]:
     """Yield the table of the example."""
     yield "1. The notebook's example: x (1, 5, 10), weights 10 -> 40 -> 10, no bias"
+    yield "   Look at `its first value`: no rank has y's, only a summand of it."
     rows = []
     for part in notebook.parts:
         first, last = part.features
@@ -153,6 +154,7 @@ def block_lines(found: BlockReport, block: FeedForwardResult) -> Iterator[str]:
           f"{tables.count(block.tokens, 'token')}, {found.dtype}"
     yield f"   {block.what}{', reproducible mode' if found.reproducible else ''}; " \
           f"error = |found - exact| / (eps * magnitude)"
+    yield "   Look at `parallel` beside `dense`: rounding makes both, and a mistake would pass the limit."
     yield from tables.table(
         ("result", "shape", "parallel", "dense", "limit", ""),
         [(c.name, c.shape, f"{c.error:.2f}", f"{c.dense_error:.2f}", f"{c.limit:.2f}",

@@ -18,7 +18,7 @@ OF_ONE_BLOCK = ("hidden_size", "ffn_hidden_size", "activation", "gated", "bias",
 
 @dataclass
 class LayersReport(VerifyReport):
-    """Every layer.
+    """A LayersReport holds what was found of every layer.
 
     Parameters
     ----------
@@ -56,7 +56,8 @@ def lines(found: LayersReport) -> Iterator[str]:
     yield f"Every layer, forward and backward, {BATCH} x {SEQUENCE} tokens, hidden {HIDDEN}, vocabulary " \
           f"{VOCABULARY}, {found.dtype}"
     yield "error: largest |found - exact| / (eps * magnitude); limit: 4, or twice the dense float32 one"
-    yield "of norm: |found - exact| / (eps * |exact|), Euclidean; limit: 128, or 32 times the dense float32 one"
+    yield "of norm: |found - exact| / (eps * |exact|), Euclidean; limit: 128, or 32 times dense float32's"
+    yield "Look at the last column: ok is a layer that differs from the dense one by rounding alone."
     yield from tables.table(("layer", "results", "error", "dense", "of norm", "dense", "collectives", ""),
                             [row(layer) for layer in found.layers])
     for layer in found.layers:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Captured:
-    """A function of arrays on a GPU, recorded as a CUDA graph; calling it replays the graph.
+    """A Captured is a function of arrays on a GPU, recorded as a CUDA graph; calling it replays the graph.
 
     Parameters
     ----------
@@ -68,7 +68,9 @@ class Captured:
 
 
 class CapturedToken:
-    """Decoder.extend by one token of each sequence, recorded; the positions that it continues at lie on the device.
+    """A CapturedToken is Decoder.extend by one token of each sequence, recorded.
+
+    The positions that it continues at lie on the device.
 
     Parameters
     ----------

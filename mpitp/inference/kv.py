@@ -17,7 +17,7 @@ from ..sharding.heads import KeyValueUnit
 
 
 class LayerKeyValues:
-    """The keys and values of one ParallelAttention: those of the key/value heads that this rank's query heads use.
+    """LayerKeyValues holds keys and values of one ParallelAttention: of the heads that this rank's query heads use.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class LayerKeyValues:
 
 
 class KeyValues:
-    """The keys and values of all layers of a Decoder: 2 x B x C x (key/value heads of the rank) x K numbers a layer.
+    """KeyValues holds those of all layers of a Decoder: 2 x B x C x (key/value heads of the rank) x K numbers a layer.
 
     Parameters
     ----------

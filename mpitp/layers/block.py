@@ -147,15 +147,15 @@ class ParallelBlock(Composite):
         add_to(y, x)
         return y, (((of_norm, of_mlp_norm, scale), (h_ND, g_ND, units, kept, call)) if save else None)
 
-    def block_forward(self, number: Block, h_ND: Array, g_ND: Array, units: dict, call: Any, total: Sum,
+    def block_forward(self, block: Block, h_ND: Array, g_ND: Array, units: dict, call: Any, total: Sum,
                       save: bool) -> tuple[Array, Any]:
         """Return what attention and feed-forward add to y (N, D) in one block; and what backward needs of each."""
         y_ND = of_attention = of_mlp = None
-        for block in block_numbered(number, self.attention.own_blocks):
-            y_ND, of_attention = self.attention.block_forward(block, h_ND, units, call, total, save)
-        for block in block_numbered(number, self.mlp.own_blocks):
+        for heads in with_index(block.index, self.attention.own_blocks):
+            y_ND, of_attention = self.attention.block_forward(heads, h_ND, units, call, total, save)
+        for features in with_index(block.index, self.mlp.own_blocks):
             attention_ND = y_ND
-            y_ND, of_mlp = self.mlp.block_forward(block, g_ND, total, save)
+            y_ND, of_mlp = self.mlp.block_forward(features, g_ND, total, save)
             if attention_ND is not None:
                 add_to(attention_ND, y_ND)
                 y_ND = attention_ND
@@ -188,17 +188,17 @@ class ParallelBlock(Composite):
         add_to(dx, dy)
         return dx
 
-    def block_backward(self, number: Block, dy_ND: Array, of_attention: tuple, of_mlp: tuple,
+    def block_backward(self, block: Block, dy_ND: Array, of_attention: tuple, of_mlp: tuple,
                        gradients: dict[str, Array], total: Sum) -> tuple[Array, Any]:
         """Return one block's part in the gradient of the one norm's output (1, N, D), or of both norms' (2, N, D)."""
         d_norms, of_heads = self.group.xp.zeros(total.shape, total.summand_dtype), None
         h_ND, d_scores, kept, d_units, call = of_attention
-        for block in block_numbered(number, self.attention.own_blocks):
-            d_ND, of_heads = self.attention.block_backward(block, d_scores, h_ND, kept, d_units, call, gradients, total)
+        for heads in with_index(block.index, self.attention.own_blocks):
+            d_ND, of_heads = self.attention.block_backward(heads, d_scores, h_ND, kept, d_units, call, gradients, total)
             d_norms[0] += d_ND
         g_ND, kept = of_mlp
-        for block in block_numbered(number, self.mlp.own_blocks):
-            d_norms[-1] += self.mlp.block_backward(block, dy_ND, g_ND, kept, gradients, total)
+        for features in with_index(block.index, self.mlp.own_blocks):
+            d_norms[-1] += self.mlp.block_backward(features, dy_ND, g_ND, kept, gradients, total)
         return d_norms, of_heads
 
     # --- what both have ------------------------------------------------------------------------------------------
@@ -229,9 +229,9 @@ class ParallelBlock(Composite):
             self.attention.inner_collectives(tokens) + Counter({of_norms: 1})
 
 
-def block_numbered(number: Block, blocks: tuple[Block, ...]) -> list[Block]:
-    """Return the one of a layer's blocks that has this number, or none."""
-    return [block for block in blocks if block.index == number.index]
+def with_index(index: int, blocks: tuple[Block, ...]) -> list[Block]:
+    """Return the one of a layer's blocks that has this index, in a list; an empty list if it holds nothing."""
+    return [block for block in blocks if block.index == index]
 
 
 def hidden_dropout(group: TensorParallelGroup, seed: int, name: str, step: int | None, probability: float,

@@ -8,7 +8,7 @@ from .base import ParallelLayer
 
 
 class Composite(ParallelLayer):
-    """A layer made of layers: its parameters are theirs, under the same names and in the same arrays.
+    """A Composite is a layer made of layers: its parameters are theirs, under the same names and in the same arrays.
 
     A parameter that two of them share (tied embeddings) is one.
     """

@@ -23,7 +23,7 @@ from .norm import hidden_norm
 
 
 class Decoder(Composite):
-    """A decoder-only transformer over ranks: token ids in, logits out, each rank with its part of the vocabulary.
+    """A Decoder is a decoder-only transformer over ranks: ids in, logits of the rank's part of the vocabulary out.
 
     Parameters
     ----------
@@ -180,11 +180,12 @@ class Decoder(Composite):
         """Return dx of one of the layers, and write its gradients."""
         return layer.backward(dy, saved, out=self.gradients_of(layer, gradients))[0]
 
-    def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0,
+    def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
              ignore_index: int = -100) -> tuple[float, Any]:
         """Return the mean cross entropy of targets (..., S), global ids; and what loss_backward needs."""
         return vocab_parallel_cross_entropy_forward(logits, targets, self.group, self.partition,
-                                                    label_smoothing=label_smoothing, ignore_index=ignore_index)
+                                                    label_smoothing=label_smoothing, z_loss=z_loss,
+                                                    ignore_index=ignore_index)
 
     def loss_backward(self, saved: Any, d_loss: float = 1.0) -> Array:
         """Return the gradient of the loss with respect to this rank's logits."""

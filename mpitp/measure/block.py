@@ -38,7 +38,7 @@ def block_cases(group: TensorParallelGroup, tokens: int, hidden: int, heads: int
 
 
 class BlockProducts:
-    """The bare products of one rank: six linears, and attention's in tiles of queries against the keys that they see.
+    """BlockProducts are the bare products of one rank: six linears, and attention's by tiles.
 
     Backward of attention: the scores again, and the gradients of weights, value, query and key.
     """

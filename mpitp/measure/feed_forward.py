@@ -27,7 +27,7 @@ class Draws:
 
 
 class LayerCases:
-    """Forward and backward of a layer on one x and dy."""
+    """LayerCases are forward and backward of a layer on one x and dy."""
 
     def __init__(self, layer: ParallelMLP | ParallelBlock, x: Array, dy: Array) -> None:
         self.layer, self.x, self.dy = layer, x, dy
@@ -106,7 +106,7 @@ class Read:
             self.rows = data[:data.size // self.vector.size * self.vector.size].reshape(-1, self.vector.size)
 
     def run(self) -> None:
-        """Read."""
+        """Read all of the source once."""
         if self.is_on_gpu:
             self.xp.copyto(self.target, self.source)
         else:

@@ -80,9 +80,9 @@ def backward(da: Array, slope: Array) -> Array:
 
 
 def of_magnitude(h: Magnitude, name: str) -> tuple[Magnitude, Magnitude]:
-    """Compute act(h) and act'(h) with their bounds: the rounding of their own terms, and what becomes of h's error.
+    """Compute act(h) and act'(h) with their bounds: the rounding of their own terms, and what h's error makes of them.
 
-    The error of h grows by |act'(h)| in the one and by at most |act''| in the other.
+    size(act(h)) = |terms of act| + |act'(h)| size(h), size(act'(h)) = |terms of act'| + max |act''| size(h).
     """
     a, slope = ACTIVATIONS[name](h.value)
     a_terms, slope_terms = np.abs(a), np.abs(slope)

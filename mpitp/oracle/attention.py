@@ -69,7 +69,7 @@ def allowed_pairs(B: int, S: int, window: int | None, mask: Array | None) -> Arr
 # --- heads -------------------------------------------------------------------------------------------------------
 
 def heads_forward(x_BSD: Array, w: Weights, name: str, config: DecoderConfig, layer: int) -> tuple[Array, Any]:
-    """Project x to the heads of "query", "key" or "value"; queries and keys are normalised and turned, if at all."""
+    """Project x to the heads of "query", "key" or "value"; the config says whether to normalise and rotate."""
     (B, S, _), K = x_BSD.shape, config.head_dim
     z, saved_linear = linear.forward(x_BSD, part(w, name))
     z_BHSK = z.reshape(B, S, -1, K).transpose(0, 2, 1, 3)

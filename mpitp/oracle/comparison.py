@@ -30,7 +30,7 @@ NOTHING = 1e-12                     # of the largest result: what is below is 0 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One result beside the exact one.
+    """A Comparison is one result beside the exact one.
 
     Parameters
     ----------

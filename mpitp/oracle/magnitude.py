@@ -59,17 +59,17 @@ class Magnitude:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
+        """Return the shape of the array."""
         return self.value.shape
 
     @property
     def ndim(self) -> int:
-        """The number of its axes."""
+        """Return the number of its axes."""
         return self.value.ndim
 
     @property
     def dtype(self) -> np.dtype:
-        """Always float64."""
+        """Return float64, always."""
         return self.value.dtype
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class Magnitude:
 
     @property
     def T(self) -> Magnitude:
-        """The transpose."""
+        """Return the transpose."""
         return self.moved(np.transpose)
 
     def __getitem__(self, window: Any) -> Magnitude:

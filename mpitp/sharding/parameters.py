@@ -16,7 +16,7 @@ from .partition import Partition
 
 
 class Place(NamedTuple):
-    """A rank's place in its group: everything that decides which part of a parameter it holds.
+    """A Place is a rank's place in its group: everything that decides which part of a parameter it holds.
 
     Parameters
     ----------
@@ -31,9 +31,9 @@ class Place(NamedTuple):
     ranks: int
     blocks: int
 
-    def partition(self, size: int, unit: int = 1, share: int = 1) -> Partition:
-        """Return how a dimension of `size` is split over the group; `unit` and `share` are Partition's."""
-        return Partition(size, self.ranks, self.blocks, unit, share)
+    def partition(self, size: int, multiple: int = 1, share: int = 1) -> Partition:
+        """Return how a dimension of `size` is split over the group; `multiple` and `share` are Partition's."""
+        return Partition(size, self.ranks, self.blocks, multiple, share)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ParameterSpec:
         Whether weight decay applies (weights yes, biases and norms no).
     init_value : float
         What it starts from where `init_std` is 0.
-    unit, share : int
+    multiple, share : int
         Of the split axis, as Partition's: a head's features stay together, and the rows of a key/value head are held
         by every rank with one of its `share` query heads, equal gradients included; one of them owns it.
     """
@@ -64,13 +64,13 @@ class ParameterSpec:
     init_std: float = 0.0
     decay: bool = True
     init_value: float = 0.0
-    unit: int = 1
+    multiple: int = 1
     share: int = 1
 
     def partition(self, place: Place) -> Partition:
         """Return the partition of the split axis."""
         assert self.axis is not None, f"{self.name} is replicated"
-        return place.partition(self.shape[self.axis], self.unit, self.share)
+        return place.partition(self.shape[self.axis], self.multiple, self.share)
 
     def window(self, place: Place) -> tuple[slice, ...]:
         """Return the part of the global array that the rank holds."""

@@ -7,7 +7,7 @@ blocks, and so everything that is computed per block, are the same for any numbe
     10 features, 3 ranks, one block each     [0 1 2] [3 4 5] [6 7 8 9]
     10 features, 3 ranks, 4 blocks           [0 1] [2 3 4] [5 6] [7 8 9]  ->  ranks 0: 1 block, 1: 1, 2: 2
 
-Attention heads are units of several features that stay together: see heads.py.
+The features of an attention head stay together: bounds are then multiples of its size. See heads.py.
 """
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ def ranges(size: int, parts: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Block:
-    """A block is the unit of work and of summation.
+    """A block is what is computed, and added to a sum, at one time.
 
     Attributes
     ----------
@@ -51,27 +51,27 @@ class Partition:
         Length of the dimension.
     ranks, blocks : int
         How many ranks and blocks there are.
-    unit : int
-        How many neighbours stay together, such as the features of a head.
+    multiple : int
+        Every bound is a multiple of this. The features of a head, for example, stay together.
     share : int
-        Grouped-query attention: how many query heads use one unit (a key/value head). The query heads are dealt, and
-        a unit belongs to the block of its first query head.
+        Grouped-query attention, for a dimension of key/value heads: how many query heads use one of them. The query
+        heads are dealt, and a key/value head belongs to the block of its first query head.
     """
     size: int
     ranks: int
     blocks: int
-    unit: int = 1
+    multiple: int = 1
     share: int = 1
 
     @cached_property
     def dealt_bounds(self) -> list[int]:
-        """The bounds of the blocks in what is dealt: query heads for a shared unit, else the units themselves."""
-        return ranges(self.size // self.unit * self.share, self.blocks)
+        """The bounds of the blocks in what is dealt: query heads, where they share key/value heads; else multiples."""
+        return ranges(self.size // self.multiple * self.share, self.blocks)
 
     @cached_property
     def block_bounds(self) -> list[int]:
         """Block b holds features block_bounds[b] up to block_bounds[b + 1]."""
-        return [self.unit * -(-bound // self.share) for bound in self.dealt_bounds]
+        return [self.multiple * -(-bound // self.share) for bound in self.dealt_bounds]
 
     @cached_property
     def run_bounds(self) -> list[int]:
@@ -95,13 +95,13 @@ class Partition:
     def held(self, rank: int) -> slice:
         """Return the part that this rank has a copy of.
 
-        That is the part that it owns. In front of it may stand one unit more, a key/value head that an earlier rank
+        That is the part that it owns. In front of it may stand one key/value head more, which an earlier rank
         owns and that this rank's first query heads use too.
         """
         first, last = (self.dealt_bounds[run] for run in self.run_bounds[rank:rank + 2])
         if first == last:
             return self.range(rank)
-        return slice(self.unit * (first // self.share), self.bounds[rank + 1])
+        return slice(self.multiple * (first // self.share), self.bounds[rank + 1])
 
     def owned_of_held(self, rank: int) -> slice:
         """Return where the owned part lies in the array of the held part."""
@@ -129,5 +129,5 @@ class Partition:
 
     @cached_property
     def known_blocks(self) -> dict[int, tuple[Block, ...]]:
-        """The results of blocks_of, kept. Hashing a partition for lru_cache would cost more than a token's sum."""
+        """Keep the results of blocks_of. Hashing a partition for lru_cache would cost more than a token's sum."""
         return {}

@@ -11,20 +11,20 @@ def join(prefix: str, name: str) -> str:
 
 
 def column_parallel_specs(out_features: int, in_features: int, bias: bool, init_std: float | None, name: str,
-                          unit: int = 1, share: int = 1) -> list[ParameterSpec]:
+                          multiple: int = 1, share: int = 1) -> list[ParameterSpec]:
     """Return a weight [out, in] and a bias [out], both split by out features. init_std None: in^-0.5."""
     std = in_features ** -0.5 if init_std is None else init_std
-    specs = [ParameterSpec(join(name, "weight"), (out_features, in_features), 0, std, unit=unit, share=share)]
+    specs = [ParameterSpec(join(name, "weight"), (out_features, in_features), 0, std, multiple=multiple, share=share)]
     if bias:
-        specs.append(ParameterSpec(join(name, "bias"), (out_features,), 0, decay=False, unit=unit, share=share))
+        specs.append(ParameterSpec(join(name, "bias"), (out_features,), 0, decay=False, multiple=multiple, share=share))
     return specs
 
 
 def row_parallel_specs(out_features: int, in_features: int, bias: bool, init_std: float | None, name: str,
-                       unit: int = 1) -> list[ParameterSpec]:
+                       multiple: int = 1) -> list[ParameterSpec]:
     """Return a weight [out, in], split by in features, and a replicated bias [out]. init_std None: in^-0.5."""
     std = in_features ** -0.5 if init_std is None else init_std
-    specs = [ParameterSpec(join(name, "weight"), (out_features, in_features), 1, std, unit=unit)]
+    specs = [ParameterSpec(join(name, "weight"), (out_features, in_features), 1, std, multiple=multiple)]
     if bias:
         specs.append(ParameterSpec(join(name, "bias"), (out_features,), None, decay=False))
     return specs

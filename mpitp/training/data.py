@@ -68,7 +68,7 @@ class Tokens:
         self.training, self.validation = self.tokens[:-self.held_out], self.tokens[-self.held_out:]
 
     def batch(self, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets (size, S) of micro-batch `number`: windows anywhere in the training part."""
+        """Return inputs and targets (size, S) of micro-batch `number`: windows anywhere in the training part."""
         words = rng.words(rng.key(self.seed, "training.windows"), number * size, (number + 1) * size)
         starts = words % np.uint64(len(self.training) - self.seq_length)
         return self.windows(self.training, starts.astype(np.int64))

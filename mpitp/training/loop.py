@@ -190,9 +190,9 @@ class Trainer:
             if spec.axis is None:
                 found[name] = digest(w)
             elif spec.share > 1:
-                first = spec.window(self.group.place)[0].start // spec.unit
-                for head in range(len(w) // spec.unit):
-                    found[f"{name}, head {first + head}"] = digest(w[head * spec.unit:(head + 1) * spec.unit])
+                first = spec.window(self.group.place)[0].start // spec.multiple
+                for head in range(len(w) // spec.multiple):
+                    found[f"{name}, head {first + head}"] = digest(w[head * spec.multiple:(head + 1) * spec.multiple])
         return found
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -261,5 +261,5 @@ def difference(key: str, found: object, expected: object) -> str:
 
 
 def digest(w: Array) -> str:
-    """SHA-256 of an array's bytes."""
+    """Return the SHA-256 of an array's bytes."""
     return hashlib.sha256(on_host(w).tobytes()).hexdigest()

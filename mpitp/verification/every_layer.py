@@ -82,7 +82,7 @@ class LayerResult:
 
 
 class EveryLayerCheck:
-    """Every kind of layer of one group, in one dtype, against the dense ones.
+    """An EveryLayerCheck runs every kind of layer of one group, in one dtype, against the dense ones.
 
     Parameters
     ----------

@@ -84,7 +84,7 @@ class FeedForwardResult:
 
 
 class FeedForwardCheck:
-    """A ParallelMLP, forward and backward on random inputs, against the dense block.
+    """A FeedForwardCheck runs a ParallelMLP forward and backward on random inputs, against the dense block.
 
     Parameters
     ----------

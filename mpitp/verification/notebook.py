@@ -34,7 +34,7 @@ class RankPart:
 
 @dataclass
 class Notebook:
-    """The example over all ranks.
+    """A Notebook is what came out of the example over all ranks.
 
     Parameters
     ----------

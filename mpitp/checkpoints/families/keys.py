@@ -39,7 +39,7 @@ WITHOUT_EFFECT = frozenset("""
 
 
 class Keys:
-    """The keys of a config.json, or of an object in it.
+    """Keys are those of a config.json, or of an object in it; each that is asked for counts as known.
 
     values : the JSON object
     where : its name in messages

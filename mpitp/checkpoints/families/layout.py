@@ -31,7 +31,7 @@ class Fused:
 
     @property
     def stored_rows(self) -> int:
-        """The rows of the whole fused tensor."""
+        """Return the rows of the whole fused tensor."""
         return self.outer * self.parts * self.inner
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -60,7 +60,7 @@ class Layout:
 
     @property
     def stored_shape(self) -> tuple:
-        """The shape of the whole stored tensor."""
+        """Return the shape of the whole stored tensor."""
         shape = self.shape if self.fused is None else (self.fused.stored_rows, *self.shape[1:])
         return shape[::-1] if self.transposed else shape
 

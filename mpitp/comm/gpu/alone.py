@@ -16,7 +16,7 @@ class OneRankTransport:
     """
     overlaps = False
     records = True
-    piece_bytes = 1 << 62
+    message_bytes = 1 << 62
 
     def __init__(self, name: str, how: str) -> None:
         self.name, self.how = name, how

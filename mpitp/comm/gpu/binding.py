@@ -14,7 +14,7 @@ _first_device: int | None = None        # of this process: its later groups, of 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU of a rank.
+    """A Gpu is the device that a rank computes on.
 
     Attributes
     ----------

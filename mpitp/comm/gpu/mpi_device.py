@@ -5,11 +5,11 @@ from itertools import accumulate
 from mpi4py import MPI
 
 from ...arrays import Array
-from ..mpi import MpiTransport, pieces
+from ..mpi import MpiTransport, messages
 
 
 class DeviceMpiTransport(MpiTransport):
-    """MPI on device buffers.
+    """This transport calls MPI on device buffers.
 
     Gathers and exchanges go by sends and receives, as a CUDA-aware MPI may take device buffers through the host in its
     Allgather and Alltoall (measured: Intel MPI 180 ms for 128 MiB against 0.6 by pairs).
@@ -43,9 +43,9 @@ class DeviceMpiTransport(MpiTransport):
         self.exchange([send if p == root else nothing for p in range(size)],
                       [nothing] * size if receive is None else runs(receive, counts))
 
-    def reduce_scatter_piece(self, piece: Array, receive: Array, counts: list[int], op: str) -> None:
+    def reduce_scatter_message(self, message: Array, receive: Array, counts: list[int], op: str) -> None:
         self.synchronise()
-        super().reduce_scatter_piece(piece, receive, counts, op)
+        super().reduce_scatter_message(message, receive, counts, op)
 
     def all_to_all(self, send: Array, send_counts: list[int], receive: Array, receive_counts: list[int]) -> None:
         self.exchange(runs(send, send_counts), runs(receive, receive_counts))
@@ -67,7 +67,7 @@ class DeviceMpiTransport(MpiTransport):
 
     def messages(self, x: Array) -> list[slice]:
         """Return the slices of a flat array that one message can hold."""
-        return pieces(x.size, x.itemsize, self.piece_bytes)
+        return messages(x.size, x.itemsize, self.message_bytes)
 
 
 def runs(x: Array, counts: list[int]) -> list[Array]:

@@ -46,7 +46,7 @@ def communicator(comm: MPI.Comm, cupy: ModuleType, nccl: ModuleType) -> Any:
 
 
 class NcclTransport:
-    """MpiTransport's methods, done by NCCL.
+    """This transport does what MpiTransport does by NCCL.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ class NcclTransport:
     name = "nccl"
     overlaps = True
     records = True              # a CUDA graph can hold its calls
-    piece_bytes = 1 << 62       # nothing is too long: NCCL counts in 64 bits
+    message_bytes = 1 << 62       # nothing is too long: NCCL counts in 64 bits
 
     def __init__(self, comm: MPI.Comm, cupy: ModuleType, how: str) -> None:
         from cupy.cuda import nccl

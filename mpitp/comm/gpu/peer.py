@@ -36,7 +36,7 @@ class PeerTransport:
         Why it is this transport that a group has.
     """
     name = "peer"
-    piece_bytes = 1 << 62
+    message_bytes = 1 << 62
 
     def __init__(self, peers: Peers, beyond: Any, how: str) -> None:
         self.peers, self.beyond, self.how = peers, beyond, how

@@ -10,9 +10,9 @@ from typing import Any
 from mpi4py import MPI
 
 from ...arrays import Array, DeviceArray
-from ..mpi import MpiTransport, pieces
+from ..mpi import MpiTransport, messages
 
-STAGE_BYTES = 4 << 20       # of one piece
+STAGE_BYTES = 4 << 20       # of one message
 
 
 def pinned_like(x: DeviceArray) -> Array:
@@ -22,7 +22,7 @@ def pinned_like(x: DeviceArray) -> Array:
 
 
 class StagedTransport:
-    """MpiTransport's methods, done by MPI on host copies of device arrays.
+    """This transport does what MpiTransport does on host copies of device arrays.
 
     Parameters
     ----------
@@ -47,13 +47,13 @@ class StagedTransport:
         self.pinned_like, self.streams = pinned_like, streams
 
     @property
-    def piece_bytes(self) -> int:
+    def message_bytes(self) -> int:
         """The bytes that one message has at most."""
-        return self.host.piece_bytes
+        return self.host.message_bytes
 
-    @piece_bytes.setter
-    def piece_bytes(self, limit: int) -> None:
-        self.host.piece_bytes = limit
+    @message_bytes.setter
+    def message_bytes(self, limit: int) -> None:
+        self.host.message_bytes = limit
 
     def to_host(self, x: DeviceArray) -> Array:
         """Copy x to the host; get() waits for the kernels that still write x."""
@@ -69,17 +69,17 @@ class StagedTransport:
     def all_reduce(self, x: DeviceArray, op: str) -> None:
         """x becomes the sum (max, min) over the ranks, in place."""
         if self.streams is not None and x.nbytes > STAGE_BYTES:
-            self.all_reduce_in_pieces(x.reshape(-1), op, *self.streams)
+            self.all_reduce_in_messages(x.reshape(-1), op, *self.streams)
             return
         host = self.to_host(x)
         self.host.all_reduce(host, op)
         self.to_device(host, x)
 
-    def all_reduce_in_pieces(self, x: DeviceArray, op: str, to_host: Any, to_device: Any) -> None:
-        """Do all_reduce of a long flat array: while MPI adds up one piece, others are copied to the host and back."""
+    def all_reduce_in_messages(self, x: DeviceArray, op: str, to_host: Any, to_device: Any) -> None:
+        """Do all_reduce of a long flat array: while MPI adds up one message, others are copied to the host and back."""
         host, arrived = self.pinned_like(x), []
         self.synchronise()                      # what writes x is done
-        parts = pieces(x.size, x.itemsize, STAGE_BYTES)
+        parts = messages(x.size, x.itemsize, STAGE_BYTES)
         for part in parts:
             x[part].get(out=host[part], stream=to_host, blocking=False)
             arrived.append(to_host.record())
