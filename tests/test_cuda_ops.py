@@ -372,6 +372,27 @@ def test_a_recorded_token_is_the_called_one(dtype, batch):
                 assert np.array_equal(called.lengths, recorded.lengths)
 
 
+@pytest.mark.parametrize("dtype, batch", [("float32", 3), ("bfloat16", 1)])
+def test_a_recorded_choice_is_the_called_one(dtype, batch):
+    """The same tokens as when each step asks the host, of each kind of decoder."""
+    import mpitp
+    from decoder_cases import KINDS, config
+    from mpitp.inference import generation
+    for kind in KINDS:
+        with mpitp.TensorParallelGroup(mpitp_comm_self(), device="gpu") as group:
+            even = dict(hidden_size=32, kv_channels=8, ffn_hidden_size=48) if batch > 1 else {}
+            model = mpitp.Decoder(group, config(kind, **even), dtype=dtype)
+            ids, told = np.arange(2 * batch).reshape(batch, 2) % 20, dict(max_new_tokens=7, lengths=[1, 2, 1][:batch])
+            called = list(mpitp.generate(model, ids, **told))
+            assert generation.RECORD_FROM > 7
+            try:
+                generation.RECORD_FROM, before = 0, generation.RECORD_FROM
+                recorded = list(mpitp.generate(model, ids, **told))
+            finally:
+                generation.RECORD_FROM = before
+            assert np.array_equal(called, recorded), kind
+
+
 # --- what crosses the bus ---------------------------------------------------------------------------------------------
 
 def test_the_counter_counts():

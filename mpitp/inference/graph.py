@@ -5,7 +5,7 @@ For a token through many small layers, most of the time is Python's: some 6 us a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -97,6 +97,40 @@ class CapturedToken:
         logits = self.captured(self.model.embedding.checked(ids))
         self.kv.lengths += 1
         return logits
+
+
+class CapturedChoice:
+    """A token of each sequence and the choice of the next one, by the largest logit, recorded together.
+
+    Parameters
+    ----------
+    model : Decoder
+        One of which can_record is true.
+    kv : KeyValues
+        The keys and values that every call continues.
+    choose : Choice
+        Of the tokens, with temperature 0.
+    """
+
+    def __init__(self, model: Decoder, kv: KeyValues, choose: Any) -> None:
+        self.model, self.kv, self.choose = model, kv, choose
+        self.chosen: Any = None
+        self.captured = Captured(model.group, self.following, model.group.xp.zeros(len(kv.lengths), np.int64))
+        kv.set_lengths(kv.lengths)              # the call that compiled did not count; what it wrote is overwritten
+
+    def following(self, ids: DeviceArray) -> DeviceArray:
+        """Compute the tokens (B,) that follow: what is recorded."""
+        logits = self.model.continued(ids[:, None], self.kv)
+        self.kv.starts += 1
+        return self.choose.greatest(logits)
+
+    def __call__(self, tokens: np.ndarray, step: int = 0) -> np.ndarray:
+        """Return the tokens (B,) that follow `tokens`, which after the first call are those of the call before."""
+        self.kv.require_room((len(tokens), 1))
+        given = self.model.group.xp.asarray(tokens) if self.chosen is None else self.chosen
+        self.chosen = self.captured(given)
+        self.kv.lengths += 1
+        return self.choose.checked(self.chosen.get())
 
 
 def can_record(model: Decoder, batch: int) -> bool:

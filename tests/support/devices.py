@@ -28,7 +28,7 @@ OTHERS = {"comm.group": {"TensorParallelGroup": ("all_reduce", "all_gather", "ga
           "layers.gather": {None: ("gather_from_ranks_forward", "gather_from_ranks_backward",
                                    "scatter_to_ranks_forward", "scatter_to_ranks_backward")},
           "inference.generation": {"Choice": ("__call__",)},
-          "inference.graph": {"CapturedToken": ("__init__", "__call__")},
+          "inference.graph": {"CapturedToken": ("__init__", "__call__"), "CapturedChoice": ("__init__", "__call__")},
           "checkpoints.saving": {None: ("save_model",)}, "checkpoints.loading": {None: ("load_model",)}}
 depth = 0               # of the library's calls of itself: 0 in a test
 
