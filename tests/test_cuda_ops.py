@@ -223,7 +223,7 @@ def test_dropout_drops_what_numpy_drops(window):
 
 @dtypes
 @pytest.mark.parametrize("kind", norm.KINDS)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 2, 64), (700, 129), (0, 4), (2, 3000)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 2, 64), (700, 129), (0, 4), (2, 3000), (2, 5000)])
 @pytest.mark.parametrize("zero_centered, biased", [(False, True), (True, False)])
 def test_norm(dtype, kind, shape, zero_centered, biased):
     case = Case(dtype)
@@ -331,7 +331,7 @@ def loosely(found, expected, case, what):
 @dtypes
 @pytest.mark.parametrize("window, biased", [(None, False), (70, True), (1, False), (300, False)])
 @pytest.mark.parametrize("B, G, H, K, C", [(1, 2, 6, 10, 700), (3, 1, 1, 64, 257), (2, 3, 3, 130, 40),
-                                           (1, 1, 2, 256, 900)])
+                                           (2, 1, 4, 128, 300), (1, 1, 2, 256, 900)])
 def test_last_query(dtype, window, biased, B, G, H, K, C):
     case, starts = Case(dtype), np.array([C - 2, 0, 17])[:B]
     (q, q64), (keys, keys64), (values, values64) = case.draw(B, H + 1, K), case.draw(B, C, G, K), case.draw(B, C, G, K)

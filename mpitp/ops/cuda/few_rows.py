@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ...arrays import DeviceArray
-from .kernel import kernel, launch
+from .kernel import ALIGNED, kernel, launch
 
-ALIGNED = 16        # bytes that one instruction reads
 ROWS = 2            # of w, that a warp of gemv adds up at once: x is read for both
 WARPS = 8           # of a block of few_rows
 MOST = 16           # rows of x, of float32: of 16 and 64 bits cuBLAS reads w as fast
