@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         stop = group.root_first(lambda: text.end_tokens(arguments.model))
         started = time.perf_counter()
         with Progress(f"loading {arguments.model}"):
-            decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
+            decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
+                                 verify_weights=arguments.verify_weights)
         load_seconds = time.perf_counter() - started
         continued = group.root_first(lambda: None if given is None else Continuations(arguments, *given))
         ids, lengths = text.give_to_all(group, None if continued is None else continued.prompts)

@@ -95,7 +95,7 @@ def text_of_argument(argument: str, what: str) -> str:
     """Return the text of an argument of the command line: its bytes are UTF-8, whatever the locale took them for."""
     try:
         return os.fsencode(argument).decode("utf-8")
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise InputError(f"{what}: found bytes that are not UTF-8 at {error.start}, expected text") from None
 
 

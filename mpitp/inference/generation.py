@@ -122,6 +122,7 @@ def records(model: Decoder, kv: KeyValues, tokens: int) -> bool:
 def as_prompts(model: Decoder, prompts: Array | Sequence,
                counts: Array | Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
     """Return ids (B, S) and lengths (B,), int64, 0 behind the end of a prompt; S is the longest. Raises InputError."""
+    require(not hasattr(prompts, "mask"), "ids that are a masked array", "lengths, where prompts differ in theirs")
     try:
         ids = np.asarray(prompts)
     except ValueError:                                      # rows of unequal length

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..arrays import Array, DeviceArray
 from ..errors import require
+from ..layers.embedding import token_ids
 
 if TYPE_CHECKING:
     from ..comm.group import TensorParallelGroup
@@ -59,10 +60,16 @@ class Captured:
             self.outputs = function(*self.inputs)
             self.graph = stream.end_capture()
 
-    def __call__(self, *arrays: DeviceArray) -> DeviceArray | tuple[DeviceArray, ...]:
-        """Return what function(*arrays) returns, in arrays that the next call overwrites."""
+    def __call__(self, *arrays: Array | DeviceArray) -> DeviceArray | tuple[DeviceArray, ...]:
+        """Return what function(*arrays) returns, in arrays that the next call overwrites.
+
+        Arrays of the host go to the device.
+        """
         for held, x in zip(self.inputs, arrays):
-            held[...] = x
+            if isinstance(x, np.ndarray):
+                held.set(x)
+            else:
+                held[...] = x
         self.graph.launch(self.cuda.get_current_stream())
         return self.outputs
 
@@ -94,7 +101,7 @@ class CapturedToken:
     def __call__(self, ids: Array) -> DeviceArray:
         """Return what extend(ids, kv) returns, in an array that the next call overwrites."""
         self.kv.require_room(ids.shape)
-        logits = self.captured(self.model.embedding.checked(ids))
+        logits = self.captured(token_ids(ids, self.model.embedding.vocab_size))
         self.kv.lengths += 1
         return logits
 
@@ -127,8 +134,7 @@ class CapturedChoice:
     def __call__(self, tokens: np.ndarray, step: int = 0) -> np.ndarray:
         """Return the tokens (B,) that follow `tokens`, which after the first call are those of the call before."""
         self.kv.require_room((len(tokens), 1))
-        given = self.model.group.xp.asarray(tokens) if self.chosen is None else self.chosen
-        self.chosen = self.captured(given)
+        self.chosen = self.captured(tokens if self.chosen is None else self.chosen)
         self.kv.lengths += 1
         return self.choose.checked(self.chosen.get())
 

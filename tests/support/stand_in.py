@@ -445,7 +445,10 @@ class Called:
 
     def __call__(self, *arrays):
         for held, x in zip(self.inputs, arrays):
-            held[...] = x
+            if isinstance(x, np.ndarray):
+                held.set(x)
+            else:
+                held[...] = x
         return self.function(*self.inputs)
 
 

@@ -3,7 +3,6 @@
 Which of them carries an array depends on its bytes alone. Calls are put on CuPy's current stream, as NCCL's are, and a
 CUDA graph can hold them.
 """
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -45,23 +44,27 @@ class PeerTransport:
         self.orders = {op: order_of_ranks(self.size, op) for op in ("sum", "max", "min")}
         self.side_stream: Any = None    # of sums that are under way while the device computes
 
+    def kernel_for(self, y: DeviceArray, order: Order) -> str:
+        """Return the kernel that adds up to y, by its bytes alone; "" for none, where `beyond` carries."""
+        name, most = dtype_name(y.dtype), max(order.counts)
+        if sum(order.counts) > slots(self.size) or not most:
+            return ""
+        summand_bytes = y.size * (8 if name in EIGHT_BYTES else 4)
+        if summand_bytes * most * (self.size - 1) <= WORDS_BYTES:
+            return "sum_words"
+        return "sum_shares" if name in IN_SHARES else ""
+
     def add_up(self, summands: list[DeviceArray], y: DeviceArray, order: Order, beside: bool = False) -> bool:
         """y = the total of everybody's summands, in this order. Returns False, with nothing done, for too many bytes.
 
         beside : whether the device computes meanwhile
         """
-        name, most = dtype_name(y.dtype), max(order.counts)
-        summand_bytes = y.size * (8 if name in EIGHT_BYTES else 4)
-        if sum(order.counts) > slots(self.size) or not most:
-            return False
-        if summand_bytes * most * (self.size - 1) <= WORDS_BYTES:
-            if y.size:
-                self.peers.sum_words(summands, y, order)
-        elif name in IN_SHARES:
+        kernel = self.kernel_for(y, order)
+        if kernel == "sum_shares":
             self.peers.sum_shares(summands, y, order, BESIDE_BLOCKS if beside else shares_blocks(y.size))
-        else:
-            return False
-        return True
+        elif kernel and y.size:
+            self.peers.sum_words(summands, y, order)
+        return kernel != ""
 
     def all_reduce(self, x: DeviceArray, op: str) -> None:
         """x becomes the sum (max, min) over the ranks, in place."""
@@ -143,7 +146,7 @@ class PeerSum(Sum):
         group, total = self.group, self.total
         if total is None or total.dtype != self.summand_dtype or total.dtype == self.dtype:
             return super().all_reduce()
-        y, carrier = group.xp.empty(self.shape, self.dtype), group.transport
+        y, carrier = group.xp.ndarray(self.shape, self.dtype), group.transport
         with group.ledger.record_data(Collective("all_reduce", y.size, dtype_name(self.dtype)),
                                       (total.nbytes + y.nbytes) * (group.size - 1) // group.size):
             if self.waiting:
@@ -162,14 +165,14 @@ class PeerTreeSum(TreeSum):
 
     def all_reduce(self) -> Array:
         """Return the sum, on every rank, with the bits of any other transport. Collective: see peer_bytes."""
-        group, nodes = self.group, nodes_of_ranks(self.partition)[self.group.rank]
-        y, start = group.xp.empty(self.shape, self.dtype), time.perf_counter()
-        if not group.transport.add_up([self.fold.known[node] for node in nodes], y, order_of(self.partition)):
+        group, order = self.group, order_of(self.partition)
+        y, nodes = group.xp.ndarray(self.shape, self.dtype), nodes_of_ranks(self.partition)[group.rank]
+        if not group.transport.kernel_for(y, order):
             return super().all_reduce()
-        entry = group.ledger.data[Collective("all_reduce", y.size, dtype_name(self.dtype))]
-        entry.calls += 1
-        entry.wire_bytes += peer_bytes(self.partition, group.rank, y.size, self.summand_dtype.itemsize, y.itemsize)
-        entry.seconds += time.perf_counter() - start
+        with group.ledger.record_data(Collective("all_reduce", y.size, dtype_name(self.dtype)),
+                                      peer_bytes(self.partition, group.rank, y.size, self.summand_dtype.itemsize,
+                                                 y.itemsize)):
+            group.transport.add_up([self.fold.known[node] for node in nodes], y, order)
         return y
 
 

@@ -100,6 +100,7 @@ class Peers:
     def __init__(self, comm: MPI.Comm, cupy: ModuleType) -> None:
         self.cupy, self.rank, self.size = cupy, comm.rank, comm.size
         self.kernels: dict[Any, Any] = {}
+        self.plans: dict[Any, tuple] = {}
         self.of_ranks = peer_kernels.order_of_ranks(comm.size)
         self.under_way: Any = None              # the end of a sum on another stream: the next one comes behind it
         nanoseconds = int(patience() * 1e9)
@@ -179,12 +180,18 @@ class Peers:
 
     def sum_words(self, summands: list[DeviceArray], y: DeviceArray, order: Order) -> None:
         """y = the total of everybody's summands, few bytes."""
-        self.wait_for_others()
-        name, n = dtype_name(y.dtype), y.size
-        words = n if name in EIGHT_BYTES else -(-n // 2)
-        blocks, threads, width = peer_kernels.words_grid(words)
-        self.kernel("sum_words", name, order)((blocks,), (threads,), (
-            *(summands or NOTHING), y, np.int64(n), np.int32(width), *self.tail))
+        if self.under_way is not None:
+            self.wait_for_others()
+        kernel, grid, threads, n, width = self.plans.get((y.size, y.dtype, order)) or self.plan_words(y, order)
+        kernel(grid, threads, (*(summands or NOTHING), y, n, width, *self.tail))
+
+    def plan_words(self, y: DeviceArray, order: Order) -> tuple:
+        """Return how sum_words is called for arrays like y, and keep it: a token's sums take microseconds."""
+        name = dtype_name(y.dtype)
+        blocks, threads, width = peer_kernels.words_grid(y.size if name in EIGHT_BYTES else -(-y.size // 2))
+        plan = self.kernel("sum_words", name, order), (blocks,), (threads,), np.int64(y.size), np.int32(width)
+        self.plans[y.size, y.dtype, order] = plan
+        return plan
 
     def sum_shares(self, summands: list[DeviceArray], y: DeviceArray, order: Order, most_blocks: int) -> None:
         """y = the total of everybody's summands, many float32; rounded to 16 bits where y has those."""
