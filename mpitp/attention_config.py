@@ -129,8 +129,12 @@ class AttentionConfig(HeadSizes):
         Rotary positions.
     alibi : bool
         Scores have slope_h (key - query position) added, the slopes of the global head (arXiv 2108.12409).
+    softcap : float or None
+        c: scores are c tanh(score / c), before ALiBi is added (arXiv 2408.00118).
     qk_norm : str or None
-        "layernorm" or "rmsnorm" over each query and key head, before rotary, without bias; None: no norm.
+        "layernorm" or "rmsnorm" over each query and key head, without bias; None: no norm.
+    qk_norm_after_rotary : bool
+        Whether that norm comes after rotary, not before.
     norm_epsilon, zero_centered_gamma : float, bool
         Of that norm.
     attention_scale : float or None
@@ -153,7 +157,9 @@ class AttentionConfig(HeadSizes):
     sliding_window: int | None = None
     rotary: Rotary | None = None
     alibi: bool = False
+    softcap: float | None = None
     qk_norm: str | None = None
+    qk_norm_after_rotary: bool = False
     norm_epsilon: float = 1e-5
     zero_centered_gamma: bool = False
     attention_scale: float | None = None
@@ -168,6 +174,8 @@ class AttentionConfig(HeadSizes):
         if self.qk_norm is not None:
             one_of("qk_norm", self.qk_norm, NORMALIZATIONS)
         require_number("norm_epsilon", self.norm_epsilon, above=0)
+        if self.softcap is not None:
+            require_number("softcap", self.softcap, above=0)
         require_probability("dropout", self.dropout)
 
 

@@ -180,13 +180,14 @@ def farewell(comm: MPI.Intracomm, status: int, message: str | None = None) -> in
         watchdog.leave()                        # others may be inside of a collective
     statuses = memoryview(bytearray(4 * comm.size)).cast("i")
     request = comm.Iallgather(memoryview(bytearray(status.to_bytes(4, sys.byteorder))).cast("i"), statuses)
-    deadline = time.monotonic() + PATIENCE
+    deadline, who = time.monotonic() + PATIENCE, f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     while not request.Test():
         if message and time.monotonic() > deadline:     # this rank alone met bad input
-            end_job(f"mpitp: rank {comm.rank} of {comm.size} on {socket.gethostname()}: {message}\n", status)
+            end_job(f"mpitp: {who}: {message}\n", status)
         time.sleep(0.0005)
     if message and status not in statuses.tolist()[:comm.rank]:
-        say(f"mpitp: {message}\n")
+        is_shared = statuses.tolist().count(status) == comm.size
+        say(f"mpitp: {message}\n" if is_shared else f"mpitp: {who}: {message}\n")
     return status
 
 

@@ -154,7 +154,7 @@ class ParallelAttention(ParallelLayer):
                 q, a = (array[:, 0, heads.start - block.start:heads.stop - block.start] for array in (q_BSHK, a_BSHK))
                 k, v, _ = units[unit]
                 last_query_forward(q, k, v, call.kv.starts, self.scale, out=a, window=self.sliding_window,
-                                   slopes=call.slopes(heads, unit))
+                                   softcap=self.config.softcap, slopes=call.slopes(heads, unit))
                 continue
             for b in range(call.B):
                 q, a = (by_group(array, b, unit, heads, block) for array in (q_BSHK, a_BSHK))
@@ -283,24 +283,28 @@ class ParallelAttention(ParallelLayer):
         return as_heads(y_NHK, call.B, call.S, self.kv_channels)
 
     def norm_and_rotate(self, part: str, x_BSHK: Array, call: AttentionCall) -> tuple[Array, Any]:
-        """Return query or key heads after their norm and rotary positions; and what the norm's backward needs."""
-        of_norm = None
-        if self.norm:
+        """Return query or key heads after norm and rotary positions, in either order; and what norm_backward needs."""
+        of_norm, last = None, self.config.qk_norm_after_rotary
+        if self.norm and not last:
             x_BSHK, of_norm = norm_forward(x_BSHK, self.own[f"{part}_norm.weight"], None, *self.norm)
         if self.rotary:
             starts = None if call.kv is None else call.kv.starts
             cos, sin = call.tables
             x_BSHK = rotary_forward(x_BSHK, cos, sin, self.rotary.interleaved, starts)
+        if self.norm and last:
+            x_BSHK, of_norm = norm_forward(x_BSHK, self.own[f"{part}_norm.weight"], None, *self.norm)
         return x_BSHK, of_norm
 
     def norm_and_rotate_backward(self, part: str, dx_BSHK: Array, of_norm: Any,
                                  call: AttentionCall) -> tuple[Array, Array | None]:
         """Return the gradient before rotary and norm, as (N, heads K), and that of the norm's weight, or None."""
-        dw_K = None
+        dw_K, last = None, self.config.qk_norm_after_rotary
+        if self.norm and last:
+            dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         if self.rotary:
             cos, sin = call.tables
             dx_BSHK = rotary_backward(dx_BSHK, cos, sin, self.rotary.interleaved)
-        if self.norm:
+        if self.norm and not last:
             dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         return as_rows(dx_BSHK), dw_K
 

@@ -98,9 +98,39 @@ CASES = {       # name: (model_type, what its configuration class is called with
     "opt": ("opt", dict(OPT, ffn_dim=23)),
     "opt_after": ("opt", dict(OPT, do_layer_norm_before=False, ffn_dim=30, enable_bias=False,
                               activation_function="gelu", tie_word_embeddings=False)),
+    "gemma2": ("gemma2", dict(SIZES, hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+                              query_pre_attn_scalar=3, sliding_window=3, attn_logit_softcapping=5.0,
+                              final_logit_softcapping=2.0, tie_word_embeddings=True)),
+    "gemma2_no_caps": ("gemma2", dict(SIZES, num_key_value_heads=1, head_dim=6, attn_logit_softcapping=None,
+                                      final_logit_softcapping=None, layer_types=[FULL, FULL], attention_bias=True)),
+    "arcee": ("arcee", dict(SIZES, num_key_value_heads=1, head_dim=6, mlp_bias=True, rope_parameters=YARN)),
+    "nemotron": ("nemotron", dict(SIZES, num_key_value_heads=1, head_dim=8)),
+    "nemotron_biases": ("nemotron", dict(SIZES, hidden_size=24, num_attention_heads=6, num_key_value_heads=3,
+                                         attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "granite": ("granite", dict(SIZES, hidden_size=24, num_attention_heads=4, num_key_value_heads=2,
+                                embedding_multiplier=3.0, residual_multiplier=0.22, logits_scaling=1.5,
+                                attention_multiplier=0.3, tie_word_embeddings=True)),
+    "cohere": ("cohere", dict(SIZES, num_attention_heads=2, num_key_value_heads=1, logit_scale=0.5,
+                              tie_word_embeddings=True)),
+    "cohere2": ("cohere2", dict(SIZES, hidden_size=24, num_attention_heads=6, num_key_value_heads=2, sliding_window=3,
+                                layer_types=[SLIDING, FULL], logit_scale=0.25, attention_bias=True)),
+    "exaone4": ("exaone4", dict(SIZES, num_attention_heads=5, num_key_value_heads=1, hidden_size=30, sliding_window=3,
+                                layer_types=[SLIDING, FULL])),
+    "exaone4_full": ("exaone4", dict(SIZES, hidden_size=24, num_attention_heads=6, num_key_value_heads=2,
+                                     sliding_window=None, layer_types=[FULL, FULL], tie_word_embeddings=True,
+                                     rope_parameters=LLAMA3)),
+    "smollm3": ("smollm3", dict(SIZES, num_hidden_layers=3, hidden_size=24, num_attention_heads=4,
+                                num_key_value_heads=2, no_rope_layers=[1, 0, 1], pad_token_id=0)),
+    "smollm3_window": ("smollm3", dict(SIZES, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+                                       no_rope_layer_interval=2, use_sliding_window=True, sliding_window=3,
+                                       attention_bias=True, mlp_bias=True, tie_word_embeddings=True, pad_token_id=0)),
+    "hunyuan": ("hunyuan_v1_dense", dict(SIZES, num_key_value_heads=1, head_dim=6, tie_word_embeddings=True)),
+    "hunyuan_alpha": ("hunyuan_v1_dense", dict(SIZES, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+                                               attention_bias=True, rope_parameters=dict(
+                                                   rope_type="dynamic", alpha=50.0, factor=1.0, rope_theta=20.0))),
     "opt_no_last_norm": ("opt", dict(OPT, ffn_dim=23, _remove_final_layer_norm=True)),
 }
-ZERO_CENTERED = ("gemma", "gemma3_text", "gemma3")
+ZERO_CENTERED = ("gemma", "gemma2", "gemma3_text", "gemma3", "nemotron")
 ROPE_SCALING = dict(type="linear", factor=2.0)
 
 # Folders that contradict themselves: name: (case, keys that are added to its config.json, tensors that are).

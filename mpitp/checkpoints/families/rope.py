@@ -107,9 +107,13 @@ def rotary(keys: Keys, head_dim: int, theta: float = 10000.0, theta_key: str = "
         keys.refuse({"partial_rotary_factor": (1,)})
     else:
         part = keys.number(part_key, default=part, above=0)
+    return scaled_rotary(keys, chosen(keys), head_dim, theta, part, part_key is not None)
+
+
+def chosen(keys: Keys) -> Keys:
+    """Return the object that counts where config.json has one for all layers: rope_scaling, unless it is empty."""
     old, new = keys.inner("rope_scaling"), keys.inner("rope_parameters")
-    found = old if old is not None and old.values else new
-    return scaled_rotary(keys, found or Keys({}), head_dim, theta, part, part_key is not None)
+    return (old if old is not None and old.values else new) or Keys({})
 
 
 def rotary_of_layer_types(keys: Keys, head_dim: int, thetas: Mapping[str, tuple[str, float]]) -> dict[str, Rotary]:
