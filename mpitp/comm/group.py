@@ -118,13 +118,10 @@ class TensorParallelGroup(Collectives, Sums):
             self.ledger.transport = self.transport.name
             # Whether sums can be under way while the device computes.
             self.overlaps = self.transport.overlaps and self.size > 1 and not self.reproducible
-            self.sum_class = Sum
+            self.sum_class = getattr(self.transport, "sums", (Sum,))[0]
             if self.reproducible:
                 from .reproducible import hold_bits
                 self._give_back_threads = hold_bits(self)
-            if self.transport.name == "peer" and self.size > 1:
-                from .gpu.peer import PeerSum, PeerTreeSum
-                self.sum_class = PeerTreeSum if self.reproducible else PeerSum
         except InputError:                          # raised on every rank
             self._release()
             raise

@@ -54,8 +54,7 @@ class MpiTransport:
     """
     name = "mpi"
     how = "host arrays"         # why it is this transport, for `doctor`
-    overlaps = False            # hardly any MPI makes progress while none of its functions runs
-    records = False             # whether a CUDA graph can hold its calls
+    overlaps = records = False  # hardly any MPI makes progress while none of its functions runs; no CUDA graph holds them
 
     def __init__(self, comm: MPI.Comm):
         self.comm, self.message_bytes = comm, MESSAGE_BYTES

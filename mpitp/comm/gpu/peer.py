@@ -36,6 +36,7 @@ class PeerTransport:
     """
     name = "peer"
     message_bytes = 1 << 62
+    sums: tuple[type[Sum], type[Sum]]
 
     def __init__(self, peers: Peers, beyond: Any, how: str) -> None:
         self.peers, self.beyond, self.how = peers, beyond, how
@@ -174,6 +175,9 @@ class PeerTreeSum(TreeSum):
                                                  y.itemsize)):
             group.transport.add_up([self.fold.known[node] for node in nodes], y, order)
         return y
+
+
+PeerTransport.sums = PeerSum, PeerTreeSum       # what a group adds up with, in ordinary and in reproducible mode
 
 
 @cache
