@@ -10,6 +10,7 @@ import numpy as np
 from ..build import local_weight
 from ..case import Case
 from ..layouts import take
+from ..programs.attention import features
 from .mistake import Mistake, Planted
 
 Arrays = dict[str, np.ndarray]
@@ -25,6 +26,7 @@ def groups(case: Case) -> Iterator[tuple[str, tuple[str, ...]]]:
         weights = tuple(name for name in names if name.endswith("weight"))
         if weights != names:
             yield f"{end or 'the weight'}'s slices (not its bias)", weights
+            yield f"{end or 'the weight'}'s slices of the bias alone", tuple(set(names) - set(weights))
     columns = tuple(name for name in split if case.places[name].axis == 0)      # type: ignore[union-attr]
     if len(ends) > 2:
         yield "the column-parallel slices", columns
@@ -171,20 +173,33 @@ def read_halves(gate: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def fused_dealt(case: Case, prefixes: list[str]) -> Planted:
     """Deal the rows of gate in front of up over the ranks as one matrix, and take halves on each rank."""
-    local = [dict(own) for own in case.weights]
-    for prefix in prefixes:
-        for key in ("weight", "bias"):
-            if f"{prefix}gate.{key}" not in case.whole or f"{prefix}up.{key}" not in case.whole:
-                continue
-            fused = np.concatenate([case.whole[f"{prefix}gate.{key}"], case.whole[f"{prefix}up.{key}"]])
-            begin = 0
-            for own in local:
-                n = len(own[f"{prefix}gate.{key}"])
-                own[f"{prefix}gate.{key}"], own[f"{prefix}up.{key}"] = fused[begin:begin + n], \
-                    fused[begin + n:begin + 2 * n]
-                begin += 2 * n
-    yield ("the rows of gate in front of up are dealt over the ranks as one matrix, so that a rank has only one of the "
-           "two"), case.with_weights(local)
+    ways = (("the rows of gate in front of up are dealt over the ranks as one matrix, so that a rank has only one of "
+             "the two", np.concatenate),
+            ("gate and up are interleaved row by row, dealt over the ranks as one matrix, and read as halves on each "
+             "rank", interleaved))
+    for sentence, fuse in ways:
+        local = [dict(own) for own in case.weights]
+        for prefix in prefixes:
+            for key in ("weight", "bias"):
+                names = [f"{prefix}gate.{key}", f"{prefix}up.{key}"]
+                if all(name in case.whole for name in names):
+                    deal(local, names, fuse([case.whole[name] for name in names]))
+        yield sentence, case.with_weights(local)
+
+
+def interleaved(pair: list[np.ndarray]) -> np.ndarray:
+    """Return the rows of two matrices in turn."""
+    return np.stack(pair, axis=1).reshape(2 * len(pair[0]), *pair[0].shape[1:])
+
+
+def deal(local: list[dict], names: list[str], fused: np.ndarray) -> None:
+    """Give each rank the next rows of a fused matrix, as many as it has of all names, in front to back order."""
+    begin = 0
+    for own in local:
+        for name in names:
+            n = len(own[name])
+            own[name] = fused[begin:begin + n]
+            begin += n
 
 
 def fused_qkv(case: Case) -> Planted:
@@ -209,6 +224,32 @@ def fused_qkv(case: Case) -> Planted:
                 bounds = np.cumsum([0] + [len(part) for part in parts])
                 changed.update({name: read[a:b] for name, a, b in zip(names, bounds, bounds[1:])})
         yield f"the fused query, key and value rows, stored {stored_as}, are read {read_as}", resliced(case, changed)
+    if case.ranks > 1 and config.query_groups == config.num_attention_heads:
+        for stored_as, rows in known.items():
+            yield (f"the fused query, key and value rows, {stored_as}, are cut over the ranks like one matrix, and "
+                   f"read as thirds on each rank"), qkv_dealt(case, prefixes, rows)
+
+
+def qkv_dealt(case: Case, prefixes: list[str], order: np.ndarray) -> Case:
+    """Deal the fused rows over the ranks, and take the rows of query, key and value one after the other on each."""
+    local, K = [dict(own) for own in case.weights], case.config.head_dim
+    for prefix in prefixes:
+        for key in ("weight", "bias"):
+            names = [f"{prefix}{part}.{key}" for part in ("query", "key", "value")]
+            if not all(name in case.whole for name in names):
+                continue
+            fused, begin = np.concatenate([case.whole[name] for name in names])[order], 0
+            for own, heads in zip(local, case.heads):
+                mine = features(heads, K)
+                for name in names:
+                    part = fused[begin:begin + len(mine)]
+                    begin += len(mine)
+                    if name == names[0]:
+                        own[name] = part
+                    else:                               # whole on every rank, which uses the rows of its own heads
+                        own[name] = case.whole[name].copy()
+                        own[name][mine] = part
+    return case.with_weights(local)
 
 
 def fused_orders(H: int, G: int, K: int) -> dict[str, np.ndarray]:
