@@ -61,10 +61,16 @@ def out_of_memory(error: Any) -> str | None:
            f"array beside the {held:.1f} GiB of this rank\n"
 
 
+def late_rank() -> str:
+    """Return a line where a kernel on the GPU gave up waiting for another rank's, which ends the process; else ""."""
+    peers = sys.modules.get("mpitp.comm.gpu.peer_memory")
+    return peers.gave_up() or "" if peers else ""
+
+
 def abort(error: BaseException) -> NoReturn:
     """Print why this rank failed, its traceback, and end the job with a non-zero status."""
     why = "interrupted\n" if isinstance(error, KeyboardInterrupt) else out_of_memory(error) or \
-        "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        "".join(traceback.format_exception(type(error), error, error.__traceback__)) + late_rank()
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     end_job(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job, on "
             f"{socket.gethostname()}: {why}", code or 1)

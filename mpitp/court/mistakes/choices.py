@@ -123,6 +123,9 @@ def masks(case: Case) -> Planted:
         local = [np.arange(len(heads)) for heads in case.heads]
         yield "ALiBi's slopes are counted from head 0 on every rank", case.with_faults(
             {"alibi_heads": partial(each, found=local)})
+        counts = [max(1, len(heads)) for heads in case.heads]
+        yield "ALiBi's slopes are those of as many heads as a rank has: the number is local", case.with_faults(
+            {"alibi_heads": partial(each, found=local), "alibi_count": partial(each, found=counts)})
 
 
 def see_all(values: Local) -> Local:

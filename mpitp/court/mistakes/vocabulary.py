@@ -139,6 +139,10 @@ def sums_of_loss(case: Case) -> Planted:
             yield f"{what}, complete on every rank, is summed over the ranks: {P} times{more}", \
                 case.with_faults({role: doubled})
             yield f"{what} is a mean over the ranks: divided by {P}", case.with_faults({role: mean})
+    if case.kind == "loss" and vocabulary(case):
+        own = [case.inputs["logits"][..., part].max(axis=-1, initial=-np.inf) for part in vocabulary(case)]
+        yield "the maximum that is taken off the logits is that of the rank's own part of the vocabulary", \
+            case.with_faults({"highest": partial(each, found=own)})
     targets = case.inputs["targets"]
     every = prod(targets.shape)
     counted = int((targets != case.options["ignore_index"]).sum())

@@ -72,7 +72,8 @@ def loss_forward(ranks: Ranks, case: Case, logits: Local, place: Place | None, t
     V = sum(z.shape[-1] for z in logits) if place is not None else logits[0].shape[-1]
     parts: tuple[Array, ...] = (np.arange(V),) * ranks.count if place is None else place.parts
     highest = np.max([numbers_of(z).max(axis=-1, initial=-np.inf) for z in logits], axis=0)
-    shifted = [z - highest[..., None] for z in logits]
+    of_ranks = ranks.changed([highest] * ranks.count, "highest")
+    shifted = [z - h[..., None] for z, h in zip(logits, of_ranks)]
     exps = [np.exp(z) for z in shifted]
     at_target = ranks.changed([one_of(targets, part, logits[0].dtype) for part in parts], "target_rows")
     at_forward = ranks.changed(at_target, "target_rows_forward")
