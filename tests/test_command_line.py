@@ -1,4 +1,5 @@
 """The command line as a newcomer meets it: help that fits and lists everything, examples that run, tables that fit."""
+import importlib
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import make_tiny_checkpoints as tiny
+from judge_host import Host
 from mpitp import commands
 from mpitp.commands import COMMANDS, WIDTH
 from spmd import job, job_environment, mpirun
@@ -46,11 +48,12 @@ def test_help_fits_and_ends_with_two_examples(name):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the examples name: a tiny checkpoint, a text, and token ids."""
+    """What the examples name: a tiny checkpoint, a text, token ids, and a dump of a right run."""
     folder = tmp_path_factory.mktemp("examples")
     tiny.write(folder / "my-model", tiny.load("gemma3_text"))
     (folder / "book.txt").write_text(400 * "once upon a time there was a row of a matrix ")
     (folder / "ids.txt").write_text(" ".join(str(i % 37) for i in range(60)))
+    Host(folder / "my-dump", 2, "mlp", {"activation": "relu"}).mlp(6, 9)
     return folder
 
 
@@ -71,7 +74,7 @@ def test_examples_run_and_their_tables_fit(folder, tmp_path, name, line, ranks):
     words = shlex.split(line)
     words = words[words.index("-m"):]
     assert words[:3] == ["-m", "mpitp", name]
-    for given in ("my-model", "book.txt", "ids.txt"):
+    for given in ("my-model", "my-dump", "book.txt", "ids.txt"):
         (tmp_path / given).symlink_to(folder / given)
     done = job(ranks, *words, cwd=tmp_path, timeout=120)
     assert done.returncode == 0 or name == "doctor", done.stdout + done.stderr
@@ -189,3 +192,14 @@ def test_what_may_take_long_has_a_bar(folder, line, shown):
     done = job(1, "-c", PRINTED, *shlex.split(line), cwd=folder)
     assert done.returncode == 0 and all(text in done.stderr for text in shown), done.stderr
     assert "windows is through\n" * 8 in done.stderr or "score" not in line
+
+
+def test_paths_are_named_and_may_differ():
+    """Every option whose value is a file or folder is known as one, so that ranks are not compared by it."""
+    found = set()
+    for name in COMMANDS:
+        parser = commands.command_parser(name, importlib.import_module(f"mpitp.commands.{name}"))
+        for action in parser._actions:
+            if any(word in str(action.metavar) for word in ("FILE", "DIR", "DUMP")):
+                found.add(action.dest)
+    assert found == set(commands.PATHS)

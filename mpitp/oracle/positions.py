@@ -76,8 +76,7 @@ def frequencies(rotary: Rotary, K: int, S: int) -> tuple[list[float], float]:
         grown = (rotary.factor * longer - rotary.factor + 1) ** (dim / (dim - 2)) * rotary.base
         return [grown ** (-2 * i / dim) for i in range(dim // 2)], 1.0
     if rotary.scaling == "longrope":
-        long = original_length(rotary) < S
-        by = (rotary.long_factors if long else rotary.short_factors) or ()
+        by = (rotary.long_factors if original_length(rotary) < S else rotary.short_factors) or ()
         return [f / g for f, g in zip(plain, by)], longrope_factor(rotary)
     return plain, 1.0
 
