@@ -54,7 +54,7 @@ class MpiTransport:
     """
     name = "mpi"
     how = "host arrays"         # why it is this transport, for `doctor`
-    overlaps = records = False  # hardly any MPI makes progress while none of its functions runs, nor in a CUDA graph
+    overlaps = records = False  # hardly any MPI makes progress while none of its functions runs, in no CUDA graph
 
     def __init__(self, comm: MPI.Comm):
         self.comm, self.message_bytes = comm, MESSAGE_BYTES
