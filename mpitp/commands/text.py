@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..checkpoints.safetensors import read_json, require_no_pointer
+from ..checkpoints.json_files import read_json, require_no_pointer
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require
 
