@@ -40,6 +40,7 @@ LONG_FUNCTIONS = set()
 MANY_PARAMETERS = {
     "comm.group:TensorParallelGroup.__init__", "inference.generation:generate",
     "layers.linear:ColumnParallelLinear.__init__", "layers.mlp:ParallelMLP.__init__",
+    "ops.keys_values:last_query_forward", "ops.cuda.keys_values:last_query_forward",
     "ops.adamw:adamw_step", "ops.attention:attention_backward", "ops.attention:attention_forward",
     "ops.cuda.adamw:adamw_step", "ops.cuda.attention:attention_backward", "ops.cuda.attention:attention_forward",
 }

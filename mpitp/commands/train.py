@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 
 from .. import tables
-from ..comm.agreement import require_agreement
+from ..comm.agreement import same_everywhere
 from ..comm.group import TensorParallelGroup
 from ..config import DecoderConfig
 from ..errors import InputError, require_positive
@@ -100,9 +100,9 @@ class Job:
 def train(arguments: argparse.Namespace, job: Job) -> int:
     """Read the data, resume, and train; return the exit status."""
     group = job.group
-    tokens = group.root_first(lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
-                                             arguments.seed, arguments.data_dtype))
-    require_agreement(group.comm, "the data", tokens.fingerprint())
+    tokens = same_everywhere(group.comm, lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
+                                                        arguments.seed, arguments.data_dtype),
+                             lambda tokens: {"the data": tokens.fingerprint()})
     if group.rank == 0 and arguments.data_dtype is None and look_like_words(tokens.tokens):
         print(f"mpitp: warning: {tokens.name}: found bytes that look like 16-bit integers, expected --data-dtype "
               f"uint16 for token ids; trained on as bytes", file=sys.stderr, flush=True)

@@ -81,7 +81,7 @@ class ParallelAttention(ParallelLayer):
         self.norm = (config.qk_norm, config.norm_epsilon, config.zero_centered_gamma) if config.qk_norm else None
         self.heads = Heads(group, self.num_attention_heads, int(config.query_groups), self.kv_channels)
         self.set_partition(self.heads.partition)
-        self.tables: tuple = ((), ())
+        self.tables: tuple = ()
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class ParallelAttention(ParallelLayer):
             kept[block.index] = of_block
         y_ND = reduce_from_ranks_forward(total)                                                     # g
         self.add_bias(y_ND)
-        return y_ND.reshape(x.shape), ((x_ND, units, kept, call) if save else None)
+        return y_ND.reshape(x.shape), ((self, x_ND, units, kept, call) if save else None)
 
     def call(self, x: Array, mask: Array | None, step: int | None, kv: Any = None) -> AttentionCall:
         """Return what one forward and its backward share. Raises InputError for shapes that do not fit."""
@@ -125,7 +125,7 @@ class ParallelAttention(ParallelLayer):
         mask = mask if mask is None else self.group.xp.asarray(mask)
         if kv is not None:
             return AttentionCall(self, B, S, mask, step, kv.tables, kv)
-        if self.rotary and len(self.tables[0]) != S:            # cos and sin, kept as long as S stays
+        if self.rotary and not (self.tables and len(self.tables[0]) == S):      # cos and sin, kept as long as S stays
             self.tables = rotary_tables(self.rotary, self.kv_channels, range(S), self.sum_dtype, self.group.xp)
         return AttentionCall(self, B, S, mask, step, self.tables, None)
 
@@ -154,7 +154,7 @@ class ParallelAttention(ParallelLayer):
                 q, a = (array[:, 0, heads.start - block.start:heads.stop - block.start] for array in (q_BSHK, a_BSHK))
                 k, v, _ = units[unit]
                 last_query_forward(q, k, v, call.kv.starts, self.scale, out=a, window=self.sliding_window,
-                                   slopes=call.slopes(heads, unit))
+                                   softcap=self.config.softcap, slopes=call.slopes(heads, unit))
                 continue
             for b in range(call.B):
                 q, a = (by_group(array, b, unit, heads, block) for array in (q_BSHK, a_BSHK))
@@ -170,7 +170,7 @@ class ParallelAttention(ParallelLayer):
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        x_ND, units, kept, call = require_saved(saved)
+        x_ND, units, kept, call = require_saved(saved, self)
         dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy", len(x_ND)))        # g*
         gradients = self.gradients(out)
         d_scores = self.scores_backward(dy_ND, units, kept, call, gradients)
@@ -283,24 +283,28 @@ class ParallelAttention(ParallelLayer):
         return as_heads(y_NHK, call.B, call.S, self.kv_channels)
 
     def norm_and_rotate(self, part: str, x_BSHK: Array, call: AttentionCall) -> tuple[Array, Any]:
-        """Return query or key heads after their norm and rotary positions; and what the norm's backward needs."""
-        of_norm = None
-        if self.norm:
+        """Return query or key heads after norm and rotary positions, in either order; and what norm_backward needs."""
+        of_norm, last = None, self.config.qk_norm_after_rotary
+        if self.norm and not last:
             x_BSHK, of_norm = norm_forward(x_BSHK, self.own[f"{part}_norm.weight"], None, *self.norm)
         if self.rotary:
             starts = None if call.kv is None else call.kv.starts
             cos, sin = call.tables
             x_BSHK = rotary_forward(x_BSHK, cos, sin, self.rotary.interleaved, starts)
+        if self.norm and last:
+            x_BSHK, of_norm = norm_forward(x_BSHK, self.own[f"{part}_norm.weight"], None, *self.norm)
         return x_BSHK, of_norm
 
     def norm_and_rotate_backward(self, part: str, dx_BSHK: Array, of_norm: Any,
                                  call: AttentionCall) -> tuple[Array, Array | None]:
         """Return the gradient before rotary and norm, as (N, heads K), and that of the norm's weight, or None."""
-        dw_K = None
+        dw_K, last = None, self.config.qk_norm_after_rotary
+        if self.norm and last:
+            dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         if self.rotary:
             cos, sin = call.tables
             dx_BSHK = rotary_backward(dx_BSHK, cos, sin, self.rotary.interleaved)
-        if self.norm:
+        if self.norm and not last:
             dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         return as_rows(dx_BSHK), dw_K
 

@@ -9,6 +9,7 @@ import cupy
 import numpy as np
 
 from ...arrays import DeviceArray, sum_dtype
+from ..softcap import refuse_softcap
 from .kernel import INFINITY, kernel, launch, threads_for
 
 NOTHING = np.uint64(0)      # a null pointer
@@ -108,9 +109,10 @@ def append(held_BCGK: tuple[DeviceArray, DeviceArray], new_BSGK: tuple[DeviceArr
 
 
 def last_query_forward(q_BHK: DeviceArray, k_BCGK: DeviceArray, v_BCGK: DeviceArray, starts_B: DeviceArray,
-                       scale: float, *, out: DeviceArray, window: int | None = None,
+                       scale: float, *, out: DeviceArray, window: int | None = None, softcap: float | None = None,
                        slopes: DeviceArray | None = None) -> None:
-    """Compute as mpitp.ops.keys_values.last_query_forward."""
+    """Compute as mpitp.ops.keys_values.last_query_forward. No softcap."""
+    refuse_softcap(softcap)
     (B, H, K), (_, C, G, _), computed = q_BHK.shape, k_BCGK.shape, sum_dtype(q_BHK.dtype)
     if not q_BHK.size:
         return
