@@ -1,8 +1,9 @@
 """A run goes on from a step folder, on any number of ranks: the same model, settings and data, and nothing damaged."""
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 from ..checkpoints import steps as step_folders
 from ..checkpoints.steps import DamagedStep
@@ -160,7 +161,7 @@ def defaults(kind: type, mine: dict) -> dict:
     for field in fields(kind):
         if field.name in mine and field.default is not MISSING:
             found[field.name] = field.default
-    return found
+    return json.loads(json.dumps(found, default=asdict))
 
 
 def is_prolonged(found: object, mine: dict, step: int) -> bool:
