@@ -1,4 +1,4 @@
-"""What a step folder says must be what was saved: checksums, digest, step; damage is named and the newest whole offered."""
+"""Step folders hold what was saved; damage is named, by checksum, digest or step, and a whole one is offered."""
 import json
 import os
 import shutil
@@ -150,7 +150,8 @@ def test_folders_without_checksums_resume(group, run, capfd):
     """As 0.1.0 and 0.2.0 wrote them, and before settings had all of today's keys."""
     def older(path):
         state = json.loads(path.read_text())
-        del state["digest"], state["checksums"], state["settings"]["lr_decay_iters"], state["config"]["zero_centered_gamma"]
+        del state["digest"], state["checksums"], state["settings"]["lr_decay_iters"]
+        del state["config"]["zero_centered_gamma"]
         path.write_text(json.dumps({**state, "schema": "mpitp.checkpoint/1"}))
     on_one(group, older, run / "out" / "step-00000004" / "state.json")
     made = trainer(group, run)
@@ -167,7 +168,7 @@ def test_folders_without_checksums_resume(group, run, capfd):
 
 
 def test_a_longer_run(group, run):
-    """Allowed where no step that was taken would have had another learning rate, and then the same as from the start."""
+    """Allowed where no step that was taken would have had another learning rate; then the same as from the start."""
     with pytest.raises(InputError, match=r"train_iters = 6, expected 9: .*--lr-decay-iters 6 --lr-warmup-iters 1"):
         resume(trainer(group, run, train_iters=9))
     longer = trainer(group, run, train_iters=9, lr_decay_iters=6)
@@ -202,7 +203,7 @@ def test_spikes_stop_before_a_save(group, run):
     made = trainer(group, run, train_iters=14, lr_decay_iters=6, spike_limit=3)
     resume(made)
     made.spikes.replay([{"loss": 1e-3, "gradient_norm": 1e9} for _ in range(40)])
-    with pytest.raises(TrainingStopped, match="step 7: found loss .*, expected at most 3 times the 0.001 of the last 32"):
+    with pytest.raises(TrainingStopped, match="step 7: found loss .* at most 3 times the 0.001 of the last 32"):
         made.run()
     assert steps.steps(str(run / "out")) == [2, 4, 6]
     assert Spikes(0).find({"loss": 1e30, "gradient_norm": 1e30}) == ""

@@ -15,8 +15,9 @@ from mpitp.training import lock
 from mpitp.training.requests import NOTHING, SAVE, STOP, Requests
 from spmd import ROOT, job, job_environment, mpirun
 
-SMALL = ("--hidden-size", 20, "--num-layers", 1, "--num-attention-heads", 5, "--seq-length", 16, "--micro-batch-size", 2,
-         "--eval-interval", 0, "--eval-batches", 1, "--data", ROOT / "LICENSE", "--reproducible")
+SMALL = ("--hidden-size", 20, "--num-layers", 1, "--num-attention-heads", 5, "--seq-length", 16,
+         "--micro-batch-size", 2, "--eval-interval", 0, "--eval-batches", 1, "--data", ROOT / "LICENSE",
+         "--reproducible")
 
 
 class Running:

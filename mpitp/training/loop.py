@@ -15,6 +15,7 @@ from ..checkpoints import steps as step_folders
 from ..comm.group import TensorParallelGroup
 from ..config import DecoderConfig
 from ..layers.decoder import Decoder
+from ..layers.norm import NormOverflow
 from .data import Tokens
 from .lock import FolderLock
 from .log import append_log
@@ -83,6 +84,14 @@ class Trainer:
         self.optimizer.step(self.gradients, lr, self.step, scale)
         return {"loss": loss, "gradient_norm": norm, "lr": lr}
 
+    def finite_step(self) -> dict[str, float]:
+        """Take a step; raise TrainingStopped, before anything moves, where a norm in it overflows."""
+        try:
+            return self.train_step()
+        except NormOverflow as overflow:
+            said = f"step {self.step + 1}: {overflow}; the weights of the last checkpoint stay"
+            raise TrainingStopped(said) from None
+
     def add_gradients(self, micro: int) -> float:
         """Add the gradients of one micro-batch to those of the step. Returns its loss."""
         number = self.step * self.settings.gradient_accumulation + micro
@@ -149,7 +158,7 @@ class Trainer:
             while self.step < settings.train_iters:
                 start = time.perf_counter()
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # require_finite reports it
-                    figures = self.train_step()
+                    figures = self.finite_step()
                 figures["seconds"] = time.perf_counter() - start
                 last = self.step == settings.train_iters
                 if last or settings.eval_interval and self.step % settings.eval_interval == 0:
