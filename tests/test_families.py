@@ -18,6 +18,7 @@ from mpitp.checkpoints.families.keys import Keys
 from mpitp.checkpoints.model_folder import CheckpointWarning, open_folder
 from spmd import everywhere, job
 
+LONGROPE = dict(type="su", short_factor=[1.0, 1.1, 1.3], long_factor=[1.2, 2.0, 4.5])
 SLIDING = "sliding_attention"
 IMAGES = pytest.mark.filterwarnings("ignore::mpitp.checkpoints.model_folder.CheckpointWarning")
 
@@ -50,6 +51,10 @@ def test_what_a_family_writes_it_reads(case, tmp_path):
     ("smollm3", dict(layer_types=[SLIDING] * 3), "expected full_attention where there is no sliding_window"),
     ("granite", dict(logits_scaling=0), "logits_scaling = 0, expected a number above 0"),
     ("gemma2", dict(attn_logit_softcapping=-1.0), "attn_logit_softcapping = -1.0, expected a number above 0"),
+    ("phi3", dict(rope_scaling=dict(type="linear", factor=2.0)), "found type = 'linear', expected default"),
+    ("phi3_longrope", dict(rope_scaling=dict(LONGROPE, short_factor=[1.0])), "found 1 short_factors, expected 3"),
+    ("phi3_longrope", dict(rope_scaling=dict(LONGROPE, long_factor=[1.0, 0, 2])), "found long_factor = [1.0, 0, 2]"),
+    ("llama_dynamic", dict(max_position_embeddings=None), "found no max_position_embeddings, expected it there"),
     ("gptj", dict(rotary_dim=7), "found rotary dim 7, expected a positive even number"),
     ("gemma3", dict(text_config=None), "found no text_config, expected it there"),
     ("gemma3", dict(text_config=dict(model_type="gemma2")), "text_config: found model_type = 'gemma2', expected"),
