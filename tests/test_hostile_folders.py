@@ -97,7 +97,8 @@ def test_json_that_costs(group, tmp_path):
     tiny.write(tmp_path, tiny.load("llama"))
     costly = {'{"a": [' + "[]," * 1_000_000 + "[]]}": "lists and objects",
               '{"a": "' + "x" * (1 << 24) + '"}': "found more than 16777216 bytes",
-              '{"a": 1, "b": 2, "a": 1}': "found 'a' twice", '{"a": {"b": 1, "b\\u0000": 2, "b": 3}}': "found 'b' twice"}
+              '{"a": 1, "b": 2, "a": 1}': "found 'a' twice",
+              '{"a": {"b": 1, "b\\u0000": 2, "b": 3}}': "found 'b' twice"}
     for text, said in costly.items():
         (tmp_path / "config.json").write_text(text)
         assert said in refused(tmp_path, group)

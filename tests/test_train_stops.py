@@ -129,6 +129,26 @@ def test_bad_options(tmp_path, words, said):
     assert not list(tmp_path.glob("x/*"))
 
 
+def test_the_example_for_slurm_queues_itself_until_the_last_step(tmp_path):
+    """With a run.sh that stops early, one that reaches the end, and one that fails."""
+    for name, body in (("run.sh", 'echo "$@" >> calls; [ -z "$MAKES" ] || mkdir -p "$MAKES"; exit "$STATUS"'),
+                       ("scontrol", 'echo "scontrol $@" >> calls')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
+                   "SLURM_JOB_ID": "7", "STEPS": "20"}
+    calls = []
+    for makes, status in (("", 0), ("run/step-00000010", 0), ("run/step-00000020", 0), ("", 3)):
+        done = subprocess.run(["bash", ROOT / "examples" / "slurm_train.sh", "--seed", "4"], text=True,
+                              env={**environment, "MAKES": makes, "STATUS": str(status)}, capture_output=True)
+        assert done.returncode == status, done.stderr
+        calls.append((tmp_path / "calls").read_text().splitlines())
+        (tmp_path / "calls").unlink()
+    assert all(lines[0].startswith("train ") and lines[0].endswith("--resume auto --stop-on TERM,USR1 --seed 4")
+               for lines in calls)
+    assert [lines[1:] for lines in calls] == [["scontrol requeue 7"], ["scontrol requeue 7"], [], []]
+
+
 # --- in this process -------------------------------------------------------------------------------------------
 
 def test_what_signals_ask_for():
