@@ -27,7 +27,11 @@ def main() -> int:
             MPI.Init_thread()
         from .comm.guard import guarded
     except (ImportError, RuntimeError) as error:            # no mpi4py, or no MPI library for it to load
-        print(f"mpitp: found no MPI for mpi4py ({error}), expected one: pip install 'mpitp[mpi]' or name the "
+        if sys.argv[1:2] in (["-h"], ["--help"], ["--version"]):
+            from .commands import main_parser
+            main_parser().parse_args(sys.argv[1:2])         # exits
+        why = str(error).partition("\n")[0].rstrip(": ")     # mpi4py lists all that it tried
+        print(f"mpitp: found no MPI for mpi4py ({why}), expected one: pip install 'mpitp[mpi]' or name the "
               f"library in MPI4PY_LIBMPI", file=sys.stderr)
         return 2
     return guarded(run)

@@ -20,11 +20,13 @@ GPU_DTYPES = COMPUTE_DTYPES + HALF_DTYPES
 
 
 def module_of(array: Any) -> ModuleType | None:
-    """Find the array module of an array: numpy or cupy, None for anything else."""
+    """Find the array module of an array: numpy or cupy, None for anything else, and for a masked array."""
     cupy = sys.modules.get("cupy")      # an array of a module that was never imported does not exist
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy
-    return np if isinstance(array, np.ndarray) else None
+    if type(array) is np.ndarray:
+        return np
+    return np if isinstance(array, np.ndarray) and not hasattr(array, "mask") else None
 
 
 def array_module(device: str) -> ModuleType:
@@ -67,6 +69,11 @@ def sum_dtype(dtype: DTypeLike) -> np.dtype:
     """Find what sums of `dtype` are computed in, and gradients, norms and losses: float32 for 16 bits, else itself."""
     dtype = np.dtype(dtype)
     return np.dtype(np.float32) if dtype.name in HALF_DTYPES else dtype
+
+
+def is_writable(array: Array) -> bool:
+    """Tell whether results may be put into an array as it lies: C-contiguous, and on the host aligned and writable."""
+    return array.flags.c_contiguous and getattr(array.flags, "carray", True)
 
 
 def scaled(x: Array, scale: float | Array | None, out: Array | None = None) -> Array:

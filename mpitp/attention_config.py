@@ -71,8 +71,46 @@ class Rotary:
             require(self.base != 1, "rotary base = 1", "another one for yarn, whose ramp is over its powers")
 
 
+class HeadSizes:
+    """Mixin of the configs that have attention heads: their sizes, with every default filled in."""
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None
+    kv_channels: int | None
+    attention_scale: float | None
+
+    @property
+    def query_groups(self) -> int:
+        """Return the number of key/value heads, G."""
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    @property
+    def head_dim(self) -> int:
+        """Return the features of a head, K."""
+        return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of the scores."""
+        return self.head_dim ** -0.5 if self.attention_scale is None else self.attention_scale
+
+    def require_sizes(self) -> None:
+        """Raise InputError unless the sizes are positive and fit each other."""
+        require_positive(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads,
+                         num_query_groups=self.query_groups)
+        require(self.num_attention_heads % self.query_groups == 0,
+                f"num_query_groups = {self.query_groups} key/value heads for {self.num_attention_heads} query heads",
+                "a divisor of num_attention_heads")
+        if self.kv_channels is None:
+            require(self.hidden_size % self.num_attention_heads == 0,
+                    f"num_attention_heads = {self.num_attention_heads} with hidden_size = {self.hidden_size}",
+                    "a divisor of it, or kv_channels, the features of a head")
+        require_positive(kv_channels=self.head_dim)
+        require_number("attention_scale", self.scale)
+
+
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(HeadSizes):
     """An AttentionConfig is the architecture of one self-attention layer.
 
     Parameters
@@ -124,42 +162,13 @@ class AttentionConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        require_positive(hidden_size=self.hidden_size)
-        require_heads(self.num_attention_heads, self.query_groups)
-        if self.kv_channels is None:
-            require(self.hidden_size % self.num_attention_heads == 0,
-                    f"{self.num_attention_heads} heads of hidden_size {self.hidden_size}",
-                    "a divisor of it, or kv_channels, the features of a head")
-        require_positive(kv_channels=self.head_dim)
+        self.require_sizes()
         require_window(self.sliding_window)
         require_rotary(self.rotary, self.head_dim)
         if self.qk_norm is not None:
             one_of("qk_norm", self.qk_norm, NORMALIZATIONS)
         require_number("norm_epsilon", self.norm_epsilon, above=0)
         require_probability("dropout", self.dropout)
-
-    @property
-    def query_groups(self) -> int:
-        """Return the number of key/value heads, G."""
-        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
-
-    @property
-    def head_dim(self) -> int:
-        """Return the features of a head, K."""
-        return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
-
-    @property
-    def scale(self) -> float:
-        """Return the factor of the scores."""
-        return self.head_dim ** -0.5 if self.attention_scale is None else self.attention_scale
-
-
-def require_heads(num_attention_heads: int, num_query_groups: int) -> None:
-    """Raise InputError unless every key/value head serves the same number of query heads."""
-    require_positive(num_attention_heads=num_attention_heads, num_query_groups=num_query_groups)
-    require(num_attention_heads % num_query_groups == 0,
-            f"num_query_groups = {num_query_groups} key/value heads for {num_attention_heads} query heads",
-            "a divisor of num_attention_heads")
 
 
 def require_window(window: int | None) -> None:

@@ -1,8 +1,8 @@
 """What a decoder is: every choice of its architecture, in the field's names. No arrays, no MPI."""
 from dataclasses import dataclass
 
-from .attention_config import NORMALIZATIONS, AttentionConfig, Rotary, require_heads, require_rotary, require_window
-from .errors import one_of, require, require_number, require_positive, require_probability
+from .attention_config import NORMALIZATIONS, AttentionConfig, HeadSizes, Rotary, require_rotary, require_window
+from .errors import is_integer, one_of, require, require_number, require_positive, require_probability
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "identity")         # of ops/activation.py, a test compares
 POSITIONS = ("rotary", "learned", "alibi", "none")
@@ -10,7 +10,7 @@ NORM_PLACEMENTS = ("before", "after", "after_residual", "both")
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(HeadSizes):
     """A DecoderConfig is the architecture of a decoder-only transformer.
 
     Parameters
@@ -29,8 +29,10 @@ class DecoderConfig:
         "rotary", "learned" (added to the embedding), "alibi", or "none".
     max_position_embeddings : int or None
         Positions of a learned embedding.
+    position_offset : int
+        Rows of a learned embedding's table before that of position 0, which nothing uses.
     rotary : Rotary or tuple of Rotary or None
-        One for all layers, or one for each (None: Rotary()).
+        One for all layers (None: Rotary()), or a tuple, one a layer, None for layers that rotate nothing.
     sliding_window : int or tuple of int or None
         A query sees itself and the window - 1 positions before it; None: all; or a tuple, one a layer.
     attention_scale : float or None
@@ -81,6 +83,7 @@ class DecoderConfig:
     gated: bool = False
     position_embedding: str = "rotary"
     max_position_embeddings: int | None = None
+    position_offset: int = 0
     rotary: Rotary | tuple | None = None
     sliding_window: int | tuple | None = None
     attention_scale: float | None = None
@@ -105,20 +108,17 @@ class DecoderConfig:
     init_method_std: float = 0.02
 
     def __post_init__(self) -> None:
-        require_positive(vocab_size=self.vocab_size, hidden_size=self.hidden_size, num_layers=self.num_layers,
-                         num_attention_heads=self.num_attention_heads)
-        require_heads(self.num_attention_heads, self.query_groups)
-        if self.kv_channels is None:
-            require(self.hidden_size % self.num_attention_heads == 0,
-                    f"num_attention_heads = {self.num_attention_heads} with hidden_size = {self.hidden_size}",
-                    "a divisor of it, or kv_channels, the features of a head")
-        require_positive(kv_channels=self.head_dim, ffn_hidden_size=self.ffn_size)
+        require_positive(vocab_size=self.vocab_size, num_layers=self.num_layers)
+        self.require_sizes()
+        require_positive(ffn_hidden_size=self.ffn_size)
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("position_embedding", self.position_embedding, POSITIONS)
         one_of("normalization", self.normalization, NORMALIZATIONS)
         one_of("norm_placement", self.norm_placement, NORM_PLACEMENTS)
         if self.position_embedding == "learned":
             require_positive(max_position_embeddings=self.max_position_embeddings)
+        require(is_integer(self.position_offset) and self.position_offset >= 0,
+                f"position_offset = {self.position_offset!r}", "0 or a positive integer")
         if self.parallel_residual:
             require(self.norm_placement == "before", f"norm_placement {self.norm_placement!r} with parallel_residual",
                     "before")
@@ -134,28 +134,12 @@ class DecoderConfig:
         require_probability("attention_dropout", self.attention_dropout)
         require_number("norm_epsilon", self.norm_epsilon, above=0)
         require_number("embedding_multiplier", self.embedding_multiplier)
-        require_number("attention_scale", self.scale)
         require_number("init_method_std", self.init_method_std)
-
-    @property
-    def query_groups(self) -> int:
-        """Return the number of key/value heads."""
-        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
-
-    @property
-    def head_dim(self) -> int:
-        """Return the features of a head."""
-        return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
 
     @property
     def ffn_size(self) -> int:
         """Return the features of the feed-forward middle."""
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
-
-    @property
-    def scale(self) -> float:
-        """Return the factor of the scores."""
-        return self.head_dim ** -0.5 if self.attention_scale is None else self.attention_scale
 
     @property
     def has_norm_bias(self) -> bool:
@@ -171,13 +155,24 @@ class DecoderConfig:
             norm_epsilon=self.norm_epsilon, zero_centered_gamma=self.zero_centered_gamma, attention_scale=self.scale,
             qkv_bias=self.qkv_bias, bias=self.attention_bias, dropout=self.attention_dropout)
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer."""
+        return tuple(self.window(layer) for layer in range(self.num_layers))
+
     def window(self, layer: int) -> int | None:
         """Return the sliding window of a layer, None for all positions."""
         return self.sliding_window[layer] if isinstance(self.sliding_window, (tuple, list)) else self.sliding_window
 
+    @property
+    def rotaries(self) -> tuple[Rotary | None, ...]:
+        """The Rotary of each layer, None where its positions are not rotary."""
+        return tuple(self.rotary_of(layer) for layer in range(self.num_layers))
+
     def rotary_of(self, layer: int) -> Rotary | None:
-        """Return the Rotary of a layer, None where positions are not rotary."""
+        """Return the Rotary of a layer, None where its positions are not rotary."""
         if self.position_embedding != "rotary":
             return None
-        found = self.rotary[layer] if isinstance(self.rotary, (tuple, list)) else self.rotary
-        return Rotary() if found is None else found
+        if isinstance(self.rotary, (tuple, list)):
+            return self.rotary[layer]
+        return Rotary() if self.rotary is None else self.rotary

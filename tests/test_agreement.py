@@ -29,7 +29,6 @@ def last(group):
 MISMATCHES = {
     "dtype and length": lambda g: g.all_reduce(np.ones(4, "f8") if last(g) else np.ones(8, "f4")),
     "shape": lambda g: g.all_reduce(np.ones((6, 4) if last(g) else (4, 6))),
-    "memory order": lambda g: g.all_reduce(np.ones((4, 6), order="F" if last(g) else "C")),
     "operation": lambda g: g.all_reduce(np.ones(3), "max" if last(g) else "sum"),
     "collective": lambda g: g.broadcast(np.ones(3)) if last(g) else g.all_reduce(np.ones(3)),
     "blocking": lambda g: g.begin_all_reduce(np.ones(3)) if last(g) else g.all_reduce(np.ones(3)),
@@ -87,7 +86,7 @@ def test_bad_input_of_one_rank_is_caught_on_every_rank(group, error):
 
 def test_both_say_what_they_meant(group):
     text = caught_everywhere(group, MISMATCHES["dtype and length"])[0]
-    assert "all_reduce sum float32 (8,) C" in text and "all_reduce sum float64 (4,) C" in text
+    assert "all_reduce sum float32 (8,)" in text and "all_reduce sum float64 (4,)" in text
 
 
 def test_the_same_axis_counted_from_either_end_is_no_mismatch(group):
@@ -106,8 +105,29 @@ def test_a_reproducible_sum_is_checked_too(world):
 
 def test_a_check_that_ignores_something_is_seen(group, monkeypatch):
     """The tester, tested."""
-    monkeypatch.setattr(collectives, "memory_order", lambda x: "C")
-    assert caught_everywhere(group, MISMATCHES["memory order"]) == [None] * group.size
+    monkeypatch.setattr(collectives.Collectives, "_describe", lambda *arguments, **options: arguments[1:2])
+    assert caught_everywhere(group, MISMATCHES["shape"]) == [None] * group.size
+
+
+def in_this_ranks_order(group, x):
+    """The same array, column by column on the last rank."""
+    return np.asfortranarray(x) if last(group) else np.ascontiguousarray(x)
+
+
+@pytest.mark.host
+def test_ranks_that_agree_are_not_accused(group):
+    """Another memory order, another kind of integer, and no `out` where others have one are no disagreement."""
+    P, size = group.size, (np.int64 if last(group) else int)
+    x = np.arange(24.0).reshape(4, 6)
+    mine = in_this_ranks_order(group, x)
+    partition = group.partition(size(6), size(1))
+    assert same_bytes(group.all_reduce(mine, out=None if last(group) else np.empty((4, 6))), P * x)
+    assert same_bytes(group.broadcast(mine, size(0)), x)
+    part = partition.range(group.rank)
+    assert same_bytes(group.reduce_scatter(mine, partition, size(1)), np.ascontiguousarray(P * x[:, part]))
+    assert same_bytes(group.all_gather(in_this_ranks_order(group, x[:, part]), partition, size(1)), x)
+    assert same_bytes(sum_of_blocks(group, lambda block: x[0] / len(partition.blocks_of(group.rank)), partition,
+                                    (size(6),), "float64"), P * x[0])
 
 
 def test_leaving_early_is_caught(world):

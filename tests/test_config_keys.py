@@ -13,69 +13,8 @@ from mpitp.checkpoints.families import MODULES, family_named
 from mpitp.checkpoints.families.keys import Keys
 from mpitp.checkpoints.safetensors import read_json
 from mpitp.checkpoints.model_folder import CheckpointWarning, open_folder
+from ordinary_configs import ORDINARY
 from spmd import everywhere, job
-
-COMMON = dict(architectures=["X"], torch_dtype="bfloat16", transformers_version="4.40.0", use_cache=True,
-              bos_token_id=1, eos_token_id=2, initializer_range=0.02)
-LLAMA = dict(COMMON, hidden_act="silu", hidden_size=64, intermediate_size=128, num_hidden_layers=2, rms_norm_eps=1e-6,
-             num_attention_heads=4, num_key_value_heads=2, vocab_size=100, max_position_embeddings=2048,
-             rope_theta=1e6, tie_word_embeddings=False, attention_dropout=0.0)
-# The keys of well-known folders, in sizes of ours. None of them is cause for a warning.
-ORDINARY = {
-    "GPT-2": dict(model_type="gpt2", activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1,
-                  bos_token_id=9, embd_pdrop=0.1, eos_token_id=9, initializer_range=0.02, layer_norm_epsilon=1e-5,
-                  n_ctx=64, n_embd=64, n_head=4, n_layer=2, n_positions=64, resid_pdrop=0.1, summary_activation=None,
-                  summary_first_dropout=0.1, summary_proj_to_labels=True, summary_type="cls_index", vocab_size=100,
-                  summary_use_proj=True, task_specific_params={"text-generation": {"do_sample": True}}),
-    "DistilGPT-2": dict(model_type="gpt2", _num_labels=1, n_ctx=64, n_embd=64, n_head=4, n_layer=2, n_positions=64,
-                        vocab_size=100, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, output_past=True),
-    "Llama 3": dict(LLAMA, model_type="llama", attention_bias=False, mlp_bias=False, pretraining_tp=1, head_dim=16,
-                    rope_scaling=dict(factor=8.0, high_freq_factor=4.0, low_freq_factor=1.0, rope_type="llama3",
-                                      original_max_position_embeddings=8192)),
-    "Llama 2, saved again": dict(LLAMA, model_type="llama", _name_or_path="x", pretraining_tp=2, rope_scaling=None,
-                                 max_sequence_length=2048, pad_token_id=0, quantization_config=None),
-    "SmolLM": dict(LLAMA, model_type="llama", is_llama_config=True, rope_interleaved=False, rope_scaling=None,
-                   **{"transformers.js_config": {"kv_cache_dtype": {}}}),
-    "Mistral": dict(LLAMA, model_type="mistral", sliding_window=None, head_dim=16),
-    "Mistral 0.1": dict(LLAMA, model_type="mistral", sliding_window=4096),
-    "Qwen2": dict(LLAMA, model_type="qwen2", max_window_layers=28, sliding_window=32768, use_sliding_window=False),
-    "DeepSeek's Qwen2": dict(LLAMA, model_type="qwen2", max_window_layers=28, sliding_window=4096, use_mrope=False,
-                             use_sliding_window=False),
-    "Qwen3": dict(LLAMA, model_type="qwen3", attention_bias=False, head_dim=16, max_window_layers=28, rope_scaling=None,
-                  sliding_window=None, use_sliding_window=False),
-    "Gemma 3": dict(COMMON, model_type="gemma3_text", _sliding_window_pattern=6, attention_bias=False,
-                    attention_dropout=0.0, attn_logit_softcapping=None, final_logit_softcapping=None, head_dim=16,
-                    hidden_activation="gelu_pytorch_tanh", hidden_size=64, intermediate_size=128, vocab_size=100,
-                    layer_types=["sliding_attention", "full_attention"], max_position_embeddings=32768,
-                    num_attention_heads=4, num_hidden_layers=2, num_key_value_heads=1, pad_token_id=0,
-                    query_pre_attn_scalar=16, rms_norm_eps=1e-6, rope_local_base_freq=1e4, rope_scaling=None,
-                    rope_theta=1e6, sliding_window=512, use_bidirectional_attention=False,
-                    cache_implementation="hybrid", unsloth_fixed=True),
-    "Pythia": dict(COMMON, model_type="gpt_neox", hidden_act="gelu", hidden_size=64, intermediate_size=256,
-                   layer_norm_eps=1e-5, max_position_embeddings=2048, num_attention_heads=4, num_hidden_layers=2,
-                   rotary_emb_base=10000, rotary_pct=0.25, tie_word_embeddings=False, use_parallel_residual=True,
-                   vocab_size=100, classifier_dropout=0.1, hidden_dropout=0.0, attention_dropout=0.0),
-    "GPT-NeoX-20B": dict(COMMON, model_type="gpt_neox", attention_probs_dropout_prob=0, hidden_act="gelu_fast",
-                         hidden_dropout_prob=0, hidden_size=64, intermediate_size=256, num_attention_heads=4,
-                         num_hidden_layers=2, rotary_emb_base=10000, rotary_pct=0.25, vocab_size=100),
-    "Falcon-7B": dict(COMMON, model_type="falcon", alibi=False, apply_residual_connection_post_layernorm=False,
-                      attention_dropout=0.0, auto_map={}, bias=False, hidden_dropout=0.0, hidden_size=64,
-                      layer_norm_epsilon=1e-5, multi_query=True, new_decoder_architecture=False, vocab_size=100,
-                      num_attention_heads=4, num_hidden_layers=2, parallel_attn=True),
-    "Falcon-40B": dict(COMMON, model_type="falcon", alibi=False, attention_dropout=0.0, bias=False, hidden_dropout=0.0,
-                       hidden_size=64, layer_norm_epsilon=1e-5, multi_query=True, new_decoder_architecture=True,
-                       num_attention_heads=4, num_hidden_layers=2, num_kv_heads=2, parallel_attn=True, vocab_size=100),
-    "Falcon-11B": dict(COMMON, model_type="falcon", alibi=False, activation="gelu", bias=False, ff_factor=4,
-                       ffn_hidden_size=256, hidden_size=64, multi_query=True, new_decoder_architecture=True,
-                       num_attention_heads=4, num_hidden_layers=2, num_kv_heads=2, num_ln_in_parallel_attn=1,
-                       parallel_attn=True, rope_scaling=None, rope_theta=500042.0, vocab_size=100),
-    "BLOOM": dict(COMMON, model_type="bloom", apply_residual_connection_post_layernorm=False, attention_dropout=0.0,
-                  attention_softmax_in_fp32=True, bias_dropout_fusion=True, hidden_dropout=0.0, layer_norm_epsilon=1e-5,
-                  masked_softmax_fusion=True, n_embed=64, n_inner=None, n_layer=2, num_attention_heads=4,
-                  offset_alibi=100, pretraining_tp=2, seq_length=2048, skip_bias_add=True, skip_bias_add_qkv=False,
-                  slow_but_exact=False, unk_token_id=0, vocab_size=100),
-}
-
 
 @pytest.mark.parametrize("name", ORDINARY)
 def test_no_false_alarm(name):

@@ -56,7 +56,7 @@ def test_rotary(text, options):
 
 @pytest.mark.parametrize("text, options", [
     ("found num_query_groups = 2", dict(num_attention_heads=5, num_query_groups=2)),
-    ("found 3 heads of hidden_size 20", dict(num_attention_heads=3)),
+    ("found num_attention_heads = 3 with hidden_size = 20", dict(num_attention_heads=3)),
     ("found sliding_window -1", dict(num_attention_heads=5, sliding_window=-1)),
     ("found qk_norm 'groupnorm'", dict(num_attention_heads=5, qk_norm="groupnorm")),
     ("found rotary 10000.0, expected a Rotary, or None", dict(num_attention_heads=5, rotary=10000.0)),

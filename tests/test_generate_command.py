@@ -315,6 +315,10 @@ def test_a_terminal_that_cannot_hold_a_character(folder):
     assert done.returncode == 0 and not done.stderr, done.stderr
     expected = plain.stdout.split("\n\n")[0].encode("ascii", "backslashreplace").decode()
     assert done.stdout.startswith(expected + "\n\n") and "\\U0001f642" in expected
+    # A locale that does not know UTF-8 changes nothing in what the arguments' bytes mean.
+    done = command(2, folder, "--prompt", f"to {SMILE}", "--max-new-tokens", 40, environment={
+        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0 and done.stdout.split("\n\n")[0] == plain.stdout.split("\n\n")[0], done.stderr
 
 
 @pytest.mark.launcher

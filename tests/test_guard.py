@@ -1,6 +1,7 @@
 """However one rank ends, the job ends: within 10 seconds, not with success, the failing rank's words first."""
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,7 +88,7 @@ def test_one_rank_fails(failed_jobs, way, failure, rank):
 
 def test_the_middle_one_of_three_ranks_fails():
     ends(timed_job(3, "-c", PROGRAM.format(rank=1, failure="raise RuntimeError('boom')", **WAYS["guarded"])),
-         "rank 1 of 3 ends the job: Traceback")
+         f"rank 1 of 3 ends the job, on {socket.gethostname()}: Traceback")
 
 
 @pytest.mark.parametrize("failure", ["raises", "exits 2", "is killed"])
@@ -104,7 +105,7 @@ def test_without_the_guard_it_would_hang():
     bare = "import faulthandler\nfaulthandler.dump_traceback_later(6, exit=True)\n" + PROGRAM.format(
         rank=1, failure="sys.exit(2)", enter="group = mpitp.TensorParallelGroup()\n    if True:", start="main()")
     began = time.monotonic()
-    done = job(RANKS, "-c", bare, timeout=60)
+    done = job(RANKS, "-c", bare, timeout=60, environment=dict(MPITP_STALL_LIMIT="0"))
     assert done.returncode != 0 and time.monotonic() - began > 5 and "Timeout" in done.stderr
 
 
@@ -143,7 +144,7 @@ def test_different_bad_input_is_the_line_of_the_first_rank():
 def test_bad_input_on_one_rank_ends_the_job(others):
     program = GUARDED.format(body=f"if MPI.COMM_WORLD.rank == 1: raise InputError('found a')\n    {others}")
     timed = timed_job(RANKS, "-c", program)
-    ends(timed, "mpitp: found a\n")
+    ends(timed, f"mpitp: rank 1 of {RANKS} on {socket.gethostname()}: found a\n")
     assert timed[0].stderr.count("found a") == 1
 
 

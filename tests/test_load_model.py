@@ -36,13 +36,6 @@ def logits_of(model, ids):
     return model.gather_logits(local)[0]
 
 
-def greedy(model, ids, count):
-    found = []
-    for _ in range(count):
-        found.append(int(logits_of(model, ids + found)[-1].argmax()))
-    return found
-
-
 def test_every_family_has_a_case():
     assert {model_type for model_type, _ in tiny.CASES.values()} == set(MODULES)
 
@@ -57,8 +50,10 @@ def test_logits_and_greedy_tokens(group, case, tmp_path):
         model = mpitp.load_model(tmp_path, group, dtype)
         logits = logits_of(model, golden["ids"])
         assert logits.dtype == dtype and np.abs(logits - exact).max() <= limit * np.abs(exact).max()
-        assert min(golden["margins"]) > 2 * 2e-5 * np.abs(exact).max()
-        assert greedy(model, golden["ids"], len(golden["greedy"])) == golden["greedy"]
+        if dtype == "float32":
+            assert min(golden["margins"]) > 2 * 2e-5 * np.abs(exact).max()
+            found = mpitp.generate(model, [golden["ids"]], max_new_tokens=len(golden["greedy"]))
+            assert [int(tokens[0]) for tokens in found] == golden["greedy"]
 
 
 @pytest.mark.parametrize("dtype, shards", [("F16", 3), ("BF16", 1), ("BF16", 7)])
@@ -73,6 +68,7 @@ def test_stored_dtypes_and_shards(group, case, dtype, shards, tmp_path):
         assert all(whole.weights[name].tobytes() == stored.weights[name].tobytes() for name in whole.weights)
 
 
+@pytest.mark.filterwarnings("ignore::mpitp.checkpoints.model_folder.CheckpointWarning")
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_each_rank_reads_its_slices_only(group, case, tmp_path):
     golden = tiny.load(case)
@@ -192,7 +188,7 @@ def test_qwen2_before_layer_types(tmp_path):
     golden = tiny.load("qwen2")
     assert golden["config"]["max_window_layers"] == 1
     for changes, windows in [({}, (None, 4)), ({"use_sliding_window": False}, None), ({"sliding_window": None}, None),
-                             ({"max_window_layers": 0}, (4, 4))]:
+                             ({"max_window_layers": 0}, 4)]:
         tiny.write(tmp_path, golden, config={**golden["config"], "layer_types": None, **changes})
         assert open_folder(tmp_path).config.sliding_window == windows
 

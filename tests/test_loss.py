@@ -42,6 +42,20 @@ def test_equals_dense(group, sizes, label_smoothing, ignored, dtype):
 
 
 @smoothings
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_z_loss(group, label_smoothing, dtype):
+    """Against the dense loss; and equal logits c make lse = ln V + c, so the loss is ln V + w (ln V + c)^2."""
+    for scale in (1.0, 30.0):
+        require_none(problems(group, 13 * group.size + 1, label_smoothing, dtype=dtype, scale=scale, z_loss=0.3), group)
+    partition, targets = group.partition(29), draw_targets(29, (3, 4), ignored=False)
+    for c in (0.0, 5.0):
+        loss, _ = vocab_parallel_cross_entropy_forward(
+            np.full((3, 4, partition.lengths[group.rank]), c, dtype), targets, group, partition,
+            label_smoothing=label_smoothing, z_loss=0.25)
+        assert loss == pytest.approx(math.log(29) + 0.25 * (math.log(29) + c) ** 2, rel=1e-6)
+
+
+@smoothings
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 3000.0])
 def test_stable(group, label_smoothing, scale):
     """e^3000 is no float64: the maximum over the ranks is taken off first."""
@@ -64,14 +78,15 @@ def test_longer_than_a_piece(group, monkeypatch):
 
 
 @smoothings
-def test_numeric_gradient(group, label_smoothing):
+@pytest.mark.parametrize("z_loss", [0.0, 0.4])
+def test_numeric_gradient(group, label_smoothing, z_loss):
     partition, z, _ = whole_and_part(group, 23, (2, 5))
     targets, d, h = draw_targets(23, (2, 5)), draw(2, 2, 5, 23), 1e-5
     part = partition.range(group.rank)
 
     def both(z):
         return vocab_parallel_cross_entropy_forward(z[..., part], targets, group, partition,
-                                                    label_smoothing=label_smoothing)
+                                                    label_smoothing=label_smoothing, z_loss=z_loss)
     dz = vocab_parallel_cross_entropy_backward(both(z)[1])
     numeric = (both(z + h * d)[0] - both(z - h * d)[0]) / (2 * h)
     assert abs(numeric - group.comm.allreduce((dz * d[..., part]).sum())) <= 1e-9
@@ -171,6 +186,8 @@ def call(group, vocab=10, shape=(2, 3), targets=None, partition=None, dtype="flo
     (dict(label_smoothing=1.5), "found label_smoothing = 1.5, expected a number from 0 to 1"),
     (dict(label_smoothing=math.nan), "found label_smoothing = nan, expected a number from 0 to 1"),
     (dict(label_smoothing="0.1"), "found label_smoothing = '0.1', expected a number from 0 to 1"),
+    (dict(z_loss=-1e-4), "found z_loss = -0.0001, expected a number of at least 0"),
+    (dict(z_loss=math.inf), "found z_loss = inf, expected a number"),
     (dict(ignore_index=None), "found ignore_index = None, expected an integer"),
     (dict(partition=mpitp.Partition(10, 77, 77)), "found logits over Partition.*ranks=77.*, expected .*the group's"),
     (dict(dtype="float16"), "found dtype dtype.*float16.*, expected one of float32, float64"),

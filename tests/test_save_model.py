@@ -36,7 +36,7 @@ def written(world, folder, *arguments, **options):
     world.barrier()
 
 
-@pytest.mark.parametrize("case", tiny.CASES)
+@pytest.mark.parametrize("case", [case for case in tiny.CASES if case != "gemma3"])      # saved as another family
 def test_what_was_loaded_is_saved(group, world, case, shared):
     golden = tiny.load(case)
     written(world, shared / "a", golden)

@@ -8,12 +8,13 @@ from types import ModuleType
 import numpy as np
 
 from ..arrays import Array, compute_dtype
-from ..comm.agreement import require_everywhere
+from ..comm.agreement import require_everywhere, same_everywhere
 from ..comm.group import TensorParallelGroup
 from ..comm.launch import is_first_rank
 from ..errors import InputError, require
 from ..layers.decoder import Decoder
 from .families.layout import View
+from .fingerprint import fingerprint
 from .model_folder import ModelFolder, examine, open_folder
 from .safetensors import Checkpoint
 
@@ -48,7 +49,7 @@ class LoadedDecoder(Decoder):
 
 
 def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str | None = None, *,
-               strict: bool = False) -> LoadedDecoder:
+               strict: bool = False, verify_weights: bool = False) -> LoadedDecoder:
     """Load the decoder in a checkpoint folder saved from the Hugging Face hub, each rank reading only its slices.
 
     Parameters
@@ -61,6 +62,8 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
         To compute in, "float32" (None) or "float64"; on a GPU "float16" and "bfloat16" too.
     strict : bool, optional
         Whether a key of config.json that the family does not know is an error instead of a warning.
+    verify_weights : bool, optional
+        Whether the ranks compare all bytes of their files before they load, instead of headers and samples.
 
     Returns
     -------
@@ -71,7 +74,7 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
     ------
     InputError
         On every rank, for a damaged folder, an unknown family, a key that changes the results and is not supported,
-        and missing or unexpected tensors.
+        missing or unexpected tensors, and folders that are not the same on all ranks.
 
     Warns
     -----
@@ -80,22 +83,27 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
 
     Notes
     -----
-    Collective: on_root and one verdict, no data. Rank 0 checks everything (headers, offsets, shapes, names) before
+    Collective: on_root and two verdicts, no data. Rank 0 checks everything (headers, offsets, shapes, names) before
     any rank makes an array. A head that is stored beside tied embeddings is compared with them, as transformers does:
     where the two differ, the head is not tied. A rank's memory: its slices; what is read is widened in pieces of
     128 KiB on its way there, and goes to a GPU in pieces of 4 Mi elements.
     """
     computed = compute_dtype("float32" if dtype is None else dtype, group.device)
-    return LoadedDecoder(group, open_on_all(group, path, strict), computed.name)
+    return LoadedDecoder(group, open_on_all(group, path, strict, verify_weights), computed.name)
 
 
-def open_on_all(group: TensorParallelGroup, path: str | os.PathLike, strict: bool = False) -> ModelFolder:
-    """Check a folder on rank 0, then open it on the others, which trust its verdict on the head. Collective."""
-    folder = group.on_root(lambda: open_folder(path, strict=strict))
-    own_head = group.comm.bcast(folder and folder.own_head)
-    if folder is None:
-        return open_folder(path, own_head=own_head)
-    folder.warn()
+def open_on_all(group: TensorParallelGroup, path: str | os.PathLike, strict: bool = False,
+                every_byte: bool = False) -> ModelFolder:
+    """Check a folder on rank 0, then open it on the others, which trust its verdict on the head. Collective.
+
+    Raises InputError on every rank unless all have opened the same contents.
+    """
+    checked = group.on_root(lambda: open_folder(path, strict=strict))
+    own_head = group.comm.bcast(checked and checked.own_head)
+    folder = same_everywhere(group.comm, lambda: checked or open_folder(path, own_head=own_head),
+                             lambda folder: fingerprint(folder.checkpoint, every_byte))
+    if checked:
+        folder.warn()
     return folder
 
 

@@ -37,6 +37,7 @@ class ModelFolder:
     own_head : whether the head is the stored one although config.json says that it is tied, because the two differ
     other_keys : keys of config.json that are neither read nor known to change nothing
     left_out : stored buffers whose values are not those that the model computes
+    other_parts : stored tensors of parts of the model that are left out
     """
     checkpoint: Checkpoint
     family: Family
@@ -47,6 +48,7 @@ class ModelFolder:
     own_head: bool
     other_keys: list[str]
     left_out: list[str]
+    other_parts: list[str]
 
     def warnings(self) -> list[str]:
         """Return a line for each kind of thing in the folder that the model leaves out or that contradicts the rest."""
@@ -60,6 +62,9 @@ class ModelFolder:
         if self.left_out:
             found.append(f"found {summary(self.left_out)} with values of its own, expected those that the model "
                          f"computes: left out")
+        if self.other_parts:
+            found.append(f"found {len(self.other_parts)} tensors of {parts_of(self.other_parts)}, expected those of "
+                         f"the text model: left out")
         return found
 
     def warn(self) -> None:
@@ -108,8 +113,8 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
     # First of all shapes, as a wrong size in config.json is plainest here.
     require_shape(checkpoint, embedding, (config.vocab_size, config.hidden_size))
     if config.position_embedding == "learned":
-        require_shape(checkpoint, prefix + family.tensors(config)["position"] + ".weight",
-                      (config.max_position_embeddings, config.hidden_size))
+        require_shape(checkpoint, prefix + family.names(config)["position"] + ".weight",
+                      (config.position_offset + (config.max_position_embeddings or 0), config.hidden_size))
     look = own_head is None
     if config.tie_word_embeddings and head in checkpoint.where and head != embedding:
         require_shape(checkpoint, head, (config.vocab_size, config.hidden_size))
@@ -122,8 +127,9 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
     layouts["embedding.weight"] = replace(layouts["embedding.weight"], name=embedding)
     needed = {layout.name for layout in layouts.values()}
     beside = {name for name in names if name not in needed and not (name == head and config.tie_word_embeddings)}
+    other_parts = {name for name in beside if family.is_of_other_part(name)}
     buffers = {name for name in beside if family.is_buffer(name)}
-    require_tensors(checkpoint, needed, beside - buffers)
+    require_tensors(checkpoint, needed, beside - buffers - other_parts)
     left_out = sorted(name for name in buffers if look and not is_computed(checkpoint[name], config))
     views = {}
     for name, layout in layouts.items():
@@ -133,7 +139,8 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
                              f"are out of scope)")
         require_shape(checkpoint, layout.name, layout.stored_shape)
         views[name] = View(tensor, layout)
-    return ModelFolder(checkpoint, family, config, specs, layouts, views, bool(own_head), keys.unknown(), left_out)
+    return ModelFolder(checkpoint, family, config, specs, layouts, views, bool(own_head), keys.unknown(), left_out,
+                       sorted(other_parts))
 
 
 def require_shape(checkpoint: Checkpoint, name: str, shape: tuple) -> None:
@@ -151,6 +158,11 @@ def require_tensors(checkpoint: Checkpoint, needed: set[str], unexpected: set[st
         faults += [f"the unexpected {summary(unexpected)}"] if unexpected else []
         raise InputError(f"{checkpoint.folder}: found {' and '.join(faults)}, expected the {len(needed)} tensors that "
                          f"config.json describes")
+
+
+def parts_of(names: Iterable[str]) -> str:
+    """Return the modules that tensors belong to, for a message: the first name of each that is not "model"."""
+    return ", ".join(sorted({name.removeprefix("model.").split(".")[0] for name in names}))
 
 
 def summary(names: Iterable[str], most: int = 6) -> str:

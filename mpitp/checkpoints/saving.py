@@ -46,8 +46,12 @@ def save_model(model: Decoder, path: str | os.PathLike, dtype: str | None = None
     require(name in STORED_AS, f"dtype {dtype!r}", f"one of {', '.join(STORED_AS)}, or None")
     require(family or loaded, "a model that load_model did not make", f"family, one of {', '.join(MODULES)}")
     target = loaded.family if loaded and family is None else family_named(family)
+    if target.saved_as:                     # the text model alone, of a model that sees images, too
+        target = family_named(target.saved_as)
     if loaded is None or target is not loaded.family:
         keys, companions = config_json(model.config, target), []
+        if loaded and family is None:
+            companions = companions_of(loaded.checkpoint.folder)
     else:
         keys, companions = dict(loaded.checkpoint.config), companions_of(loaded.checkpoint.folder)
         if loaded.own_head:

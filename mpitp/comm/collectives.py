@@ -3,14 +3,17 @@
 n in the byte counts is the size in bytes of the whole (reduced, gathered) array, P the number of ranks.
 """
 from math import prod
-from typing import Any
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
 
-from ..arrays import Array, module_of
+from ..arrays import Array, is_writable, module_of
 from ..errors import InputError
 from ..sharding.partition import Partition
-from .ledger import Collective, Recording, dtype_name, memory_order, wire_bytes
+from .ledger import Collective, Recording, dtype_name, refuse_thread, wire_bytes
 from .mpi import OPERATIONS
-from .pending import PendingReduction, deliver
+
+if TYPE_CHECKING:
+    from .pending import PendingReduction
 
 # float16 sums in MPI are 12 to 20 times slower than float32 ones, and there is no bfloat16: float32 travels.
 SENT_AS_FLOAT32 = ("float16", "bfloat16")
@@ -44,13 +47,16 @@ class Collectives:
         out, wire = self._prepare_reduction("all_reduce", x, op, out)
         with self._record("all_reduce", x):
             self.transport.all_reduce(wire, op)
-        return deliver(wire, out)
+        return self._deliver(wire, out)
 
-    def begin_all_reduce(self: Any, x: Array, op: str = "sum", out: Array | None = None) -> PendingReduction:
+    def begin_all_reduce(self: Any, x: Array, op: str = "sum", out: Array | None = None) -> "PendingReduction":
         """Start all_reduce(x, op, out). Returns an object whose wait() gives the result; `out` must rest until then.
 
         MPI_Iallreduce. Hardly any MPI makes progress while none of its functions runs: overlap is not a given.
         """
+        from .pending import PendingReduction
+        if get_ident() != self.ledger.thread:
+            refuse_thread()
         out, wire = self._prepare_reduction("begin_all_reduce", x, op, out)
         return PendingReduction(self, self.transport.begin_all_reduce(wire, op), x, wire, out)
 
@@ -128,17 +134,18 @@ class Collectives:
             raise InputError(f"found {operation} operation {op!r}, expected one of {', '.join(OPERATIONS)}")
         if out is not None and out is not x:
             fits = module_of(out) is self.xp and out.shape == x.shape and out.dtype == x.dtype
-            if not fits or not out.flags.c_contiguous:
+            if not fits or not is_writable(out):
                 raise InputError(f"found out {getattr(out, 'dtype', type(out).__name__)} {getattr(out, 'shape', '')}, "
-                                 f"expected a C-contiguous {x.dtype} {x.shape}")
-        if out is x and not x.flags.c_contiguous:
-            raise InputError(f"found out {x.dtype} {x.shape}, expected a C-contiguous {x.dtype} {x.shape}")
+                                 f"expected a C-contiguous {x.dtype} {x.shape}, aligned and writable")
+        if out is x and not is_writable(x):
+            raise InputError(f"found out {x.dtype} {x.shape}, expected a C-contiguous {x.dtype} {x.shape}, aligned "
+                             f"and writable")
         if root is not None and not 0 <= root < self.size:
             raise InputError(f"found {operation} with root {root}, expected a rank from 0 to {self.size - 1}")
         what = operation if root is None else f"{operation} root {root}"
         what = what if op is None else f"{what} {op}"
         if partition is None:
-            return what, x.dtype, x.shape, memory_order(x)
+            return what, x.dtype, x.shape
         if not -x.ndim <= axis < x.ndim:
             raise InputError(f"found {operation} along axis {axis} of shape {x.shape}, expected an axis that it has")
         self._require_partition(operation, partition)
@@ -147,8 +154,7 @@ class Collectives:
             whose = f" on rank {self.rank}, its part of {partition.size}" if part else ""
             raise InputError(f"found {operation} of shape {x.shape}, expected {length} along axis {axis % x.ndim}"
                              f"{whose}")
-        order = "" if part else memory_order(x)
-        return what, x.dtype, _whole(x, partition, axis)[0], order, "axis", axis % x.ndim, partition
+        return what, x.dtype, _whole(x, partition, axis)[0], "axis", axis % x.ndim, partition
 
     def _require_partition(self: Any, operation: str, partition: Partition) -> None:
         if partition.ranks != self.size:
@@ -173,6 +179,12 @@ class Collectives:
         if out is not x:
             out[...] = x
         return out, out
+
+    def _deliver(self: Any, wire: Array, out: Array) -> Array:
+        """Return the result in `out`, out of the array that travelled."""
+        if wire is not out:
+            out[...] = wire                         # 16-bit: rounded once, after the sum
+        return out
 
     def _assemble(self: Any, received: Array, counts: list[int], shape: tuple[int, ...], partition: Partition,
                   axis: int) -> Array:
@@ -201,7 +213,8 @@ def _whole(x: Array, partition: Partition, axis: int) -> tuple[tuple[int, ...], 
 
 def _flat(x: Array) -> Array:
     xp: Any = module_of(x)
-    return x.reshape(-1) if x.flags.c_contiguous else xp.ascontiguousarray(x).reshape(-1)
+    as_it_lies = x.flags.c_contiguous and getattr(x.flags, "aligned", True)      # MPI has no type for unaligned numbers
+    return (x if as_it_lies else xp.array(x, order="C")).reshape(-1)
 
 
 def _raw(flat: Array) -> Array:

@@ -1,8 +1,11 @@
 """The ranks that share a layer: what every layer is handed."""
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from operator import index
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -99,10 +102,15 @@ class TensorParallelGroup(Collectives, Sums):
         self.tf32, self.ledger = bool(tf32), Ledger()
         self.gpu: Any = None
         self.workers: Any = None
+        self.watch: Any = None
+        self.pending: list = []                     # reductions that were begun and not waited for
         self._give_back_threads: Callable[[], None] | None = None
         from .agreement import require_everywhere
         try:
             require_everywhere(self.comm, "the group's arguments", self._describe_arguments)
+            if self.size > 1 and os.environ.get("MPITP_STALL_LIMIT") != "0":
+                from .watchdog import watch
+                self.watch = watch(self.comm, self.ledger)
             self.blocks = int(blocks) if self.reproducible else self.size
             self.place = Place(self.rank, self.size, self.blocks)
             self.summed_dtypes = COMPUTE_DTYPES if device == "cpu" else GPU_DTYPES
@@ -112,10 +120,10 @@ class TensorParallelGroup(Collectives, Sums):
             self.overlaps = self.transport.overlaps and self.size > 1 and not self.reproducible
             self.sum_class = Sum
             if self.reproducible:
-                self._make_reproducible()
+                from .reproducible import hold_bits
+                self._give_back_threads = hold_bits(self)
         except InputError:                          # raised on every rank
-            self._release_threads()
-            self.comm.Free()
+            self._release()
             raise
 
     def _describe_arguments(self) -> str:
@@ -123,10 +131,10 @@ class TensorParallelGroup(Collectives, Sums):
         require_positive(blocks=asked.blocks)
         require(self.device != "cpu" or not asked.tf32, "tf32 on device 'cpu'", "device 'gpu', which has it")
         self.xp = array_module(self.device)
-        transport = requested_transport(asked.transport)
+        transport, stall = requested_transport(asked.transport), os.environ.get("MPITP_STALL_LIMIT", "")
         return f"device={self.device!r} reproducible={self.reproducible} blocks={int(asked.blocks)} " \
                f"check={self.check}{'' if transport == 'auto' else f' transport={transport}'}" \
-               f"{' tf32' if asked.tf32 else ''}"
+               f"{' tf32' if asked.tf32 else ''}{f' MPITP_STALL_LIMIT={stall}' if stall else ''}"
 
     def _gpu_transport(self) -> Any:
         """Make one GPU this rank's own, and choose what carries. Imported here: GPUs are not everywhere."""
@@ -136,38 +144,26 @@ class TensorParallelGroup(Collectives, Sums):
         self.gpu = bind(self.comm, self.xp, self.options.gpu, share, self.options.tf32)
         return choose_transport(self.comm, self.xp, self.gpu, self.options.transport)
 
-    def _make_reproducible(self) -> None:
-        """Sum in the tree, and on a CPU compute each block by one BLAS thread, spare cores other blocks."""
-        from .agreement import require_everywhere
-        from .launch import share_of_cores
-        from .tree import TreeSum
-        from .workers import Workers
-        self.sum_class, self.workers = TreeSum, Workers(1)
-        if self.device == "cpu":
-            require_everywhere(self.comm, "the machine type, and with it the bits of a product", self._describe_machine)
-            self.workers = Workers(share_of_cores(self.comm))
-
-    def _describe_machine(self) -> str:
-        from .launch import machine
-        from .workers import one_blas_thread
-        self._give_back_threads = one_blas_thread()
-        return machine()
-
-    def _release_threads(self) -> None:
+    def _release(self) -> None:
         if self.workers:
             self.workers.close()
         if self._give_back_threads:
             self._give_back_threads()
+        if self.watch:
+            self.watch.remove(self.ledger)
+        self.comm.Free()
 
     def partition(self, size: int, unit: int = 1, share: int = 1) -> Partition:
         """Return how a dimension of `size` is split over this group; unit, share: as Partition's."""
-        return self.place.partition(size, unit, share)
+        return self.place.partition(index(size), index(unit), index(share))     # NumPy's integers print otherwise
 
     def subgroup(self, color: int | None, key: int = 0) -> "TensorParallelGroup | None":
         """Return the group of the ranks that give the same color, ordered by key; None for color None.
 
         Collective: MPI_Comm_split. The subgroup has this group's options.
         """
+        if self.check:
+            self._agree(tuple, ["subgroup"])
         part = self.comm.Split(MPI.UNDEFINED if color is None else color, key)
         if part == MPI.COMM_NULL:
             return None
@@ -219,10 +215,11 @@ class TensorParallelGroup(Collectives, Sums):
         """Free the communicator. Collective. With check=True it proves that all ranks are through."""
         if self.comm != MPI.COMM_NULL:
             if self.check:
-                self._agree(_describe_close)
+                self._agree(tuple, ["close"])
+            for begun in list(self.pending):
+                begun.wait()
             self.transport.close()
-            self._release_threads()
-            self.comm.Free()
+            self._release()
 
     def __enter__(self) -> "TensorParallelGroup":
         from .guard import watch_threads
@@ -231,29 +228,25 @@ class TensorParallelGroup(Collectives, Sums):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
+        from .guard import leave
         threading.excepthook = self._outer_hook
         if error is None:
             try:
                 return self.close()
             except InputError as early:             # the others go on
-                self._leave(early)
+                leave(self, early)
                 raise
-        self._leave(error)
-
-    def _leave(self, error: BaseException) -> None:
-        """Let an error out of the body where it meets no rank that waits for this one; else end the job."""
-        from . import guard
-        if guard.active or guard.succeeds(error):
-            return                                  # guarded() ends the job; sys.exit(0) is no failure
-        if self.size == 1 or isinstance(error, InputError) and guard.all_leave(self.comm):
-            self.close()
-        else:
-            guard.abort(error)
-
-
-def _describe_close() -> tuple[str]:
-    return ("close",)
+        leave(self, error)
 
 
 def _nothing() -> None:
     """Do nothing, on the ranks that on_root does not mean."""
+
+
+def _uncaught(show: Callable, process: int, *failure: Any) -> None:
+    """End the job for an exception that nothing catches, or in a process that was forked off only that process."""
+    from .guard import uncaught
+    uncaught(show, process, *failure)
+
+
+sys.excepthook = partial(_uncaught, sys.excepthook, os.getpid())        # other ranks may wait for this one for ever

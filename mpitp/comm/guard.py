@@ -7,21 +7,26 @@ every rank finds the same, rank 0 says it in one line, and all leave with status
 """
 import faulthandler
 import os
+import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from types import TracebackType
 from typing import Any, NoReturn
 
 from mpi4py import MPI
 
 from ..errors import InputError
 
-PATIENCE = 5.0      # seconds that a rank with bad input waits for the others to find the same
+PATIENCE = 1.5      # seconds that a rank with bad input waits for the others to find the same
+ABORTING = 5        # seconds that MPI_Abort may take before the process ends itself
 FORWARDING = 0.2    # seconds for the launcher to forward what was written: it drops the rest when it kills (seen)
-LEAVING = 7         # tag of the messages of all_leave()
+LEAVING = 32749     # tag of the messages of all_leave(), which a program is not likely to use in COMM_WORLD
+process = os.getpid()   # one that is forked off it has no say in the job
 active = False      # whether guarded() runs: it ends the job then, not the group's context manager
 
 
@@ -35,12 +40,15 @@ def say(text: str) -> None:
 
 
 def end_job(text: str, status: int) -> NoReturn:
-    """Say why, and end every rank."""
+    """Say why, and end every rank. Any thread may call it; where MPI is for the main thread alone, by ending itself."""
     say(text)
     if MPI.COMM_WORLD.size > 1:
         time.sleep(FORWARDING)
-    MPI.COMM_WORLD.Abort(status)
-    os._exit(status)                            # MPI_Abort may return
+    if hasattr(signal, "alarm") and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
+        signal.alarm(ABORTING)                  # the kernel ends a process whose MPI_Abort waits for a broken network
+    if threading.current_thread() is threading.main_thread() or MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        MPI.COMM_WORLD.Abort(status)
+    os._exit(status)                            # MPI_Abort may return; the launcher ends the others
 
 
 def out_of_memory(error: Any) -> str | None:
@@ -58,7 +66,8 @@ def abort(error: BaseException) -> NoReturn:
     why = "interrupted\n" if isinstance(error, KeyboardInterrupt) else out_of_memory(error) or \
         "".join(traceback.format_exception(type(error), error, error.__traceback__))
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    end_job(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job: {why}", code or 1)
+    end_job(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job, on "
+            f"{socket.gethostname()}: {why}", code or 1)
 
 
 def succeeds(error: BaseException) -> bool:
@@ -67,7 +76,11 @@ def succeeds(error: BaseException) -> bool:
 
 
 def thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """End the job for an exception that ends a thread, unless it is sys.exit()."""
+    """End the job for an exception that ends a thread while a group is open, unless it is sys.exit()."""
+    watchdog: Any = sys.modules.get("mpitp.comm.watchdog")
+    if os.getpid() != process or watchdog and not watchdog.is_watching() and not active:
+        threading.__excepthook__(failed)        # of a process that was forked off, or after the last group
+        return
     error = failed.exc_value or RuntimeError(failed.exc_type.__name__)      # Python may leave the value out
     if not succeeds(error):
         abort(error)
@@ -77,6 +90,41 @@ def watch_threads() -> Callable[[threading.ExceptHookArgs], object]:
     """From now on an exception that ends any thread ends the job. Returns the hook that was there before."""
     before, threading.excepthook = threading.excepthook, thread_failed
     return before
+
+
+def uncaught(show: Callable, parent: int, kind: type[BaseException], error: BaseException,
+             trace: TracebackType | None) -> None:
+    """End the job for an exception that nothing has caught: sys.excepthook of every program that makes groups.
+
+    Parameters
+    ----------
+    show : function of (kind, error, trace)
+        The hook that was there before.
+    parent : int
+        The process that is a rank. One that was forked off it ends alone, and without MPI_Finalize, which is not its.
+    kind, error, trace
+        As sys.excepthook's.
+    """
+    if MPI.COMM_WORLD.size == 1 or hasattr(sys, "ps1") or MPI.Is_finalized():
+        show(kind, error, trace)
+    elif os.getpid() != parent:
+        show(kind, error, trace)
+        say("")
+        os._exit(1)
+    elif isinstance(error, InputError) and all_leave(MPI.COMM_WORLD):
+        show(kind, error, trace)                # every rank has found bad input
+    else:
+        abort(error)
+
+
+def leave(group: Any, error: BaseException) -> None:
+    """Let an error out of the body of `with group` where it meets no rank that waits for this one; else end the job."""
+    if active or succeeds(error) or os.getpid() != process:
+        return                                  # guarded() ends the job; sys.exit(0) is no failure
+    if group.size == 1 or isinstance(error, InputError) and all_leave(group.comm):
+        group.close()
+    else:
+        abort(error)
 
 
 def guarded(main: Callable[[], int | None]) -> int:
@@ -97,12 +145,14 @@ def guarded(main: Callable[[], int | None]) -> int:
                 sys.stdout.flush()              # whoever reads it may be gone: that is seen here, not at exit
             return farewell(comm, status)
         except InputError as error:
-            return farewell(comm, 2, f"mpitp: {error}\n")
+            return farewell(comm, 2, str(error))
         except SystemExit as error:
             if not succeeds(error):
                 raise
             return farewell(comm, 0)            # --help
     except BaseException as error:
+        if os.getpid() != process:
+            raise
         if comm.size > 1:
             abort(error)
         if isinstance(error, KeyboardInterrupt):
@@ -119,15 +169,18 @@ def guarded(main: Callable[[], int | None]) -> int:
 
 def farewell(comm: MPI.Intracomm, status: int, message: str | None = None) -> int:
     """Leave together: the lowest rank that has a message prints it. Aborts where the others do not follow."""
+    watchdog: Any = sys.modules.get("mpitp.comm.watchdog")
+    if watchdog:
+        watchdog.leave()                        # others may be inside of a collective
     statuses = memoryview(bytearray(4 * comm.size)).cast("i")
     request = comm.Iallgather(memoryview(bytearray(status.to_bytes(4, sys.byteorder))).cast("i"), statuses)
     deadline = time.monotonic() + PATIENCE
     while not request.Test():
         if message and time.monotonic() > deadline:     # this rank alone met bad input
-            end_job(message, status)
+            end_job(f"mpitp: rank {comm.rank} of {comm.size} on {socket.gethostname()}: {message}\n", status)
         time.sleep(0.0005)
     if message and status not in statuses.tolist()[:comm.rank]:
-        say(message)
+        say(f"mpitp: {message}\n")
     return status
 
 

@@ -31,6 +31,11 @@ def library_name() -> str:
     return f"{name} {'.'.join(map(str, version))}"
 
 
+def world() -> MPI.Intracomm:
+    """Return the communicator of all ranks."""
+    return MPI.COMM_WORLD
+
+
 def is_first_rank() -> bool:
     """Return whether this process is the one that prints."""
     return MPI.COMM_WORLD.rank == 0
@@ -126,10 +131,17 @@ def set_blas_threads(comm: MPI.Comm, reproducible: bool = False) -> int:
     share = share_of_cores(comm)
     if reproducible:
         os.environ.update({name: "1" for name in THREAD_VARIABLES})
-    elif "OMP_NUM_THREADS" not in os.environ:
+    elif not is_set("OMP_NUM_THREADS"):
         for name in THREAD_VARIABLES:               # one that the user set for a library of its own stays
-            os.environ.setdefault(name, str(share))
+            if not is_set(name):
+                os.environ[name] = str(share)
     return share
+
+
+def is_set(variable: str) -> bool:
+    """Return whether a variable of the environment is a number of threads; BLAS takes any other text for none."""
+    first = os.environ.get(variable, "").split(",")[0].strip()      # OpenMP takes a number a level: "4,2"
+    return first.isdigit() and int(first) > 0
 
 
 def keep_freed_memory() -> None:

@@ -3,9 +3,11 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import get_ident
 from typing import Any, NamedTuple
 
 from ..arrays import Array
+from ..errors import InputError
 
 # "float32" for a dtype; kept, as NumPy takes 2 us to spell one out.
 dtype_name = lru_cache(str)
@@ -42,20 +44,30 @@ def wire_bytes(operation: str, elements: int, itemsize: int, size: int) -> int:
     return volume * elements * itemsize * (size - 1) // size
 
 
+def refuse_thread() -> None:
+    """Raise InputError in a thread that is not the group's: two at once would mix up their messages."""
+    raise InputError("found a collective in another thread than the one that made the group, expected that one alone "
+                     "(group.ledger.thread = threading.get_ident() hands the group over)")
+
+
 class Recording:
     """A Recording counts one collective and its time in the ledger, unless it raises.
 
     A plain class, as a generator would cost more than the rest of a small call.
     """
-    __slots__ = ("entries", "key", "sent", "start")
+    __slots__ = ("entries", "key", "ledger", "sent", "start")
 
-    def __init__(self, entries: "defaultdict[Any, Entry]", key: Any, sent: int):
-        self.entries, self.key, self.sent = entries, key, sent
+    def __init__(self, ledger: "Ledger", entries: "defaultdict[Any, Entry]", key: Any, sent: int):
+        self.ledger, self.entries, self.key, self.sent = ledger, entries, key, sent
 
     def __enter__(self) -> None:
+        if get_ident() != self.ledger.thread:
+            refuse_thread()
+        self.ledger.current = self.key
         self.start = time.perf_counter()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.ledger.current = None
         if kind is None:
             entry = self.entries[self.key]
             entry.calls += 1
@@ -75,21 +87,28 @@ class Ledger:
         Checks and reports.
     transport : str
         Name of what carries them.
+    current, cleared : Collective, str or None; int
+        What this rank is inside of, and the calls that clear() has forgotten: for the watchdog.
+    thread : int
+        The one thread that may call collectives: that which made the group; another one may be put in its place.
     """
     data: defaultdict[Collective, Entry] = field(default_factory=lambda: defaultdict(Entry))
     control: defaultdict[str, Entry] = field(default_factory=lambda: defaultdict(Entry))
     transport: str = "mpi"
+    current: Collective | str | None = None
+    thread: int = field(default_factory=get_ident)
+    cleared: int = field(default=0, compare=False)
 
     def record_data(self, collective: Collective, sent: int) -> Recording:
         """Return a context manager that counts a data collective of which this rank sends so many bytes.
 
         Its time is the time until it is done, waiting for other ranks included; a call that raises is not counted.
         """
-        return Recording(self.data, collective, sent)
+        return Recording(self, self.data, collective, sent)
 
     def record_control(self, name: str, sent: int = 0) -> Recording:
         """Return a context manager that counts a check or a report."""
-        return Recording(self.control, name, sent)
+        return Recording(self, self.control, name, sent)
 
     def counts(self) -> Counter:
         """Return the data collectives as a Counter, to compare with a closed form."""
@@ -105,5 +124,6 @@ class Ledger:
 
     def clear(self) -> None:
         """Forget everything."""
+        self.cleared += sum(entry.calls for entries in (self.data, self.control) for entry in entries.values())
         self.data.clear()
         self.control.clear()

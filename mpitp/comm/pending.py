@@ -5,19 +5,13 @@ from typing import Any
 from ..arrays import Array
 
 
-def deliver(wire: Array, out: Array) -> Array:
-    """Return the result in `out`, out of the array that travelled."""
-    if wire is not out:
-        out[...] = wire                             # 16-bit: rounded once, after the sum
-    return out
-
-
 class PendingReduction:
     """An all-reduce under way, which `group.begin_all_reduce` returns."""
 
     def __init__(self, group: Any, finish: Callable[[], None], x: Array, wire: Array, out: Array):
         self.group, self.x, self.wire, self.out = group, x, wire, out
         self.finish: Callable[[], None] | None = finish
+        group.pending.append(self)      # also where the caller drops it: MPI writes into `wire` until it is waited for
 
     def wait(self) -> Array:
         """Finish the sum, once, and return it."""
@@ -25,5 +19,6 @@ class PendingReduction:
             with self.group._record("all_reduce", self.x):
                 self.finish()
             self.finish = None
-            deliver(self.wire, self.out)
+            self.group.pending.remove(self)
+            self.group._deliver(self.wire, self.out)
         return self.out

@@ -11,6 +11,7 @@ it is a fixed tree over the blocks, the same additions on any number of ranks: s
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from ..arrays import Array, sum_dtype
 from ..errors import InputError
 from ..sharding.partition import Block, Partition
-from .ledger import Collective, dtype_name, memory_order
+from .ledger import Collective, dtype_name, memory_order, refuse_thread
 
 
 class Sum:
@@ -57,7 +58,10 @@ class Sum:
         group, total = self.group, self.total
         if total is None:                           # more ranks than blocks: this one has nothing to add
             total = group.xp.zeros(self.shape, self.summand_dtype)
-        start = time.perf_counter()
+        collective, ledger = Collective("all_reduce", total.size, dtype_name(self.dtype)), group.ledger
+        if get_ident() != ledger.thread:
+            refuse_thread()
+        ledger.current, start = collective, time.perf_counter()
         if self.waiting:
             finish = group.transport.begin_all_reduce(total, "sum")
             while self.waiting:                     # one after the other, so that what each holds is freed
@@ -66,7 +70,7 @@ class Sum:
             finish()
         else:
             group.transport.all_reduce(total, "sum")
-        entry = group.ledger.data[Collective("all_reduce", total.size, dtype_name(self.dtype))]
+        ledger.current, entry = None, ledger.data[collective]
         entry.calls += 1                            # Ledger.record_data, written out: a token's sum takes microseconds
         entry.wire_bytes += 2 * total.nbytes * (group.size - 1) // group.size
         entry.seconds += time.perf_counter() - start

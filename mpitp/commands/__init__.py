@@ -1,17 +1,23 @@
 """The command line: one file a command, each with `add_arguments(parser)` and `run(arguments) -> exit status`."""
 import argparse
+import os
 import shutil
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..comm.launch import is_first_rank
 from ..errors import InputError
 
 WIDTH = 100         # columns that help and tables have at most
+# Options that name a file or folder, which may lie elsewhere on another host: whether they are given is compared.
+PATHS = ("model", "data", "out", "json", "csv", "plot", "text", "ids_file", "batch_file", "reports")
+# Variables that change what the ranks do together.
+VARIABLES = ("MPITP_TRANSPORT", "MPITP_SHARE_GPU", "MPITP_CUDA_AWARE")
+Parsed = tuple[ModuleType, argparse.Namespace] | SystemExit
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help lists what there is)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if is_first_rank():
+        if speaks():
             super()._print_message(message, file)
 
 
@@ -98,14 +104,47 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return "\n\n".join(p if "\n " in f"\n{p}" else textwrap.fill(p, width) for p in paragraphs)
 
 
+def speaks() -> bool:
+    """Return whether this process is the one that prints; each one, where there is no MPI to ask."""
+    try:
+        from ..comm.launch import is_first_rank
+        return is_first_rank()
+    except (ImportError, RuntimeError):         # no mpi4py, no MPI library
+        return True
+
+
 def run_command(argv: list[str]) -> int:
-    """Run the command that argv names, `verify` when it names none.
+    """Run the command that argv names, `verify` when it names none. Collective over all ranks.
 
     Returns
     -------
     int
         The exit status of this rank.
+
+    Raises
+    ------
+    InputError
+        On every rank, for options that are wrong, or that differ between ranks.
     """
+    from ..comm.agreement import same_everywhere
+    from ..comm.launch import world
+    parsed = same_everywhere(world(), partial(parse, argv), describe)
+    if isinstance(parsed, SystemExit):
+        raise parsed                            # help was asked for
+    command, arguments = parsed
+    return command.run(arguments)
+
+
+def parse(argv: list[str]) -> Parsed:
+    """Return the module of the command that argv names, and its options. Raises InputError where they are wrong."""
+    try:
+        return parse_or_help(argv)
+    except SystemExit as help_was_printed:
+        return help_was_printed
+
+
+def parse_or_help(argv: list[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """Do what parse() does; raise SystemExit after help and version, as argparse."""
     name = argv[0] if argv else "verify"
     if name in ("-h", "--help", "--version"):
         main_parser().parse_args(argv[:1])
@@ -114,7 +153,20 @@ def run_command(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"found command {name!r}, expected one of {', '.join(COMMANDS)}")
     command = import_module(f".{name}", __name__)
-    return command.run(command_parser(name, command).parse_args(argv[1:]))
+    return command, command_parser(name, command).parse_args(argv[1:])
+
+
+def describe(parsed: Parsed) -> dict[str, str]:
+    """Say what all ranks must have in common before they begin: the command, its options, the version, variables."""
+    if isinstance(parsed, SystemExit):
+        return {"the command": "help"}
+    command, arguments = parsed
+    said = {"the command": command.__name__.split(".")[-1], "the version of mpitp": __version__}
+    for name, value in vars(arguments).items():
+        if name in PATHS:
+            value = "not given" if value is None else "given"
+        said[f"--{name.replace('_', '-')}"] = str(value)
+    return said | {name: os.environ.get(name, "not set") for name in VARIABLES}
 
 
 def main_parser() -> Parser:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from .. import tables
 from ..comm import facts as machine
 from ..comm.facts import RankFacts
-from ..comm.launch import remedy
+from ..comm.launch import is_first_rank, remedy
+from ..errors import InputError
 from . import report
 
 # OpenBLAS kernels that use less than AVX-512, or less than AVX2.
@@ -42,15 +43,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command on this rank; returns 0 when nothing is wrong, else 1."""
+    refuse_early(arguments)
     ranks, status = machine.of_all_ranks(), 0
     # Under the launcher of another MPI every process is rank 0 of its own world: the first one speaks.
     if ranks is not None and (ranks[0].world > 1 or ranks[0].launcher_rank == 0):
-        if arguments.json:
-            tables.require_writable(arguments.json)
         found = DoctorReport(ranks, findings(ranks))
         report.publish([*page(ranks), "", *verdict(found.findings)], found, "mpitp.doctor/1", arguments.json)
         status = 1 if found.findings else 0
     return machine.from_first_rank(status)
+
+
+def refuse_early(arguments: argparse.Namespace) -> None:
+    """Raise InputError on every rank, before anything is found out, where rank 0 cannot write the report."""
+    problem = None
+    if arguments.json and is_first_rank():
+        try:
+            tables.require_writable(arguments.json)
+        except InputError as error:
+            problem = str(error)
+    problem = machine.from_first_rank(problem)
+    if problem:
+        raise InputError(problem)
 
 
 # --- what is wrong: functions of the facts alone ------------------------------------------------------------

@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         stop = group.root_first(lambda: text.end_tokens(arguments.model))
         started = time.perf_counter()
         with Progress(f"loading {arguments.model}"):
-            decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
+            decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
+                                 verify_weights=arguments.verify_weights)
         load_seconds = time.perf_counter() - started
         continued = group.root_first(lambda: None if given is None else Continuations(arguments, *given))
         ids, lengths = text.give_to_all(group, None if continued is None else continued.prompts)
@@ -114,12 +115,10 @@ def look_first(arguments: argparse.Namespace) -> tuple[list[str] | None, list[li
         found = [text.parse_ids(ids) for ids in arguments.ids]
         require(all(found), f"--ids {arguments.ids}", "at least one token id in each")
         return None, found
-    texts = arguments.prompt
-    if arguments.batch_file is not None:
-        texts = [line for line in text.lines_of(text.read_text(arguments.batch_file)) if line.strip()]
-        require(texts, f"no text in {arguments.batch_file}", "a text a line")
-    for prompt in texts:
-        text.require_text(prompt, "--prompt")
+    if arguments.batch_file is None:
+        return [text.text_of_argument(prompt, "--prompt") for prompt in arguments.prompt], None
+    texts = [line for line in text.lines_of(text.read_text(arguments.batch_file)) if line.strip()]
+    require(texts, f"no text in {arguments.batch_file}", "a text a line")
     return texts, None
 
 

@@ -20,7 +20,7 @@ from ..comm.launch import is_first_rank
 from ..config import DecoderConfig
 from ..errors import require, require_positive
 from ..sharding.parameters import Place
-from . import model, text
+from . import device, model, text
 
 MOST = 1 << 14
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--ranks", type=int, default=1, metavar="P", help="how many ranks (1)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="computed in (float32)")
     parser.add_argument("--reproducible", action="store_true", help="as it would be split in reproducible mode")
-    parser.add_argument("--blocks", type=int, default=8, help="blocks of a dimension in reproducible mode (8)")
+    device.add_blocks(parser)
     model.add_strict(parser)
     parser.add_argument("--json", metavar="FILE", help="write the report there, too")
 
@@ -77,9 +77,9 @@ class InspectReport:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command on this rank; return 0."""
-    require_positive(ranks=arguments.ranks, blocks=arguments.blocks)
-    require(max(arguments.ranks, arguments.blocks) <= MOST, f"{arguments.ranks} ranks, {arguments.blocks} blocks",
-            f"at most {MOST}")
+    require_positive(ranks=arguments.ranks)
+    blocks = device.blocks_of(arguments)
+    require(max(arguments.ranks, blocks) <= MOST, f"{arguments.ranks} ranks, {blocks} blocks", f"at most {MOST}")
     text.print_any_character()
     if arguments.json:
         tables.require_writable(arguments.json)
@@ -95,7 +95,7 @@ def inspect(arguments: argparse.Namespace) -> InspectReport:
     """Open the folder and count what each rank would hold and read."""
     folder, ranks = open_folder(arguments.model, strict=arguments.strict), arguments.ranks
     folder.warn()
-    blocks = arguments.blocks if arguments.reproducible else ranks
+    blocks = device.blocks_of(arguments) if arguments.reproducible else ranks
     places = [Place(rank, ranks, blocks) for rank in range(ranks)]
     size = np.dtype(arguments.dtype).itemsize
     kinds: dict[str, Parameter] = {}

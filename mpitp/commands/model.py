@@ -5,9 +5,16 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --model and --strict."""
+    """Add --model, --strict and --verify-weights."""
     parser.add_argument("--model", metavar="DIR", required=True, help="a folder with config.json and safetensors")
     add_strict(parser)
+    add_verify_weights(parser)
+
+
+def add_verify_weights(parser: argparse.ArgumentParser) -> None:
+    """Add --verify-weights."""
+    parser.add_argument("--verify-weights", action="store_true", help="compare all bytes of the ranks' files before "
+                        "they are loaded (headers and samples otherwise)")
 
 
 def add_strict(parser: argparse.ArgumentParser) -> None:

@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     with device.group_of(arguments) as group:
         given = group.on_root(lambda: look_first(arguments))
         with Progress(f"loading {arguments.model}"):
-            decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict)
+            decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
+                                 verify_weights=arguments.verify_weights)
         given_ids = group.root_first(lambda: None if given is None else tokens_of(arguments, given))
         ids = text.give_to_all(group, None if given_ids is None else [given_ids])[0][0]
         window, stride = sizes(arguments, decoder)

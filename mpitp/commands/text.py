@@ -91,11 +91,11 @@ def lines_of(text: str) -> list[str]:
     return re.split("\r\n|\n|\r", text)
 
 
-def require_text(text: str, what: str) -> None:
-    """Raise InputError for an argument of bytes that are no text, which Python keeps as lone surrogates."""
+def text_of_argument(argument: str, what: str) -> str:
+    """Return the text of an argument of the command line: its bytes are UTF-8, whatever the locale took them for."""
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
+        return os.fsencode(argument).decode("utf-8")
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise InputError(f"{what}: found bytes that are not UTF-8 at {error.start}, expected text") from None
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 
 from .. import tables
-from ..comm.agreement import require_agreement
+from ..comm.agreement import same_everywhere
 from ..config import DecoderConfig
 from ..errors import InputError, require_positive
 from ..checkpoints import steps as step_folders
@@ -64,9 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
     settings, config = settings_of(arguments), config_of(arguments)
     with device.group_of(arguments) as group:
         group.on_root(lambda: prepare(arguments))
-        tokens = group.root_first(lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
-                                                 arguments.seed, arguments.data_dtype))
-        require_agreement(group.comm, "the data", tokens.fingerprint())
+        tokens = same_everywhere(group.comm, lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
+                                                            arguments.seed, arguments.data_dtype),
+                                 lambda tokens: {"the data": tokens.fingerprint()})
         if group.rank == 0 and arguments.data_dtype is None and look_like_words(tokens.tokens):
             print(f"mpitp: warning: {tokens.name}: found bytes that look like 16-bit integers, expected --data-dtype "
                   f"uint16 for token ids; trained on as bytes", file=sys.stderr, flush=True)

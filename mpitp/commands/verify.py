@@ -21,7 +21,7 @@ from ..ops.activation import ACTIVATIONS
 from ..verification.feed_forward import (FeedForwardCheck, FeedForwardResult, checkpoint_layer, random_layer,
                                          require_room)
 from ..verification.notebook import Notebook, notebook_example
-from . import device, verify_all
+from . import device, model, verify_all
 from .verify_report import VerifyReport, json_of, opening, run_checks, take_steps
 
 HIDDEN_SIZE, ACTIVATION = 512, "gelu_tanh"      # where neither an option nor a checkpoint says otherwise
@@ -40,6 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights, input and output gradient (0)")
     parser.add_argument("--model", metavar="DIR", help="take the block from a Hugging Face checkpoint folder")
     parser.add_argument("--layer", type=int, metavar="N", help="which layer of it (0)")
+    model.add_verify_weights(parser)
     device.add_group_arguments(parser, dtypes="float32 (the default) or float64", blocks=True,
                                reproducible="the same bits for any number of ranks; prints their SHA-256")
     parser.add_argument("--json", metavar="FILE", help="write the report there, too")
@@ -81,7 +82,7 @@ def check_block(group: TensorParallelGroup, arguments: Namespace) -> BlockReport
     tokens = arguments.batch * arguments.seq_length
     if arguments.model:
         layer, what, bytes_read = checkpoint_layer(group, arguments.model, arguments.layer or 0, arguments.dtype,
-                                                   tokens)
+                                                   tokens, arguments.verify_weights)
     else:
         hidden_size = HIDDEN_SIZE if arguments.hidden_size is None else arguments.hidden_size
         ffn_hidden_size = 4 * hidden_size if arguments.ffn_hidden_size is None else arguments.ffn_hidden_size
@@ -100,10 +101,12 @@ def check_block(group: TensorParallelGroup, arguments: Namespace) -> BlockReport
 
 def check_arguments(arguments: Namespace) -> None:
     """Raise InputError for options that do not fit each other."""
-    require_positive(seq_length=arguments.seq_length, batch=arguments.batch, blocks=arguments.blocks)
+    require_positive(seq_length=arguments.seq_length, batch=arguments.batch)
     if arguments.model is None:
         if arguments.layer is not None:
             raise InputError("found --layer without --model, expected the checkpoint folder that it is a layer of")
+        if arguments.verify_weights:
+            raise InputError("found --verify-weights without --model, expected the checkpoint folder to verify")
         return
     of_random_block = {"--hidden-size": arguments.hidden_size, "--ffn-hidden-size": arguments.ffn_hidden_size,
                        "--activation": arguments.activation, "--gated": arguments.gated, "--bias": arguments.bias}

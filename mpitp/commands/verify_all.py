@@ -13,7 +13,8 @@ from ..verification.every_layer import BATCH, HIDDEN, SEQUENCE, VOCABULARY, Ever
 from .verify_report import VerifyReport, json_of, opening, run_checks, take_steps
 
 COLUMNS = ("error", "dense_error", "normwise", "dense_normwise")       # of a Comparison
-OF_ONE_BLOCK = ("hidden_size", "ffn_hidden_size", "activation", "gated", "bias", "model", "layer")
+OF_ONE_BLOCK = ("hidden_size", "ffn_hidden_size", "activation", "gated", "bias", "model", "layer",
+                "verify_weights")
 
 
 @dataclass

@@ -107,6 +107,7 @@ def one_token(model: Decoder, kv: KeyValues, tokens: int) -> Callable[[Array], A
 def as_prompts(model: Decoder, prompts: Array | Sequence,
                counts: Array | Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
     """Return ids (B, S) and lengths (B,), int64, 0 behind the end of a prompt; S is the longest. Raises InputError."""
+    require(not hasattr(prompts, "mask"), "ids that are a masked array", "lengths, where prompts differ in theirs")
     try:
         ids = np.asarray(prompts)
     except ValueError:                                      # rows of unequal length

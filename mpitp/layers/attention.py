@@ -81,7 +81,7 @@ class ParallelAttention(ParallelLayer):
         self.norm = (config.qk_norm, config.norm_epsilon, config.zero_centered_gamma) if config.qk_norm else None
         self.heads = Heads(group, self.num_attention_heads, int(config.query_groups), self.kv_channels)
         self.set_partition(self.heads.partition)
-        self.tables: tuple = ((), ())
+        self.tables: tuple = ()
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class ParallelAttention(ParallelLayer):
             kept[block.index] = of_block
         y_ND = reduce_from_ranks_forward(total)                                                     # g
         self.add_bias(y_ND)
-        return y_ND.reshape(x.shape), ((x_ND, units, kept, call) if save else None)
+        return y_ND.reshape(x.shape), ((self, x_ND, units, kept, call) if save else None)
 
     def call(self, x: Array, mask: Array | None, step: int | None, kv: Any = None) -> AttentionCall:
         """Return what one forward and its backward share. Raises InputError for shapes that do not fit."""
@@ -125,7 +125,7 @@ class ParallelAttention(ParallelLayer):
         mask = mask if mask is None else self.group.xp.asarray(mask)
         if kv is not None:
             return AttentionCall(self, B, S, mask, step, kv.tables, kv)
-        if self.rotary and len(self.tables[0]) != S:            # cos and sin, kept as long as S stays
+        if self.rotary and not (self.tables and len(self.tables[0]) == S):      # cos and sin, kept as long as S stays
             self.tables = rotary_tables(self.rotary, self.kv_channels, range(S), self.sum_dtype, self.group.xp)
         return AttentionCall(self, B, S, mask, step, self.tables, None)
 
@@ -170,7 +170,7 @@ class ParallelAttention(ParallelLayer):
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        x_ND, units, kept, call = require_saved(saved)
+        x_ND, units, kept, call = require_saved(saved, self)
         dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy", len(x_ND)))        # g*
         gradients = self.gradients(out)
         d_scores = self.scores_backward(dy_ND, units, kept, call, gradients)

@@ -3,7 +3,7 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
-from ..arrays import Array, compute_dtype, module_of, sum_dtype
+from ..arrays import Array, compute_dtype, is_writable, module_of, sum_dtype
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, is_integer, require
 from ..sharding.parameters import ParameterSpec, by_name, check_dense, initialise
@@ -11,6 +11,20 @@ from ..sharding.partition import Partition
 from ..sharding.specs import join
 
 MANY = 12       # parameters; a message does not list as many
+
+
+class Weights(dict):
+    """This rank's slices by name. A layer computes with these arrays: another one in the place of one is refused."""
+
+    def __setitem__(self, name: str, array: Array) -> None:
+        require(name not in self or array is self[name], f"another array for weights[{name!r}]",
+                f"weights[{name!r}][...] = array, or load_dense, which write into the layer's")
+        super().__setitem__(name, array)
+
+    def update(self, *arrays: Any, **named: Any) -> None:
+        """Set each of some arrays."""
+        for name, array in dict(*arrays, **named).items():
+            self[name] = array
 
 
 class ParallelLayer:
@@ -33,7 +47,7 @@ class ParallelLayer:
         self.set_dtype(group, dtype)
         require(seed is None or is_integer(seed), f"seed {seed!r}", "an integer, or None for zeros")
         self.group, self.name, self.specs = group, name, by_name(specs)
-        self.weights = {}
+        self.weights = Weights()
         for full_name, spec in self.specs.items():
             self.weights[full_name] = group.xp.zeros(spec.local_shape(group.place), self.dtype) if seed is None else \
                 group.xp.asarray(initialise(spec, seed, self.dtype, group.place))
@@ -132,9 +146,10 @@ class ParallelLayer:
         for name, w in self.weights.items():
             g = out[name]
             fits = module_of(g) is self.group.xp and g.shape == w.shape and g.dtype == self.sum_dtype
-            if not (fits and g.flags.c_contiguous):
+            if g is w or not (fits and is_writable(g)):
                 raise InputError(f"out[{name!r}]: found {getattr(g, 'dtype', type(g).__name__)} "
-                                 f"{getattr(g, 'shape', '')}, expected C-contiguous {self.sum_dtype} {w.shape}")
+                                 f"{getattr(g, 'shape', '')}, expected C-contiguous {self.sum_dtype} {w.shape}, "
+                                 f"aligned and writable, beside the weights")
         return out
 
     def require_names(self, arrays: Any, what: str) -> None:
@@ -156,7 +171,9 @@ def some(names: Iterable[object]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
 
 
-def require_saved(saved: Any) -> Any:
-    """Return what forward kept for backward. Raises InputError where it kept nothing."""
+def require_saved(saved: Any, layer: ParallelLayer) -> tuple:
+    """Return what forward kept for backward. Raises InputError where it kept nothing, or another layer kept it."""
     require(saved is not None, "saved = None", "what forward(x) returned beside y; it keeps nothing with save=False")
-    return saved
+    require(isinstance(saved, tuple) and saved and saved[0] is layer, "saved of another layer",
+            f"what this {type(layer).__name__}'s forward(x) returned beside y")
+    return saved[1:]

@@ -79,14 +79,14 @@ class ParallelBlock(Composite):
             return self.parallel_forward(x, mask, step, kv, save)
         x, first = self.branch_forward("attention", x, dict(mask=mask, step=step, kv=kv), step, save)
         x, second = self.branch_forward("mlp", x, {}, step, save)
-        return x, ((first, second) if save else None)
+        return x, ((self, first, second) if save else None)
 
     def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:
         """Return dx of dy (shaped as x), and {name: gradient} of this rank's slices.
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        first, second = require_saved(saved)
+        first, second = require_saved(saved, self)
         gradients = self.gradients(out)
         if self.config.parallel_residual:
             return self.parallel_backward(dy, first, second, gradients), gradients
@@ -145,7 +145,7 @@ class ParallelBlock(Composite):
         scale = self.dropout_scale("dropout", x.shape, step)
         y = scaled(y, scale, out=y)
         add_to(y, x)
-        return y, (((of_norm, of_mlp_norm, scale), (h_ND, g_ND, units, kept, call)) if save else None)
+        return y, ((self, (of_norm, of_mlp_norm, scale), (h_ND, g_ND, units, kept, call)) if save else None)
 
     def block_forward(self, block: Block, h_ND: Array, g_ND: Array, units: dict, call: Any, total: Sum,
                       save: bool) -> tuple[Array, Any]:

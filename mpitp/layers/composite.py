@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from ..arrays import Array
 from ..comm.group import TensorParallelGroup
 from ..sharding.parameters import by_name
-from .base import ParallelLayer
+from .base import ParallelLayer, Weights
 
 
 class Composite(ParallelLayer):
@@ -18,7 +18,7 @@ class Composite(ParallelLayer):
         self.set_dtype(group, dtype)
         named = {id(spec): spec for layer in layers for spec in layer.specs.values()}
         self.specs = by_name(named.values())
-        self.weights = {name: layer.weights[name] for layer in layers for name in layer.specs}
+        self.weights = Weights({name: layer.weights[name] for layer in layers for name in layer.specs})
         self.set_own()
 
     def gradients_of(self, layer: ParallelLayer, gradients: dict[str, Array]) -> dict[str, Array]:

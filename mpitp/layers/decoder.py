@@ -64,8 +64,9 @@ class Decoder(Composite):
         V, D, std = config.vocab_size, config.hidden_size, config.init_method_std
         self.embedding = VocabParallelEmbedding(group, V, D, config.embedding_multiplier, init_std=std,
                                                 name="embedding", **common)
-        self.position = PositionEmbedding(group, config.max_position_embeddings or 0, D, init_std=std, name="position",
-                                          **common) if config.position_embedding == "learned" else None
+        self.position = PositionEmbedding(group, config.max_position_embeddings or 0, D, config.position_offset,
+                                          init_std=std, name="position", **common) \
+            if config.position_embedding == "learned" else None
         self.embedding_norm = hidden_norm(group, config, dtype, "embedding_norm") if config.embedding_norm else None
         self.blocks = [ParallelBlock(group, config, i, name=f"layers.{i}", **common) for i in range(config.num_layers)]
         self.final_norm = hidden_norm(group, config, dtype, "final_norm") if config.final_norm else None
@@ -85,7 +86,7 @@ class Decoder(Composite):
         """
         x, of_hidden = self.hidden(ids, mask=mask, step=step, save=save)
         logits, of_head = self.head.forward(x, save=save)
-        return logits, ((of_hidden, of_head) if save else None)
+        return logits, ((self, of_hidden, of_head) if save else None)
 
     def hidden(self, ids: Any, *, mask: Array | None = None, step: int | None = None,
                save: bool = True) -> tuple[Array, Any]:
@@ -143,7 +144,7 @@ class Decoder(Composite):
         x = self.embedding.look_up(ids)
         if self.position:                                   # padding may stand at any position
             positions = xp.minimum(kv.starts[:, None] + xp.arange(S), self.position.max_positions - 1)
-            x += self.position.own["weight"][positions]
+            x += self.position.own["weight"][self.position.offset:][positions]
         if self.embedding_norm:
             x, _ = self.embedding_norm.forward(x, save=False)
         for block, of_layer in zip(self.blocks, kv.layers):
@@ -158,7 +159,8 @@ class Decoder(Composite):
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        (of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm), of_head = require_saved(saved)
+        of_hidden, of_head = require_saved(saved, self)
+        of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm = of_hidden
         gradients = self.gradients(out)
         dx = self.layer_backward(self.head, d_logits, of_head, gradients)
         if self.final_norm:
@@ -180,11 +182,12 @@ class Decoder(Composite):
         """Return dx of one of the layers, and write its gradients."""
         return layer.backward(dy, saved, out=self.gradients_of(layer, gradients))[0]
 
-    def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0,
+    def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
              ignore_index: int = -100) -> tuple[float, Any]:
         """Return the mean cross entropy of targets (..., S), global ids; and what loss_backward needs."""
         return vocab_parallel_cross_entropy_forward(logits, targets, self.group, self.partition,
-                                                    label_smoothing=label_smoothing, ignore_index=ignore_index)
+                                                    label_smoothing=label_smoothing, z_loss=z_loss,
+                                                    ignore_index=ignore_index)
 
     def loss_backward(self, saved: Any, d_loss: float = 1.0) -> Array:
         """Return the gradient of the loss with respect to this rank's logits."""

@@ -64,7 +64,7 @@ class VocabParallelEmbedding(ParallelLayer):
     def forward(self, ids: Any, *, save: bool = True) -> tuple[Array, Any]:
         """Return y (..., D), complete, of ids (...), the same on every rank; and what backward needs, or None."""
         ids = self.checked(ids)
-        return self.look_up(ids), (self.local(ids) if save else None)
+        return self.look_up(ids), ((self, self.local(ids)) if save else None)
 
     def checked(self, ids: Any) -> Array:
         """Return ids where the weights are. Raises InputError as token_ids."""
@@ -88,12 +88,12 @@ class VocabParallelEmbedding(ParallelLayer):
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        require_saved(saved)
-        dy_ND, gradients = self.rows(dy, self.hidden_size, "dy", len(saved)), self.gradients(out)
+        (ids_N,) = require_saved(saved, self)
+        dy_ND, gradients = self.rows(dy, self.hidden_size, "dy", len(ids_N)), self.gradients(out)
         if self.multiplier != 1:
             dy_ND = scaled(dy_ND, self.multiplier)
         dw_VpD = gradients[join(self.name, "weight")]
-        embedding_backward(dy_ND, saved, len(dw_VpD), out=dw_VpD)
+        embedding_backward(dy_ND, ids_N, len(dw_VpD), out=dw_VpD)
         return None, gradients
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
@@ -102,7 +102,7 @@ class VocabParallelEmbedding(ParallelLayer):
 
 
 class PositionEmbedding(ParallelLayer):
-    """y = W[0..S-1], W [M, D] replicated: learned positions.
+    """y = W[offset..offset+S-1], W [offset+M, D] replicated: learned positions.
 
     Parameters
     ----------
@@ -110,6 +110,8 @@ class PositionEmbedding(ParallelLayer):
         The ranks.
     max_positions, hidden_size : int
         M, D.
+    offset : int
+        Rows of W before that of position 0, which nothing uses.
     dtype : str
         "float32" or "float64"; on a GPU "float16" and "bfloat16" too.
     seed : int or None
@@ -129,31 +131,32 @@ class PositionEmbedding(ParallelLayer):
     No collectives.
     """
 
-    def __init__(self, group: TensorParallelGroup, max_positions: int, hidden_size: int, *, dtype: str = "float32",
-                 seed: int | None = 0, init_std: float = 0.02, name: str = ""):
+    def __init__(self, group: TensorParallelGroup, max_positions: int, hidden_size: int, offset: int = 0, *,
+                 dtype: str = "float32", seed: int | None = 0, init_std: float = 0.02, name: str = ""):
         require_positive(max_positions=max_positions, hidden_size=hidden_size)
-        self.max_positions, self.hidden_size = int(max_positions), int(hidden_size)
-        specs = [ParameterSpec(join(name, "weight"), (self.max_positions, self.hidden_size), None, init_std)]
+        self.max_positions, self.hidden_size, self.offset = int(max_positions), int(hidden_size), offset
+        specs = [ParameterSpec(join(name, "weight"), (offset + self.max_positions, self.hidden_size), None, init_std)]
         super().__init__(group, specs, dtype, seed, name)
 
     def forward(self, positions: int, *, save: bool = True) -> tuple[Array, Any]:
         """Return y (S, D), a new array, of so many positions, S; and what backward needs (None if not save)."""
         good = is_integer(positions) and 0 <= positions <= self.max_positions
         require(good, f"{positions!r} positions", f"0 to {self.max_positions}, the size of the table")
-        return self.own["weight"][:positions].copy(), (int(positions) if save else None)
+        rows = slice(self.offset, self.offset + positions)
+        return self.own["weight"][rows].copy(), ((self, int(positions)) if save else None)
 
     def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[None, dict[str, Array]]:
         """Return None and {name: gradient} of dy (..., S, D), summed over the batch, the leading axes.
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        require_saved(saved)
-        S, D = saved, self.hidden_size
+        (S,), D = require_saved(saved, self), self.hidden_size
         require(dy.ndim >= 2 and dy.shape[-2] == S, f"dy: shape {dy.shape}", f"(..., {S}, {D})")
         dy_ND, gradients = self.rows(dy, D, "dy"), self.gradients(out)
         dw_MD = gradients[join(self.name, "weight")]
-        dw_MD[S:] = 0
-        dy_ND.reshape(prod(dy.shape[:-2]), S, D).sum(axis=0, dtype=self.sum_dtype, out=dw_MD[:S])
+        first, stop = self.offset, self.offset + S
+        dw_MD[:first], dw_MD[stop:] = 0, 0
+        dy_ND.reshape(prod(dy.shape[:-2]), S, D).sum(axis=0, dtype=self.sum_dtype, out=dw_MD[first:stop])
         return None, gradients
 
     def collectives(self, tokens: int = 0) -> tuple[Counter, Counter]:
@@ -182,6 +185,7 @@ def token_ids(ids: Any, vocab_size: int, what: str = "ids", ignore_index: int | 
     InputError
         For ids that are no integers, and naming the first that is outside the vocabulary.
     """
+    require(not hasattr(ids, "mask"), f"{what}: a masked array", "one without a mask")
     xp = module_of(ids) or np
     ids = xp.asarray(ids)
     if ids.dtype.kind not in "iu":

@@ -82,7 +82,7 @@ class ColumnParallelLinear(ParallelLayer):
         for _ in self.group.each(self.block_forward, self.own_blocks, x_NI, y_NOp):
             pass                                            # each block writes its columns of y
         y = gather_from_ranks_forward(y_NOp, self.partition, self.group) if self.gather_output else y_NOp
-        return y.reshape(*x.shape[:-1], y.shape[-1]), (x_NI if save else None)
+        return y.reshape(*x.shape[:-1], y.shape[-1]), ((self, x_NI) if save else None)
 
     def block_forward(self, block: Block, x_NI: Array, y_NOp: Array) -> None:
         """Write a block's columns of y."""
@@ -95,7 +95,7 @@ class ColumnParallelLinear(ParallelLayer):
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        x_NI, gradients = require_saved(saved), self.gradients(out)
+        (x_NI,), gradients = require_saved(saved, self), self.gradients(out)
         if self.gather_output:
             dy_NO = self.rows(dy, self.out_features, "dy", len(x_NI))
             dy_NOp = gather_from_ranks_backward(dy_NO, self.partition, self.group)
@@ -178,7 +178,7 @@ class RowParallelLinear(ParallelLayer):
             total.add(block, y_NO)
         y_NO = reduce_from_ranks_forward(total)                                                     # g
         add_bias(y_NO, self.own.get("bias"))                # on every rank, but after the sum: once
-        return y_NO.reshape(*x.shape[:-1], self.out_features), (x_NIp if save else None)
+        return y_NO.reshape(*x.shape[:-1], self.out_features), ((self, x_NIp) if save else None)
 
     def block_forward(self, block: Block, x_NIp: Array, total: Sum) -> Array:
         """Return a block's summand of y (N, O)."""
@@ -189,7 +189,7 @@ class RowParallelLinear(ParallelLayer):
 
         out : as ColumnParallelLinear's
         """
-        x_NIp, gradients = require_saved(saved), self.gradients(out)
+        (x_NIp,), gradients = require_saved(saved, self), self.gradients(out)
         dy_NO = reduce_from_ranks_backward(self.rows(dy, self.out_features, "dy", len(x_NIp)))      # g*
         if "bias" in self.own:
             bias_backward(dy_NO, out=gradients[join(self.name, "bias")])        # dy is complete: so is this

@@ -11,7 +11,7 @@ import numpy as np
 from ..arrays import Array, compute_dtype, module_of, sum_dtype
 from ..comm.group import TensorParallelGroup
 from ..comm.ledger import Collective
-from ..errors import InputError, is_integer, require
+from ..errors import InputError, is_integer, require, require_number
 from ..ops.cross_entropy import row_gradient, row_maximum, row_sums
 from ..sharding.partition import Block, Partition
 from .embedding import token_ids
@@ -19,10 +19,10 @@ from .embedding import token_ids
 
 def vocab_parallel_cross_entropy_forward(logits: Array, targets: Any, group: TensorParallelGroup,
                                          partition: Partition, *, label_smoothing: float = 0.0,
-                                         ignore_index: int = -100) -> tuple[float, Any]:
-    """Return the mean over the counted tokens of (1 - s) (lse - z_t) + s (lse - mean of z), lse = log(sum of e^z).
+                                         z_loss: float = 0.0, ignore_index: int = -100) -> tuple[float, Any]:
+    """Return the mean over the counted tokens of (1 - s) (lse - z_t) + s (lse - mean of z) + w lse^2.
 
-    Target, sum and mean are those of the whole vocabulary, s is `label_smoothing`.
+    lse = log(sum of e^z). Target, sum and mean are those of the whole vocabulary, s is `label_smoothing`, w `z_loss`.
 
     Parameters
     ----------
@@ -36,6 +36,9 @@ def vocab_parallel_cross_entropy_forward(logits: Array, targets: Any, group: Ten
         group.partition(V).
     label_smoothing : float
         s, from 0 to 1 (Szegedy et al., arXiv 1512.00567, section 7).
+    z_loss : float
+        w, at least 0: it keeps the softmax's normalizer e^lse near 1 (Chowdhery et al., PaLM, arXiv 2204.02311,
+        section 5, with 1e-4).
     ignore_index : int
         Tokens with this target do not count.
 
@@ -51,14 +54,14 @@ def vocab_parallel_cross_entropy_forward(logits: Array, targets: Any, group: Ten
     ------
     InputError
         Before any collective, for a target outside the vocabulary (naming its position), shapes or dtypes that do not
-        fit, another group's partition, or s outside 0 to 1.
+        fit, another group's partition, s outside 0 to 1, or w below 0.
 
     Notes
     -----
     As Megatron-LM's (arXiv 1909.08053, section 3), but with the mean of label smoothing over V, not a rank's V / P.
     Collectives, N = tokens: one all-reduce (max) of N, one all-reduce of 2 x N, with label smoothing 3 x N.
     """
-    z_NVp, targets_N = checked(logits, targets, group, partition, label_smoothing, ignore_index)
+    z_NVp, targets_N = checked(logits, targets, group, partition, label_smoothing, z_loss, ignore_index)
     xp, smooth, counted_N = group.xp, label_smoothing > 0, targets_N != ignore_index
     count = int(counted_N.sum())                # before they go to the device, if they come from the host
     targets_N, counted_N = xp.asarray(targets_N), xp.asarray(counted_N)
@@ -73,8 +76,10 @@ def vocab_parallel_cross_entropy_forward(logits: Array, targets: Any, group: Ten
         loss_N = lse_N - sums[1]
         if smooth:
             loss_N = (1 - label_smoothing) * loss_N + label_smoothing * (lse_N - sums[2] / float(partition.size))
+        if z_loss:                              # lse_N is that of z - max
+            loss_N = loss_N + z_loss * (lse_N + max_N) ** 2
     loss = float(xp.where(counted_N, loss_N, 0).sum()) / max(1, count)
-    saved = logits.shape, z_NVp, max_N, targets_N, sums[0], counted_N, count, group, partition, label_smoothing
+    saved = logits.shape, z_NVp, max_N, targets_N, sums[0], counted_N, count, group, partition, label_smoothing, z_loss
     return loss, saved
 
 
@@ -84,7 +89,9 @@ def block_forward(block: Block, z_NVp: Array, max_N: Array, targets_N: Array, sm
 
 
 def vocab_parallel_cross_entropy_backward(saved: Any, d_loss: float = 1.0) -> Array:
-    """Return d_logits = d_loss / count (softmax(z) - (1 - s) [target] - s / V) for tokens that count, 0 for the others.
+    """Return d_logits = d_loss / count ((1 + 2 w lse) softmax(z) - (1 - s) [target] - s / V) of tokens that count.
+
+    It is 0 for the others.
 
     Parameters
     ----------
@@ -102,10 +109,11 @@ def vocab_parallel_cross_entropy_backward(saved: Any, d_loss: float = 1.0) -> Ar
     -----
     No collectives.
     """
-    shape, z_NVp, max_N, targets_N, total_N, counted_N, count, group, partition, label_smoothing = saved
+    shape, z_NVp, max_N, targets_N, total_N, counted_N, count, group, partition, label_smoothing, z_loss = saved
     xp, dtype = group.xp, sum_dtype(z_NVp.dtype)
     weight_N = counted_N * (float(d_loss) / max(1, count))
-    factor_N = xp.where(counted_N, weight_N / total_N, 0).astype(dtype)       # not NaN where nothing counts
+    of_softmax_N = weight_N * (1 + 2 * z_loss * (xp.log(total_N.astype(np.float64)) + max_N)) if z_loss else weight_N
+    factor_N = xp.where(counted_N, of_softmax_N / total_N, 0).astype(dtype)   # not NaN where nothing counts
     at_target_N = ((1 - label_smoothing) * weight_N).astype(dtype)
     everywhere_N = (label_smoothing / partition.size * weight_N).astype(dtype) if label_smoothing > 0 else None
     dz_NVp = xp.empty(z_NVp.shape, z_NVp.dtype)
@@ -131,10 +139,12 @@ def cross_entropy_collectives(tokens: int, label_smoothing: float = 0.0, dtype: 
 
 
 def checked(logits: Array, targets: Any, group: TensorParallelGroup, partition: Partition, label_smoothing: float,
-            ignore_index: int) -> tuple[Array, Array]:
+            z_loss: float, ignore_index: int) -> tuple[Array, Array]:
     """Return logits as rows (N, V p) and targets (N,). Raises InputError as vocab_parallel_cross_entropy_forward."""
     is_number = isinstance(label_smoothing, (int, float)) and not isinstance(label_smoothing, bool)
     require(is_number and 0 <= label_smoothing <= 1, f"label_smoothing = {label_smoothing!r}", "a number from 0 to 1")
+    require_number("z_loss", z_loss)
+    require(z_loss >= 0, f"z_loss = {z_loss!r}", "a number of at least 0")
     require(is_integer(ignore_index), f"ignore_index = {ignore_index!r}", "an integer")
     require(partition == group.partition(partition.size), f"logits over {partition}",
             f"{group.partition(partition.size)}, the group's")

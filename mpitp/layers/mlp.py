@@ -85,7 +85,7 @@ class ParallelMLP(ParallelLayer):
             kept[block.index] = of_block
         y_ND = reduce_from_ranks_forward(total)                                                     # g
         self.add_bias(y_ND)
-        return y_ND.reshape(x.shape), ((x_ND, kept) if save else None)
+        return y_ND.reshape(x.shape), ((self, x_ND, kept) if save else None)
 
     def block_forward(self, block: Block, x_ND: Array, total: Sum, save: bool) -> tuple[Array, Any]:
         """Return a block's summand of y (N, D): product, activation, product; and what backward needs."""
@@ -112,7 +112,7 @@ class ParallelMLP(ParallelLayer):
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        x_ND, kept = require_saved(saved)
+        x_ND, kept = require_saved(saved, self)
         dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy", len(x_ND)))        # g*
         gradients = self.gradients(out)
         self.bias_backward(dy_ND, gradients)

@@ -62,13 +62,13 @@ class Norm(ParallelLayer):
         """Return y (..., D), a new array, and what backward needs (None if not save). x itself may change."""
         y_ND, kept = norm_forward(self.rows(x, self.hidden_size), self.own["weight"], self.own.get("bias"), self.kind,
                                   self.epsilon, self.zero_centered)
-        return y_ND.reshape(x.shape), (kept if save else None)
+        return y_ND.reshape(x.shape), ((self, kept) if save else None)
 
     def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:
         """Return dx (..., D) of dy (..., D), and {name: gradient}; out: an earlier backward's gradients, used again."""
-        require_saved(saved)
-        dy_ND, gradients = self.rows(dy, self.hidden_size, "dy", len(saved[0])), self.gradients(out)
-        dx_ND, _, _ = norm_backward(dy_ND, saved, dw_out=gradients[join(self.name, "weight")],
+        (kept,) = require_saved(saved, self)
+        dy_ND, gradients = self.rows(dy, self.hidden_size, "dy", len(kept[0])), self.gradients(out)
+        dx_ND, _, _ = norm_backward(dy_ND, kept, dw_out=gradients[join(self.name, "weight")],
                                     db_out=gradients.get(join(self.name, "bias")))
         return dx_ND.reshape(dy.shape), gradients
 

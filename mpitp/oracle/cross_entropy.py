@@ -13,8 +13,9 @@ from .embedding import one_hot
 from .magnitude import numbers_of
 
 
-def forward(logits: Array, targets: Array, label_smoothing: float = 0.0, ignore_index: int = -100) -> tuple[Array, Any]:
-    """Compute the mean over counted tokens of (1 - s) (lse - z_target) + s (lse - mean z), lse = ln sum e^z.
+def forward(logits: Array, targets: Array, label_smoothing: float = 0.0, ignore_index: int = -100,
+            z_loss: float = 0.0) -> tuple[Array, Any]:
+    """Compute the mean over counted tokens of (1 - s) (lse - z_target) + s (lse - mean z) + w lse^2, lse = ln sum e^z.
 
     Parameters
     ----------
@@ -25,6 +26,8 @@ def forward(logits: Array, targets: Array, label_smoothing: float = 0.0, ignore_
     label_smoothing : float
         s, the part of the label that is spread evenly over the vocabulary.
     ignore_index : int
+    z_loss : float
+        w, the weight of lse^2 (Chowdhery et al., arXiv 2204.02311, section 5).
 
     Returns
     -------
@@ -41,12 +44,13 @@ def forward(logits: Array, targets: Array, label_smoothing: float = 0.0, ignore_
     lse = (np.log(total) + highest)[..., 0]
     label = one_hot(np.where(counted, targets, 0), V, logits.dtype) * (1 - label_smoothing)
     label = label + np.asarray(label_smoothing / V, logits.dtype)
-    loss = ((lse - (logits * label).sum(axis=-1)) * counted.astype(logits.dtype)).sum() / count
-    return loss, (e / total, label, (counted / count).astype(logits.dtype))
+    weight = logits.dtype.type(z_loss)
+    loss = ((lse - (logits * label).sum(axis=-1) + lse * lse * weight) * counted.astype(logits.dtype)).sum() / count
+    return loss, (e / total, label, lse[..., None] * (2 * weight) + 1, (counted / count).astype(logits.dtype))
 
 
 def backward(saved: Any, d_loss: float = 1.0) -> Array:
-    """dz = d_loss (softmax z - label) / counted tokens
+    """dz = d_loss ((1 + 2 w lse) softmax z - label) / counted tokens
 
     Parameters
     ----------
@@ -59,5 +63,5 @@ def backward(saved: Any, d_loss: float = 1.0) -> Array:
     -------
     d_logits : (..., V) array or Magnitude
     """
-    p, label, share = saved                     # share: of each token in the mean
-    return (p - label) * (share * share.dtype.type(d_loss))[..., None]
+    p, label, slope, share = saved              # slope: of the loss by lse; share: of each token in the mean
+    return (p * slope - label) * (share * share.dtype.type(d_loss))[..., None]

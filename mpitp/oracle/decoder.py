@@ -41,7 +41,7 @@ def forward(ids_BS: Array, w: Weights, config: DecoderConfig, mask: Array | None
     saved: dict[str, Any] = {"w": w, "config": config}
     x_BSD, saved["embedding"] = embedding.forward(ids_BS, part(w, "embedding"), config.embedding_multiplier)
     if config.position_embedding == "learned":
-        positions_S = np.arange(ids_BS.shape[1])
+        positions_S = config.position_offset + np.arange(ids_BS.shape[1])
         added_SD, saved["position"] = embedding.forward(positions_S, part(w, "position"))
         x_BSD = x_BSD + added_SD
     if config.embedding_norm:

@@ -60,7 +60,8 @@ def decoder_specs(config: DecoderConfig) -> dict[str, ParameterSpec]:
     specs = [ParameterSpec("embedding.weight", (V, D), 0, std)]
     if config.position_embedding == "learned":
         assert config.max_position_embeddings is not None       # as DecoderConfig requires
-        specs.append(ParameterSpec("position.weight", (config.max_position_embeddings, D), None, std))
+        rows = config.position_offset + config.max_position_embeddings
+        specs.append(ParameterSpec("position.weight", (rows, D), None, std))
     if config.embedding_norm:
         specs += hidden_norm_specs(config, "embedding_norm")
     for layer in range(config.num_layers):

@@ -117,6 +117,8 @@ def check_dense(spec: ParameterSpec, dense: object) -> None:
     shape, dtype = getattr(dense, "shape", None), getattr(dense, "dtype", None)
     if shape is None or not hasattr(dense, "__getitem__"):
         raise InputError(f"{spec.name}: found {type(dense).__name__}, expected an array of shape {spec.shape}")
+    if hasattr(dense, "mask"):
+        raise InputError(f"{spec.name}: found a masked array, expected one without a mask")
     if tuple(shape) != spec.shape:
         raise InputError(f"{spec.name}: found shape {tuple(shape)}, expected {spec.shape}")
     if isinstance(dtype, np.dtype) and not (dtype.kind in "fV" and np.can_cast(dtype, np.float64, "same_kind")):

@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import oracle
 from ..arrays import Array, on_host
+from ..comm.agreement import same_everywhere
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
 from ..layers.mlp import ParallelMLP
@@ -212,9 +213,11 @@ def require_memory(needed: int) -> None:
                          f"side of verify in float64 on rank 0: choose smaller sizes")
 
 
-def checkpoint_layer(group: TensorParallelGroup, folder: str, layer: int, dtype: str,
-                     tokens: int) -> tuple[ParallelMLP, str, list | None]:
+def checkpoint_layer(group: TensorParallelGroup, folder: str, layer: int, dtype: str, tokens: int,
+                     every_byte: bool = False) -> tuple[ParallelMLP, str, list | None]:
     """Return the block of one layer of a checkpoint folder. Collective.
+
+    Raises InputError on every rank unless all have opened the same contents; every_byte: as fingerprint's.
 
     Returns
     -------
@@ -224,7 +227,10 @@ def checkpoint_layer(group: TensorParallelGroup, folder: str, layer: int, dtype:
     bytes_read : list of int or None
         What each rank read of the folder, its slices alone; None but on rank 0.
     """
-    checkpoint, block = group.root_first(lambda: open_layer(folder, layer))
+    from ..checkpoints.fingerprint import fingerprint
+    group.on_root(lambda: open_layer(folder, layer))
+    checkpoint, block = same_everywhere(group.comm, lambda: open_layer(folder, layer),
+                                        lambda opened: fingerprint(opened[0], every_byte))
     require_room(group, block.hidden_size, block.ffn_hidden_size, block.gated, tokens)
     mlp = ParallelMLP(group, block.hidden_size, block.ffn_hidden_size, block.activation, block.gated, block.bias,
                       dtype=dtype, seed=None)

@@ -17,7 +17,7 @@ def draw_targets(vocab, lead, ignore_index=-100, ignored=True):
     return targets
 
 
-def plain_loss(z, targets, label_smoothing, ignore_index):
+def plain_loss(z, targets, label_smoothing, ignore_index, z_loss=0.0):
     """The mean loss and its gradient, token by token, from the whole logits in float64."""
     z = z.astype(float)
     rows, loss, dz = z.reshape(-1, z.shape[-1]), 0.0, np.zeros((targets.size, z.shape[-1]))
@@ -29,7 +29,9 @@ def plain_loss(z, targets, label_smoothing, ignore_index):
             q = np.full(len(log_p), label_smoothing / len(log_p))   # the smoothed labels
             q[target] += 1 - label_smoothing
             loss -= (q * log_p).sum() / count
-            dz[n] = (np.exp(log_p) - q) / count
+            lse = np.log(np.exp(shifted).sum()) + rows[n].max()
+            loss += z_loss * lse ** 2 / count
+            dz[n] = (np.exp(log_p) * (1 + 2 * z_loss * lse) - q) / count
     return loss, dz.reshape(z.shape)
 
 
@@ -40,14 +42,14 @@ def whole_and_part(group, vocab, lead, dtype="float64", scale=1.0, seed=1):
 
 
 def problems(group, vocab, label_smoothing=0.0, lead=(3, 4), dtype="float64", ignore_index=-100, ignored=True,
-             scale=1.0, d_loss=1.0):
+             scale=1.0, d_loss=1.0, z_loss=0.0):
     """Names of what the split cross entropy does otherwise than the plain one."""
     partition, z, mine = whole_and_part(group, vocab, lead, dtype, scale)
     targets = draw_targets(vocab, lead, ignore_index, ignored)
     before = mine.tobytes(), targets.tobytes()
     group.ledger.clear()
     loss, saved = loss_module.vocab_parallel_cross_entropy_forward(
-        mine, targets, group, partition, label_smoothing=label_smoothing, ignore_index=ignore_index)
+        mine, targets, group, partition, label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index)
     dz = loss_module.vocab_parallel_cross_entropy_backward(saved, d_loss)
     found = []
     if group.ledger.counts() != cross_entropy_collectives(targets.size, label_smoothing, dtype):
@@ -56,7 +58,8 @@ def problems(group, vocab, label_smoothing=0.0, lead=(3, 4), dtype="float64", ig
         found.append("an input was changed")
     if dz.dtype != mine.dtype or dz.shape != mine.shape or type(loss) is not float:
         found.append("shape or dtype")
-    exact, exact_saved = oracle.cross_entropy.forward(oracle.Magnitude(z), targets, label_smoothing, ignore_index)
+    exact, exact_saved = oracle.cross_entropy.forward(oracle.Magnitude(z), targets, label_smoothing, ignore_index,
+                                                      z_loss)
     if not oracle.compare(np.asarray(loss, dtype), exact).good:
         found.append("loss")
     exact_dz = oracle.cross_entropy.backward(exact_saved, d_loss)[..., partition.range(group.rank)]

@@ -19,6 +19,9 @@ SIZES = dict(vocab_size=37, hidden_size=20, num_hidden_layers=2, num_attention_h
              max_position_embeddings=64, tie_word_embeddings=False)
 LLAMA3 = dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=24)
+SLIDING, FULL = "sliding_attention", "full_attention"
+OPT = dict(vocab_size=37, hidden_size=20, num_hidden_layers=2, num_attention_heads=5, max_position_embeddings=17,
+           word_embed_proj_dim=20)
 YARN = dict(rope_type="yarn", rope_theta=50.0, factor=4.0, original_max_position_embeddings=16)
 
 CASES = {       # name: (model_type, what its configuration class is called with)
@@ -56,7 +59,48 @@ CASES = {       # name: (model_type, what its configuration class is called with
     "falcon_in_turn": ("falcon", dict(vocab_size=37, hidden_size=20, num_hidden_layers=2, num_attention_heads=5,
                                       multi_query=False, parallel_attn=False, bias=True)),
     "bloom": ("bloom", dict(vocab_size=37, hidden_size=20, n_layer=2, n_head=5)),
+    "ministral": ("ministral", dict(SIZES, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                                    head_dim=6, sliding_window=3, layer_types=[SLIDING, FULL, SLIDING])),
+    "seed_oss": ("seed_oss", dict(SIZES, num_key_value_heads=1, head_dim=6, attention_out_bias=True)),
+    "seed_oss_biases": ("seed_oss", dict(SIZES, num_attention_heads=4, num_key_value_heads=4, attention_bias=False,
+                                         mlp_bias=True, tie_word_embeddings=True, rope_parameters=YARN, head_dim=6)),
+    "helium": ("helium", dict(SIZES, num_key_value_heads=5, head_dim=4, attention_bias=True)),
+    "gemma": ("gemma", dict(SIZES, num_key_value_heads=1, head_dim=6, hidden_act="gelu", tie_word_embeddings=True)),
+    "gemma_biases": ("gemma", dict(SIZES, num_key_value_heads=5, head_dim=6, hidden_act="silu", attention_bias=True)),
+    "gemma3": ("gemma3", dict(
+        text_config=dict(SIZES, num_key_value_heads=1, head_dim=6, sliding_window=3, query_pre_attn_scalar=11,
+                         layer_types=[SLIDING, FULL], tie_word_embeddings=True, rope_parameters=dict(
+                             sliding_attention=dict(rope_type="default", rope_theta=100.0),
+                             full_attention=dict(rope_type="linear", factor=8.0, rope_theta=5000.0))),
+        vision_config=dict(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1,
+                           image_size=8, patch_size=8))),
+    "phi": ("phi", dict(SIZES, hidden_size=40, intermediate_size=30)),
+    "phi_grouped": ("phi", dict(SIZES, hidden_size=24, num_attention_heads=6, num_key_value_heads=3,
+                                hidden_act="gelu", rope_parameters=dict(rope_type="linear", factor=3.0,
+                                                                        rope_theta=90.0, partial_rotary_factor=0.5))),
+    "phi3": ("phi3", dict(SIZES, num_attention_heads=4, hidden_size=24, num_key_value_heads=2, pad_token_id=0)),
+    "phi3_partial": ("phi3", dict(SIZES, hidden_size=40, num_key_value_heads=1, sliding_window=4, pad_token_id=0,
+                                  tie_word_embeddings=True, rope_parameters=dict(
+                                      rope_type="default", rope_theta=70.0, partial_rotary_factor=0.75))),
+    "gptj": ("gptj", dict(vocab_size=37, n_embd=24, n_layer=2, n_head=3, n_inner=23, n_positions=64, rotary_dim=4)),
+    "starcoder2": ("starcoder2", dict(SIZES, hidden_size=24, num_attention_heads=6, num_key_value_heads=2)),
+    "starcoder2_window": ("starcoder2", dict(SIZES, num_attention_heads=5, num_key_value_heads=1, use_bias=False,
+                                             sliding_window=3, tie_word_embeddings=True)),
+    "gpt_bigcode": ("gpt_bigcode", dict(vocab_size=37, n_embd=20, n_layer=2, n_head=5, n_inner=23, n_positions=19)),
+    "gpt_bigcode_heads": ("gpt_bigcode", dict(vocab_size=37, n_embd=21, n_layer=2, n_head=3, n_positions=19,
+                                              multi_query=False, scale_attn_weights=False)),
+    "stablelm": ("stablelm", dict(SIZES, hidden_size=40, num_key_value_heads=1, use_qkv_bias=True)),
+    "stablelm_parallel": ("stablelm", dict(SIZES, hidden_size=48, num_attention_heads=6, num_key_value_heads=3,
+                                           use_parallel_residual=True, tie_word_embeddings=True)),
+    "glm": ("glm", dict(SIZES, num_key_value_heads=1, head_dim=8, pad_token_id=0)),
+    "glm4": ("glm4", dict(SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=8, attention_bias=False,
+                          pad_token_id=0)),
+    "opt": ("opt", dict(OPT, ffn_dim=23)),
+    "opt_after": ("opt", dict(OPT, do_layer_norm_before=False, ffn_dim=30, enable_bias=False,
+                              activation_function="gelu", tie_word_embeddings=False)),
+    "opt_no_last_norm": ("opt", dict(OPT, ffn_dim=23, _remove_final_layer_norm=True)),
 }
+ZERO_CENTERED = ("gemma", "gemma3_text", "gemma3")
 ROPE_SCALING = dict(type="linear", factor=2.0)
 
 # Folders that contradict themselves: name: (case, keys that are added to its config.json, tensors that are).
@@ -86,8 +130,8 @@ def load(case):
 
 
 def tensors(golden):
-    """{name: array} of a checkpoint. Gemma's norms multiply by 1 + w."""
-    of_one = golden["config"]["model_type"] != "gemma3_text"
+    """{name: array} of a checkpoint. Some families' norms multiply by 1 + w."""
+    of_one = golden["config"]["model_type"] not in ZERO_CENTERED
     return {name: values(name, tuple(shape), of_one) for name, shape in golden["tensors"].items()}
 
 
@@ -114,11 +158,13 @@ def in_float64(function):
     """Call it while torch.float32 means float64: transformers rounds norms, softmax and angles to float32."""
     import torch
     kept = torch.float32, torch.float, torch.Tensor.float
+    torch.set_default_dtype(torch.float64)
     torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double
     try:
         return function()
     finally:
+        torch.set_default_dtype(kept[0])
         torch.float32, torch.float, torch.Tensor.float = kept
 
 
@@ -128,9 +174,10 @@ def widen_buffers(model):
     for module in model.modules():
         if hasattr(module, "scalar_embed_scale"):
             module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
-        names = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
+        names = [name for name, _ in module.named_buffers(recurse=False)
+                 if name.endswith("inv_freq") or name == "embed_positions"]
         if names:
-            again = type(module)(module.config)
+            again = type(module)(getattr(module, "config", model.config))
             for name in names:
                 setattr(module, name, getattr(again, name))
 
@@ -153,7 +200,8 @@ def golden_of(model_type, options, folder, keys=(), more=()):
 
     def compute():
         widen_buffers(model)
-        ids = [int(i) for i in np.arange(1, TOKENS + 1) * 17 % said["vocab_size"]]
+        vocab_size = said.get("text_config", said)["vocab_size"]
+        ids = [int(i) for i in np.arange(1, TOKENS + 1) * 17 % vocab_size]
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0]
             greedy, margins = [], []

@@ -10,8 +10,13 @@ from ...errors import InputError
 from .family import Family
 from .keys import Keys, short
 
-MODULES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama",
-           "gemma3_text": "gemma3", "gpt_neox": "gpt_neox", "falcon": "falcon", "bloom": "bloom"}
+MODULES = {     # model_type: the file of its table
+    "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "ministral": "llama", "qwen2": "llama", "qwen3": "llama",
+    "seed_oss": "llama", "helium": "llama", "gemma": "gemma", "gemma3_text": "gemma", "gemma3": "gemma", "phi": "phi",
+    "phi3": "phi", "glm": "glm", "glm4": "glm", "stablelm": "stablelm", "starcoder2": "starcoder2",
+    "gpt_neox": "gpt_neox", "gptj": "gptj", "gpt_bigcode": "gpt_bigcode", "opt": "opt", "falcon": "falcon",
+    "bloom": "bloom",
+}
 OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_method_std")        # no part of what a checkpoint computes
 
 
@@ -29,7 +34,9 @@ def config_json(config: DecoderConfig, family: Family) -> dict:
 
     Raises InputError naming the first choice that the family cannot express: what is written is read again.
     """
-    keys = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
+    # A family's own padding token may be outside of this vocabulary, which transformers refuses.
+    keys = {"architectures": [family.architecture], "model_type": family.model_type, "pad_token_id": None,
+            **family.write(config)}
     if keys.get("max_position_embeddings") is None and "n_positions" not in keys:
         keys["max_position_embeddings"] = config.max_position_embeddings or 2048
     written, wanted = described(family.config(Keys(keys))), described(config)
@@ -42,13 +49,12 @@ def config_json(config: DecoderConfig, family: Family) -> dict:
 
 def described(config: DecoderConfig) -> dict:
     """Return the fields of a config with every default filled in, so that two that mean the same are equal."""
-    layers = range(config.num_layers)
     found = {name: value for name, value in vars(config).items() if name not in OF_TRAINING}
     found.update(num_query_groups=config.query_groups, kv_channels=config.head_dim, ffn_hidden_size=config.ffn_size,
                  attention_scale=config.scale, norm_bias=config.has_norm_bias,
-                 sliding_window=[config.window(i) for i in layers],
+                 sliding_window=config.windows,
                  rotary=[dict(asdict(turns), dim=turns.dim or config.head_dim) if turns else None
-                         for turns in map(config.rotary_of, layers)])
+                         for turns in config.rotaries])
     if config.position_embedding != "learned":
         found.pop("max_position_embeddings")
     return found

@@ -49,6 +49,7 @@ class Keys:
     def __init__(self, values: dict, where: str = "config.json", most_layers: int = MOST, most_features: int = MOST):
         self.values, self.where, self.most_layers, self.most_features = values, where, most_layers, most_features
         self.known: set[str] = set()
+        self.inside: list[Keys] = []
 
     def get(self, *names: str, default: Any = REQUIRED) -> Any:
         """Return the value under the first of these names that exists and is not null, else the default."""
@@ -117,6 +118,17 @@ class Keys:
             self.fail(names, value, "an object")
         return None if value is None else Keys(value, f"{self.where}: {names[0]}")
 
+    def part(self, name: str, defaults: Mapping[str, Any]) -> Keys:
+        """Return the keys of the config.json of a part of the model, which is an object inside this one.
+
+        Raises InputError where there is none.
+        """
+        found = self.inner(name)
+        if found is None:
+            raise InputError(f"{self.where}: found no {name}, expected it there")
+        self.inside.append(Keys({**defaults, **found.values}, found.where, self.most_layers, self.most_features))
+        return self.inside[-1]
+
     def layer_types(self, layers: int) -> list[str] | None:
         """Return layer_types, "sliding_attention" or "full_attention" of each layer; None where there is none."""
         kinds = self.get("layer_types", default=None)
@@ -147,7 +159,8 @@ class Keys:
 
     def unknown(self) -> list[str]:
         """Return the keys that are neither read nor known to change nothing; null says nothing."""
-        return sorted(key for key in set(self.values) - self.known if self.values[key] is not None)
+        found = sorted(key for key in set(self.values) - self.known if self.values[key] is not None)
+        return found + [key for part in self.inside for key in part.unknown()]
 
 
 def short(value: object, most: int = 80) -> str:

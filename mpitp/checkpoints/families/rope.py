@@ -6,16 +6,85 @@ it, in one object or in one for each kind of layer. Where both exist, rope_scali
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ...attention_config import Rotary
+from ...config import DecoderConfig
 from ...errors import InputError
 from .keys import Keys
+from .windows import Windows, type_of
 
 KINDS = ("default", "linear", "llama3", "yarn")
 # The keys of any kind. A key that this kind does not read changes nothing in it; all others are refused.
 KNOWN = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
          "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale",
          "mscale_all_dim", "truncate", "finetuned"}
+
+
+class RopeKeys(Protocol):
+    """The keys of config.json that rotary positions are read from and written to."""
+
+    def read(self, keys: Keys, head_dim: int, windows: Windows) -> Rotary | tuple[Rotary | None, ...]:
+        """Return the Rotary of all layers, or of each."""
+
+    def write(self, config: DecoderConfig) -> dict:
+        """Return the keys."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """All layers rotate in the same way, or those alone that have a sliding window.
+
+    theta, part : where config.json does not say them; part: the share of a head's features that are rotated
+    part_key : the name of that share in the old style, None where all of a head turns in this family
+    interleaved : as Rotary has it
+    sliding_alone : whether layers without a window rotate nothing
+    """
+    theta: float = 10000.0
+    part: float = 1.0
+    part_key: str | None = None
+    interleaved: bool = False
+    sliding_alone: bool = False
+
+    def read(self, keys: Keys, head_dim: int, windows: Windows) -> Rotary | tuple[Rotary | None, ...]:
+        """Return the Rotary of all layers, or of each. Raises InputError for a value that is not supported."""
+        found = rotary(keys, head_dim, self.theta, part=self.part, part_key=self.part_key)
+        found = replace(found, interleaved=self.interleaved)
+        return tuple(found if window else None for window in windows) if self.sliding_alone else found
+
+    def write(self, config: DecoderConfig) -> dict:
+        """Return the keys, in the old style."""
+        found = next(filter(None, config.rotaries), None)
+        said = rope_keys(found)
+        if found and self.part_key:
+            said[self.part_key] = (found.dim or config.head_dim) / config.head_dim
+        return said
+
+
+@dataclass(frozen=True)
+class RopeOfTypes:
+    """The layers of each type in layer_types rotate in their own way.
+
+    thetas : {layer type: (its rope_theta's name in the old style, default)}, an empty name where there was none
+    """
+    thetas: Mapping[str, tuple[str, float]]
+
+    def read(self, keys: Keys, head_dim: int, windows: Windows) -> tuple[Rotary, ...]:
+        """Return the Rotary of each layer. Raises InputError for a value that is not supported."""
+        turns = rotary_of_layer_types(keys, head_dim, self.thetas)
+        return tuple(turns[type_of(window)] for window in windows)
+
+    def write(self, config: DecoderConfig) -> dict:
+        """Return the keys, in the old style as far as it can say them."""
+        turns = dict(zip(map(type_of, config.windows), config.rotaries))
+        full, sliding = turns.get("full_attention"), turns.get("sliding_attention")
+        said = rope_keys(full, self.thetas["full_attention"][0])
+        key = self.thetas["sliding_attention"][0]
+        if sliding and key:
+            said[key] = sliding.base
+        return said
 
 
 def rotary(keys: Keys, head_dim: int, theta: float = 10000.0, theta_key: str = "rope_theta", part: float = 1.0,
@@ -43,7 +112,7 @@ def rotary(keys: Keys, head_dim: int, theta: float = 10000.0, theta_key: str = "
     return scaled_rotary(keys, found or Keys({}), head_dim, theta, part, part_key is not None)
 
 
-def rotary_of_layer_types(keys: Keys, head_dim: int, thetas: dict[str, tuple[str, float]]) -> dict[str, Rotary]:
+def rotary_of_layer_types(keys: Keys, head_dim: int, thetas: Mapping[str, tuple[str, float]]) -> dict[str, Rotary]:
     """Return {layer type: Rotary} where rope_parameters has an object for each type of layer.
 
     rope_scaling, of the old style, is added to that of the "full_attention" layers.
@@ -62,7 +131,7 @@ def rotary_of_layer_types(keys: Keys, head_dim: int, thetas: dict[str, tuple[str
         raise InputError(f"{new.where}: found {other[0]!r}, expected an object for each of {', '.join(thetas)}")
     turns = {}
     for layer_type, (key, theta) in thetas.items():
-        theta = keys.number(key, default=theta, above=0)
+        theta = keys.number(key, default=theta, above=0) if key else theta
         found = (new and new.inner(layer_type)) or Keys({}, f"{keys.where}: rope_parameters: {layer_type}")
         if layer_type == "full_attention" and old:
             found = Keys({**found.values, **old.values}, old.where)

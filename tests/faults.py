@@ -1,0 +1,402 @@
+"""Faults x commands x ranks x MPIs: every row ends within its limit, names the guilty rank, and loses no file.
+
+    python tests/faults.py                                                  every row with this Python's MPI
+    python tests/faults.py --python A/bin/python B/bin/python --write       those of two, into docs/faults.md
+
+tests/test_rank_faults.py runs some of the rows.
+"""
+import argparse
+import hashlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SUPPORT = ROOT / "tests" / "support"
+sys.path.insert(0, str(SUPPORT))
+
+from spmd import job_environment  # noqa: E402
+
+DOCUMENT = ROOT / "docs" / "faults.md"
+BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+HOST = re.escape(socket.gethostname())
+STALL = 3               # seconds, MPITP_STALL_LIMIT of the rows
+AT_ONCE, AFTER_LEFT, AFTER_STALL = 6, 10, 14    # seconds of a row, the start of Python on a busy machine included
+
+TRAIN = ["train", "--hidden-size", "16", "--num-layers", "1", "--seq-length", "16", "--micro-batch-size", "1",
+         "--data", str(ROOT / "README.md"), "--train-iters", "6", "--eval-batches", "1"]
+COMMANDS = {
+    "verify": ["verify", "--hidden-size", "32"],
+    "train": TRAIN,
+    "generate": ["generate", "--model", "a", "--ids", "1,2,3", "--max-new-tokens", "6"],
+    "score": ["score", "--model", "a", "--ids-file", "ids.txt", "--window", "8"],
+    "bench": ["bench", "ffn", "--hidden-size", "16", "--rounds", "2"],
+    "doctor": ["doctor"],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fault of one rank in a command or a program, and how that has to end.
+
+    Parameters
+    ----------
+    fault, command : str
+    rank : int
+        The guilty one; -1: both differ.
+    starts : tuple of (environment, arguments of Python), one a rank
+    words : str
+        A pattern of what is said.
+    limit : float
+        Seconds.
+    is_good : bool
+        Whether the job must end with 0 instead.
+    hosts : int
+        How many there seem to be: with 2, each rank is on one of its own, as MPICH's launcher can have it.
+    """
+    fault: str
+    command: str
+    rank: int
+    starts: tuple
+    words: str
+    limit: float = AT_ONCE
+    is_good: bool = False
+    hosts: int = 1
+
+
+@dataclass
+class Outcome:
+    """How a row ended with one MPI."""
+    row: Row
+    mpi: str
+    seconds: float
+    status: int
+    line: str
+    problems: list = field(default_factory=list)
+
+
+def start(*words, **environment):
+    """(environment, arguments of Python) of one rank that runs a command."""
+    return environment, ("-m", "mpitp", *words)
+
+
+def differing(fault, command, words, *options, rank=1, others=(), limit=AT_ONCE, **environment):
+    """A row of a command that one rank of two gets other options or variables for; `others`: the other's options."""
+    good, bad = start(*COMMANDS[command], *others), start(*COMMANDS[command], *options, **environment)
+    return Row(fault, command, rank, (good, bad) if rank == 1 else (bad, good), words, limit)
+
+
+def disagreements():
+    """Rows of ranks that do not mean the same."""
+    for command, flag, value in (
+            ("verify", "--seed", "7"), ("verify", "--dtype", "float64"), ("train", "--seed", "7"),
+            ("train", "--weight-decay", "0.5"), ("train", "--eval-interval", "1"), ("train", "--hidden-size", "32"),
+            ("generate", "--max-new-tokens", "9"), ("generate", "--temperature", "0.5"), ("generate", "--seed", "3"),
+            ("score", "--window", "4"), ("bench", "--rounds", "3"), ("bench", "--reproducible", None)):
+        given = [flag] if value is None else [flag, value]
+        for rank in (0, 1):
+            yield differing(f"another {flag}", command, f"the ranks disagree on {flag}: rank 0: .*; rank 1: ", *given,
+                            rank=rank)
+    yield differing("--resume on it alone", "train", "the ranks disagree on --resume", "--resume", "--out", "out",
+                    others=("--out", "out"))
+    yield differing("--json on it alone", "doctor", "the ranks disagree on --json: rank 0: not given; rank 1: given",
+                    "--json", "doctor.json")
+    for rank in (0, 1):
+        yield differing("an unknown option", "verify", f"rank {rank} on {HOST}: unrecognized arguments: --sed 7",
+                        "--sed", "7", rank=rank)
+    yield Row("another command", "generate", 1, (start(*COMMANDS["generate"]), start(*COMMANDS["score"])),
+              "the ranks disagree on the command: rank 0: generate; rank 1: score")
+    yield differing("another MPITP_TRANSPORT", "verify", "the ranks disagree on MPITP_TRANSPORT",
+                    MPITP_TRANSPORT="mpi")
+    yield differing("another MPITP_STALL_LIMIT", "verify", "the ranks disagree on .*MPITP_STALL_LIMIT=77",
+                    MPITP_STALL_LIMIT="77")
+
+
+def files():
+    """Rows of ranks that do not read the same, or cannot."""
+    of_model = {"generate": COMMANDS["generate"], "score": COMMANDS["score"],
+                "verify": ["verify", "--model", "a"]}
+    for command, words in of_model.items():
+        for folder, found in (("b", "the ranks disagree on model.safetensors: rank 0: .*; rank 1: "),
+                              ("e", "the ranks disagree on generation_config.json: rank 0: .*; rank 1: "),
+                              ("nowhere", f"rank 1 on {HOST}: nowhere: found no such folder")):
+            other = [folder if word == "a" else word for word in words]
+            yield Row({"b": "other weights", "e": "another generation_config.json", "nowhere": "no folder"}[folder],
+                      command, 1, (start(*words), start(*other)), found)
+        flipped = ["c" if word == "a" else word for word in words]
+        yield Row("a flipped bit, --verify-weights", command, 1,
+                  (start(*words, "--verify-weights"), start(*flipped, "--verify-weights")),
+                  "the ranks disagree on model.safetensors")
+    for name, found in ((str(ROOT / "CHANGELOG.md"), "the ranks disagree on the data: rank 0: .* tokens"),
+                        ("nowhere", f"rank 1 on {HOST}: nowhere: found No such file")):
+        other = [name if word == str(ROOT / "README.md") else word for word in TRAIN]
+        yield Row("other data" if found.startswith("the") else "no data", "train", 1, (start(*TRAIN), start(*other)),
+                  found)
+
+
+ENDS = {        # fault: (what is said, limit); RANK is the guilty one
+    "is stopped": (r"not there: rank RANK of 2 on HOST \(process \d+\) has given no sign of life .*\(stopped\)",
+                   AFTER_STALL),
+    "spins": (r"not there: rank RANK of 2 on HOST \(process \d+\) is at .*faulty.py:\d+ in spin", AFTER_STALL),
+    "sleeps": (r"not there: rank RANK of 2 on HOST \(process \d+\) is at .*faulty.py:\d+ in ", AFTER_STALL),
+    "raises": ("rank RANK of 2 ends the job, on HOST: Traceback(.|\n)*RuntimeError: boom", AT_ONCE),
+    "has no memory": ("rank RANK of 2 ends the job, on HOST: Traceback(.|\n)*MemoryError", AT_ONCE),
+    "is interrupted": ("rank RANK of 2 ends the job, on HOST: interrupted", AT_ONCE),
+    "finds bad input": ("rank RANK of 2.* on HOST: (Traceback)?(.|\n)*found a, expected b", AT_ONCE),
+    "exits with 0": (r"not there: rank RANK of 2 on HOST \(process \d+\) has left the program", AFTER_LEFT),
+    "exits with 3": ("rank RANK of 2 ends the job, on HOST: Traceback(.|\n)*SystemExit: 3", AT_ONCE),
+    "is killed": ("(Killed|signal 9|SIGKILL|EXIT CODE: 9)", AT_ONCE),
+    "crashes": ("(Segmentation fault|signal 11|EXIT CODE: 139)", AT_ONCE),
+    "does another collective": (r"not there: rank RANK of 2 on HOST \(process \d+\) is inside of broadcast 5 float64",
+                                AFTER_STALL),
+    "returns early": (r"not there: rank RANK of 2 on HOST \(process \d+\) has left the program", AFTER_LEFT),
+    "closes the group": (r"not there: rank RANK of 2 on HOST \(process \d+\) has closed the group", AFTER_LEFT),
+    "fails in a thread": ("rank RANK of 2 ends the job, on HOST: Traceback(.|\n)*RuntimeError: boom", AT_ONCE),
+    "computes in a thread": ("rank RANK of 2 ends the job, on HOST: Traceback(.|\n)*found a collective in another "
+                             "thread", AT_ONCE),
+}
+IN_COMMANDS = ("is stopped", "spins", "raises", "exits with 0", "is killed")
+IN_PROGRAMS = tuple(ENDS)
+
+
+def ends():
+    """Rows of ranks that fail while others wait for them."""
+    for command in ("verify", "train", "generate", "score", "bench"):
+        for fault in IN_COMMANDS:
+            for rank in (0, 1):
+                yield failing(fault, command, COMMANDS[command], rank, 5)
+    for program in ("with", "bare", "guarded"):
+        for fault in IN_PROGRAMS:
+            if (fault, program) not in (("returns early", "with"), ("returns early", "guarded"),
+                                        ("exits with 3", "bare")):
+                yield failing(fault, program, [program], 1, 3)
+    yield Row("exits with 3", "bare", 1, failing("exits with 3", "bare", ["bare"], 1, 3).starts,
+              "not there: rank 1 of 2 .* has left the program", AFTER_LEFT)
+    program = "import mpitp, numpy as np\nwith mpitp.TensorParallelGroup(check=True) as group:\n    " \
+              "group.subgroup(0) if group.rank else group.all_reduce(np.ones(3))"
+    yield Row("makes a subgroup alone, check=True", "with", 1, 2 * (({}, ("-c", program)),),
+              r"the ranks disagree on a collective: rank 0: all_reduce sum float64 \(3,\); rank 1: subgroup")
+
+
+def failing(fault, command, words, rank, calls, hosts=1):
+    """The row of a rank that fails in place of an all-reduce."""
+    said, limit = ENDS.get(fault, ("", AT_ONCE))
+    arguments = (str(SUPPORT / "faulty.py"), fault, str(rank), str(calls), *words)
+    return Row(fault, command, rank, 2 * (({}, arguments),),
+               said.replace("RANK", str(rank)).replace("HOST", HOST), limit, hosts=hosts)
+
+
+def hosts():
+    """Rows of ranks on two hosts that see nothing of each other."""
+    for fault in ("is stopped", "spins"):
+        for rank in (0, 1):
+            row = failing(fault, "train", COMMANDS["train"], rank, 5, hosts=2)
+            said = f"rank {1 - rank} of 2 on {HOST} waits for .*not there: one of rank {rank} on {HOST}, or the network"
+            yield Row(row.fault, row.command, rank, row.starts, said, AFTER_STALL, hosts=2)
+    for fault in ("raises", "finds bad input"):
+        yield failing(fault, "train", COMMANDS["train"], 1, 5, hosts=2)
+    yield replace(differing("another --seed", "train", "the ranks disagree on --seed", "--seed", "1"), hosts=2)
+
+
+def innocent():
+    """Rows of what is no fault: the job must end well."""
+    fork = """if True:
+        import os, time, numpy as np, mpitp
+        with mpitp.TensorParallelGroup() as group:
+            group.all_reduce(np.ones(3))
+            if group.rank == 1:
+                child = os.fork()
+                if child == 0:
+                    raise RuntimeError("of the child")
+                os.waitpid(child, 0)
+            assert group.all_reduce(np.ones(3))[0] == 2
+            print("came to the end")
+    """
+    dropped = """if True:
+        import gc, numpy as np, mpitp
+        with mpitp.TensorParallelGroup() as group:
+            for _ in range(20):
+                group.begin_all_reduce(np.ones(300000))
+                gc.collect()
+                np.zeros(300000)
+            assert len(group.pending) == 20
+            assert group.all_reduce(np.ones(3))[0] == 2
+        print("came to the end")
+    """
+    late = """if True:
+        import time, numpy as np, mpitp
+        with mpitp.TensorParallelGroup() as group:
+            group.report(1)
+            last = group.all_reduce(np.ones(3))[0]
+        if group.rank == 0:
+            time.sleep(5)
+        print("came to the end")
+    """
+    slow = """if True:
+        import time, numpy as np, mpitp
+        with mpitp.TensorParallelGroup() as group:
+            for _ in range(5):
+                if group.rank == 0:
+                    time.sleep(1.2)
+                group.all_reduce(np.ones(3))
+        print("came to the end")
+    """
+    for fault, program, limit in (("a forked child raises", fork, AT_ONCE), ("a handle is dropped", dropped, AT_ONCE),
+                                  ("others leave while it goes on", late, AT_ONCE + 5),
+                                  ("is slow, below the limit", slow, AT_ONCE + 6)):
+        yield Row(fault, "with", int(fault.startswith("a f")), 2 * (({}, ("-c", program)),), "came to the end", limit,
+                  is_good=True)
+    yield replace(differing("another kind of machine", "verify", "warning: the ranks run on different kinds of machine",
+                            OPENBLAS_CORETYPE="Haswell"), is_good=True)
+
+
+def rows():
+    """Every row."""
+    return [*disagreements(), *files(), *ends(), *hosts(), *innocent()]
+
+
+# --- running them ---------------------------------------------------------------------------------------------
+
+def prepare(folder):
+    """Write what the rows read: checkpoints that differ, token ids, and a step folder that no fault may touch."""
+    import make_tiny_checkpoints as tiny
+    folder = Path(folder)
+    tiny.write(folder / "a", tiny.load("gemma3_text"))
+    for name in ("b", "c", "e"):
+        shutil.copytree(folder / "a", folder / name)
+    content = bytearray((folder / "a" / "model.safetensors").read_bytes())
+    first = 8 + int.from_bytes(content[:8], "little")
+    flipped = bytearray(content)
+    flipped[first + 700] ^= 1
+    (folder / "c" / "model.safetensors").write_bytes(flipped)
+    content[first::4] = bytes(byte ^ 1 for byte in content[first::4])
+    (folder / "b" / "model.safetensors").write_bytes(content)
+    (folder / "e" / "generation_config.json").write_text('{"eos_token_id": 3}')
+    (folder / "a" / "generation_config.json").write_text('{"eos_token_id": 5}')
+    for name in ("b", "c"):
+        shutil.copy(folder / "a" / "generation_config.json", folder / name)
+    (folder / "ids.txt").write_text(" ".join(str(i % 37) for i in range(60)))
+    (folder / "out" / "step-00000002").mkdir(parents=True)
+    (folder / "out" / "step-00000002" / "state.json").write_text("{}")
+
+
+def digest(folder):
+    """What the files of a folder are, by name."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def command_line(row, python):
+    """The words that start a row with the MPI beside a Python."""
+    launcher = Path(python).parent / "mpirun"
+    words = [str(launcher) if launcher.exists() else "mpirun"]
+    if row.hosts == 2:
+        words += ["-launcher", "fork", "-hosts", "one,two", "-ppn", "1"]
+    for number, (environment, arguments) in enumerate(row.starts):
+        words += [":"] if number else []
+        settings = [f"{name}={value}" for name, value in environment.items()]
+        words += ["-n", "1", *(["env", *settings] if settings else []), python, *arguments]
+    return words
+
+
+def run(row, python, mpi, folder):
+    """Run a row, and return its Outcome."""
+    before, began = digest(folder), time.monotonic()
+    environment = job_environment(MPITP_STALL_LIMIT=str(STALL), MPIEXEC_TIMEOUT="60")
+    try:
+        done = subprocess.run(command_line(row, python), env=environment, cwd=folder, text=True, capture_output=True,
+                              timeout=60)
+        status, said = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as error:
+        status, said = -1, str(error.output) + str(error.stderr)
+    outcome = Outcome(row, mpi, time.monotonic() - began, status, line_of(row, said))
+    if outcome.seconds > row.limit:
+        outcome.problems.append(f"took {outcome.seconds:.1f} s")
+    if (status == 0) != row.is_good:
+        outcome.problems.append(f"status {status}")
+    if not re.search(row.words, said):
+        outcome.problems.append("does not say it: " + said[-400:].replace("\n", " | "))
+    lost = {name for name, digest_before in before.items() if digest(folder).get(name) != digest_before}
+    if lost:
+        outcome.problems.append(f"lost {', '.join(sorted(lost))}")
+    return outcome
+
+
+def line_of(row, said):
+    """The line that says it, without what differs from machine to machine."""
+    found = re.search(row.words, said)
+    if not found:
+        return ""
+    start = said.rfind("\n", 0, found.start()) + 1
+    end = said.find("\n", found.start())
+    line = said[start:end if end >= 0 else None].removeprefix("mpitp: ")
+    last = said[:found.end()].rsplit("\n", 1)[-1] if "\n" in found[0] else ""
+    line = f"{line} {last}" if last else line
+    line = re.sub(HOST, "HOST", line).replace(str(ROOT), "").replace("|", "/")
+    line = re.sub(r"since \d\d:\d\d:\d\d", "since 12:00:00", line)
+    line = re.sub(r"at \d\d:\d\d:\d\d", "at 12:00:00", re.sub(r"process \d+", "process N", line))
+    return line if len(line) <= 200 else f"{line[:90]} ... {line[-105:]}"
+
+
+def is_possible(row, mpi):
+    """Whether an MPI's launcher can start a row."""
+    return row.hosts == 1 or mpi == "MPICH"
+
+
+def mpi_of(python):
+    """The name of the MPI of an environment."""
+    program = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.get_vendor()[0])"
+    return subprocess.run([python, "-c", program], text=True, capture_output=True, check=True).stdout.strip()
+
+
+def table(outcomes):
+    """The lines of the table in the documentation."""
+    yield "| fault | in | rank | MPI, hosts | seconds | status | what is said |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for outcome in outcomes:
+        row = outcome.row
+        status = "0" if outcome.status == 0 else "not 0"
+        verdict = "" if not outcome.problems else f"**{'; '.join(outcome.problems)[:80]}** "
+        yield f"| {row.fault} | {row.command} | {row.rank} | {outcome.mpi}, {row.hosts} | {outcome.seconds:.1f} of " \
+              f"{row.limit} | {status} | {verdict}{outcome.line.strip()} |"
+
+
+def main():
+    """Run the rows, print what fails, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", nargs="+", default=[sys.executable], metavar="FILE", help="of environments")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/faults.md")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose fault and command match")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="that run at a time")
+    arguments = parser.parse_args()
+    outcomes = []
+    for python in arguments.python:
+        mpi = mpi_of(python)
+        chosen = [row for row in rows() if is_possible(row, mpi)
+                  and re.search(arguments.only, f"{row.fault}, {row.command}")]
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+            prepare(folder)
+            for outcome in pool.map(lambda row: run(row, python, mpi, folder), chosen):
+                outcomes.append(outcome)
+                print(f"{'ok' if not outcome.problems else 'FAILED':7s}{outcome.seconds:5.1f} s  {outcome.row.fault}, "
+                      f"{outcome.row.command}, rank {outcome.row.rank}, {mpi}  {'; '.join(outcome.problems)}",
+                      flush=True)
+    failed = sum(bool(outcome.problems) for outcome in outcomes)
+    print(f"{len(outcomes)} rows, {failed} failed")
+    if arguments.write:
+        text = DOCUMENT.read_text()
+        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        summary = f"{len(outcomes)} rows, of which {len(outcomes) - failed} end as they must."
+        DOCUMENT.write_text("\n".join([text[:start], "", summary, "", *table(outcomes), "", text[end:]]))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Families: what a table reads it writes; the feed-forward block of all; the text model of a folder with images, too.
+
+Logits and greedy tokens of every family are in test_load_model.py, well-known config.json in test_config_keys.py.
+"""
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import make_tiny_checkpoints as tiny
+import mpitp
+from mpitp import DecoderConfig, InputError, Rotary
+from mpitp.checkpoints.families import config_json, described, family_named
+from mpitp.checkpoints.families.keys import Keys
+from mpitp.checkpoints.model_folder import CheckpointWarning, open_folder
+from spmd import everywhere, job
+
+IMAGES = pytest.mark.filterwarnings("ignore::mpitp.checkpoints.model_folder.CheckpointWarning")
+
+
+@IMAGES
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_what_a_family_writes_it_reads(case, tmp_path):
+    tiny.write(tmp_path, tiny.load(case))
+    folder = open_folder(tmp_path)
+    family = family_named(folder.family.saved_as or folder.family.model_type)
+    again = Keys(json.loads(json.dumps(config_json(folder.config, family))))
+    assert described(family.config(again)) == described(folder.config) and again.unknown() == []
+
+
+@pytest.mark.parametrize("case, changes, said", [
+    ("opt", dict(word_embed_proj_dim=10), "found word_embed_proj_dim = 10, expected 20"),
+    ("opt", dict(layer_norm_elementwise_affine=False), "layer_norm_elementwise_affine = False, expected True"),
+    ("phi", dict(qk_layernorm=True), "qk_layernorm = True, expected False"),
+    ("phi3", dict(lm_head_bias=True), "lm_head_bias = True, expected False"),
+    ("stablelm", dict(qk_layernorm=True), "qk_layernorm = True, expected False"),
+    ("stablelm", dict(head_dim=10), "found head_dim = 10, expected none"),
+    ("gemma", dict(hidden_activation="silu"), "found hidden_activation = 'silu'"),
+    ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention = True, expected False"),
+    ("ministral", dict(sliding_window=None), "expected full_attention where there is no sliding_window"),
+    ("glm", dict(sliding_window=3), "found sliding_window = 3, expected none"),
+    ("gptj", dict(rotary_dim=7), "found rotary dim 7, expected a positive even number"),
+    ("gemma3", dict(text_config=None), "found no text_config, expected it there"),
+    ("gemma3", dict(text_config=dict(model_type="gemma2")), "text_config: found model_type = 'gemma2', expected"),
+])
+def test_refused_by_name(case, changes, said, tmp_path):
+    golden = tiny.load(case)
+    tiny.write(tmp_path, golden, config={**golden["config"], **changes})
+    with pytest.raises(InputError) as caught:
+        open_folder(tmp_path)
+    assert said in str(caught.value) and str(caught.value).startswith("config.json: "), caught.value
+
+
+def test_other_choices_of_a_config():
+    """What a config.json does not say is what transformers has without it."""
+    sizes = dict(vocab_size=37, hidden_size=48, num_hidden_layers=3, num_attention_heads=8, intermediate_size=9)
+    for model_type, keys, expected in [
+        ("ministral", {}, dict(sliding_window=4096, num_query_groups=8)),
+        ("ministral", dict(sliding_window=None), dict(sliding_window=None)),
+        ("phi3", {}, dict(sliding_window=None, norm_epsilon=1e-5)),
+        ("phi3", dict(sliding_window=5, partial_rotary_factor=2 / 3), dict(sliding_window=5, rotary=Rotary(dim=4))),
+        ("helium", dict(head_dim=6, num_key_value_heads=1),
+         dict(norm_epsilon=1e-8, rotary=Rotary(base=1e5, interleaved=True), qkv_bias=False)),
+        ("gemma", dict(num_key_value_heads=None), dict(kv_channels=256, num_query_groups=None, activation="gelu_tanh")),
+        ("seed_oss", {}, dict(num_query_groups=8, kv_channels=128, qkv_bias=True, attention_bias=False,
+                              attention_dropout=0.1)),
+        ("starcoder2", {}, dict(num_query_groups=2, mlp_bias=True, tie_word_embeddings=True)),
+    ]:
+        found = family_named(model_type).config(Keys({"model_type": model_type, **sizes, **keys}))
+        assert {name: getattr(found, name) for name in expected} == expected, model_type
+
+
+def test_a_choice_that_a_family_does_not_have():
+    config = DecoderConfig(vocab_size=37, hidden_size=24, num_layers=2, num_attention_heads=4, position_offset=1,
+                           position_embedding="learned", max_position_embeddings=9, activation="relu")
+    with pytest.raises(InputError, match="found position_offset = 1, expected 2, as model_type opt has it"):
+        config_json(config, family_named("opt"))
+
+
+def test_layers_without_rotary_positions():
+    turns = Rotary(base=100.0)
+    config = DecoderConfig(vocab_size=37, hidden_size=24, num_layers=2, num_attention_heads=4, rotary=(turns, None))
+    assert config.rotaries == (turns, None) and config.attention(1).rotary is None
+
+
+def test_opt_without_its_first_name(group, tmp_path):
+    """The first OPTs were saved as bare models: "decoder.embed_tokens.weight"."""
+    golden = tiny.load("opt")
+    tiny.write(tmp_path, golden)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name.removeprefix("model."): w for name, w in tensors.items()}, tmp_path / "model.safetensors")
+    model = mpitp.load_model(tmp_path, group)
+    logits = model.gather_logits(model.forward(np.array([golden["ids"]]), save=False)[0])[0]
+    assert everywhere(np.abs(logits - golden["logits"]).max() < 1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_a_folder_with_images(world, prefix, tmp_path):
+    """Loaded alone, with a warning, whatever its prefix is; and saved as a folder of the text model."""
+    shared, golden = Path(world.bcast(str(tmp_path))), tiny.load("gemma3")
+    if world.rank == 0:
+        tiny.write(shared / "a", golden)
+        (shared / "a" / "tokenizer.json").write_text("{}")
+        tensors = load_file(shared / "a" / "model.safetensors")
+        save_file({name.replace("language_model.model.", prefix): w for name, w in tensors.items()},
+                  shared / "a" / "model.safetensors")
+    world.barrier()
+    with mpitp.TensorParallelGroup(check=True) as group:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = mpitp.load_model(shared / "a", group)
+        texts = [str(found.message) for found in caught if found.category is CheckpointWarning]
+        assert everywhere(texts == (["found 34 tensors of multi_modal_projector, vision_tower, expected those of the "
+                                     "text model: left out"] if group.rank == 0 else []))
+        mpitp.save_model(model, shared / "b")
+        again = mpitp.load_model(shared / "b", group, strict=True)
+        assert again.folder.family.model_type == "gemma3_text" and again.config == model.config
+        assert everywhere(all(w.tobytes() == again.weights[name].tobytes() for name, w in model.weights.items()))
+        assert (shared / "b" / "tokenizer.json").read_text() == "{}"
+        world.barrier()
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("case", ["gemma", "opt", "gemma3"])
+def test_verify_checks_their_feed_forward_blocks(case, tmp_path):
+    tiny.write(tmp_path, tiny.load(case))
+    done = job(2, "-m", "mpitp", "verify", "--model", str(tmp_path), "--layer", "1", "--seq-length", "9")
+    assert done.returncode == 0 and "every check holds" in done.stdout, done.stdout + done.stderr
