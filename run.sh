@@ -113,16 +113,20 @@ make_venv() {
     done
     [ -n "$base" ] ||
         die "found no Python 3.10 or newer with venv (${PYTHON:-python3 on PATH}), expected one: set PYTHON"
+    case $here in *:*) die "found a colon in $here, expected a folder without one for .venv, or MPITP_VENV" ;; esac
     echo "run.sh: first use, making $venv" >&2
     rm -rf "$venv"
-    case $here in *:*) die "found a colon in $here, expected a folder without one for .venv, or MPITP_VENV" ;; esac
     "$base" -m venv "$venv"
 }
 
 install() {     # into .venv, the project as it lies here
     local patience=
-    [ -z "$site" ] || patience="--retries 1 --timeout 8"       # a compute node often has no network, and time costs
-    "$python" -m pip install --quiet --disable-pip-version-check $patience "$@" 2> "$venv/pip.log" || {
+    # A compute node often has no network, and its time costs. By variables, since pip runs itself for what builds.
+    [ -z "$site" ] || patience="env PIP_RETRIES=1 PIP_DEFAULT_TIMEOUT=5"
+    $patience "$python" -m pip install --quiet --disable-pip-version-check "$@" 2> "$venv/pip.log" || {
+        ! grep -qE 'NewConnectionError|ConnectTimeout|ReadTimeout|ProxyError|name resolution' "$venv/pip.log" ||
+            die "found no package index that answers $(uname -n), expected a network for what is not in $venv yet:" \
+                "./run.sh --prepare where there is one, such as a login node"
         grep -v '^WARNING' "$venv/pip.log" >&2 || true
         die "pip could not install $*, see above; where there is a network, such as a login node: ./run.sh --prepare"
     }
@@ -162,6 +166,10 @@ update_venv() {
     install -e "$here[$extras]"
     echo "$installed" > "$venv/mpitp-installed"
 }
+if [ -z "${MPITP_VENV:-}" ] && [ -L "$python" ] && [ ! -x "$python" ] && [ ! -O "$venv" ]; then
+    die "found $python, whose Python $(readlink "$python") this user cannot run, expected one that all may run:" \
+        "remove $venv and set PYTHON, or name an environment of yours in MPITP_VENV"
+fi
 if [ -n "${MPITP_VENV:-}" ]; then
     [ -z "$prepare" ] || die "found --prepare with MPITP_VENV, expected one of them: run.sh installs into .venv alone"
     [ -x "$python" ] || die "found no $python, expected a virtual environment in MPITP_VENV"
@@ -363,6 +371,17 @@ fi
 if [ -n "$prepare" ]; then
     echo "run.sh: $venv is complete, for $launcher; no use from now on needs a network" >&2
     exit
+fi
+
+# MPI libraries die, with a bus error at best, where /dev/shm has no room for the messages on a node. Measured: two to
+# four ranks need up to 32 MiB. In a job a node has no more ranks than cores.
+here_ranks=$ranks cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+if [ -n "$site${MPITP_LAUNCHER:-}" ] && [ "$ranks" -gt "$cores" ]; then here_ranks=$cores; fi
+shm=$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }' || true)
+wanted=$((16 + 8 * here_ranks))
+if [ -n "$shm" ] && [ "$here_ranks" -gt 1 ] && [ "$shm" -lt $wanted ]; then
+    echo "run.sh: found $shm MiB free in /dev/shm of $(uname -n), expected $wanted MiB for $here_ranks ranks, or the MPI" \
+        "may die: docker run --shm-size=1g, or remount /dev/shm larger" >&2
 fi
 
 # --- run -------------------------------------------------------------------------------------------------

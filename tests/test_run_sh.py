@@ -377,7 +377,9 @@ def copy_of_the_project(target):
 PYTHON = """#!/bin/sh
 # This Python, but what would install is written down, and fails without a network.
 case "$*" in
-    *pip*install*|*purelib*) echo "$*" >> "{log}"; [ ! -e "{log}.offline" ] ;;
+    *pip*install*|*purelib*)
+        echo "$* ${{PIP_RETRIES-}} ${{PIP_DEFAULT_TIMEOUT-}}" >> "{log}"
+        [ ! -e "{log}.offline" ] || {{ cat "{log}.offline" >&2; exit 1; }} ;;
     *) exec "{python}" "$@" ;;
 esac
 """
@@ -415,15 +417,44 @@ def test_prepare_installs_what_every_use_needs(site, clone, tmp_path):
     assert "found --prepare with MPITP_VENV" in site.run("--prepare").stderr
 
 
-def test_a_node_without_a_network_is_told_of_prepare(site, clone, tmp_path):
-    """In a job pip gives up early."""
+@pytest.mark.parametrize("pip, lines, words", [
+    ("WARNING: Retrying: NewConnectionError('Temporary failure in name resolution')\nERROR: none\n", 2,
+     "found no package index that answers"),
+    ("WARNING: old\nERROR: no such version\n", 3, "pip could not install -e")])
+def test_a_node_without_a_network_is_told_of_prepare(site, clone, tmp_path, pip, lines, words):
+    """In a job pip gives up early, and so does the pip that it starts; what it says is shown only where it helps."""
     site.stub("srun")
     site.environment.update(SLURM_JOB_ID="7", SLURM_NTASKS="2")
-    (tmp_path / "pip.offline").touch()
+    (tmp_path / "pip.offline").write_text(pip)
     (clone / "setup.cfg").write_text((clone / "setup.cfg").read_text() + "\n# changed\n")
     done = site.run(script=clone / "run.sh")
-    assert done.returncode == 2 and "./run.sh --prepare" in done.stderr and "could not install" in done.stderr
-    assert "--retries 1 --timeout 8" in (tmp_path / "pip").read_text()
+    assert done.returncode == 2 and "./run.sh --prepare" in done.stderr and words in done.stderr
+    assert done.stderr.count("\n") == lines and "has changed" in done.stderr and "WARNING" not in done.stderr
+    assert (tmp_path / "pip").read_text().endswith(" 1 5\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to give a folder away")
+def test_a_python_in_the_home_of_another_user(site, clone):
+    """What somebody else has made is not made anew."""
+    (clone / ".venv" / "bin" / "python").unlink()
+    (clone / ".venv" / "bin" / "python").symlink_to("/home/nobody-else/python3")
+    os.chown(clone / ".venv", 12345, 12345)
+    done = site.run(script=clone / "run.sh")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "/home/nobody-else/python3" in done.stderr
+    assert "set PYTHON" in done.stderr and (clone / ".venv" / "mpitp-installed").exists()
+
+
+def test_little_shared_memory_is_named_before_the_mpi_dies(site):
+    """One line, and the run goes on: what an MPI needs is not known to the byte."""
+    site.stub("mpirun")
+    for megabytes, ranks, said in ((31, 2, True), (32, 2, False), (47, 4, True), (20, 1, False)):
+        (site.bin / "df").write_text("#!/bin/sh\n[ \"$2\" = /dev/shm ] || exec /bin/df \"$@\"\n"
+                                     "printf 'Filesystem blocks used free\\ntmpfs 1000 0 %d 0%% /dev/shm\\n' "
+                                     f"{1024 * megabytes}\n")
+        (site.bin / "df").chmod(0o755)
+        done = site.run("-n", ranks, "verify")
+        assert done.returncode == 0 and ("MiB free in /dev/shm" in done.stderr) == said, (megabytes, ranks, done.stderr)
+        assert not said or f"found {megabytes} MiB free" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_path_with_a_colon(site, tmp_path):
