@@ -8,7 +8,7 @@ One rank a GPU; P = 1 compares without collectives. A time is the slowest rank's
   stack     16 blocks of h = 4096 and 24 of h = 1024 (ffn 4 h), one token: as calls, and recorded as a CUDA graph
   decoder   12 layers, h = 2048: one token of generation, called and recorded, and a training step of 1024 tokens
             (gpu_decoder.py)
-  sums      the transports against NCCL's own all-reduce, 8 B to 128 MiB (gpu_sums.py; P > 1)
+  sums      the transports against NCCL's own all-reduce, 8 B to 128 MiB, called and in CUDA graphs (gpu_sums.py; P > 1)
 Biases are left out, weights are the same memory for both, and what layers return is compared before it is timed. The
 limit of a row, where it has one: the bare products by torch.matmul, or the weights' bytes at the rate at which a copy
 on the device reads and writes. torch is as it comes: eager, its default AdamW, its own sums in 16-bit products.
@@ -192,7 +192,7 @@ def stack_rows(rows, groups):
                         y, _, _ = forward(y)
                     return y
                 cases = {"mpitp": lambda: ours(x), "torch": theirs, "torch graph": torch_graph(theirs)}
-                if group.size == 1 or group.transport.name == "nccl":
+                if group.transport.records:
                     captured = mpitp.Captured(group, ours, x)
                     cases["mpitp graph"] = lambda: captured(x)
                 rows.add(f"{count} blocks of h = {h}, one token, {dtype}", cases,

@@ -1,6 +1,7 @@
 """A whole decoder in bfloat16, a token of generation and a training step, against torch eager on the same weights.
 
 Llama's kind: RMS norms, rotary positions, gated SiLU, no biases, attention by torch's scaled_dot_product_attention.
+"mpitp choice" is the recorded token with the choice of the next one in the graph, brought to the host, as generate does.
 torch trains as mpitp does: bfloat16 weights, float32 weights for AdamW, gradients widened.
 """
 import numpy as np
@@ -10,10 +11,12 @@ from torch.nn import functional as F
 
 import mpitp
 from gpu_common import as_torch, norm_difference, randomise, torch_graph
-from mpitp.inference.graph import CapturedToken, can_record
+from mpitp.inference.generation import Choice
+from mpitp.inference.graph import CapturedChoice, CapturedToken, can_record
 from mpitp.inference.kv import KeyValues
 from mpitp.training.optimizer import AdamW
 
+FURTHER = 100           # tokens that recorded cases continue by, before they start again after CONTEXT
 LAYERS, D, HEADS, FFN, V, TOKENS, CONTEXT = 12, 2048, 16, 5632, 32000, 1024, 512
 CONFIG = mpitp.DecoderConfig(V, D, LAYERS, HEADS, ffn_hidden_size=FFN, activation="silu", gated=True, qkv_bias=False,
                              attention_bias=False, mlp_bias=False, normalization="rmsnorm",
@@ -125,7 +128,7 @@ def decode(rows, group, model, theirs, ids, tids):
     first = tids[:, :1]
     cases = {"mpitp": ours, "torch": lambda: theirs(first, tkv, CONTEXT)}
     expected = theirs(first, tkv, CONTEXT)
-    if group.size == 1:
+    if group.size == 1 or distributed.is_initialized():
         cases["torch graph"] = torch_graph(lambda: theirs(first, tkv, CONTEXT))     # of this one position
     if can_record(model, 1):
         copy = KeyValues(model, 1, CONTEXT + 500)
@@ -135,9 +138,19 @@ def decode(rows, group, model, theirs, ids, tids):
             raise SystemExit("found other logits of a recorded token than of a called one")
 
         def recorded():
-            copy.set_lengths([CONTEXT])
+            if copy.lengths[0] == CONTEXT + FURTHER:         # not each time: generation does not set lengths
+                copy.set_lengths([CONTEXT])
             return replay(token)
         cases["mpitp graph"] = recorded
+        chosen_kv = KeyValues(model, 1, CONTEXT + 500)
+        model.extend(ids[:, :CONTEXT], chosen_kv)
+        choice = CapturedChoice(model, chosen_kv, Choice(model, 1, 0.0, None, None, 0))
+
+        def chosen():
+            if chosen_kv.lengths[0] == CONTEXT + FURTHER:
+                chosen_kv.set_lengths([CONTEXT])
+            return choice(token[:, 0])                       # from the second call on the token before, as in generation
+        cases["mpitp choice"] = chosen
     rows.add(f"decoder, {LAYERS} layers of h = {D}, a token after {CONTEXT}, bfloat16", cases,
              bytes_read=model.local_bytes(), check=(ours(), expected, 0.1))
 

@@ -27,6 +27,8 @@ def main() -> int:
             MPI.Init_thread()
         from .comm.guard import guarded
     except (ImportError, RuntimeError) as error:            # no mpi4py, or no MPI library for it to load
+        if sys.argv[1:2] == ["judge"]:
+            return run_alone()
         if sys.argv[1:2] in (["-h"], ["--help"], ["--version"]):
             from .commands import main_parser
             main_parser().parse_args(sys.argv[1:2])         # exits
@@ -35,6 +37,18 @@ def main() -> int:
               f"library in MPI4PY_LIBMPI", file=sys.stderr)
         return 2
     return guarded(run)
+
+
+def run_alone() -> int:
+    """Run the command that sys.argv names where there is no MPI; returns its exit status."""
+    from .commands import parse_or_help
+    from .errors import InputError
+    try:
+        command, arguments = parse_or_help(sys.argv[1:])
+        return command.run(arguments)
+    except InputError as error:
+        print(f"mpitp: {error}", file=sys.stderr)
+        return 2
 
 
 def run() -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from .attention_config import NORMALIZATIONS, AttentionConfig, HeadSizes, Rotary, require_rotary, require_window
 from .errors import is_integer, one_of, require, require_number, require_positive, require_probability
 
-ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "identity")         # of ops/activation.py, a test compares
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "relu2", "identity")         # of ops/activation.py, a test compares
 POSITIONS = ("rotary", "learned", "alibi", "none")
 NORM_PLACEMENTS = ("before", "after", "after_residual", "both")
 
@@ -37,8 +37,11 @@ class DecoderConfig(HeadSizes):
         A query sees itself and the window - 1 positions before it; None: all; or a tuple, one a layer.
     attention_scale : float or None
         Of the scores (None: kv_channels^-0.5).
-    qk_norm : bool
-        Whether each query and key head is normalised (before rotary), without bias.
+    attention_softcap : float or None
+        c: scores are c tanh(score / c).
+    qk_norm, qk_norm_after_rotary, qk_norm_over_heads : bool
+        Whether each query and key head is normalised, without bias; whether after rotary instead of before it; whether
+        all heads are normalised as one, which takes one more all-reduce of 2 N forward and backward.
     normalization : str
         "layernorm" or "rmsnorm".
     norm_epsilon : float
@@ -60,8 +63,10 @@ class DecoderConfig(HeadSizes):
         Biases of query, key and value, of attention's output projection, of the feed-forward block, of the head.
     tie_word_embeddings : bool
         The head multiplies by the embedding's weight.
-    embedding_multiplier : float
-        Of the embedded tokens.
+    embedding_multiplier, residual_multiplier, logits_multiplier : float
+        Of the embedded tokens; of each branch before it is added to x (norm_placement "before" only); of the logits.
+    logits_softcap : float or None
+        c: logits are c tanh(logit / c).
     hidden_dropout, attention_dropout : float
         Probabilities, of the embedding and each branch, of the attention weights.
     init_method_std : float
@@ -87,7 +92,10 @@ class DecoderConfig(HeadSizes):
     rotary: Rotary | tuple | None = None
     sliding_window: int | tuple | None = None
     attention_scale: float | None = None
+    attention_softcap: float | None = None
     qk_norm: bool = False
+    qk_norm_after_rotary: bool = False
+    qk_norm_over_heads: bool = False
     normalization: str = "layernorm"
     norm_epsilon: float = 1e-5
     norm_bias: bool | None = None
@@ -103,6 +111,9 @@ class DecoderConfig(HeadSizes):
     head_bias: bool = False
     tie_word_embeddings: bool = False
     embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    logits_softcap: float | None = None
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_method_std: float = 0.02
@@ -122,6 +133,8 @@ class DecoderConfig(HeadSizes):
         if self.parallel_residual:
             require(self.norm_placement == "before", f"norm_placement {self.norm_placement!r} with parallel_residual",
                     "before")
+        require(not (self.parallel_residual and self.qk_norm_over_heads), "qk_norm_over_heads with parallel_residual",
+                "one of the two")
         require(self.parallel_residual or not self.shared_norm, "shared_norm without parallel_residual", "both")
         for name in ("rotary", "sliding_window"):
             of_layers = getattr(self, name)
@@ -133,8 +146,15 @@ class DecoderConfig(HeadSizes):
         require_probability("hidden_dropout", self.hidden_dropout)
         require_probability("attention_dropout", self.attention_dropout)
         require_number("norm_epsilon", self.norm_epsilon, above=0)
-        require_number("embedding_multiplier", self.embedding_multiplier)
+        for name in ("embedding_multiplier", "residual_multiplier", "logits_multiplier"):
+            require_number(name, getattr(self, name))
+        require(self.residual_multiplier == 1 or self.norm_placement == "before",
+                f"residual_multiplier with norm_placement {self.norm_placement!r}", "before")
+        for name in ("attention_softcap", "logits_softcap"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), above=0)
         require_number("init_method_std", self.init_method_std)
+        self.attention(0)                           # what fits an attention is checked there
 
     @property
     def ffn_size(self) -> int:
@@ -151,7 +171,9 @@ class DecoderConfig(HeadSizes):
         return AttentionConfig(
             self.hidden_size, self.num_attention_heads, self.query_groups, self.head_dim,
             sliding_window=self.window(layer), rotary=self.rotary_of(layer),
-            alibi=self.position_embedding == "alibi", qk_norm=self.normalization if self.qk_norm else None,
+            alibi=self.position_embedding == "alibi", softcap=self.attention_softcap,
+            qk_norm=self.normalization if self.qk_norm else None, qk_norm_after_rotary=self.qk_norm_after_rotary,
+            qk_norm_over_heads=self.qk_norm_over_heads,
             norm_epsilon=self.norm_epsilon, zero_centered_gamma=self.zero_centered_gamma, attention_scale=self.scale,
             qkv_bias=self.qkv_bias, bias=self.attention_bias, dropout=self.attention_dropout)
 

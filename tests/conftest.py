@@ -49,7 +49,8 @@ if WORLD.size > 1:                              # ranks that share pytest's fold
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "gpu", "stand-in"),
                      help="gpu: the tests of groups, layers, decoders and training on CuPy arrays, see devices.py")
-    parser.addoption("--transport", default="auto", choices=("auto", "mpi", "nccl", "staged"), help="between GPUs")
+    parser.addoption("--transport", default="auto", choices=("auto", "mpi", "nccl", "staged", "peer"),
+                     help="between GPUs")
 
 
 @pytest.hookimpl(trylast=True)                  # after the terminal reporter is there

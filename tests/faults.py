@@ -28,7 +28,7 @@ DOCUMENT = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 HOST = re.escape(socket.gethostname())
 STALL = 3               # seconds, MPITP_STALL_LIMIT of the rows
-AT_ONCE, AFTER_LEFT, AFTER_STALL = 6, 10, 14    # seconds of a row, the start of Python on a busy machine included
+AT_ONCE, AFTER_LEFT, AFTER_STALL = 12, 16, 20   # seconds of a row, the start of Python on a busy machine included
 
 TRAIN = ["train", "--hidden-size", "16", "--num-layers", "1", "--seq-length", "16", "--micro-batch-size", "1",
          "--data", str(ROOT / "README.md"), "--train-iters", "6", "--eval-batches", "1"]

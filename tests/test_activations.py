@@ -54,7 +54,7 @@ def test_extremes(name):
     h = np.array([np.inf, 1e4, -1e4, np.nan, 0.0], "f")
     with np.errstate(all="raise", under="ignore", over="ignore", invalid="ignore"):
         a, _ = activation_forward(name, h)
-    assert a[0] == np.inf and a[1] == np.float32(1e4) and np.isnan(a[3]) and a[4] == 0
+    assert a[0] == np.inf and a[1] == np.float32(1e8 if name == "relu2" else 1e4) and np.isnan(a[3]) and a[4] == 0
     assert a[2] == (-1e4 if name == "identity" else 0)
 
 
@@ -63,9 +63,9 @@ def test_extremes(name):
 def test_slopes_at_extremes(name, dtype):
     h = np.array([1e4, 30, -30, -1e4, 0.0, -0.0, np.nan], dtype)
     a, slope = activation_forward(name, h, derivative=np.empty_like(h))
-    flat = 1 if name == "identity" else 0
-    at_zero = {"identity": 1, "relu": 0}.get(name, 0.5)
-    assert np.allclose(slope[:6], [1, 1, flat, flat, at_zero, at_zero], atol=1e-11)
+    flat, steep = (1 if name == "identity" else 0), ([2e4, 60] if name == "relu2" else [1, 1])
+    at_zero = {"identity": 1, "relu": 0, "relu2": 0}.get(name, 0.5)
+    assert np.allclose(slope[:6], [*steep, flat, flat, at_zero, at_zero], atol=1e-11)
     assert a[4] == a[5] == 0 and (np.isnan(slope[6]) or name in ("relu", "identity"))
 
 

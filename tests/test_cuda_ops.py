@@ -223,7 +223,7 @@ def test_dropout_drops_what_numpy_drops(window):
 
 @dtypes
 @pytest.mark.parametrize("kind", norm.KINDS)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 2, 64), (700, 129), (0, 4), (2, 3000)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 2, 64), (700, 129), (0, 4), (2, 3000), (2, 5000)])
 @pytest.mark.parametrize("zero_centered, biased", [(False, True), (True, False)])
 def test_norm(dtype, kind, shape, zero_centered, biased):
     case = Case(dtype)
@@ -331,7 +331,7 @@ def loosely(found, expected, case, what):
 @dtypes
 @pytest.mark.parametrize("window, biased", [(None, False), (70, True), (1, False), (300, False)])
 @pytest.mark.parametrize("B, G, H, K, C", [(1, 2, 6, 10, 700), (3, 1, 1, 64, 257), (2, 3, 3, 130, 40),
-                                           (1, 1, 2, 256, 900)])
+                                           (2, 1, 4, 128, 300), (1, 1, 2, 256, 900)])
 def test_last_query(dtype, window, biased, B, G, H, K, C):
     case, starts = Case(dtype), np.array([C - 2, 0, 17])[:B]
     (q, q64), (keys, keys64), (values, values64) = case.draw(B, H + 1, K), case.draw(B, C, G, K), case.draw(B, C, G, K)
@@ -370,6 +370,27 @@ def test_a_recorded_token_is_the_called_one(dtype, batch):
                 expected, found = model.extend(ids[:, :1] + token, called), replay(ids[:, :1] + token)
                 assert found.tobytes() == expected.tobytes(), (kind, token)
                 assert np.array_equal(called.lengths, recorded.lengths)
+
+
+@pytest.mark.parametrize("dtype, batch", [("float32", 3), ("bfloat16", 1)])
+def test_a_recorded_choice_is_the_called_one(dtype, batch):
+    """The same tokens as when each step asks the host, of each kind of decoder."""
+    import mpitp
+    from decoder_cases import KINDS, config
+    from mpitp.inference import generation
+    for kind in KINDS:
+        with mpitp.TensorParallelGroup(mpitp_comm_self(), device="gpu") as group:
+            even = dict(hidden_size=32, kv_channels=8, ffn_hidden_size=48) if batch > 1 else {}
+            model = mpitp.Decoder(group, config(kind, **even), dtype=dtype)
+            ids, told = np.arange(2 * batch).reshape(batch, 2) % 20, dict(max_new_tokens=7, lengths=[1, 2, 1][:batch])
+            called = list(mpitp.generate(model, ids, **told))
+            assert generation.RECORD_FROM > 7
+            try:
+                generation.RECORD_FROM, before = 0, generation.RECORD_FROM
+                recorded = list(mpitp.generate(model, ids, **told))
+            finally:
+                generation.RECORD_FROM = before
+            assert np.array_equal(called, recorded), kind
 
 
 # --- what crosses the bus ---------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from mpitp.checkpoints.families.keys import Keys
 from mpitp.checkpoints.model_folder import CheckpointWarning, open_folder
 from spmd import everywhere, job
 
+LONGROPE = dict(type="su", short_factor=[1.0, 1.1, 1.3], long_factor=[1.2, 2.0, 4.5])
+SLIDING = "sliding_attention"
 IMAGES = pytest.mark.filterwarnings("ignore::mpitp.checkpoints.model_folder.CheckpointWarning")
 
 
@@ -42,6 +44,17 @@ def test_what_a_family_writes_it_reads(case, tmp_path):
     ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention = True, expected False"),
     ("ministral", dict(sliding_window=None), "expected full_attention where there is no sliding_window"),
     ("glm", dict(sliding_window=3), "found sliding_window = 3, expected none"),
+    ("cohere", dict(use_qk_norm=True), "use_qk_norm = True, expected False"),
+    ("hunyuan", dict(use_cla=True), "use_cla = True, expected False"),
+    ("hunyuan", dict(use_qk_norm=False), "use_qk_norm = False, expected True"),
+    ("smollm3", dict(no_rope_layers=[1, 2, 0]), "expected a list of 3 times 0 or 1"),
+    ("smollm3", dict(layer_types=[SLIDING] * 3), "expected full_attention where there is no sliding_window"),
+    ("granite", dict(logits_scaling=0), "logits_scaling = 0, expected a number above 0"),
+    ("gemma2", dict(attn_logit_softcapping=-1.0), "attn_logit_softcapping = -1.0, expected a number above 0"),
+    ("phi3", dict(rope_scaling=dict(type="linear", factor=2.0)), "found type = 'linear', expected default"),
+    ("phi3_longrope", dict(rope_scaling=dict(LONGROPE, short_factor=[1.0])), "found 1 short_factors, expected 3"),
+    ("phi3_longrope", dict(rope_scaling=dict(LONGROPE, long_factor=[1.0, 0, 2])), "found long_factor = [1.0, 0, 2]"),
+    ("llama_dynamic", dict(max_position_embeddings=None), "found no max_position_embeddings, expected it there"),
     ("gptj", dict(rotary_dim=7), "found rotary dim 7, expected a positive even number"),
     ("gemma3", dict(text_config=None), "found no text_config, expected it there"),
     ("gemma3", dict(text_config=dict(model_type="gemma2")), "text_config: found model_type = 'gemma2', expected"),
@@ -52,6 +65,9 @@ def test_refused_by_name(case, changes, said, tmp_path):
     with pytest.raises(InputError) as caught:
         open_folder(tmp_path)
     assert said in str(caught.value) and str(caught.value).startswith("config.json: "), caught.value
+
+
+PAIRED = Rotary(interleaved=True)
 
 
 def test_other_choices_of_a_config():
@@ -67,6 +83,16 @@ def test_other_choices_of_a_config():
         ("gemma", dict(num_key_value_heads=None), dict(kv_channels=256, num_query_groups=None, activation="gelu_tanh")),
         ("seed_oss", {}, dict(num_query_groups=8, kv_channels=128, qkv_bias=True, attention_bias=False,
                               attention_dropout=0.1)),
+        ("gemma2", {}, dict(attention_softcap=50.0, logits_softcap=30.0, sliding_window=(4096, None, 4096))),
+        ("gemma2", dict(attn_logit_softcapping=None, sliding_window=5, layer_types=[SLIDING] * 3),
+         dict(attention_softcap=None, sliding_window=5)),
+        ("cohere2", dict(sliding_window_pattern=2), dict(rotary=(PAIRED, None, PAIRED), norm_bias=False)),
+        ("exaone4", dict(num_key_value_heads=8, sliding_window=None, layer_types=["full_attention"] * 3),
+         dict(rotary=Rotary(), sliding_window=None)),
+        ("exaone4", dict(num_key_value_heads=8, sliding_window=9, layer_types=["full_attention"] * 3),
+         dict(rotary=(None, None, None))),
+        ("smollm3", dict(no_rope_layer_interval=2, use_sliding_window=True, sliding_window=7),
+         dict(rotary=(Rotary(base=2e6), None, Rotary(base=2e6)), sliding_window=(None, 7, None))),
         ("starcoder2", {}, dict(num_query_groups=2, mlp_bias=True, tie_word_embeddings=True)),
     ]:
         found = family_named(model_type).config(Keys({"model_type": model_type, **sizes, **keys}))
@@ -124,7 +150,7 @@ def test_the_text_model_of_a_folder_with_images(world, prefix, tmp_path):
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("case", ["gemma", "opt", "gemma3"])
+@pytest.mark.parametrize("case", ["gemma", "gemma2", "opt", "gemma3"])
 def test_verify_checks_their_feed_forward_blocks(case, tmp_path):
     tiny.write(tmp_path, tiny.load(case))
     done = job(2, "-m", "mpitp", "verify", "--model", str(tmp_path), "--layer", "1", "--seq-length", "9")

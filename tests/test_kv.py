@@ -5,6 +5,7 @@ from mpi4py import MPI
 
 import mpitp
 from decoder_cases import KINDS, config
+from mpitp.inference import generation
 from mpitp.inference.kv import KeyValues
 from spmd import draw, everywhere, same_bytes
 
@@ -120,3 +121,14 @@ def test_more_positions_than_were_learned(group):
 def test_sizes_of_nothing(group, sizes):
     with pytest.raises(mpitp.InputError, match="expected a positive integer"):
         KeyValues(decoder(group, "gemma3"), *sizes)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_a_choice_that_is_recorded_is_the_one_that_is_called(group, kind, monkeypatch):
+    """On a device whose transport a graph can hold; elsewhere both are called."""
+    model = decoder(group, kind)
+    called, recorded = [], []
+    for tokens, first in ((called, 1 << 30), (recorded, 0)):
+        monkeypatch.setattr(generation, "RECORD_FROM", first)
+        tokens.extend(mpitp.generate(model, [[3, 1], [4, 1]], max_new_tokens=6, lengths=[2, 1]))
+    assert np.array_equal(called, recorded)

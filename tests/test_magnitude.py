@@ -199,7 +199,7 @@ def test_no_small_errors_of_the_operands_do_more(operation):
 
 
 def test_what_it_does_not_know_is_refused():
-    for wrong in (lambda: np.tanh(A), lambda: np.exp(A, out=np.zeros(2)), lambda: np.add.reduce(A)):
+    for wrong in (lambda: np.sinh(A), lambda: np.exp(A, out=np.zeros(2)), lambda: np.add.reduce(A)):
         with pytest.raises(TypeError):
             wrong()
 

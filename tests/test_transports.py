@@ -36,10 +36,23 @@ def stand_in_for_cupy(monkeypatch):
     ("nccl", 2, True, None, None, "nccl", "asked for"), ("staged", 2, True, None, None, "staged", "asked for"),
     ("mpi", 2, False, None, None, None,
      "found an MPI that does not take device buffers (how), expected a CUDA-aware one"),
-    ("nccl", 2, True, None, NO_NCCL, None, "found a CuPy without NCCL, expected NCCL for transport 'nccl'")])
+    ("nccl", 2, True, None, NO_NCCL, None, "found a CuPy without NCCL, expected NCCL for transport 'nccl'"),
+    ("peer", 2, True, None, None, None, "found no way, expected GPUs that write to each other for transport 'peer'"),
+    ("peer", 1, False, None, None, "peer", "nothing travels")])
 def test_decision(asked, size, aware, seconds, no_nccl, name, why):
-    found, how, problem = transport.decide(asked, size, aware, "how", seconds, no_nccl)
+    found, how, problem, beyond = transport.decide(asked, size, aware, "how", seconds, no_nccl, "no way")
     assert found == (name or "") and why in (how or problem) and bool(found) == bool(how) != bool(problem)
+    assert ("not peer: no way" in how) == (asked == "auto" and size > 1) and not beyond
+
+
+@pytest.mark.parametrize("asked, aware, seconds, no_nccl, beyond", [
+    ("auto", False, None, None, "nccl"), ("auto", True, 1e-4, None, "nccl"), ("auto", True, 1e-4, NO_NCCL, "mpi"),
+    ("auto", False, None, NO_NCCL, "staged"), ("peer", True, None, NO_NCCL, "mpi"),
+    ("peer", False, None, NO_NCCL, "staged")])
+def test_decision_for_peer(asked, aware, seconds, no_nccl, beyond):
+    """Before all others, wherever it can be had; one of them carries what is longer."""
+    found = transport.decide(asked, 2, aware, "how", seconds, no_nccl, None)
+    assert found.name == "peer" and found.beyond == beyond and f"{beyond} carries what is longer" in found.how
 
 
 def test_auto(world, monkeypatch, capfd):
@@ -88,7 +101,7 @@ def test_a_group_of_one_rank_stays_on_the_device_of_its_process(world, monkeypat
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(device="gpu", transport="tcp"), "found transport 'tcp', expected one of auto, mpi, nccl, staged"),
+    (dict(device="gpu", transport="tcp"), "found transport 'tcp', expected one of auto, mpi, nccl, staged, peer"),
     (dict(transport="nccl"), "found transport 'nccl' on device 'cpu', expected 'mpi'"),
     (dict(tf32=True), "found tf32 on device 'cpu', expected device 'gpu'"),
     (dict(device="gpu", gpu=3), "found gpu 3, expected 0 to 0, of the GPUs that this process sees")])
@@ -281,5 +294,5 @@ def test_groups_that_cannot_be_recorded(world):
             mpitp.Captured(group, abs, np.ones(3))
     with mpitp.TensorParallelGroup(device="gpu", transport="staged") as group:
         if world.size > 1:
-            with pytest.raises(InputError, match="found transport 'staged', expected 'nccl', or one rank"):
+            with pytest.raises(InputError, match="found transport 'staged', expected 'peer' or 'nccl', or one rank"):
                 mpitp.Captured(group, abs, stand_in.array(np.ones(3)))

@@ -53,7 +53,7 @@ class TensorParallelGroup(Collectives, Sums):
     check : bool
         Prove before every collective that all ranks mean the same one (16 bytes more each).
     transport : str
-        "auto", "mpi", "nccl" or "staged"; MPITP_TRANSPORT stands in for "auto".
+        "auto", "mpi", "nccl", "staged" or "peer"; MPITP_TRANSPORT stands in for "auto".
     gpu : int, optional
         Number of the device. None: the rank's number on its node, modulo the devices visible.
     share_gpu : bool
@@ -118,7 +118,7 @@ class TensorParallelGroup(Collectives, Sums):
             self.ledger.transport = self.transport.name
             # Whether sums can be under way while the device computes.
             self.overlaps = self.transport.overlaps and self.size > 1 and not self.reproducible
-            self.sum_class = Sum
+            self.sum_class = getattr(self.transport, "sums", (Sum,))[0]
             if self.reproducible:
                 from .reproducible import hold_bits
                 self._give_back_threads = hold_bits(self)

@@ -61,10 +61,16 @@ def out_of_memory(error: Any) -> str | None:
            f"array beside the {held:.1f} GiB of this rank\n"
 
 
+def late_rank() -> str:
+    """Return a line where a kernel on the GPU gave up waiting for another rank's, which ends the process; else ""."""
+    peers = sys.modules.get("mpitp.comm.gpu.peer_memory")
+    return peers.gave_up() or "" if peers else ""
+
+
 def abort(error: BaseException) -> NoReturn:
     """Print why this rank failed, its traceback, and end the job with a non-zero status."""
     why = "interrupted\n" if isinstance(error, KeyboardInterrupt) else out_of_memory(error) or \
-        "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        "".join(traceback.format_exception(type(error), error, error.__traceback__)) + late_rank()
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     end_job(f"mpitp: rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} ends the job, on "
             f"{socket.gethostname()}: {why}", code or 1)
@@ -174,13 +180,14 @@ def farewell(comm: MPI.Intracomm, status: int, message: str | None = None) -> in
         watchdog.leave()                        # others may be inside of a collective
     statuses = memoryview(bytearray(4 * comm.size)).cast("i")
     request = comm.Iallgather(memoryview(bytearray(status.to_bytes(4, sys.byteorder))).cast("i"), statuses)
-    deadline = time.monotonic() + PATIENCE
+    deadline, who = time.monotonic() + PATIENCE, f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     while not request.Test():
         if message and time.monotonic() > deadline:     # this rank alone met bad input
-            end_job(f"mpitp: rank {comm.rank} of {comm.size} on {socket.gethostname()}: {message}\n", status)
+            end_job(f"mpitp: {who}: {message}\n", status)
         time.sleep(0.0005)
     if message and status not in statuses.tolist()[:comm.rank]:
-        say(f"mpitp: {message}\n")
+        is_shared = statuses.tolist().count(status) == comm.size
+        say(f"mpitp: {message}\n" if is_shared else f"mpitp: {who}: {message}\n")
     return status
 
 

@@ -9,7 +9,7 @@ from mpi4py import MPI
 from ..arrays import Array, module_of
 from ..errors import require
 
-TRANSPORTS = ("auto", "mpi", "nccl", "staged")
+TRANSPORTS = ("auto", "mpi", "nccl", "staged", "peer")
 OPERATIONS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 # MPI counts are 32-bit integers, and some libraries count bytes in them on the way.
 MESSAGE_BYTES = 1 << 30
@@ -54,7 +54,7 @@ class MpiTransport:
     """
     name = "mpi"
     how = "host arrays"         # why it is this transport, for `doctor`
-    overlaps = False            # hardly any MPI makes progress while none of its functions runs
+    overlaps = records = False  # hardly any MPI makes progress while none of its functions runs, nor in a CUDA graph
 
     def __init__(self, comm: MPI.Comm):
         self.comm, self.message_bytes = comm, MESSAGE_BYTES

@@ -20,7 +20,7 @@ def hold_bits(group: Any) -> Callable[[], None] | None:
     function or None
         Gives BLAS its threads back; None on a GPU.
     """
-    group.sum_class, group.workers = TreeSum, Workers(1)
+    group.sum_class, group.workers = getattr(group.transport, "sums", (None, TreeSum))[1], Workers(1)
     if group.device != "cpu":
         return None
     held: list[Callable[[], None]] = []

@@ -14,7 +14,7 @@ from ..errors import InputError
 
 WIDTH = 100         # columns that help and tables have at most
 # Options that name a file or folder, which may lie elsewhere on another host: whether they are given is compared.
-PATHS = ("model", "data", "out", "json", "csv", "plot", "text", "ids_file", "batch_file", "reports")
+PATHS = ("model", "dump", "data", "out", "json", "csv", "plot", "text", "ids_file", "batch_file", "reports")
 # Variables that change what the ranks do together.
 VARIABLES = ("MPITP_TRANSPORT", "MPITP_SHARE_GPU", "MPITP_CUDA_AWARE")
 Parsed = tuple[ModuleType, argparse.Namespace] | SystemExit
@@ -30,7 +30,7 @@ class Command:
         One line, for the list of all commands.
     examples : tuple of (str, str)
         Command lines that end the command's help, each with what it does. A test runs them in one folder, in order,
-        beside a tiny checkpoint `my-model` and a text `book.txt`.
+        beside a tiny checkpoint `my-model`, a dump `my-dump` and a text `book.txt`.
     """
     summary: str
     examples: tuple[tuple[str, str], ...]
@@ -79,6 +79,12 @@ COMMANDS = {
              "See the size, the shapes and the family of a checkpoint; no weights are read."),
             ("python -m mpitp inspect my-model -n 8 --json inspect.json",
              "See what each of eight ranks would hold, and write it for a program."))),
+    "judge": Command(
+        "tell whether somebody's tensor-parallel run is right, and which mistake it has", (
+            ("python -m mpitp judge my-dump",
+             "Judge what the ranks of a run wrote down with mpitp.oracle.Recorder; needs no MPI."),
+            ("python -m mpitp judge my-dump --json judge.json",
+             "Write the verdict for a program, too."))),
 }
 
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, on_host
+from ..arrays import Array, module_of, on_host
 from ..errors import is_integer, require, require_positive
 from ..layers.decoder import Decoder
 from ..sharding import rng
 from ..sharding.partition import Partition
-from .graph import CapturedToken, can_record
+from .graph import CapturedChoice, CapturedToken, can_record
 from .kv import KeyValues
 
 RECORD_FROM = 16    # new tokens, from which recording one on a GPU costs less than it saves (3 calls of about 10)
@@ -67,7 +68,8 @@ def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temp
     Collectives of a step beside those of Decoder.extend: temperature 0 one all-gather of P x B x 2 float64 (the
     largest logit of each rank, and its id); else one gather on rank 0, of B x V logits or, with top_k, of
     P x B x k x 2 float64, and one broadcast of B int64, the tokens that rank 0 drew.
-    On one GPU a step of one sequence, or of a few in float32, is a CUDA graph: recorded once, then replayed.
+    On GPUs a step of one sequence, or of a few in float32, is a CUDA graph, unless MPI carries what the ranks add up:
+    recorded once, then replayed; with temperature 0 the choice is in it, and the token goes on without the host.
     Keys and values: 2 x layers x B x (S + max_new_tokens - 1) x (key/value heads of the rank) x (features of a head).
     """
     prompts, counts = as_prompts(model, ids, lengths)
@@ -86,22 +88,35 @@ def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temp
 def steps(model: Decoder, ids: Array, lengths: Array, choose: Choice, kv: KeyValues, max_new_tokens: int,
           stop: Array) -> Iterator[np.ndarray]:
     """Yield the tokens of generate, whose arguments have been checked."""
-    logits_BVp, running_B, extend = model.extend(ids, kv, lengths), np.ones(len(ids), bool), None
-    for step in range(max_new_tokens):
-        tokens_B = choose(logits_BVp, step)
+    tokens_B, running_B, following = choose(model.extend(ids, kv, lengths), 0), np.ones(len(ids), bool), None
+    for step in range(1, max_new_tokens + 1):
         yield np.where(running_B, tokens_B, ENDED)
         running_B &= ~np.isin(tokens_B, stop)
-        if not running_B.any() or step + 1 == max_new_tokens:
+        if not running_B.any() or step == max_new_tokens:
             return
-        extend = extend or one_token(model, kv, max_new_tokens)
-        logits_BVp = extend(tokens_B[:, None])
+        following = following or next_tokens(model, kv, choose, max_new_tokens)
+        tokens_B = following(tokens_B, step)
+
+
+def next_tokens(model: Decoder, kv: KeyValues, choose: Choice, tokens: int) -> Callable[[Array, int], Array]:
+    """Return the function that continues each sequence by a token, and chooses the one of the next step.
+
+    Where the token is recorded and the choice is the largest logit, the graph holds that too.
+    """
+    if not choose.temperature and records(model, kv, tokens):
+        return CapturedChoice(model, kv, choose)
+    extend = one_token(model, kv, tokens)
+    return lambda tokens_B, step: choose(extend(tokens_B[:, None]), step)
 
 
 def one_token(model: Decoder, kv: KeyValues, tokens: int) -> Callable[[Array], Array]:
     """Return the function that continues each sequence by a token: a recorded graph where that can be and pays."""
-    if tokens >= RECORD_FROM and can_record(model, len(kv.lengths)):
-        return CapturedToken(model, kv)
-    return lambda ids_B1: model.extend(ids_B1, kv)
+    return CapturedToken(model, kv) if records(model, kv, tokens) else lambda ids_B1: model.extend(ids_B1, kv)
+
+
+def records(model: Decoder, kv: KeyValues, tokens: int) -> bool:
+    """Return whether a token can be recorded, and whether that pays for so many new ones."""
+    return tokens >= RECORD_FROM and can_record(model, len(kv.lengths))
 
 
 def as_prompts(model: Decoder, prompts: Array | Sequence,
@@ -149,17 +164,23 @@ class Choice:
 
     def __call__(self, logits_BVp: Array, step: int) -> np.ndarray:
         """Choose the (B,) tokens of a step. Collective; see generate."""
-        tokens_B = self.drawn(logits_BVp, step) if self.temperature else self.greatest(logits_BVp)
+        if self.temperature:
+            return self.checked(self.drawn(logits_BVp, step))
+        return self.checked(greatest(on_host(self.best_of_ranks(logits_BVp))))
+
+    def greatest(self, logits_BVp: Array) -> Array:
+        """Return the ids (B,) of the largest logits, -1 where they are not finite, without asking the host."""
+        return greatest(self.best_of_ranks(logits_BVp))
+
+    def checked(self, tokens_B: np.ndarray) -> np.ndarray:
+        """Return the tokens. Raises InputError where the logits of one were not finite."""
         require((tokens_B >= 0).all(), "logits that are not finite", "finite ones: a weight is damaged, or float32 "
                                                                     "overflows")
         return tokens_B
 
-    def greatest(self, logits_BVp: Array) -> np.ndarray:
-        """Return the id of each largest logit, of equal ones the lowest; -1 where it is not finite."""
-        of_ranks = on_host(self.group.all_gather(self.best(logits_BVp, 1), self.ranks, axis=0))[:, :, 0]
-        rank_B = of_ranks[..., 0].argmax(axis=0)            # the first of equal ones, so the lowest id; NaN before all
-        values_B, ids_B = of_ranks[rank_B, np.arange(len(rank_B))].T
-        return np.where(np.isfinite(values_B), ids_B, ENDED).astype(np.int64)
+    def best_of_ranks(self, logits_BVp: Array) -> Array:
+        """Return the largest logit of each rank and its id (P, B, 2), both float64. Collective."""
+        return self.group.all_gather(self.best(logits_BVp, 1), self.ranks, axis=0)[:, :, 0]
 
     def drawn(self, logits_BVp: Array, step: int) -> np.ndarray:
         """Return the ids that rank 0 draws; -1 where the largest logit is not finite."""
@@ -189,6 +210,17 @@ class Choice:
             local_C = logits_V.argmax().reshape(1) if k == 1 else largest(xp, logits_V, k)
             best_BC2[0, b, :k, 0], best_BC2[0, b, :k, 1] = logits_V[local_C], local_C + first
         return best_BC2
+
+
+def greatest(of_ranks_PB2: Array) -> Array:
+    """Return the ids (B,) of the largest of the ranks' (logit, id), of equal ones the lowest; -1 for none finite.
+
+    The arrays may be NumPy's or CuPy's; then the host is not asked, so that a graph can hold it.
+    """
+    xp: Any = module_of(of_ranks_PB2)
+    rank_B = of_ranks_PB2[..., 0].argmax(axis=0)            # the first of equal ones, so the lowest id; NaN before all
+    best_B2 = of_ranks_PB2[rank_B, xp.arange(len(rank_B))]
+    return xp.where(xp.isfinite(best_B2[:, 0]), best_B2[:, 1], ENDED).astype(np.int64)
 
 
 def largest(xp: ModuleType, x: Array, k: int) -> Array:

@@ -5,12 +5,13 @@ For a token through many small layers, most of the time is Python's: some 6 us a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arrays import Array, DeviceArray
 from ..errors import require
+from ..layers.embedding import token_ids
 
 if TYPE_CHECKING:
     from ..comm.group import TensorParallelGroup
@@ -24,7 +25,7 @@ class Captured:
     Parameters
     ----------
     group : TensorParallelGroup
-        On a GPU, of one rank or with the NCCL transport: MPI works on the host, which a graph cannot.
+        On a GPU, of one rank or with transport peer or nccl: MPI works on the host, which a graph cannot.
     function : function
         Of arrays to an array, or to a tuple of them. It must start kernels only: products of one row qualify, or of a
         few rows in float32 (mpitp/ops/cuda/few_rows.py); others go through cuBLAS, which CuPy refuses to record.
@@ -46,8 +47,8 @@ class Captured:
     def __init__(self, group: TensorParallelGroup, function: Callable[..., DeviceArray | tuple[DeviceArray, ...]],
                  *arrays: DeviceArray) -> None:
         require(group.device == "gpu", f"device {group.device!r}", "'gpu', to record a CUDA graph")
-        require(group.size == 1 or group.transport.name == "nccl", f"transport {group.transport.name!r}",
-                "'nccl', or one rank, to record a CUDA graph")
+        require(group.transport.records, f"transport {group.transport.name!r}",
+                "'peer' or 'nccl', or one rank, to record a CUDA graph")
         self.cuda = group.xp.cuda
         self.inputs = [x.copy() for x in arrays]
         self.pool, stream = self.cuda.MemoryPool(), self.cuda.Stream(non_blocking=True)
@@ -59,10 +60,16 @@ class Captured:
             self.outputs = function(*self.inputs)
             self.graph = stream.end_capture()
 
-    def __call__(self, *arrays: DeviceArray) -> DeviceArray | tuple[DeviceArray, ...]:
-        """Return what function(*arrays) returns, in arrays that the next call overwrites."""
+    def __call__(self, *arrays: Array | DeviceArray) -> DeviceArray | tuple[DeviceArray, ...]:
+        """Return what function(*arrays) returns, in arrays that the next call overwrites.
+
+        Arrays of the host go to the device.
+        """
         for held, x in zip(self.inputs, arrays):
-            held[...] = x
+            if isinstance(x, np.ndarray):
+                held.set(x)
+            else:
+                held[...] = x
         self.graph.launch(self.cuda.get_current_stream())
         return self.outputs
 
@@ -94,18 +101,52 @@ class CapturedToken:
     def __call__(self, ids: Array) -> DeviceArray:
         """Return what extend(ids, kv) returns, in an array that the next call overwrites."""
         self.kv.require_room(ids.shape)
-        logits = self.captured(self.model.embedding.checked(ids))
+        logits = self.captured(token_ids(ids, self.model.embedding.vocab_size))
         self.kv.lengths += 1
         return logits
+
+
+class CapturedChoice:
+    """A token of each sequence and the choice of the next one, by the largest logit, recorded together.
+
+    Parameters
+    ----------
+    model : Decoder
+        One of which can_record is true.
+    kv : KeyValues
+        The keys and values that every call continues.
+    choose : Choice
+        Of the tokens, with temperature 0.
+    """
+
+    def __init__(self, model: Decoder, kv: KeyValues, choose: Any) -> None:
+        self.model, self.kv, self.choose = model, kv, choose
+        self.chosen: Any = None
+        self.captured = Captured(model.group, self.following, model.group.xp.zeros(len(kv.lengths), np.int64))
+        kv.set_lengths(kv.lengths)              # the call that compiled did not count; what it wrote is overwritten
+
+    def following(self, ids: DeviceArray) -> DeviceArray:
+        """Compute the tokens (B,) that follow: what is recorded."""
+        logits = self.model.continued(ids[:, None], self.kv)
+        self.kv.starts += 1
+        return self.choose.greatest(logits)
+
+    def __call__(self, tokens: np.ndarray, step: int = 0) -> np.ndarray:
+        """Return the tokens (B,) that follow `tokens`, which after the first call are those of the call before."""
+        self.kv.require_room((len(tokens), 1))
+        self.chosen = self.captured(tokens if self.chosen is None else self.chosen)
+        self.kv.lengths += 1
+        return self.choose.checked(self.chosen.get())
 
 
 def can_record(model: Decoder, batch: int) -> bool:
     """Return whether a graph may hold what a token of each of `batch` sequences takes.
 
-    That needs one GPU, and kernels of mpitp/ops/cuda alone: products of one row, or of a few that are read in vectors.
+    That needs a transport without MPI, and kernels of mpitp/ops/cuda alone: products of one row, or of a few that are
+    read in vectors.
     """
     group = model.group
-    if group.device != "gpu" or group.size > 1:
+    if group.device != "gpu" or not group.transport.records:
         return False
     if batch == 1:
         return True

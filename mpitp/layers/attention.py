@@ -68,6 +68,8 @@ class ParallelAttention(ParallelLayer):
     Megatron-LM (arXiv 1909.08053, section 3); grouped queries: Ainslie et al. (arXiv 2305.13245).
     """
 
+    norms_over_heads = False        # AttentionNormedOverHeads does
+
     def __init__(self, group: TensorParallelGroup, config: AttentionConfig, *, dtype: str = "float32",
                  seed: int | None = 0, init_std: float | None = None, output_init_std: float | None = None,
                  name: str = ""):
@@ -78,7 +80,10 @@ class ParallelAttention(ParallelLayer):
         self.causal, self.sliding_window, self.rotary = config.causal, config.sliding_window, config.rotary
         self.scale, self.dropout, self.seed = config.scale, config.dropout, 0 if seed is None else seed
         self.slopes = group.xp.asarray(alibi_slopes(self.num_attention_heads), self.sum_dtype) if config.alibi else None
-        self.norm = (config.qk_norm, config.norm_epsilon, config.zero_centered_gamma) if config.qk_norm else None
+        require(config.qk_norm_over_heads == self.norms_over_heads, f"qk_norm_over_heads {config.qk_norm_over_heads}",
+                f"{self.norms_over_heads}, as {type(self).__name__} has it")
+        self.norm = (config.qk_norm, config.norm_epsilon, config.zero_centered_gamma) \
+            if config.qk_norm and not self.norms_over_heads else None
         self.heads = Heads(group, self.num_attention_heads, int(config.query_groups), self.kv_channels)
         self.set_partition(self.heads.partition)
         self.tables: tuple = ()
@@ -154,7 +159,7 @@ class ParallelAttention(ParallelLayer):
                 q, a = (array[:, 0, heads.start - block.start:heads.stop - block.start] for array in (q_BSHK, a_BSHK))
                 k, v, _ = units[unit]
                 last_query_forward(q, k, v, call.kv.starts, self.scale, out=a, window=self.sliding_window,
-                                   slopes=call.slopes(heads, unit))
+                                   softcap=self.config.softcap, slopes=call.slopes(heads, unit))
                 continue
             for b in range(call.B):
                 q, a = (by_group(array, b, unit, heads, block) for array in (q_BSHK, a_BSHK))
@@ -283,24 +288,28 @@ class ParallelAttention(ParallelLayer):
         return as_heads(y_NHK, call.B, call.S, self.kv_channels)
 
     def norm_and_rotate(self, part: str, x_BSHK: Array, call: AttentionCall) -> tuple[Array, Any]:
-        """Return query or key heads after their norm and rotary positions; and what the norm's backward needs."""
-        of_norm = None
-        if self.norm:
+        """Return query or key heads after norm and rotary positions, in either order; and what norm_backward needs."""
+        of_norm, last = None, self.config.qk_norm_after_rotary
+        if self.norm and not last:
             x_BSHK, of_norm = norm_forward(x_BSHK, self.own[f"{part}_norm.weight"], None, *self.norm)
         if self.rotary:
             starts = None if call.kv is None else call.kv.starts
             cos, sin = call.tables
             x_BSHK = rotary_forward(x_BSHK, cos, sin, self.rotary.interleaved, starts)
+        if self.norm and last:
+            x_BSHK, of_norm = norm_forward(x_BSHK, self.own[f"{part}_norm.weight"], None, *self.norm)
         return x_BSHK, of_norm
 
     def norm_and_rotate_backward(self, part: str, dx_BSHK: Array, of_norm: Any,
                                  call: AttentionCall) -> tuple[Array, Array | None]:
         """Return the gradient before rotary and norm, as (N, heads K), and that of the norm's weight, or None."""
-        dw_K = None
+        dw_K, last = None, self.config.qk_norm_after_rotary
+        if self.norm and last:
+            dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         if self.rotary:
             cos, sin = call.tables
             dx_BSHK = rotary_backward(dx_BSHK, cos, sin, self.rotary.interleaved)
-        if self.norm:
+        if self.norm and not last:
             dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         return as_rows(dx_BSHK), dw_K
 

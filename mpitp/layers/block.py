@@ -61,7 +61,10 @@ class ParallelBlock(Composite):
         self.config, self.seed = config, 0 if seed is None else seed
         common: dict[str, Any] = dict(dtype=dtype, seed=seed, init_std=config.init_method_std,
                                       output_init_std=output_init_std(config))
-        self.attention = ParallelAttention(group, config.attention(layer), name=join(name, "attention"), **common)
+        kind = ParallelAttention
+        if config.qk_norm_over_heads:
+            from .norm_over_heads import AttentionNormedOverHeads as kind       # where it is used: few models have it
+        self.attention = kind(group, config.attention(layer), name=join(name, "attention"), **common)
         self.mlp = ParallelMLP(group, config.hidden_size, config.ffn_size, config.activation, config.gated,
                                config.mlp_bias, name=join(name, "mlp"), **common)
         self.norms = {norm: hidden_norm(group, config, dtype, join(name, norm)) for norm in norm_names(config)}
@@ -213,10 +216,14 @@ class ParallelBlock(Composite):
             return dy
         return self.norms[name].backward(dy, saved, out=self.gradients_of(self.norms[name], gradients))[0]
 
-    def dropout_scale(self, name: str, shape: tuple[int, ...], step: int | None) -> Array | None:
-        """Return dropout's scales of the complete sum, the same on every rank; None without dropout."""
-        return hidden_dropout(self.group, self.seed, join(self.name, name), step, self.config.hidden_dropout, shape,
-                              self.sum_dtype)
+    def dropout_scale(self, name: str, shape: tuple[int, ...], step: int | None) -> Array | float | None:
+        """Return what the complete sum is multiplied by, the same on every rank: dropout's scales times the config's
+        residual_multiplier; None for 1."""
+        scale = hidden_dropout(self.group, self.seed, join(self.name, name), step, self.config.hidden_dropout, shape,
+                               self.sum_dtype)
+        if self.config.residual_multiplier == 1:
+            return scale
+        return self.config.residual_multiplier * (1 if scale is None else scale)
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
         """Return how many collectives forward and backward do, by the formula: two Counters of Collective."""

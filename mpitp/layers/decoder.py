@@ -70,8 +70,12 @@ class Decoder(Composite):
         self.embedding_norm = hidden_norm(group, config, dtype, "embedding_norm") if config.embedding_norm else None
         self.blocks = [ParallelBlock(group, config, i, name=f"layers.{i}", **common) for i in range(config.num_layers)]
         self.final_norm = hidden_norm(group, config, dtype, "final_norm") if config.final_norm else None
-        self.head = ColumnParallelLinear(group, D, V, config.head_bias, init_std=std, name="head",
-                                         tied_to=self.embedding if config.tie_word_embeddings else None, **common)
+        common.update(tied_to=self.embedding if config.tie_word_embeddings else None, name="head")
+        if config.logits_multiplier == 1 and config.logits_softcap is None:
+            self.head = ColumnParallelLinear(group, D, V, config.head_bias, init_std=std, **common)
+        else:
+            from .scaled_head import ScaledHead             # where it is used: most models have none
+            self.head = ScaledHead(group, config, **common)
         parts = [self.embedding, self.position, self.embedding_norm, *self.blocks, self.final_norm, self.head]
         super().__init__(group, [part for part in parts if part], dtype, "")
         self.partition = group.partition(V)

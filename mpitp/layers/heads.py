@@ -70,7 +70,8 @@ class AttentionCall(NamedTuple):
     def options(self, heads: slice, unit: KeyValueUnit, b: int) -> dict[str, Any]:
         """Return what the scores of these query heads in sequence b are made with, as attention_forward takes it."""
         layer = self.layer
-        options = dict(causal=layer.causal, window=layer.sliding_window, slopes=self.slopes(heads, unit))
+        options = dict(causal=layer.causal, window=layer.sliding_window, softcap=layer.config.softcap,
+                       slopes=self.slopes(heads, unit))
         if self.mask is not None:
             options["mask"] = self.mask[b]
         if layer.dropout and self.step is not None:

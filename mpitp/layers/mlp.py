@@ -36,7 +36,7 @@ class ParallelMLP(ParallelLayer):
     hidden_size, ffn_hidden_size : int
         D and F of the whole block, any on any number of ranks; F defaults to 4 D.
     activation : str
-        "gelu_tanh", "gelu", "silu", "relu" or "identity".
+        "gelu_tanh", "gelu", "silu", "relu", "relu2" (its square) or "identity".
     gated, bias : bool
         See the equations.
     dtype : str

@@ -35,6 +35,14 @@ def relu(h: Array, a: Array, d: Array | None) -> None:
         d[...] = positive
 
 
+def relu2(h: Array, a: Array, d: Array | None) -> None:
+    """Compute a = max(h, 0)^2 and d = 2 max(h, 0) (So et al., arXiv 2109.08668)."""
+    positive = np.maximum(h, 0)
+    np.multiply(positive, positive, out=a)
+    if d is not None:
+        np.multiply(positive, 2, out=d)
+
+
 def silu(h: Array, a: Array, d: Array | None) -> None:
     """Compute a = h s and d = s + a (1 - s), where s = 1 / (1 + e^-h)."""
     s = 1 / (1 + np.exp(-h))
@@ -78,7 +86,7 @@ def gelu(h: Array, a: Array, d: Array | None) -> None:
     np.add(cdf, density, out=d)
 
 
-ACTIVATIONS = {f.__name__: f for f in (gelu_tanh, gelu, silu, relu, identity)}
+ACTIVATIONS = {f.__name__: f for f in (gelu_tanh, gelu, silu, relu, relu2, identity)}
 
 
 @cuda_twin(by="h")

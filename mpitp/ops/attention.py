@@ -15,6 +15,7 @@ import numpy as np
 
 from ..arrays import Array
 from .linear import NARROW
+from .softcap import softcap_forward, softcap_slope
 from .twin import cuda_twin
 
 TILE = 64               # queries; fixed, since it is part of the bits
@@ -24,8 +25,8 @@ Keep = Callable[[int, int], Array]      # keep(first query, the one after the la
 
 @cuda_twin(by="q_GHQK")
 def attention_forward(q_GHQK: Array, k_GSK: Array, v_GSK: Array, scale: float, *, out: Array, causal: bool = True,
-                      window: int | None = None, slopes: Array | None = None, mask: Array | None = None,
-                      keep: Keep | None = None) -> Array:
+                      window: int | None = None, softcap: float | None = None, slopes: Array | None = None,
+                      mask: Array | None = None, keep: Keep | None = None) -> Array:
     """Compute out = (softmax(scale q k^T + slope (key - query)) keep) v, over the keys that each query may attend to.
 
     Query i stands at position S - Q + i and key j at j, so Q < S continues a sequence. A query that may attend to
@@ -45,6 +46,8 @@ def attention_forward(q_GHQK: Array, k_GSK: Array, v_GSK: Array, scale: float, *
         Whether a query attends to no later key.
     window : int or None
         A query attends to keys less than `window` positions before it; None for all.
+    softcap : float or None
+        c: scores are c tanh(score / c), before ALiBi's are added.
     slopes : (G, H) array or None
         Of ALiBi (Press et al., arXiv 2108.12409).
     mask : (S,) or (Q, S) array of bool or None
@@ -61,7 +64,7 @@ def attention_forward(q_GHQK: Array, k_GSK: Array, v_GSK: Array, scale: float, *
     G, H, Q, K = q_GHQK.shape
     k_GSK, v_GSK = without_gaps(k_GSK), without_gaps(v_GSK)
     if Q == 1 and mask is None and keep is None and G * H:
-        return attend_last_query(q_GHQK, k_GSK, v_GSK, scale, out, window, slopes)
+        return attend_last_query(q_GHQK, k_GSK, v_GSK, scale, out, window, softcap, slopes)
     tiles = Tiles(q_GHQK, k_GSK, causal, window, slopes, mask)
     lse_GHQ, ones_S1 = np.empty((G, H, Q), q_GHQK.dtype), np.ones((tiles.S, 1), q_GHQK.dtype)
     for first, stop, seen in tiles:
@@ -70,6 +73,8 @@ def attention_forward(q_GHQK: Array, k_GSK: Array, v_GSK: Array, scale: float, *
             q_ghTK = q_GHQK[g, h, first:stop].copy(order="C")
             q_ghTK *= float(scale)
             s_ghTV = tiles.product(0, q_ghTK, k_GSK[g, seen])
+            if softcap is not None:
+                softcap_forward(s_ghTV, softcap)
             tiles.bias_and_hide(s_ghTV, g, h, first, stop, seen)
             peak_ghT1 = s_ghTV.max(axis=-1, keepdims=True)
             if mask is not None:
@@ -87,12 +92,14 @@ def attention_forward(q_GHQK: Array, k_GSK: Array, v_GSK: Array, scale: float, *
 
 
 def attend_last_query(q_GH1K: Array, k_GSK: Array, v_GSK: Array, scale: float, out: Array, window: int | None,
-                      slopes: Array | None) -> Array:
+                      softcap: float | None, slopes: Array | None) -> Array:
     """Do attention_forward for Q = 1, a token of generation: the same steps, without tiles and hidden keys."""
     first = 0 if window is None else max(0, k_GSK.shape[1] - window)
     k_GVK, v_GVK = k_GSK[:, first:], v_GSK[:, first:]
     V = k_GVK.shape[1]
     s_GH1V = np.matmul(q_GH1K * float(scale), transposed(k_GVK)[:, None])
+    if softcap is not None:
+        softcap_forward(s_GH1V, softcap)
     if slopes is not None:
         s_GH1V += np.asarray(slopes, s_GH1V.dtype)[..., None, None] * np.arange(1 - V, 1, dtype=s_GH1V.dtype)
     peak_GH11 = s_GH1V.max(axis=-1, keepdims=True)
@@ -106,8 +113,9 @@ def attend_last_query(q_GH1K: Array, k_GSK: Array, v_GSK: Array, scale: float, o
 @cuda_twin(by="q_GHQK")
 def attention_backward(dout_GHQK: Array, lse_GHQ: Array, q_GHQK: Array, k_GSK: Array, v_GSK: Array, out: Array,
                        scale: float, *, dq: Array, dk: Array | None = None, dv: Array | None = None,
-                       causal: bool = True, window: int | None = None, slopes: Array | None = None,
-                       mask: Array | None = None, keep: Keep | None = None) -> tuple[Array, Array]:
+                       causal: bool = True, window: int | None = None, softcap: float | None = None,
+                       slopes: Array | None = None, mask: Array | None = None,
+                       keep: Keep | None = None) -> tuple[Array, Array]:
     """Compute the gradients of attention_forward.
 
     p = e^(score - lse), dv = (p keep)^T dout, ds = p (keep dout v^T - delta) where delta = sum(dout out) of each row,
@@ -119,7 +127,7 @@ def attention_backward(dout_GHQK: Array, lse_GHQ: Array, q_GHQK: Array, k_GSK: A
         The gradient of out.
     lse_GHQ : (G, H, Q) array
         What attention_forward returned.
-    q_GHQK, k_GSK, v_GSK, out, scale, causal, window, slopes, mask, keep
+    q_GHQK, k_GSK, v_GSK, out, scale, causal, window, softcap, slopes, mask, keep
         As in attention_forward; `out` is its result.
     dq : (G, H, Q, K) array
         The gradient of q is written to it.
@@ -141,6 +149,9 @@ def attention_backward(dout_GHQK: Array, lse_GHQ: Array, q_GHQK: Array, k_GSK: A
             q_ghTK = q_GHQK[g, h, first:stop].copy(order="C")
             q_ghTK *= float(scale)
             p_ghTV = tiles.product(0, q_ghTK, k_GSK[g, seen])
+            if softcap is not None:
+                softcap_forward(p_ghTV, softcap)
+                slope_ghTV = softcap_slope(p_ghTV, softcap)
             tiles.bias_and_hide(p_ghTV, g, h, first, stop, seen)
             p_ghTV -= lse_GHQ[g, h, first:stop, None]
             np.exp(p_ghTV, out=p_ghTV)
@@ -153,6 +164,8 @@ def attention_backward(dout_GHQK: Array, lse_GHQ: Array, q_GHQK: Array, k_GSK: A
                 kept_ghTV = p_ghTV * keep_GHTS[g, h, :, seen]
             ds_ghTV -= delta_ghT1
             ds_ghTV *= p_ghTV
+            if softcap is not None:
+                ds_ghTV *= slope_ghTV
 
             add_heads(dv_GSK[g, seen], np.matmul(transposed(kept_ghTV), dout_ghTK))
             add_heads(dk_GSK[g, seen], np.matmul(transposed(ds_ghTV), q_ghTK))

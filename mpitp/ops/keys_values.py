@@ -30,7 +30,7 @@ def append(held_BCGK: Sequence[Array], new_BSGK: Sequence[Array], starts_B: Arra
 
 @cuda_twin(by="q_BHK")
 def last_query_forward(q_BHK: Array, k_BCGK: Array, v_BCGK: Array, starts_B: Array, scale: float, *, out: Array,
-                       window: int | None = None, slopes: Array | None = None) -> None:
+                       window: int | None = None, softcap: float | None = None, slopes: Array | None = None) -> None:
     """Compute out[b] = softmax(scale q[b] k^T + slope (key - query)) v over the keys 0 to starts[b].
 
     Parameters
@@ -45,7 +45,7 @@ def last_query_forward(q_BHK: Array, k_BCGK: Array, v_BCGK: Array, starts_B: Arr
         Of the scores.
     out : (B, H, K) array
         Where the result goes.
-    window : int or None
+    window, softcap : int or None, float or None
         As in attention_forward.
     slopes : (G, H / G) array or None
         As in attention_forward.
@@ -54,4 +54,4 @@ def last_query_forward(q_BHK: Array, k_BCGK: Array, v_BCGK: Array, starts_B: Arr
     for b in range(B):
         q, a = (x[b].reshape(G, H // G, 1, K) for x in (q_BHK, out))        # views: heads are split, not moved
         k, v = (x[b, :starts_B[b] + 1].swapaxes(0, 1) for x in (k_BCGK, v_BCGK))
-        attention_forward(q, k, v, scale, out=a, window=window, slopes=slopes)
+        attention_forward(q, k, v, scale, out=a, window=window, softcap=softcap, slopes=slopes)

@@ -8,6 +8,8 @@ with the layers: formulas stand in their plainest form, and NumPy is all that th
     Magnitude       an array that carries a bound on its rounding error; every function above runs on it
     compare         judges one result against the exact one; compare_all judges all of a computation
     Comparison      what they return
+    Recorder        writes what the ranks of any run hold to a folder, for `python -m mpitp judge`
+    check_layer     the same judge for results at hand, in a test
 
 Examples
 --------
@@ -26,8 +28,11 @@ True
 False
 """
 from . import attention, block, cross_entropy, decoder, embedding, feed_forward, linear, norm
+from .check import check_layer
 from .comparison import Comparison, compare, compare_all, error_ratio, limit, normwise_limit, normwise_ratio
 from .magnitude import Magnitude
+from .recorder import Recorder
 
-__all__ = ["Comparison", "Magnitude", "attention", "block", "compare", "compare_all", "cross_entropy", "decoder",
-           "embedding", "error_ratio", "feed_forward", "limit", "linear", "norm", "normwise_limit", "normwise_ratio"]
+__all__ = ["Comparison", "Magnitude", "Recorder", "attention", "block", "check_layer", "compare", "compare_all",
+           "cross_entropy", "decoder", "embedding", "error_ratio", "feed_forward", "limit", "linear", "norm",
+           "normwise_limit", "normwise_ratio"]

@@ -21,6 +21,11 @@ def relu(h: Array) -> tuple[Array, Array]:
     return np.maximum(h, 0), (h > 0).astype(h.dtype)
 
 
+def relu2(h: Array) -> tuple[Array, Array]:
+    """a = max(h, 0)^2; a' = 2 max(h, 0)"""
+    return np.maximum(h, 0) ** 2, 2 * np.maximum(h, 0)
+
+
 def silu(h: Array) -> tuple[Array, Array]:
     """a = h s with s = 1 / (1 + e^-h); a' = s + h s (1 - s)"""
     s = np.exp(-np.logaddexp(0, -h))
@@ -45,9 +50,10 @@ def erf(z: Array) -> Array:
     return np.asarray(np.frompyfunc(math.erf, 1, 1)(z.astype(np.float64)), dtype=np.float64).astype(z.dtype)
 
 
-ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu": gelu, "silu": silu, "relu": relu, "identity": identity}
+ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu": gelu, "silu": silu, "relu": relu, "relu2": relu2,
+               "identity": identity}
 # Bounds on the second derivatives.
-BEND = {"gelu_tanh": 0.8, "gelu": 0.8, "silu": 0.5, "relu": 0.0, "identity": 0.0}
+BEND = {"gelu_tanh": 0.8, "gelu": 0.8, "silu": 0.5, "relu": 0.0, "relu2": 2.0, "identity": 0.0}
 
 
 def forward(h: Array, name: str) -> tuple[Array, Array]:
@@ -57,7 +63,7 @@ def forward(h: Array, name: str) -> tuple[Array, Array]:
     ----------
     h : (...) array or Magnitude
     name : str
-        "gelu_tanh", "gelu", "silu", "relu" or "identity".
+        "gelu_tanh", "gelu", "silu", "relu", "relu2" or "identity".
 
     Returns
     -------

@@ -48,6 +48,22 @@ def softmax_backward(dp: Array, p: Array) -> Array:
     return p * (dp - (p * dp).sum(axis=-1, keepdims=True))
 
 
+def softcap_forward(z: Array, cap: float) -> tuple[Array, Array]:
+    """y = cap tanh(z / cap), and dy/dz = 1 - tanh^2 (Gemma 2, arXiv 2408.00118)
+
+    Parameters
+    ----------
+    z : (...) array or Magnitude
+    cap : float
+
+    Returns
+    -------
+    y, slope : (...) array or Magnitude
+    """
+    t = np.tanh(z / cap)
+    return t * cap, 1 - t * t
+
+
 def allowed_pairs(B: int, S: int, window: int | None, mask: Array | None) -> Array:
     """Return whether each query may attend to each key: (B, 1, S, S).
 
@@ -72,27 +88,38 @@ def heads_forward(x_BSD: Array, w: Weights, name: str, config: DecoderConfig, la
     """Project x to the heads of "query", "key" or "value"; the config says whether to normalise and rotate."""
     (B, S, _), K = x_BSD.shape, config.head_dim
     z, saved_linear = linear.forward(x_BSD, part(w, name))
+    saved_norm, of_each_head = None, config.qk_norm and not config.qk_norm_over_heads
+    if config.qk_norm_over_heads and name != "value":
+        z, saved_norm = norm.forward(z, part(w, f"{name}_norm"), **norm.options(config))
     z_BHSK = z.reshape(B, S, -1, K).transpose(0, 2, 1, 3)
-    saved_norm = saved_rotary = None
-    if config.qk_norm and name != "value":
-        z_BHSK, saved_norm = norm.forward(z_BHSK, part(w, f"{name}_norm"), **norm.options(config))
-    rotary = config.rotary_of(layer)
-    if rotary is not None and name != "value":
-        z_BHSK, saved_rotary = rotate_forward(z_BHSK, rotary)
-    return z_BHSK, (name, saved_linear, saved_norm, saved_rotary)
+    rotary, saved = config.rotary_of(layer), []
+    steps = ("rotary", "norm") if config.qk_norm_after_rotary else ("norm", "rotary")
+    for step in steps if name != "value" else ():
+        if step == "norm" and of_each_head:
+            z_BHSK, of_step = norm.forward(z_BHSK, part(w, f"{name}_norm"), **norm.options(config))
+            saved.append((step, of_step))
+        elif step == "rotary" and rotary is not None:
+            z_BHSK, of_step = rotate_forward(z_BHSK, rotary)
+            saved.append((step, of_step))
+    return z_BHSK, (name, saved_linear, saved_norm, saved)
 
 
 def heads_backward(dz_BHSK: Array, saved: Any) -> tuple[Array, dict[str, Array]]:
     """Compute the gradients of x and of the weights of one projection."""
-    name, saved_linear, saved_norm, saved_rotary = saved
+    name, saved_linear, saved_norm, saved_steps = saved
     gradients = {}
-    if saved_rotary is not None:
-        dz_BHSK = rotate_backward(dz_BHSK, saved_rotary)
-    if saved_norm is not None:
-        dz_BHSK, d_norm = norm.backward(dz_BHSK, saved_norm)
-        gradients.update(named(f"{name}_norm", d_norm))
+    for step, of_step in reversed(saved_steps):
+        if step == "rotary":
+            dz_BHSK = rotate_backward(dz_BHSK, of_step)
+        else:
+            dz_BHSK, d_norm = norm.backward(dz_BHSK, of_step)
+            gradients.update(named(f"{name}_norm", d_norm))
     B, H, S, K = dz_BHSK.shape
-    dx_BSD, d_linear = linear.backward(dz_BHSK.transpose(0, 2, 1, 3).reshape(B, S, H * K), saved_linear)
+    dz = dz_BHSK.transpose(0, 2, 1, 3).reshape(B, S, H * K)
+    if saved_norm is not None:
+        dz, d_norm = norm.backward(dz, saved_norm)
+        gradients.update(named(f"{name}_norm", d_norm))
+    dx_BSD, d_linear = linear.backward(dz, saved_linear)
     return dx_BSD, {**named(name, d_linear), **gradients}
 
 
@@ -131,13 +158,16 @@ def forward(x_BSD: Array, w: Weights, config: DecoderConfig, layer: int = 0, mas
     k_BHSK, v_BHSK = k_BGSK[:, group_of_head], v_BGSK[:, group_of_head]
     q_BHSK = q_BHSK * config.scale
     z_BHSS = q_BHSK @ k_BHSK.swapaxes(-1, -2)
+    slope: Any = 1
+    if config.attention_softcap is not None:
+        z_BHSS, slope = softcap_forward(z_BHSS, config.attention_softcap)
     if config.position_embedding == "alibi":
         z_BHSS = z_BHSS + alibi(H, S, x_BSD.dtype)
     p_BHSS = softmax_forward(z_BHSS, allowed_pairs(B, S, config.window(layer), mask))
     a_BHSK = (p_BHSS * dropout) @ v_BHSK
     y_BSD, saved_out = linear.forward(a_BHSK.transpose(0, 2, 1, 3).reshape(B, S, -1), part(w, "out"))
     saved_projections = (saved_query, saved_key, saved_value, saved_out)
-    return y_BSD, (saved_projections, q_BHSK, k_BHSK, v_BHSK, p_BHSS, dropout, config)
+    return y_BSD, (saved_projections, q_BHSK, k_BHSK, v_BHSK, p_BHSS, slope, dropout, config)
 
 
 def backward(dy_BSD: Array, saved: Any) -> tuple[Array, dict[str, Array]]:
@@ -155,12 +185,12 @@ def backward(dy_BSD: Array, saved: Any) -> tuple[Array, dict[str, Array]]:
     gradients : dict
         By the names of the weights.
     """
-    (saved_query, saved_key, saved_value, saved_out), q_BHSK, k_BHSK, v_BHSK, p_BHSS, dropout, config = saved
+    (saved_query, saved_key, saved_value, saved_out), q_BHSK, k_BHSK, v_BHSK, p_BHSS, slope, dropout, config = saved
     (B, S, _), H, G, K = dy_BSD.shape, config.num_attention_heads, config.query_groups, config.head_dim
     da, d_out = linear.backward(dy_BSD, saved_out)
     da_BHSK = da.reshape(B, S, H, K).transpose(0, 2, 1, 3)
     dv_BHSK = (p_BHSS * dropout).swapaxes(-1, -2) @ da_BHSK
-    dz_BHSS = softmax_backward((da_BHSK @ v_BHSK.swapaxes(-1, -2)) * dropout, p_BHSS)
+    dz_BHSS = softmax_backward((da_BHSK @ v_BHSK.swapaxes(-1, -2)) * dropout, p_BHSS) * slope
     dq_BHSK, dk_BHSK = (dz_BHSS @ k_BHSK) * config.scale, dz_BHSS.swapaxes(-1, -2) @ q_BHSK
     # A key/value head is shared by H / G query heads, so its gradient is the sum over them.
     dk_BGSK, dv_BGSK = (d.reshape(B, G, H // G, S, K).sum(axis=2) for d in (dk_BHSK, dv_BHSK))

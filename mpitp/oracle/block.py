@@ -57,7 +57,7 @@ def forward(x_BSD: Array, w: Weights, config: DecoderConfig, layer: int = 0, mas
         h_mlp = h if config.shared_norm else norm_forward("mlp_norm", x_BSD, w, config, saved)
         a, saved["attention"] = attention.forward(h, part(w, "attention"), config, layer, mask, drop_weights)
         m, saved["mlp"] = feed_forward.forward(h_mlp, part(w, "mlp"), config.activation)
-        saved["dropout"] = dropout(f"{name}dropout", x_BSD.shape, config.hidden_dropout)
+        saved["dropout"] = dropout(f"{name}dropout", x_BSD.shape, config.hidden_dropout) * config.residual_multiplier
         return x_BSD + (a + m) * saved["dropout"], saved
     for branch in ("attention", "mlp"):
         h = x_BSD
@@ -67,7 +67,8 @@ def forward(x_BSD: Array, w: Weights, config: DecoderConfig, layer: int = 0, mas
             h, saved[branch] = attention.forward(h, part(w, branch), config, layer, mask, drop_weights)
         else:
             h, saved[branch] = feed_forward.forward(h, part(w, branch), config.activation)
-        saved[f"{branch} dropout"] = dropout(f"{name}{branch}.dropout", x_BSD.shape, config.hidden_dropout)
+        saved[f"{branch} dropout"] = dropout(f"{name}{branch}.dropout", x_BSD.shape, config.hidden_dropout) * \
+            config.residual_multiplier
         h = h * saved[f"{branch} dropout"]
         if config.norm_placement == "after_residual":
             x_BSD = norm_forward(f"{branch}_post_norm", x_BSD + h, w, config, saved)

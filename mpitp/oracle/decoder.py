@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..arrays import Array
-from . import block, embedding, linear
+from . import attention, block, embedding, linear
 from .block import Dropout, no_dropout
 from .linear import Weights, named, part
 
@@ -57,6 +57,10 @@ def forward(ids_BS: Array, w: Weights, config: DecoderConfig, mask: Array | None
     if config.tie_word_embeddings:
         head["weight"] = w["embedding.weight"]
     logits, saved["head"] = linear.forward(x_BSD, head)
+    if config.logits_multiplier != 1:
+        logits = logits * config.logits_multiplier
+    if config.logits_softcap is not None:
+        logits, saved["slope"] = attention.softcap_forward(logits, config.logits_softcap)
     return logits, saved
 
 
@@ -75,6 +79,10 @@ def backward(d_logits: Array, saved: Any) -> dict[str, Array]:
         By the names of the weights. An embedding that is the head's weight, too, has the sum of both gradients.
     """
     config, gradients = saved["config"], {}
+    if config.logits_softcap is not None:
+        d_logits = d_logits * saved["slope"]
+    if config.logits_multiplier != 1:
+        d_logits = d_logits * config.logits_multiplier
     d_BSD, d_head = linear.backward(d_logits, saved["head"])
     gradients.update(named("head", d_head))
     if config.final_norm:

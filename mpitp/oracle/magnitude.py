@@ -187,7 +187,13 @@ def sqrt(x: Magnitude) -> Magnitude:
     return Magnitude(value, value + x.size / (2 * value))
 
 
+def tanh(x: Magnitude) -> Magnitude:
+    """Return tanh x, whose absolute error is that of x times the slope, and one rounding."""
+    value = np.tanh(x.value)
+    return Magnitude(value, np.abs(value) + (1 - value * value) * x.size)
+
+
 OPERATIONS: dict[np.ufunc, Callable[..., Magnitude]] = {
     np.add: Magnitude.__add__, np.subtract: Magnitude.__sub__, np.multiply: Magnitude.__mul__,
     np.divide: Magnitude.__truediv__, np.matmul: Magnitude.__matmul__, np.negative: Magnitude.__neg__,
-    np.exp: exp, np.log: log, np.sqrt: sqrt}
+    np.exp: exp, np.log: log, np.sqrt: sqrt, np.tanh: tanh}

@@ -27,6 +27,22 @@ KINDS = {
                               rotary=Rotary(dim=4, scaling="yarn", factor=4.0, original_max_positions=4)),
 }
 
+# Kinds that tests/hashes.py, whose lines are compared with those of other versions, does not know.
+NEWER_KINDS = {
+    "gemma2": dict(LLAMA, activation="gelu_tanh", num_attention_heads=6, num_query_groups=2, norm_placement="both",
+                   zero_centered_gamma=True, tie_word_embeddings=True, sliding_window=(3, None), attention_scale=0.9,
+                   attention_softcap=2.0, logits_softcap=3.0, logits_multiplier=1.7, head_bias=True),
+    "granite and nemotron": dict(LLAMA, normalization="layernorm", zero_centered_gamma=True, activation="relu2",
+                                 residual_multiplier=0.3, logits_multiplier=0.4, rotary=(Rotary(dim=4), None)),
+    "hunyuan, side by side": dict(LLAMA, num_attention_heads=3, num_query_groups=1, qk_norm=True, shared_norm=True,
+                                  qk_norm_after_rotary=True, parallel_residual=True, residual_multiplier=1.5,
+                                  rotary=Rotary(base=100.0, interleaved=True)),
+    "olmo2, over all heads": dict(LLAMA, num_attention_heads=6, num_query_groups=3, norm_placement="after",
+                                  qk_norm=True, qk_norm_over_heads=True, zero_centered_gamma=True),
+    "one kv head, normed over heads": dict(LLAMA, qk_norm=True, qk_norm_over_heads=True, qkv_bias=True),
+    "opt": dict(position_embedding="learned", max_position_embeddings=9, position_offset=2, activation="relu"),
+}
+
 
 def config(kind, **more):
-    return DecoderConfig(**{**COMMON, **KINDS[kind], **more})
+    return DecoderConfig(**{**COMMON, **{**KINDS, **NEWER_KINDS}[kind], **more})

@@ -1,4 +1,4 @@
-"""The suite on a GPU: `pytest tests --device gpu [--transport mpi|nccl|staged]`, or `--device stand-in` without one.
+"""The suite on a GPU: `pytest tests --device gpu [--transport peer|nccl|mpi|staged]`, or `--device stand-in` without.
 
 Tests draw, compare and plant mistakes in NumPy. This adapter wraps the functions and methods that tests call: arrays
 that a test gives go to the device, and what comes back comes to the host. The library's own calls are left alone, so
@@ -28,7 +28,7 @@ OTHERS = {"comm.group": {"TensorParallelGroup": ("all_reduce", "all_gather", "ga
           "layers.gather": {None: ("gather_from_ranks_forward", "gather_from_ranks_backward",
                                    "scatter_to_ranks_forward", "scatter_to_ranks_backward")},
           "inference.generation": {"Choice": ("__call__",)},
-          "inference.graph": {"CapturedToken": ("__init__", "__call__")},
+          "inference.graph": {"CapturedToken": ("__init__", "__call__"), "CapturedChoice": ("__init__", "__call__")},
           "checkpoints.saving": {None: ("save_model",)}, "checkpoints.loading": {None: ("load_model",)}}
 depth = 0               # of the library's calls of itself: 0 in a test
 

@@ -148,10 +148,11 @@ def attentions(array):
         q, out, dq, k, v = array(2, 3, 7, 8), array(2, 3, 7, 8), array(2, 3, 7, 8), array(2, 9, 8), array(2, 9, 8)
         lse = attention.attention_forward(q, k, v, 0.3, out=out, **options)
         attention.attention_backward(out, lse, q, k, v, out, 0.3, dq=dq, **options)
-        held = array(2, 9, 2, 8)
-        keys_values.append((held, held), (array(2, 1, 2, 8), array(2, 1, 2, 8)), array.integers(3, 0))
-        keys_values.last_query_forward(array(2, 6, 8), held, held, array.integers(3, 0), 0.3, out=array(2, 6, 8),
-                                       window=window, slopes=biased)
+        for K in (8, 64):
+            held = array(2, 9, 2, K)
+            keys_values.append((held, held), (array(2, 1, 2, K), array(2, 1, 2, K)), array.integers(3, 0))
+            keys_values.last_query_forward(array(2, 6, K), held, held, array.integers(3, 0), 0.3, out=array(2, 6, K),
+                                           window=window, slopes=biased)
 
 
 def others(array):

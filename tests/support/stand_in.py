@@ -270,6 +270,10 @@ class runtime:
     def getDeviceProperties(cls, number):
         return {"uuid": cls.uuids[number], "name": b"Stand-in"}
 
+    @classmethod
+    def deviceCanAccessPeer(cls, number, other):
+        return 1
+
 
 class Device:
     current = None
@@ -441,7 +445,10 @@ class Called:
 
     def __call__(self, *arrays):
         for held, x in zip(self.inputs, arrays):
-            held[...] = x
+            if isinstance(x, np.ndarray):
+                held.set(x)
+            else:
+                held[...] = x
         return self.function(*self.inputs)
 
 
@@ -461,3 +468,22 @@ def install(monkeypatch=None, kernels=False):
         else:
             monkeypatch.setitem(sys.modules, name, module)
     default_stream.reset()
+
+
+def install_peers(monkeypatch):
+    """Give the stand-in memory that processes share, and kernels of transport `peer`, which g++ compiles."""
+    import host_kernels
+    for name in ("malloc", "free", "memset", "ipcGetMemHandle", "ipcOpenMemHandle", "ipcCloseMemHandle",
+                 "deviceSynchronize"):
+        monkeypatch.setattr(runtime, name, getattr(host_kernels.Memory, name), raising=False)
+    monkeypatch.setattr(cupy, "RawKernel", host_kernels.RawKernel, raising=False)
+    monkeypatch.setattr(cuda, "alloc_pinned_memory", Pinned, raising=False)
+
+
+class Pinned(np.ndarray):
+    """Pinned memory of the host."""
+
+    def __new__(cls, size):
+        return np.zeros(size, np.uint8).view(cls)
+
+    ptr = property(lambda self: self.ctypes.data)

@@ -12,10 +12,13 @@ from .keys import Keys, short
 
 MODULES = {     # model_type: the file of its table
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "ministral": "llama", "qwen2": "llama", "qwen3": "llama",
-    "seed_oss": "llama", "helium": "llama", "gemma": "gemma", "gemma3_text": "gemma", "gemma3": "gemma", "phi": "phi",
-    "phi3": "phi", "glm": "glm", "glm4": "glm", "stablelm": "stablelm", "starcoder2": "starcoder2",
+    "seed_oss": "llama", "helium": "llama", "gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma",
+    "gemma3": "gemma", "phi": "phi", "phi3": "phi", "glm": "glm", "glm4": "glm", "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
     "gpt_neox": "gpt_neox", "gptj": "gptj", "gpt_bigcode": "gpt_bigcode", "opt": "opt", "falcon": "falcon",
-    "bloom": "bloom",
+    "bloom": "bloom", "arcee": "arcee", "nemotron": "nemotron", "granite": "granite", "cohere": "cohere",
+    "cohere2": "cohere", "exaone4": "exaone4", "smollm3": "smollm3", "hunyuan_v1_dense": "hunyuan", "olmo2": "olmo",
+    "olmo3": "olmo",
 }
 OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_method_std")        # no part of what a checkpoint computes
 

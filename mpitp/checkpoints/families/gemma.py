@@ -1,7 +1,7 @@
-"""Gemma (arXiv 2403.08295), Gemma 3 (2503.19786) and the text model of its folders that have images, too.
+"""Gemma (arXiv 2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), and the text model of its folders with images.
 
-Norms multiply by 1 + w, embedded tokens by the root of the hidden size. Gemma 3 has norms on both sides of each branch,
-and sliding and full layers, which rotate at their own speeds.
+Norms multiply by 1 + w, embedded tokens by the root of the hidden size. Gemma 2 and 3 have norms on both sides of each
+branch, sliding and full layers; those of Gemma 3 rotate at their own speeds, Gemma 2 keeps scores and logits in bounds.
 """
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def inverse_square(scale: float) -> Any:
     return round(scale ** -2)
 
 
+def cap(keys: Keys, name: str, default: float) -> float | None:
+    """Return a softcap: none where the key is null, the default where it is absent."""
+    return keys.number(name, default=None if name in keys.values else default, above=0)
+
+
 def scaled_embedding(found: dict) -> dict:
     """Return the multiplier of embedded tokens."""
     return {"embedding_multiplier": found["hidden_size"] ** 0.5}
@@ -49,10 +54,13 @@ GEMMA = Table({**OF_ALL, "num_query_groups": Key(HEADS, "num_key_value_heads", 1
                "activation": Key(Kind(activation, THEIR_ACTIVATIONS.__getitem__), "hidden_act", "gelu_pytorch_tanh")},
               dict(gated=True, normalization="rmsnorm", mlp_bias=False, zero_centered_gamma=True),
               derived=scaled_embedding)
-GEMMA3 = Table({**OF_ALL, "num_query_groups": Key(HEADS, "num_key_value_heads", 4),
-                "activation": Key(COMMON["activation"].kind, "hidden_activation", "gelu_pytorch_tanh"),
-                "attention_scale": Key(Kind(root, inverse_square), "query_pre_attn_scalar", 256.0)},
-               {**GEMMA.fixed, "qk_norm": True, "norm_placement": "both"}, derived=scaled_embedding,
+LATER = {**OF_ALL, "num_query_groups": Key(HEADS, "num_key_value_heads", 4),
+         "activation": Key(COMMON["activation"].kind, "hidden_activation", "gelu_pytorch_tanh"),
+         "attention_scale": Key(Kind(root, inverse_square), "query_pre_attn_scalar", 256.0)}
+GEMMA2 = Table({**LATER, "attention_softcap": Key(Kind(cap), "attn_logit_softcapping", 50.0),
+                "logits_softcap": Key(Kind(cap), "final_logit_softcapping", 30.0)},
+               {**GEMMA.fixed, "norm_placement": "both"}, derived=scaled_embedding, windows=Typed(2))
+GEMMA3 = Table(LATER, {**GEMMA.fixed, "qk_norm": True, "norm_placement": "both"}, derived=scaled_embedding,
                rope=RopeOfTypes({"full_attention": ("rope_theta", 1e6),
                                  "sliding_attention": ("rope_local_base_freq", 1e4)}),
                windows=Typed(6, "sliding_window_pattern"))
@@ -76,6 +84,8 @@ GEMMA3_TEXT = GEMMA3.family("gemma3_text", "Gemma3ForCausalLM", {**TENSORS, **NO
 FAMILIES = [
     GEMMA.family("gemma", "GemmaForCausalLM", TENSORS,
                  refused=(CAUSAL, ("hidden_activation", ("gelu_pytorch_tanh",)))),
+    GEMMA2.family("gemma2", "Gemma2ForCausalLM", {**TENSORS, **NORMS}, without_effect=("hidden_act",),
+                  refused=(CAUSAL,)),
     GEMMA3_TEXT,
     replace(GEMMA3_TEXT, model_type="gemma3", read=read_text_part, saved_as="gemma3_text",
             prefix="model.language_model.", other_prefixes=("language_model.model.",),

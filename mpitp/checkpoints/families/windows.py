@@ -80,9 +80,11 @@ class Typed:
         return windows_of(keys, kinds, window)
 
     def write(self, config: DecoderConfig) -> dict:
-        """Return layer_types and the window."""
-        windows = config.windows
-        return {"layer_types": list(map(type_of, windows)), "sliding_window": max(filter(None, windows), default=None)}
+        """Return layer_types and, if there is one, the window; transformers wants one, even where no layer slides."""
+        said: dict = {"layer_types": list(map(type_of, config.windows))}
+        if any(config.windows):
+            said["sliding_window"] = max(filter(None, config.windows))
+        return said
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ class OneRankTransport:
         Why it is that one.
     """
     overlaps = False
+    records = True
     message_bytes = 1 << 62
 
     def __init__(self, name: str, how: str) -> None:

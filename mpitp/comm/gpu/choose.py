@@ -1,6 +1,7 @@
 """Choose the transport: what carries the arrays that the ranks add up. Rank 0 decides, from what all of them found.
 
 mpi : MPI on the arrays themselves; on a GPU only where the MPI is CUDA-aware. The default wherever that is not slow
+peer : GPUs of one node that write into each other's memory, and one of the others for what is beyond it
 nccl : NCCL through CuPy, on device arrays
 staged : MPI on copies in pinned host memory
 """
@@ -18,6 +19,7 @@ from .alone import OneRankTransport
 from .aware import cuda_aware_everywhere
 from .binding import Gpu
 from .mpi_device import DeviceMpiTransport
+from .peer_memory import Peers, peers
 from .staged import StagedTransport
 
 TIMED_BYTES = 16 << 20
@@ -27,10 +29,14 @@ _printed_reasons: set[str] = set()
 
 
 class Decision(NamedTuple):
-    """A transport's name and why it is that one; or no name, and the problem with the one that was asked for."""
+    """A transport's name and why it is that one; or no name, and the problem with the one that was asked for.
+
+    beyond : the name of the one that carries what `peer` does not
+    """
     name: str
     how: str
     problem: str = ""
+    beyond: str = ""
 
 
 def choose_transport(comm: MPI.Comm, xp: ModuleType, gpu: Gpu, transport: str) -> Transport:
@@ -58,22 +64,30 @@ def choose_transport(comm: MPI.Comm, xp: ModuleType, gpu: Gpu, transport: str) -
     """
     name_asked = requested_transport(transport)
     aware, aware_reason = cuda_aware_everywhere(comm)
-    seconds = timed_all_reduce(comm, xp) if aware and comm.size > 1 and name_asked == "auto" else None
-    obstacles = comm.allgather(nccl_obstacle(gpu))
-    obstacle = next((found for found in obstacles if found), None)
-    decision = comm.bcast(decide(name_asked, comm.size, aware, aware_reason, seconds, obstacle))
+    no_nccl = next(filter(None, comm.allgather(nccl_obstacle(gpu))), None)
+    found: Peers | str = "one rank"
+    if comm.size > 1 and name_asked in ("auto", "peer"):
+        found = peers(comm, xp, gpu, share=name_asked == "peer")
+    no_peer = found if isinstance(found, str) else None
+    timed = aware and comm.size > 1 and name_asked == "auto" and (no_peer or no_nccl)
+    seconds = timed_all_reduce(comm, xp) if timed else None
+    decision = comm.bcast(decide(name_asked, comm.size, aware, aware_reason, seconds, no_nccl, no_peer))
     if decision.problem:
         raise InputError(decision.problem)
     if comm.size == 1:
         return OneRankTransport(decision.name, decision.how)
-    if decision.name == "staged" and name_asked == "auto" and comm.rank == 0 and decision.how not in _printed_reasons:
+    if "staged" in (decision.name, decision.beyond) and name_asked == "auto" and comm.rank == 0 \
+            and decision.how not in _printed_reasons:
         _printed_reasons.add(decision.how)          # once a process, not once a group
         print(f"mpitp: staging through host memory: {decision.how}", file=sys.stderr, flush=True)
-    return make_transport(decision, comm, xp)
+    if isinstance(found, Peers):
+        from .peer import PeerTransport
+        return PeerTransport(found, make_transport(decision.beyond, decision.how, comm, xp), decision.how)
+    return make_transport(decision.name, decision.how, comm, xp)
 
 
 def decide(name_asked: str, size: int, aware: bool, aware_reason: str, seconds: float | None,
-           no_nccl: str | None) -> Decision:
+           no_nccl: str | None, no_peer: str | None) -> Decision:
     """Decide from what was found.
 
     Parameters
@@ -86,8 +100,8 @@ def decide(name_asked: str, size: int, aware: bool, aware_reason: str, seconds: 
         What cuda_aware found.
     seconds : float or None
         Of one all-reduce of TIMED_BYTES by a CUDA-aware MPI; None where it was not timed.
-    no_nccl : str or None
-        Why NCCL cannot be used; None where it can.
+    no_nccl, no_peer : str or None
+        Why NCCL, and transport peer, cannot be used; None where they can.
     """
     if name_asked == "mpi" and not aware and size > 1:
         return Decision("", "", f"found an MPI that does not take device buffers ({aware_reason}), expected a "
@@ -95,10 +109,24 @@ def decide(name_asked: str, size: int, aware: bool, aware_reason: str, seconds: 
     if name_asked == "nccl" and no_nccl and size > 1:
         return Decision("", "", f"found {no_nccl}, expected NCCL for transport 'nccl', or transport 'mpi' or "
                                 f"'staged'")
-    if name_asked != "auto":
+    if name_asked == "peer" and no_peer and size > 1:
+        return Decision("", "", f"found {no_peer}, expected GPUs that write to each other for transport 'peer', or "
+                                f"transport 'nccl' or 'staged'")
+    if name_asked not in ("auto", "peer"):
         return Decision(name_asked, "asked for")
     if size == 1:
-        return Decision("mpi", "one rank: nothing travels")
+        return Decision("mpi" if name_asked == "auto" else name_asked, "one rank: nothing travels")
+    other = decide_without_peer(aware, aware_reason, seconds, no_nccl)
+    if no_peer:
+        return Decision(other.name, f"{other.how}; not peer: {no_peer}")
+    beyond = "nccl" if no_nccl is None else other.name
+    asked = "asked for; " if name_asked == "peer" else ""
+    return Decision("peer", f"{asked}the GPUs write into each other's memory, and {beyond} carries what is longer",
+                    beyond=beyond)
+
+
+def decide_without_peer(aware: bool, aware_reason: str, seconds: float | None, no_nccl: str | None) -> Decision:
+    """Decide between the others, where none was asked for; the arguments are decide's."""
     if not aware:
         reason = f"this MPI does not take device buffers ({aware_reason})"
     elif seconds is None:
@@ -136,15 +164,15 @@ def nccl_obstacle(gpu: Gpu) -> str | None:
     return f"ranks that share a GPU ({gpu.name}), which NCCL refuses" if gpu.shared else None
 
 
-def make_transport(decision: Decision, comm: MPI.Comm, xp: ModuleType) -> Transport:
-    """Make the transport of several ranks. Collective."""
-    if decision.name == "nccl":
+def make_transport(name: str, how: str, comm: MPI.Comm, xp: ModuleType) -> Transport:
+    """Make a transport of several ranks other than peer. Collective."""
+    if name == "nccl":
         from .nccl import NcclTransport
-        return NcclTransport(comm, xp, decision.how)
+        return NcclTransport(comm, xp, how)
     synchronise = partial(wait_for_device, xp)
-    if decision.name == "mpi":
-        return DeviceMpiTransport(comm, synchronise, decision.how)
-    return StagedTransport(comm, synchronise, decision.how,
+    if name == "mpi":
+        return DeviceMpiTransport(comm, synchronise, how)
+    return StagedTransport(comm, synchronise, how,
                            streams=(xp.cuda.Stream(non_blocking=True), xp.cuda.Stream(non_blocking=True)))
 
 

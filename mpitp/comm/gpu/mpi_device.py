@@ -23,7 +23,6 @@ class DeviceMpiTransport(MpiTransport):
     how : str
         Why it is this transport, for `doctor`.
     """
-
     def __init__(self, comm: MPI.Comm, synchronise: Callable[[], None], how: str = ""):
         super().__init__(comm)
         self.synchronise, self.how = synchronise, how

@@ -21,17 +21,25 @@ OPERATIONS = {"sum": "NCCL_SUM", "max": "NCCL_MAX", "min": "NCCL_MIN"}
 _communicators: dict[tuple[tuple[int, ...], tuple[int, ...]], Any] = {}
 
 
-def communicator(comm: MPI.Comm, cupy: ModuleType, nccl: ModuleType) -> Any:
-    """Return this process's NCCL communicator of these ranks on their current devices. Collective over comm.
+def key_of(comm: MPI.Comm, cupy: ModuleType) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return (ranks of the world, their current devices). Collective.
 
-    It is made when a group has these ranks first, and ends with the process.
+    Groups of a process for which they are equal may share a communicator. A rank not of the world is MPI.UNDEFINED.
     """
     own, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
     ranks = tuple(own.Translate_ranks(None, world))
     own.Free()
     world.Free()
-    key = ranks, tuple(comm.allgather(cupy.cuda.runtime.getDevice()))
-    if key not in _communicators or MPI.UNDEFINED in ranks:     # the same answer on every rank of comm
+    return ranks, tuple(comm.allgather(cupy.cuda.runtime.getDevice()))
+
+
+def communicator(comm: MPI.Comm, cupy: ModuleType, nccl: ModuleType) -> Any:
+    """Return this process's NCCL communicator of these ranks on their current devices. Collective over comm.
+
+    It is made when a group has these ranks first, and ends with the process.
+    """
+    key = key_of(comm, cupy)
+    if key not in _communicators or MPI.UNDEFINED in key[0]:    # the same answer on every rank of comm
         identity = comm.bcast(nccl.get_unique_id() if comm.rank == 0 else None)
         _communicators[key] = nccl.NcclCommunicator(comm.size, identity, comm.rank)
     return _communicators[key]
@@ -50,6 +58,7 @@ class NcclTransport:
     """
     name = "nccl"
     overlaps = True
+    records = True              # a CUDA graph can hold its calls
     message_bytes = 1 << 62       # nothing is too long: NCCL counts in 64 bits
 
     def __init__(self, comm: MPI.Comm, cupy: ModuleType, how: str) -> None:

@@ -38,6 +38,7 @@ class StagedTransport:
     """
     name = "staged"
     overlaps = False    # hardly any MPI makes progress while none of its functions runs
+    records = False     # nor can a CUDA graph hold them
 
     def __init__(self, comm: MPI.Comm, synchronise: Callable[[], None], how: str,
                  pinned_like: Callable[[DeviceArray], Array] = pinned_like,

@@ -14,6 +14,7 @@ from .kernel import kernel, launch
 BODIES = {
     "identity": "A a = x, d = 1;",
     "relu": "A a = x > 0 ? x : (x != x ? x : (A)0), d = x > 0;",
+    "relu2": "A p = x > 0 ? x : (x != x ? x : (A)0), a = p * p, d = 2 * p;",
     "silu": "A s = over(1, 1 + exponential(-x)), a = x * s, d = s + a * (1 - s);",
     "gelu_tanh": """
         const A k = 0.7978845608028654, c = 0.044715;

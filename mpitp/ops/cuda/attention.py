@@ -13,6 +13,7 @@ import cupy
 import numpy as np
 
 from ...arrays import DeviceArray, sum_dtype
+from ..softcap import refuse_softcap
 from .kernel import INFINITY, kernel, launch, threads_for
 from .linear import product
 
@@ -87,9 +88,11 @@ extern "C" __global__ void softmax_backward(const A* s, const A* dp, const A* ls
 
 
 def attention_forward(q_GHQK: DeviceArray, k_GSK: DeviceArray, v_GSK: DeviceArray, scale: float, *, out: DeviceArray,
-                      causal: bool = True, window: int | None = None, slopes: DeviceArray | None = None,
-                      mask: DeviceArray | None = None, keep: Keep | None = None) -> DeviceArray:
-    """Compute as mpitp.ops.attention.attention_forward; scores and lse in float32 for 16-bit q."""
+                      causal: bool = True, window: int | None = None, softcap: float | None = None,
+                      slopes: DeviceArray | None = None, mask: DeviceArray | None = None,
+                      keep: Keep | None = None) -> DeviceArray:
+    """Compute as mpitp.ops.attention.attention_forward; scores and lse in float32 for 16-bit q. No softcap."""
+    refuse_softcap(softcap)
     (G, H, Q, _), dtype = q_GHQK.shape, q_GHQK.dtype
     lse_GHQ = cupy.ndarray((G, H, Q), sum_dtype(dtype))
     for first, stop, seen, rules in tiles(q_GHQK, k_GSK, scale, causal, window, slopes, mask, keep):
@@ -104,9 +107,10 @@ def attention_forward(q_GHQK: DeviceArray, k_GSK: DeviceArray, v_GSK: DeviceArra
 def attention_backward(dout_GHQK: DeviceArray, lse_GHQ: DeviceArray, q_GHQK: DeviceArray, k_GSK: DeviceArray,
                        v_GSK: DeviceArray, out: DeviceArray, scale: float, *, dq: DeviceArray,
                        dk: DeviceArray | None = None, dv: DeviceArray | None = None, causal: bool = True,
-                       window: int | None = None, slopes: DeviceArray | None = None, mask: DeviceArray | None = None,
-                       keep: Keep | None = None) -> tuple[DeviceArray, DeviceArray]:
-    """Compute as mpitp.ops.attention.attention_backward; dk and dv in float32 for 16-bit q."""
+                       window: int | None = None, softcap: float | None = None, slopes: DeviceArray | None = None,
+                       mask: DeviceArray | None = None, keep: Keep | None = None) -> tuple[DeviceArray, DeviceArray]:
+    """Compute as mpitp.ops.attention.attention_backward; dk and dv in float32 for 16-bit q. No softcap."""
+    refuse_softcap(softcap)
     (G, H, _, K), dtype = q_GHQK.shape, q_GHQK.dtype
     computed = sum_dtype(dtype)
     dk_GSK, dv_GSK = (cupy.ndarray(k_GSK.shape, computed) if d is None else d for d in (dk, dv))

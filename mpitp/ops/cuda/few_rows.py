@@ -13,15 +13,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ...arrays import DeviceArray
-from .kernel import kernel, launch
+from .kernel import ALIGNED, kernel, launch
 
-ALIGNED = 16        # bytes that one instruction reads
-ROWS = 2            # of w, that a warp of gemv adds up at once: x is read for both
 WARPS = 8           # of a block of few_rows
 MOST = 16           # rows of x, of float32: of 16 and 64 bits cuBLAS reads w as fast
 GEMV = r"""
-// y[o] = sum over i of w[o, i] x[i], WARPS warps for ROWS rows; 16 bytes of w at a time. Which thread adds what of a
-// row, and so its bits, depends on WARPS alone.
+// y[o] = sum over i of w[o, i] x[i], WARPS warps for ROWS rows, for which x is read once; 16 bytes of w at a time.
+// Which thread adds what of a row, and so its bits, depends on WARPS alone.
 struct alignas(16) Vector { T at[16 / sizeof(T)]; };
 extern "C" __global__ void gemv(const T* w, const T* x, Y* y, int O, int I, long long pitch) {
     const int V = 16 / sizeof(T), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -136,9 +134,10 @@ def one_row(x_1I: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None = None
     w_OI, x_1I = in_rows(w_OI), in_rows(x_1I)
     y = y_1O if y_1O.flags.c_contiguous else cupy.empty((1, O), y_1O.dtype)
     # More warps a row where rows are few, so that enough of w is under way. By the shape alone: it is part of the bits.
-    warps = 1 if O >= 1 << 14 else 2 if O >= 1 << 13 else 4
-    launch(gemv(w_OI.dtype, warps, I * w_OI.itemsize % ALIGNED == 0, y.dtype == w_OI.dtype),
-           -(-O * warps // (4 * ROWS)), 128,
+    warps = 1 if O >= 1 << 14 else 4
+    rows = 4 if 1 << 12 <= O < 1 << 14 else 2
+    launch(gemv(w_OI.dtype, warps, rows, I * w_OI.itemsize % ALIGNED == 0, y.dtype == w_OI.dtype),
+           -(-O * warps // (4 * rows)), 128,
            (w_OI, x_1I, y, np.int32(O), np.int32(I), np.int64(w_OI.strides[0] // w_OI.itemsize)))
     if y is not y_1O:
         y_1O[...] = y
@@ -146,9 +145,9 @@ def one_row(x_1I: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None = None
 
 
 @cache
-def gemv(dtype: np.dtype, warps: int, in_vectors: bool, rounded: bool) -> Any:
+def gemv(dtype: np.dtype, warps: int, rows: int, in_vectors: bool, rounded: bool) -> Any:
     """Find the kernel of one row; `rounded`: y has the dtype of w, not that of sums."""
-    return kernel(GEMV, "gemv", dtype, (f"-DWARPS={warps}", f"-DROWS={ROWS}", f"-DVECTORS={int(in_vectors)}",
+    return kernel(GEMV, "gemv", dtype, (f"-DWARPS={warps}", f"-DROWS={rows}", f"-DVECTORS={int(in_vectors)}",
                                         *(("-DY=T", "-DROUND_Y=down") if rounded else ("-DY=A", "-DROUND_Y="))))
 
 

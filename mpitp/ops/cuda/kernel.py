@@ -68,6 +68,7 @@ __device__ A block_max(A x) {
     return warp_max(of_warps[lane < warps ? lane : 0]);
 }
 """
+ALIGNED = 16        # bytes that one instruction reads
 INFINITY = "__int_as_float(0x7f800000)"
 
 

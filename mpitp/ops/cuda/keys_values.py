@@ -5,29 +5,34 @@ Attention of the newest query: each piece of the keys is one block of threads, t
 Dimension key: B sequences, C capacity (positions), S new positions, G key/value heads, H query heads, K features of
 a head.
 """
+from typing import Any
+
 import cupy
 import numpy as np
 
 from ...arrays import DeviceArray, sum_dtype
-from .kernel import INFINITY, kernel, launch, threads_for
+from ..softcap import refuse_softcap
+from . import attend_vectors
+from .kernel import ALIGNED, INFINITY, kernel, launch
 
 NOTHING = np.uint64(0)      # a null pointer
 PIECE = 128                 # keys; fixed, since it is part of the bits
 APPEND = r"""
-// held[b, starts[b] + s] = new[b, s], of keys and of values; one block of threads a new position, n numbers each
+// held[b, starts[b] + s] = new[b, s], of keys and of values, n numbers each; a few blocks of threads a new position
 extern "C" __global__ void append(T* keys, const T* new_keys, T* values, const T* new_values, const long long* starts,
                                   int S, int n, long long capacity) {
     const long long b = blockIdx.x / S, to = (b * capacity + starts[b] + blockIdx.x % S) * n;
     const long long from = blockIdx.x * (long long)n;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < n; i += gridDim.y * blockDim.x) {
         keys[to + i] = new_keys[from + i];
         values[to + i] = new_values[from + i];
     }
 }"""
-ATTEND = rf"""
+DEFINED = rf"""
 #define INF ((A){INFINITY})
 #define PIECE {PIECE}
-""" + r"""
+"""
+ATTEND = DEFINED + r"""
 // Of one query head and one piece of its keys: the largest score, the sum of e^(score - largest), and that of e^... v.
 extern "C" __global__ void attend(const T* q, const T* k, const T* v, const long long* starts, A* tops, A* sums,
                                   A* parts, A scale, const A* slopes, int H, int share, int K, int window,
@@ -88,10 +93,14 @@ extern "C" __global__ void add_pieces(const A* tops, const A* sums, const A* par
     const int from = first / PIECE, to = (length - 1) / PIECE + 1;
     const long long row = blockIdx.x * (long long)pieces;
     A top = -INF, sum = 0;
-    for (int p = from; p < to; p++) top = (tops[row + p] > top || tops[row + p] != tops[row + p]) ? tops[row + p] : top;
-    for (int p = from; p < to; p++) sum += exp(tops[row + p] - top) * sums[row + p];
+    for (int p = from + threadIdx.x; p < to; p += blockDim.x)
+        top = (tops[row + p] > top || tops[row + p] != tops[row + p]) ? tops[row + p] : top;
+    top = block_max(top);
+    for (int p = from + threadIdx.x; p < to; p += blockDim.x) sum += exp(tops[row + p] - top) * sums[row + p];
+    sum = block_sum(sum);
     for (int i = threadIdx.x; i < K; i += blockDim.x) {
         A total = 0;
+        #pragma unroll 8
         for (int p = from; p < to; p++) total += exp(tops[row + p] - top) * parts[(row + p) * K + i];
         out[b * out_b + head * out_h + i] = down(total / sum);
     }
@@ -103,14 +112,17 @@ def append(held_BCGK: tuple[DeviceArray, DeviceArray], new_BSGK: tuple[DeviceArr
     """Compute as mpitp.ops.keys_values.append, of a pair of arrays each."""
     (keys, values), (new_keys, new_values) = held_BCGK, (cupy.ascontiguousarray(new) for new in new_BSGK)
     (B, S), n = new_keys.shape[:2], new_keys.shape[2] * new_keys.shape[3]
-    launch(kernel(APPEND, "append", keys.dtype), B * S if n else 0, threads_for(n),
-           (keys, new_keys, values, new_values, starts_B, np.int32(S), np.int32(n), np.int64(keys.shape[1])))
+    if B * S * n:
+        kernel(APPEND, "append", keys.dtype)(
+            (B * S, -(-n // 256) if B * S < 64 else 1), (256,),
+            (keys, new_keys, values, new_values, starts_B, np.int32(S), np.int32(n), np.int64(keys.shape[1])))
 
 
 def last_query_forward(q_BHK: DeviceArray, k_BCGK: DeviceArray, v_BCGK: DeviceArray, starts_B: DeviceArray,
-                       scale: float, *, out: DeviceArray, window: int | None = None,
+                       scale: float, *, out: DeviceArray, window: int | None = None, softcap: float | None = None,
                        slopes: DeviceArray | None = None) -> None:
-    """Compute as mpitp.ops.keys_values.last_query_forward."""
+    """Compute as mpitp.ops.keys_values.last_query_forward. No softcap."""
+    refuse_softcap(softcap)
     (B, H, K), (_, C, G, _), computed = q_BHK.shape, k_BCGK.shape, sum_dtype(q_BHK.dtype)
     if not q_BHK.size:
         return
@@ -119,7 +131,7 @@ def last_query_forward(q_BHK: DeviceArray, k_BCGK: DeviceArray, v_BCGK: DeviceAr
     result = out if out.strides[2] == size else cupy.ndarray(out.shape, out.dtype)
     tops, sums, parts = (cupy.ndarray((B * H, pieces, n), computed) for n in (1, 1, K))
     seen = np.int32(0 if window is None else window)
-    kernel(ATTEND, "attend", q_BHK.dtype)(
+    attend_kernel(q_BHK, k_BCGK, v_BCGK)(
         (B * H, pieces), (256,),
         (q_BHK, k_BCGK, v_BCGK, starts_B, tops, sums, parts, computed.type(scale),
          NOTHING if slopes is None else cupy.ascontiguousarray(slopes, computed), np.int32(H), np.int32(H // G),
@@ -129,6 +141,17 @@ def last_query_forward(q_BHK: DeviceArray, k_BCGK: DeviceArray, v_BCGK: DeviceAr
             *numbers(result.strides[:2], size)))
     if result is not out:
         out[...] = result
+
+
+def attend_kernel(q_BHK: DeviceArray, k_BCGK: DeviceArray, v_BCGK: DeviceArray) -> Any:
+    """Find the kernel for pieces of the keys: the one that reads in vectors where all of them are aligned for that."""
+    lanes, rest = divmod(q_BHK.shape[2] * q_BHK.itemsize, ALIGNED)
+    aligned = not rest and lanes in attend_vectors.VECTORS
+    for x in (q_BHK, k_BCGK, v_BCGK):
+        aligned = aligned and not x.data.ptr % ALIGNED and not any(stride % ALIGNED for stride in x.strides[:-1])
+    if not aligned:
+        return kernel(ATTEND, "attend", q_BHK.dtype)
+    return kernel(DEFINED + attend_vectors.SOURCE, "attend_vectors", q_BHK.dtype, (f"-DLANES={lanes}",))
 
 
 def numbers(strides: tuple[int, ...], size: int) -> list[np.int64]:

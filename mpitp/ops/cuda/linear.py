@@ -15,7 +15,8 @@ from numpy.typing import DTypeLike
 
 from ...arrays import DeviceArray, sum_dtype
 from .activation import activation_forward
-from .few_rows import ALIGNED, few_rows, one_row, takes
+from .few_rows import few_rows, one_row, takes
+from .kernel import ALIGNED
 from .sums import column_sum
 
 CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}         # cudaDataType of library_types.h
