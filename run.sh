@@ -185,8 +185,8 @@ mpi_type=       # of srun --mpi=TYPE, where srun needs to be told
 proves() {      # whether this launcher starts one world of $1 ranks with the library in MPI4PY_LIBMPI, if set
     local limit= text
     command -v timeout >/dev/null && limit="timeout 60"
-    text=$(MPIEXEC_TIMEOUT=60 $limit "$launcher" ${flags[@]+"${flags[@]}"} ${mpi_type:+--mpi=$mpi_type} -n "$1" \
-        "$python" -c "from mpi4py import MPI; size, name = MPI.COMM_WORLD.size, MPI.get_vendor()[0]
+    text=$(share_cores; MPIEXEC_TIMEOUT=60 $limit "$launcher" ${flags[@]+"${flags[@]}"} \
+        ${mpi_type:+--mpi=$mpi_type} -n "$1" "$python" -c "from mpi4py import MPI; size, name = MPI.COMM_WORLD.size, MPI.get_vendor()[0]
 raise SystemExit(size != $1 and f'{name}: a world of {size} rank, expected $1')" 2>&1 </dev/null) && return
     [ -z "$text" ] || said=$text
     return 1
@@ -245,7 +245,7 @@ kind() {        # openmpi4, openmpi5, hydra or other: what the launcher says of 
     esac
 }
 
-has_settings() {    # whether files or variables give Open MPI hosts or transports of their own: several nodes, perhaps
+has_settings() {    # whether files or variables give Open MPI hosts of its own, or files a setting of a name like $1
     local prefix etc file
     [ -z "${OMPI_MCA_orte_default_hostfile:-}${OMPI_MCA_default_hostfile:-}" ] || return 0
     [ -z "${PRTE_MCA_prte_default_hostfile:-}${PRTE_MCA_default_hostfile:-}" ] || return 0
@@ -258,15 +258,18 @@ has_settings() {    # whether files or variables give Open MPI hosts or transpor
     for file in "${HOME:-}"/.openmpi/mca-params.conf "${HOME:-}"/.prte/mca-params.conf \
                 "$prefix"/etc/*-mca-params.conf "$prefix"/etc/openmpi/*-mca-params.conf \
                 /etc/openmpi/*-mca-params.conf; do
-        ! grep -qsE '^[[:space:]]*(pml|btl|[a-z_]*hostfile)[[:space:]]*=[[:space:]]*[^^[:space:]]' "$file" || return 0
+        ! grep -qsE "^[[:space:]]*($1)[[:space:]]*=[[:space:]]*[^^[:space:]]" "$file" || return 0
     done
     return 1
 }
 
-open_mpi_environment() {    # what Open MPI needs as root, with more ranks than cores, and to leave ranks unpinned
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+share_cores() {     # more ranks of Open MPI than cores
     export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
     export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
+}
+
+open_mpi_environment() {    # what Open MPI needs as root, on one node, and to leave ranks unpinned
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     export OMPI_MCA_hwloc_base_binding_policy=${OMPI_MCA_hwloc_base_binding_policy:-none}
     export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy:-none}
     local cores
@@ -274,7 +277,10 @@ open_mpi_environment() {    # what Open MPI needs as root, with more ranks than 
     if [ -z "$site" ] && [ "$ranks" -gt "$cores" ]; then    # a rank that waits lets another work
         export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
     fi
-    if [ -z "$site" ] && ! has_settings; then               # one node: opening the network takes a second
+    if [ -z "$site" ] && ! has_settings '[a-z_]*hostfile'; then
+        share_cores                                         # with more hosts it would put all ranks on the first one
+    fi
+    if [ -z "$site" ] && ! has_settings 'pml|btl|[a-z_]*hostfile'; then     # one node: opening the network takes a second
         local shared=sm
         [ "$1" != openmpi4 ] || shared=vader
         export OMPI_MCA_pml=${OMPI_MCA_pml:-ob1} OMPI_MCA_btl=${OMPI_MCA_btl:-self,$shared}

@@ -33,8 +33,7 @@ def test_all_benches(tmp_path):
     blocks = [row for row in rows if row["bench"] == "block"]       # 12 D^2 weights; q k^T and p v over one tile
     flops = [2 * (12 * 8 * 32 ** 2 + 2 * 64 * 32), 2 * (36 * 8 * 32 ** 2 + 7 * 64 * 32)]
     assert [row["flops"] for row in blocks] == flops
-    assert [fit["operation"] for fit in report["fits"]] == ["all_gather", "all_reduce", "broadcast", "reduce_scatter"]
-    assert "alpha + beta n" in done.stdout and "MB/s" in done.stdout
+    assert report["fits"] == [] and "MB/s" in done.stdout           # no message here that shows a rate
     assert len(list(csv.DictReader((tmp_path / "b.csv").open()))) == len(rows)
 
 
@@ -52,6 +51,9 @@ def test_collectives_beside_what_neighbours_exchange(world):
     with mpitp.TensorParallelGroup() as group:
         arguments = argparse.Namespace(max_bytes=bench.BANDWIDTH_BYTES, rounds=2)
         rows = bench.collectives(group, arguments)
+        fits = bench.fits(rows)
+    assert [fit.operation for fit in fits] == ["all_gather", "all_reduce", "broadcast", "reduce_scatter"]
+    assert all(fit.alpha_seconds >= 0 and fit.beta_seconds_per_byte > 0 for fit in fits)
     assert len(rows) == 4 * 5 and {row.case for row in rows} == {"all_reduce", "all_gather", "reduce_scatter",
                                                                  "broadcast"}
     for row in rows:

@@ -265,13 +265,14 @@ def test_more_ranks_than_the_allocation_of_slurm(site, cpus, per_task, asked, fo
 @pytest.mark.parametrize("version, more", [("mpirun (Open MPI) 4.1.6", True), ("HYDRA build details:", False)])
 def test_grid_engine(site, version, more):
     """NSLOTS ranks; an Open MPI gets the hosts of PE_HOSTFILE as a machine file of its own format."""
-    site.stub("mpirun", version=version)
+    site.stub("mpirun", 'env > "$0.env"', version)
     (site.folder / "pe").write_text("node1 2 all.q@node1 UNDEFINED\nnode2 2 all.q@node2 UNDEFINED\n")
     site.environment.update(JOB_ID="7", NSLOTS="4", PE_HOSTFILE=str(site.folder / "pe"), TMPDIR=str(site.folder))
     assert site.run("verify").returncode == 0
     hosts = site.folder / "mpitp-hosts.7"
     assert site.calls()[0][:-4] == ["mpirun", *(["-machinefile", str(hosts)] if more else []), "-n", "4"]
     assert not more or hosts.read_text() == "node1 slots=2\nnode2 slots=2\n"
+    assert "oversubscribe" not in (site.bin / "mpirun.env").read_text()     # that would put all on the first host
     done = site.run("-n", 5)
     assert done.returncode == 2 and "found -n 5 in a Grid Engine allocation of 4" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -351,7 +352,9 @@ def test_hosts_of_open_mpi_outside_a_batch_system(site, where, text, one_node):
         (site.folder / where).parent.mkdir(exist_ok=True)
         (site.folder / where).write_text(text)
     assert site.run().returncode == 0
-    assert ("OMPI_MCA_btl=self,vader" in (site.bin / "mpirun.env").read_text()) == one_node
+    given = (site.bin / "mpirun.env").read_text()
+    assert ("OMPI_MCA_btl=self,vader" in given) == one_node
+    assert ("MCA_rmaps_base_oversubscribe=1" in given) == (one_node or text.startswith("btl"))
 
 
 def test_ranks_are_not_pinned_to_one_core(site):

@@ -160,11 +160,11 @@ def collectives(group: TensorParallelGroup, arguments: argparse.Namespace) -> li
 
 
 def fits(rows: list[Row]) -> list[Fit]:
-    """Return alpha and beta of each collective that was timed for two sizes or more, by least squares of ratios."""
+    """Return alpha and beta of each collective that was timed for small and for large messages."""
     found = []
     for operation in dict.fromkeys(r.case for r in rows if r.bench == "allreduce"):
         times = {r.bytes: r.median_seconds for r in rows if r.bench == "allreduce" and r.case == operation and r.bytes}
-        if len(times) > 1:
+        if min(times) < BANDWIDTH_BYTES <= max(times):
             found.append(Fit(operation, *measure.latency_and_rate(times)))
     return found
 

@@ -55,8 +55,8 @@ def lines(result: BenchReport) -> Iterator[str]:
     yield result.machine if result.device == "cpu" else f"{result.machine}; {result.device}"
     yield f"{result.hidden_size} -> {result.ffn_hidden_size} -> {result.hidden_size}, {result.tokens} tokens, " \
           f"{result.dtype}; {result.rounds} interleaved rounds"
-    yield "Look at `of limit`: 100% is the time of the bare products, of reading the weights once, or in which two"
-    yield "neighbours exchange what a rank sends."
+    yield "Look at `of limit`: 100% is the time of the bare products, of reading the weights once,"
+    yield "or in which neighbours exchange as many bytes as a rank sends."
     for bench in dict.fromkeys(r.bench for r in result.rows):
         yield ""
         yield from tables.table(
@@ -66,7 +66,7 @@ def lines(result: BenchReport) -> Iterator[str]:
               f"{r.share_of_limit:.1%}" if r.share_of_limit else "-") for r in result.rows if r.bench == bench])
     if result.fits:
         yield ""
-        yield "As alpha + beta n for n bytes: alpha is the latency, 1/beta the rate that large arrays approach."
+        yield "As alpha + beta n for n bytes: alpha is latency, 1/beta the rate that large arrays approach."
         yield from tables.table(("allreduce", "alpha", "1/beta"), [
             (fit.operation, tables.seconds(fit.alpha_seconds), tables.rate(1 / fit.beta_seconds_per_byte))
             for fit in result.fits])
