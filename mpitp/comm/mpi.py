@@ -102,10 +102,8 @@ class MpiTransport:
         self.comm.Reduce_scatter(message, receive, counts, OPERATIONS[op])
 
     def all_to_all(self, send: Array, send_counts: list[int], receive: Array, receive_counts: list[int]) -> None:
-        """Send run p of `send` to rank p; `receive` becomes what every rank sent here, one after the other.
-
-        Counts that are all one number, not 0, take MPI_Alltoall: they must be that number on every rank, or on none.
-        """
+        """Send run p of `send` to rank p; `receive` becomes what every rank sent here, one after the other."""
+        # Counts that are all one number must be that number on every rank, or on none: those of the tree are.
         if send_counts[0] and send_counts == receive_counts and min(send_counts) == max(send_counts):
             self.comm.Alltoall(send, receive)
         else:
