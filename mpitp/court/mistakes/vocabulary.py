@@ -32,6 +32,9 @@ def smoothing(case: Case) -> Planted:
     others = s * V / (V - 1) if V > 1 else s
     yield "label smoothing is spread over the other ids, the target not among them: V - 1", smoothed(case, [others])
     yield "label smoothing is missing", smoothed(case, [0.0])
+    yield "label smoothing is missing in the gradient", case.with_faults({"smoothing_back": left_out})
+    yield "label smoothing is missing in the loss, not in its gradient", \
+        smoothed(case, [0.0]).with_faults({"smoothing_back": partial(each, found=list(case.smoothing))})
     if not parts:
         return
     sizes = [max(2, len(part)) for part in parts]

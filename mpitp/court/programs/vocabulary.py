@@ -98,7 +98,7 @@ def loss_backward(ranks: Ranks, case: Case, saved: Any) -> Local:
     exps, sums, at_target, counted, counts, V = saved
     sizes = ranks.changed([V] * ranks.count, "smooth_size")
     out = []
-    for rank, s in enumerate(case.smoothing):
+    for rank, s in enumerate(ranks.changed(list(case.smoothing), "smoothing_back")):
         share = (counted * (case.options["loss_scale"] / counts[rank])).astype(exps[rank].dtype)[..., None]
         p = exps[rank] / sums["sum_exp"][rank][..., None]
         out.append((p - (at_target[rank] * (1 - s) + float(s / sizes[rank]))) * share)
