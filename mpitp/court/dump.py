@@ -11,7 +11,8 @@ import numpy as np
 
 from ..arrays import Array
 from ..attention_config import Rotary
-from ..checkpoints.safetensors import SafetensorsFile, read_json
+from ..checkpoints.json_files import read_json
+from ..checkpoints.safetensors import SafetensorsFile
 from ..config import DecoderConfig
 from ..errors import InputError, is_integer, one_of, require
 from .layouts import Layout, make_layout
