@@ -185,8 +185,9 @@ mpi_type=       # of srun --mpi=TYPE, where srun needs to be told
 proves() {      # whether this launcher starts one world of $1 ranks with the library in MPI4PY_LIBMPI, if set
     local limit= text
     command -v timeout >/dev/null && limit="timeout 60"
-    text=$(share_cores; MPIEXEC_TIMEOUT=60 $limit "$launcher" ${flags[@]+"${flags[@]}"} \
-        ${mpi_type:+--mpi=$mpi_type} -n "$1" "$python" -c "from mpi4py import MPI; size, name = MPI.COMM_WORLD.size, MPI.get_vendor()[0]
+    text=$(share_cores
+        MPIEXEC_TIMEOUT=60 $limit "$launcher" ${flags[@]+"${flags[@]}"} ${mpi_type:+--mpi=$mpi_type} -n "$1" \
+        "$python" -c "from mpi4py import MPI; size, name = MPI.COMM_WORLD.size, MPI.get_vendor()[0]
 raise SystemExit(size != $1 and f'{name}: a world of {size} rank, expected $1')" 2>&1 </dev/null) && return
     [ -z "$text" ] || said=$text
     return 1
