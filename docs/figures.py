@@ -1,4 +1,5 @@
-"""The tables of README.md and docs/ that are made: of benchmarks/results/*.json, and of the source (walk.py).
+"""The tables of README.md and docs/ that are made: of benchmarks/results/*.json, and of the source (walk.py,
+families_table.py).
 
     python docs/figures.py              write every table anew
     python docs/figures.py --check      exit with 1 if a page shows another table than is made
@@ -13,6 +14,7 @@ from pathlib import Path
 from collections.abc import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import families_table
 import walk
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +157,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ffn": lambda: interleaved("ffn-h2048-n2"), "block-512": lambda: interleaved("block-h512-n2"),
     "block-1024": lambda: interleaved("block-h1024-n2"), "train": lambda: interleaved("train-h256-n2"),
     "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions,
-    "walk": walk.table}
+    "walk": walk.table, "families": families_table.table}
 
 
 def wrapped(text: str) -> str:

@@ -15,6 +15,9 @@ def foreign_launcher(library: str, environment: Mapping[str, str]) -> str | None
 
 def main() -> int:
     """Run a command on this rank; returns its exit status: 0 good, 1 a check or the run failed, 2 bad input."""
+    if sys.argv[1:2] == ["train"]:              # it answers signals, which may come before it has begun
+        from .training.requests import hold_signals
+        hold_signals()
     try:
         import mpi4py
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True      # MPICH dies in MPI_Init under Open MPI's mpirun:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from .errors import is_integer, one_of, require, require_number, require_positive, require_probability
 
 NORMALIZATIONS = ("layernorm", "rmsnorm")
-SCALINGS = (None, "linear", "llama3", "yarn")
+SCALINGS = (None, "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,24 @@ class Rotary:
     scaling : str or None
         None; "linear" (positions over `factor`); "llama3" (long wavelengths over `factor`, with a ramp between
         `low_freq_factor` and `high_freq_factor`); "yarn" (arXiv 2309.00071: a ramp between `beta_slow` and `beta_fast`
-        turns within `original_max_positions`; cos and sin are multiplied by `attention_factor`).
+        turns within `original_max_positions`; cos and sin are multiplied by `attention_factor`); "dynamic" (a larger
+        base for sequences longer than `original_max_positions`, more so the longer); "longrope" (arXiv 2402.13753: each
+        pair slowed by its own factor, `long_factors` for sequences longer than `original_max_positions`, else
+        `short_factors`; `attention_factor` as yarn's).
     factor : float
         Of the scaling.
     original_max_positions : int or None
-        Positions that the model was trained on; llama3 and yarn need it.
+        Positions that the model was trained on; all but linear need it.
     low_freq_factor, high_freq_factor : float
         The ramp of llama3.
     beta_fast, beta_slow : float
         The ramp of yarn.
     attention_factor : float or None
-        Of yarn; None: 0.1 ln(factor) + 1.
+        Of yarn, None: 0.1 ln(factor) + 1; of longrope, None: sqrt(1 + ln(factor) / ln(original_max_positions)).
     truncate : bool
         Whether yarn rounds the ends of its ramp to whole pairs.
+    short_factors, long_factors : tuple of float or None
+        Of longrope, one for each pair.
 
     Raises
     ------
@@ -55,6 +60,8 @@ class Rotary:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    short_factors: tuple[float, ...] | None = None
+    long_factors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         require(self.dim is None or is_integer(self.dim) and self.dim > 0 and self.dim % 2 == 0,
@@ -62,13 +69,26 @@ class Rotary:
         require_number("rotary base", self.base, above=0)
         require_number("rotary factor", self.factor, above=0)
         require(self.scaling in SCALINGS, f"rotary scaling {self.scaling!r}", f"one of {', '.join(map(str, SCALINGS))}")
-        if self.scaling in ("llama3", "yarn"):
+        if self.scaling not in (None, "linear"):
             require_positive(original_max_positions=self.original_max_positions)
         if self.scaling == "llama3":
             require(self.low_freq_factor < self.high_freq_factor, f"low_freq_factor = {self.low_freq_factor!r}",
                     f"less than high_freq_factor = {self.high_freq_factor!r}")
         if self.scaling == "yarn":
             require(self.base != 1, "rotary base = 1", "another one for yarn, whose ramp is over its powers")
+        if self.scaling == "longrope":
+            for name in ("short_factors", "long_factors"):
+                found = getattr(self, name)
+                require(isinstance(found, tuple) and found, f"{name} {found!r}", "a tuple of numbers, one a pair")
+                for number in found:
+                    require_number(name, number, above=0)
+            require(self.original_max_positions != 1 or self.attention_factor is not None,
+                    "original_max_positions = 1", "more for longrope, or an attention_factor")
+
+    @property
+    def longest(self) -> int | None:
+        """The length up to which all sequences have the same frequencies; None: any."""
+        return self.original_max_positions if self.scaling in ("dynamic", "longrope") else None
 
 
 class HeadSizes:
@@ -133,8 +153,9 @@ class AttentionConfig(HeadSizes):
         c: scores are c tanh(score / c), before ALiBi is added (arXiv 2408.00118).
     qk_norm : str or None
         "layernorm" or "rmsnorm" over each query and key head, without bias; None: no norm.
-    qk_norm_after_rotary : bool
-        Whether that norm comes after rotary, not before.
+    qk_norm_after_rotary, qk_norm_over_heads : bool
+        Whether that norm comes after rotary, not before; whether it is one over the features of all heads ("rmsnorm"
+        before rotary only), whose weights are split as the heads are.
     norm_epsilon, zero_centered_gamma : float, bool
         Of that norm.
     attention_scale : float or None
@@ -160,6 +181,7 @@ class AttentionConfig(HeadSizes):
     softcap: float | None = None
     qk_norm: str | None = None
     qk_norm_after_rotary: bool = False
+    qk_norm_over_heads: bool = False
     norm_epsilon: float = 1e-5
     zero_centered_gamma: bool = False
     attention_scale: float | None = None
@@ -173,6 +195,9 @@ class AttentionConfig(HeadSizes):
         require_rotary(self.rotary, self.head_dim)
         if self.qk_norm is not None:
             one_of("qk_norm", self.qk_norm, NORMALIZATIONS)
+        require(not self.qk_norm_over_heads or self.qk_norm == "rmsnorm" and not self.qk_norm_after_rotary,
+                f"qk_norm_over_heads with qk_norm {self.qk_norm!r}"
+                f"{' after rotary' if self.qk_norm_after_rotary else ''}", "'rmsnorm', before rotary")
         require_number("norm_epsilon", self.norm_epsilon, above=0)
         if self.softcap is not None:
             require_number("softcap", self.softcap, above=0)
@@ -193,3 +218,7 @@ def require_rotary(rotary: Rotary | None, head_dim: int) -> None:
     dim = head_dim if rotary.dim is None else rotary.dim
     require(dim % 2 == 0 and dim <= head_dim, f"rotary dim {dim}",
             f"an even number up to {head_dim}, the features of a head")
+    require(rotary.scaling != "dynamic" or dim > 2, f"rotary dim {dim} with dynamic scaling", "at least 4")
+    for name in ("short_factors", "long_factors") if rotary.scaling == "longrope" else ():
+        count = len(getattr(rotary, name))
+        require(count == dim // 2, f"{count} {name}", f"{dim // 2}, one for each pair of features")

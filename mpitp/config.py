@@ -39,8 +39,9 @@ class DecoderConfig(HeadSizes):
         Of the scores (None: kv_channels^-0.5).
     attention_softcap : float or None
         c: scores are c tanh(score / c).
-    qk_norm, qk_norm_after_rotary : bool
-        Whether each query and key head is normalised, without bias, and whether after rotary instead of before it.
+    qk_norm, qk_norm_after_rotary, qk_norm_over_heads : bool
+        Whether each query and key head is normalised, without bias; whether after rotary instead of before it; whether
+        all heads are normalised as one, which takes one more all-reduce of 2 N forward and backward.
     normalization : str
         "layernorm" or "rmsnorm".
     norm_epsilon : float
@@ -94,6 +95,7 @@ class DecoderConfig(HeadSizes):
     attention_softcap: float | None = None
     qk_norm: bool = False
     qk_norm_after_rotary: bool = False
+    qk_norm_over_heads: bool = False
     normalization: str = "layernorm"
     norm_epsilon: float = 1e-5
     norm_bias: bool | None = None
@@ -131,6 +133,8 @@ class DecoderConfig(HeadSizes):
         if self.parallel_residual:
             require(self.norm_placement == "before", f"norm_placement {self.norm_placement!r} with parallel_residual",
                     "before")
+        require(not (self.parallel_residual and self.qk_norm_over_heads), "qk_norm_over_heads with parallel_residual",
+                "one of the two")
         require(self.parallel_residual or not self.shared_norm, "shared_norm without parallel_residual", "both")
         for name in ("rotary", "sliding_window"):
             of_layers = getattr(self, name)
@@ -150,6 +154,7 @@ class DecoderConfig(HeadSizes):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), above=0)
         require_number("init_method_std", self.init_method_std)
+        self.attention(0)                           # what fits an attention is checked there
 
     @property
     def ffn_size(self) -> int:
@@ -168,6 +173,7 @@ class DecoderConfig(HeadSizes):
             sliding_window=self.window(layer), rotary=self.rotary_of(layer),
             alibi=self.position_embedding == "alibi", softcap=self.attention_softcap,
             qk_norm=self.normalization if self.qk_norm else None, qk_norm_after_rotary=self.qk_norm_after_rotary,
+            qk_norm_over_heads=self.qk_norm_over_heads,
             norm_epsilon=self.norm_epsilon, zero_centered_gamma=self.zero_centered_gamma, attention_scale=self.scale,
             qkv_bias=self.qkv_bias, bias=self.attention_bias, dropout=self.attention_dropout)
 

@@ -6,8 +6,19 @@ from numbers import Integral
 class InputError(ValueError):
     """An error in the caller's input: one line that names what was found and what was expected, on every rank.
 
-    The command line prints it once and exits with 2. Anything else that is raised ends the whole job.
+    The command line prints it once and exits with 2. Anything else that is raised ends the whole job. What a hostile
+    file put into it is escaped: control characters of names, line ends too.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Return a text with everything that does not print, line ends too, as Python escapes it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def require(condition: object, found: str, expected: str) -> None:

@@ -11,7 +11,7 @@ import mpitp
 from mpitp import InputError
 from mpitp.checkpoints.families import MODULES, family_named
 from mpitp.checkpoints.families.keys import Keys
-from mpitp.checkpoints.safetensors import read_json
+from mpitp.checkpoints.json_files import read_json
 from mpitp.checkpoints.model_folder import CheckpointWarning, open_folder
 from ordinary_configs import ORDINARY
 from spmd import everywhere, job

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from judge_host import BF16, Host
-from mpitp import oracle
+from mpitp import DecoderConfig, oracle
 from mpitp.court.dump import read_dump
-from mpitp.court.report import WIDTH, lines
+from mpitp.court.mistakes import MISTAKES
+from mpitp.court.report import LOOK, WIDTH, lines
 from mpitp.court.verdict import judge
+from mpitp.sharding.decoder_specs import decoder_specs
 from spmd import ROOT, job_environment
 
 DTYPES = ["float64", "float32", pytest.param("bfloat16", marks=pytest.mark.skipif(BF16 is None, reason="no ml_dtypes"))]
@@ -58,6 +60,30 @@ def test_the_limits_are_not_close(tmp_path):
         for layer in LAYERS:
             verdict = verdict_of(tmp_path / f"{layer}{dtype}", layer, 3, dtype)
             assert all(row.reading.excess < 0.5 for row in verdict.rows if row.reading), list(lines(verdict))
+
+
+@pytest.mark.parametrize("parallel_residual, placement", [(False, "before"), (True, "before"), (False, "both"),
+                                                          (False, "after_residual")])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_blocks_and_decoders(ranks, parallel_residual, placement):
+    """Those of mpitp.oracle itself, gradients of shards on their ranks; then one wrong sum in them."""
+    config = DecoderConfig(31, 16, 2, 4, num_query_groups=2, ffn_hidden_size=17, gated=True, activation="silu",
+                           parallel_residual=parallel_residual, norm_placement=placement, qk_norm=True)
+    draw = np.random.default_rng(0)
+    w = {name: draw.standard_normal(spec.shape) * 0.4 for name, spec in decoder_specs(config).items()}
+    ids, targets = draw.integers(0, 31, (2, 2, 5))
+    logits, saved = oracle.decoder.forward(ids, w, config)
+    loss, saved_loss = oracle.cross_entropy.forward(logits, targets)
+    gradients = oracle.decoder.backward(oracle.cross_entropy.backward(saved_loss), saved)
+    inputs = {"ids": [ids] * ranks, "targets": targets}
+    assert oracle.check_layer("decoder", config, w, inputs, {"logits": logits, "loss": loss}, gradients).good
+    with pytest.raises(AssertionError, match="first wrong tensor is logits"):
+        oracle.check_layer("decoder", config, w, inputs, {"logits": 2 * logits, "loss": loss}, gradients)
+    x, dy, w = draw.standard_normal((2, 5, 16)), draw.standard_normal((2, 5, 16)), oracle.linear.part(w, "layers.1")
+    y, saved = oracle.block.forward(x, w, config, 1)
+    dx, gradients = oracle.block.backward(dy, saved)
+    inputs = {"x": [x] * ranks, "dy": dy}
+    assert oracle.check_layer("block", config, w, inputs, {"y": y}, {"dx": dx, **gradients}, options={"layer": 1}).good
 
 
 # --- wrong ones --------------------------------------------------------------------------------------------------
@@ -240,6 +266,29 @@ def test_gradient_norm(tmp_path):
                 oracle.check_layer(*arguments, layouts={"up.weight": 0})
 
 
+def test_data_parallel_gradients():
+    """Whole weights and each rank's own tokens: gradients are sums over the ranks."""
+    draw = np.random.default_rng(0).standard_normal
+    x, dy, w = draw((4, 3, 6)), draw((4, 3, 6)), {"up.weight": draw((9, 6)), "down.weight": draw((6, 9))}
+    runs = []
+    for mine in (slice(0, 2), slice(2, 4)):
+        y, saved = oracle.feed_forward.forward(x[mine], w, "relu")
+        runs.append((y, *oracle.feed_forward.backward(dy[mine], saved)))
+    total = {name: sum(gradients[name] for _, _, gradients in runs) for name in w}
+    own = {name: [gradients[name] for _, _, gradients in runs] for name in w}
+    for gradients, text in (({name: [g, g] for name, g in total.items()}, ""), (own, "gradients are not summed"),
+                            ({name: [g / 2, g / 2] for name, g in total.items()}, "averaged over the ranks"),
+                            ({**total, "up.weight": own["up.weight"]}, "gradient of up.weight is not summed")):
+        arguments = ("mlp", {"activation": "relu"}, w, {"x": [x[:2], x[2:]], "dy": [dy[:2], dy[2:]]},
+                     {"y": [y for y, _, _ in runs]}, {"dx": [dx for _, dx, _ in runs], **gradients})
+        layouts = dict.fromkeys(("x", "dy", "y", "dx"), 0)
+        if not text:
+            assert oracle.check_layer(*arguments, layouts=layouts).good
+        else:
+            with pytest.raises(AssertionError, match=text):
+                oracle.check_layer(*arguments, layouts=layouts)
+
+
 def test_valid_tokens_averaged_per_rank():
     """Tokens dealt over the ranks, one of them with fewer that count."""
     draw = np.random.default_rng(3)
@@ -252,6 +301,11 @@ def test_valid_tokens_averaged_per_rank():
     assert oracle.check_layer("loss", {}, {}, dealt, {"loss": [loss, loss]}, {}, layouts=layouts).good
     with pytest.raises(AssertionError, match="averages over its own valid tokens, and the ranks' means are averaged"):
         oracle.check_layer("loss", {}, {}, dealt, {"loss": [np.mean(own)] * 2}, {}, layouts=layouts)
+
+
+def test_every_known_mistake_says_where_to_look():
+    for mistake in MISTAKES:
+        assert any(mistake.name.startswith(start) for start, _ in LOOK), mistake.name
 
 
 # --- the command -------------------------------------------------------------------------------------------------

@@ -97,6 +97,9 @@ def test_cores(monkeypatch):
     ({}, False, {"OMP_NUM_THREADS": "5", "OPENBLAS_NUM_THREADS": "5", "MKL_NUM_THREADS": "5"}),
     ({"OMP_NUM_THREADS": "3"}, False, {"OMP_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": None, "MKL_NUM_THREADS": None}),
     ({"MKL_NUM_THREADS": "3"}, False, {"MKL_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "5"}),
+    ({"OMP_NUM_THREADS": ""}, False, {"OMP_NUM_THREADS": "5", "OPENBLAS_NUM_THREADS": "5"}),
+    ({"OMP_NUM_THREADS": "many", "MKL_NUM_THREADS": "0"}, False, {"OMP_NUM_THREADS": "5", "MKL_NUM_THREADS": "5"}),
+    ({"OMP_NUM_THREADS": "3,2"}, False, {"OMP_NUM_THREADS": "3,2", "OPENBLAS_NUM_THREADS": None}),
     ({"OMP_NUM_THREADS": "3"}, True, {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}),
 ])
 def test_blas_threads_by_environment(world, monkeypatch, before, reproducible, after):

@@ -36,6 +36,17 @@ def logits_of(model, ids):
     return model.gather_logits(local)[0]
 
 
+def greedy(model, ids, count):
+    """By generate, or by whole passes where rotary positions change with the length."""
+    longest = [rotary.longest for rotary in model.config.rotaries if rotary]
+    if all(length is None or length >= len(ids) + count for length in longest):
+        return [int(tokens[0]) for tokens in mpitp.generate(model, [ids], max_new_tokens=count)]
+    found = []
+    for _ in range(count):
+        found.append(int(logits_of(model, ids + found)[-1].argmax()))
+    return found
+
+
 def test_every_family_has_a_case():
     assert {model_type for model_type, _ in tiny.CASES.values()} == set(MODULES)
 
@@ -47,13 +58,14 @@ def test_logits_and_greedy_tokens(group, case, tmp_path):
     exact = np.array(golden["logits"])
     tiny.write(tmp_path, golden)
     for dtype, limit in (("float32", 2e-5), ("float64", 1e-8 if case == "bloom" else 1e-11)):   # its GELU's 0.79788456
+        if group.size > 1 and group.reproducible != (dtype == "float64"):
+            continue                                        # on several ranks a dtype for each mode
         model = mpitp.load_model(tmp_path, group, dtype)
         logits = logits_of(model, golden["ids"])
         assert logits.dtype == dtype and np.abs(logits - exact).max() <= limit * np.abs(exact).max()
         if dtype == "float32":
             assert min(golden["margins"]) > 2 * 2e-5 * np.abs(exact).max()
-            found = mpitp.generate(model, [golden["ids"]], max_new_tokens=len(golden["greedy"]))
-            assert [int(tokens[0]) for tokens in found] == golden["greedy"]
+            assert greedy(model, golden["ids"], len(golden["greedy"])) == golden["greedy"]
 
 
 @pytest.mark.parametrize("dtype, shards", [("F16", 3), ("BF16", 1), ("BF16", 7)])
@@ -239,7 +251,8 @@ ROPE = dict(rope_theta=1e4, rope_type="yarn", factor=2.0, original_max_position_
     ("gpt_neox", dict(hidden_dropout=0.1), "hidden_dropout = 0.1"),
     ("gpt_neox", dict(rope_parameters=None, rotary_pct=0.2), "found 0.2 of 8 features that are rotated"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
-    ("llama", dict(rope_parameters=dict(ROPE, rope_type="longrope")), "rope_type 'longrope', expected one of default"),
+    ("llama", dict(rope_parameters=dict(ROPE, rope_type="ntk")), "rope_type 'ntk', expected one of default"),
+    ("llama", dict(rope_parameters=dict(ROPE, rope_type="longrope")), "found no short_factor, expected it there"),
     ("llama", dict(rope_parameters=dict(ROPE, novel=1)), "rope_parameters: found 'novel', expected no such key"),
     ("llama", dict(rope_parameters=dict(ROPE, factor=0)), "factor = 0, expected a number above 0"),
     ("llama", dict(rope_parameters=dict(ROPE, beta_fast="fast")), "beta_fast = 'fast'"),

@@ -10,7 +10,7 @@ from mpi4py import MPI
 import mpitp
 from check_decoder import decoder_problems
 from decoder_cases import NEWER_KINDS, config
-from mpitp import AttentionConfig, DecoderConfig, InputError
+from mpitp import AttentionConfig, DecoderConfig, InputError, Rotary
 from mpitp.inference.kv import KeyValues
 from mpitp.ops.softcap import refuse_softcap
 from spmd import everywhere, same_bytes
@@ -61,6 +61,37 @@ def test_the_bits_of_one_rank(world, kind):
     assert everywhere(found is None or all(same_bytes(found[name], expected[name]) for name in expected))
 
 
+LONGROPE = dict(scaling="longrope", factor=2.0, short_factors=(1.0, 1.2, 1.5), long_factors=(1.1, 2.0, 4.0))
+BY_LENGTH = {
+    "dynamic": Rotary(base=100.0, scaling="dynamic", factor=2.0, original_max_positions=4),
+    "longrope, long": Rotary(base=100.0, original_max_positions=4, **LONGROPE),
+    "longrope, short": Rotary(base=100.0, original_max_positions=7, **LONGROPE),
+}
+
+
+@pytest.mark.parametrize("rotary", BY_LENGTH.values(), ids=BY_LENGTH)
+def test_rotary_positions_that_depend_on_the_length(group, rotary):
+    """The dense decoder's are the same; nothing is kept of a length that is not the last one."""
+    assert decoder_problems(group, config("llama, one kv head", rotary=rotary), dtype="float32") == []
+    model = decoder(group, "llama, one kv head", rotary=rotary)
+    before = whole(model, IDS)
+    assert np.abs(whole(model, IDS[:, :4]) - before).max() > 0 and same_bytes(whole(model, IDS), before)
+    plain = decoder(group, "llama, one kv head", rotary=Rotary(base=100.0))
+    assert (np.abs(whole(plain, IDS[:, :4]) - whole(model, IDS[:, :4])).max() < 1e-12) == (rotary.scaling == "dynamic")
+
+
+@pytest.mark.parametrize("rotary", BY_LENGTH.values(), ids=BY_LENGTH)
+def test_keys_are_kept_as_long_as_they_stay(group, rotary):
+    model = decoder(group, "llama, one kv head", rotary=rotary)
+    kv, at = KeyValues(model, 2, rotary.longest), 0
+    for length in (3, 1):
+        found = extend(model, IDS[:, at:at + length], kv)
+        at += length
+        np.testing.assert_allclose(found, whole(model, IDS[:, :at]), rtol=0, atol=1e-12)
+    with pytest.raises(InputError, match=f"found keys and values of {rotary.longest + 1} positions, expected at most"):
+        KeyValues(model, 2, rotary.longest + 1)
+
+
 def test_a_softcap_changes_what_it_should(group):
     """Logits stay below it, and scores without one are those of a very large one."""
     found = {cap: whole(decoder(group, "gemma2", logits_softcap=None, attention_softcap=cap), IDS)
@@ -76,6 +107,17 @@ def test_a_softcap_changes_what_it_should(group):
     (lambda: config("opt", position_offset=-1), "found position_offset = -1"),
     (lambda: DecoderConfig(9, 8, 1, 2, logits_multiplier=float("nan")), "found logits_multiplier = nan"),
     (lambda: AttentionConfig(8, 2, softcap=-1.0), "found softcap = -1.0"),
+    (lambda: config("one kv head, normed over heads", parallel_residual=True), "qk_norm_over_heads with parallel"),
+    (lambda: config("one kv head, normed over heads", normalization="layernorm"), "with qk_norm .layernorm"),
+    (lambda: config("one kv head, normed over heads", qk_norm_after_rotary=True), "'rmsnorm' after rotary"),
+    (lambda: mpitp.ParallelAttention(mpitp.TensorParallelGroup(MPI.COMM_SELF),
+                                     config("one kv head, normed over heads").attention(0)),
+     "found qk_norm_over_heads True, expected False, as ParallelAttention has it"),
+    (lambda: Rotary(scaling="dynamic"), "found original_max_positions = None"),
+    (lambda: Rotary(scaling="longrope", original_max_positions=9), "found short_factors None, expected a tuple"),
+    (lambda: Rotary(original_max_positions=9, **{**LONGROPE, "long_factors": (1, -1)}), "found long_factors = -1"),
+    (lambda: AttentionConfig(8, 2, rotary=Rotary(original_max_positions=9, **LONGROPE)), "found 3 short_factors"),
+    (lambda: AttentionConfig(4, 2, rotary=BY_LENGTH["dynamic"]), "found rotary dim 2 with dynamic scaling"),
     (lambda: refuse_softcap(3.0), "found a softcap of 3.0 on a GPU, expected none"),
 ])
 def test_refused(make, said):

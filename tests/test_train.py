@@ -12,6 +12,7 @@ from mpitp import oracle
 from mpitp.training import loop, optimizer
 from mpitp.training.data import Tokens, look_like_words, order_2_bits
 from mpitp.training.loop import Settings, Trainer, TrainingStopped
+from mpitp.training.resume import resume
 from spmd import ROOT, draw, everywhere
 
 TEXT = bytes((7 * i * i + i // 3) % 27 for i in range(900))
@@ -320,4 +321,4 @@ def test_what_looks_like_words(content, expected):
 def test_resuming_needs_a_folder(group, text):
     made, _ = trainer(group, text)
     with pytest.raises(mpitp.InputError, match="found no folder, expected the one to resume from"):
-        made.resume()
+        resume(made)

@@ -150,12 +150,15 @@ def write_slices(group: TensorParallelGroup, partial: str, files: Mapping[str, I
 
 def finish(partial: str, path: str, replace: bool) -> None:
     """Give the folder its name, after its entries are on disk. Rank 0 alone."""
-    sync_folder(partial)
-    if replace:
-        shutil.rmtree(path, ignore_errors=True)
-    require(not os.path.lexists(path), path, "a path where nothing is")
-    os.rename(partial, path)
-    sync_folder(os.path.dirname(path))
+    try:
+        sync_folder(partial)
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
+        require(not os.path.lexists(path), path, "a path where nothing is")
+        os.rename(partial, path)
+        sync_folder(os.path.dirname(path))
+    except OSError as error:
+        raise InputError(f"{path}: found {error.strerror}, expected to write it") from None
 
 
 def sync_folder(folder: str) -> None:

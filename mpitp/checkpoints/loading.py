@@ -16,6 +16,7 @@ from ..layers.decoder import Decoder
 from .families.layout import View
 from .fingerprint import fingerprint
 from .model_folder import ModelFolder, examine, open_folder
+from .room import require_room
 from .safetensors import Checkpoint
 
 PIECE = 1 << 22         # elements that go to a device, or change their dtype, at a time
@@ -39,6 +40,7 @@ class LoadedDecoder(Decoder):
     """
 
     def __init__(self, group: TensorParallelGroup, folder: ModelFolder, dtype: str):
+        require_room(group, folder.checkpoint.folder, folder.specs.values(), dtype)
         super().__init__(group, folder.config, dtype=dtype, seed=None)
         self.folder = folder
         require_everywhere(group.comm, "whether the checkpoint could be read", lambda: read_slices(folder, self))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..config import DecoderConfig
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..sharding.decoder_specs import decoder_specs
 from ..sharding.parameters import ParameterSpec
 from .families import family_named
@@ -19,6 +19,7 @@ from .left_out import differ, is_computed
 from .safetensors import Checkpoint
 
 FLOATS = ("F32", "F16", "BF16", "F64")
+MOST_LAYERS = 1 << 12          # of a folder that claims more, the parameters' names alone would cost seconds
 UNVERIFIED_SIZE = 1 << 16       # the largest size that config.json may claim beyond those of the stored tensors
 
 
@@ -70,7 +71,8 @@ class ModelFolder:
     def warn(self) -> None:
         """Issue the warnings, as CheckpointWarning, in the name of config.json."""
         for text in self.warnings():
-            warnings.warn_explicit(text, CheckpointWarning, os.path.join(self.checkpoint.folder, "config.json"), 0)
+            path = printable(os.path.join(self.checkpoint.folder, "config.json"))
+            warnings.warn_explicit(printable(text), CheckpointWarning, path, 0)
 
 
 def open_folder(path: str | os.PathLike, *, strict: bool = False, own_head: bool | None = None) -> ModelFolder:
@@ -102,8 +104,10 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
     own_head : as open_folder's
     """
     names = checkpoint.names()
-    sizes = [n for file in checkpoint.files.values() for _, shape, *_ in file.tensors.values() for n in shape]
-    keys = Keys(checkpoint.config, most_layers=max(1, len(names)), most_features=max(UNVERIFIED_SIZE, *sizes, 0))
+    sizes = [n for file in checkpoint.files.values() for _, shape, begin, end in file.tensors.values()
+             if begin < end for n in shape]             # those of an empty tensor claim what no file holds
+    keys = Keys(checkpoint.config, most_layers=min(max(1, len(names)), MOST_LAYERS),
+                most_features=max(UNVERIFIED_SIZE, *sizes, 0))
     family = family_named(keys.get("model_type", default=None))
     config = family.config(keys)
     prefix = family.prefix_in(names, config)

@@ -6,7 +6,6 @@ does (huggingface/safetensors, tensor.rs).
 """
 from __future__ import annotations
 
-import codecs
 import json
 import os
 from collections.abc import Sequence
@@ -17,13 +16,13 @@ import numpy as np
 
 from ..arrays import Array
 from ..errors import InputError
+from .json_files import BYTES_OF_ONE, CONTAINERS, read_json, require_file, require_no_pointer
 from .open_files import OpenFile
 
 HEADER_LIMIT = 100_000_000      # bytes, as in the reference library
 MOST_AXES = 32                  # of NumPy 1; NumPy 2 has 64
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
           "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}
-LFS_POINTER = b"version "       # https://git-lfs.github.com/spec/v1; no header has a length of these 8 bytes
 PIECE = 1 << 17                 # bytes that are read at a time on their way to another dtype or memory order
 WIDENED = {"F16": "float32", "BF16": "float32"}     # 16-bit types are storage, computed with in float32
 
@@ -120,6 +119,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path, self.bytes_read = os.fspath(path), 0
+        require_file(self.path, "a safetensors file")
         try:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -130,7 +130,12 @@ class SafetensorsFile:
                 length = int.from_bytes(start, "little")
                 self.require(length <= min(HEADER_LIMIT, size - 8), f"a header of {length} bytes",
                              f"at most {min(HEADER_LIMIT, size - 8)} in a file of {size}")
-                header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=self.unique)
+                text = file.read(length)
+                containers = text.count(b"[") + text.count(b"{")
+                self.require(containers <= CONTAINERS + length // BYTES_OF_ONE,
+                             f"a header that is not JSON of tensors ({containers} lists and objects in {length} "
+                             f"bytes)", "a safetensors file")
+                header = json.loads(text.decode("utf-8"), object_pairs_hook=self.unique)
         except OSError as error:
             raise InputError(f"{self.path}: found {error.strerror}, expected a safetensors file") from None
         except InputError:
@@ -178,7 +183,10 @@ class SafetensorsFile:
         left = array.reshape(-1).view(np.uint8).data
         self.bytes_read += len(left)
         while left:
-            count = os.preadv(self.file.descriptor(), [left], offset)
+            try:
+                count = os.preadv(self.file.descriptor(), [left], offset)
+            except OSError as error:
+                raise InputError(f"{self.path}: found {error.strerror}, expected to read it") from None
             self.require(count, f"its end at byte {offset}", "the bytes that its header describes: it was cut short")
             left, offset = left[count:], offset + count
 
@@ -256,31 +264,3 @@ class Checkpoint:
     def bytes_read(self) -> int:
         """Bytes of tensors that were read so far, by this process."""
         return sum(file.bytes_read for file in self.files.values())
-
-
-def read_json(path: str) -> dict:
-    """Read the object in a JSON file. Raises InputError for a file that holds something else."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise InputError(f"{path}: found {error.strerror}, expected a JSON file") from None
-    require_no_pointer(path, content)
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError(f"{path}: found UTF-16, by its byte order mark, expected a JSON object in UTF-8")
-    try:
-        value = json.loads(content.decode("utf-8-sig"))         # an editor's byte order mark is no part of it
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: found bytes that are not UTF-8 at {error.start}, expected a JSON object") from None
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: found something that is not a JSON object, expected one")
-    return value
-
-
-def require_no_pointer(path: str, start: bytes) -> None:
-    """Raise InputError where a file starts as what Git LFS leaves in a clone that has not fetched the file itself."""
-    if start.startswith(LFS_POINTER):
-        raise InputError(f"{path}: found a Git LFS pointer in place of the file, expected the file itself: "
-                         f"git lfs pull")

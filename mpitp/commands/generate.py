@@ -130,7 +130,7 @@ class Continuations:
         self.streams: list[text.TextStream] = []
         if texts is not None:
             tokenizer = text.load_tokenizer(arguments.model)
-            self.prompts = [tokenizer.encode(prompt).ids for prompt in texts]
+            self.prompts = [text.encode(tokenizer, prompt) for prompt in texts]
             empty = [prompt for prompt, ids in zip(texts, self.prompts) if not ids]
             require(not empty, f"prompt {empty[:1]}, which is no token", "text")
             decode = partial(tokenizer.decode, skip_special_tokens=True)

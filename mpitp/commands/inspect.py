@@ -18,7 +18,7 @@ from ..checkpoints.model_folder import open_folder
 from ..checkpoints.safetensors import STORED
 from ..comm.launch import is_first_rank
 from ..config import DecoderConfig
-from ..errors import require, require_positive
+from ..errors import printable, require, require_positive
 from ..sharding.parameters import Place
 from . import device, model, text
 
@@ -132,7 +132,7 @@ def inspect(arguments: argparse.Namespace) -> InspectReport:
 def lines(found: InspectReport) -> Iterator[str]:
     """Yield the lines that are printed."""
     config = found.config
-    yield found.model
+    yield printable(found.model)
     yield f"  {found.family}: {count(found.parameters)} parameters, {tables.size(found.stored_bytes)} in " \
           f"{found.files} file{'' if found.files == 1 else 's'}"
     yield f"  {tables.count(config.num_layers, 'layer')}, hidden {config.hidden_size}, " \
@@ -155,7 +155,8 @@ def lines(found: InspectReport) -> Iterator[str]:
           span(kind.hold_bytes_of_ranks)) for kind in found.tensors])
     if found.other_keys:
         yield ""
-        yield from wrapped("NOTE: keys of config.json that this family does not have: ", found.other_keys)
+        yield from wrapped("NOTE: keys of config.json that this family does not have: ",
+                           map(printable, found.other_keys))
 
 
 def count(number: int) -> str:

@@ -102,7 +102,7 @@ def look_first(arguments: argparse.Namespace) -> str | list[int]:
 
 def tokens_of(arguments: argparse.Namespace, given: str | list[int]) -> list[int]:
     """Return the ids of the text. Raises InputError for fewer than two."""
-    ids = given if isinstance(given, list) else text.load_tokenizer(arguments.model).encode(given).ids
+    ids = given if isinstance(given, list) else text.encode(text.load_tokenizer(arguments.model), given)
     require(len(ids) > 1, f"{len(ids)} tokens in {arguments.text or arguments.ids_file}", "at least 2: the first has "
             "nothing before it")
     return ids

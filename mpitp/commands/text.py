@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..checkpoints.safetensors import read_json, require_no_pointer
+from ..checkpoints.json_files import read_json, require_no_pointer
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+NEWLINE = "\n"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"        # what decodes from the first bytes of a character alone
 MOST_BYTES = 4                                  # of a character in UTF-8, each of which may be a token
 CONTEXT = 8                                     # tokens of a prompt that the first new one is decoded behind
@@ -37,11 +38,24 @@ def load_tokenizer(folder: str) -> Tokenizer:
     require_no_pointer(path, content)
     try:
         tokenizer = Tokenizer.from_buffer(content)              # a path may have bytes that the library does not take
-    except Exception as error:                  # the library raises nothing narrower
-        raise InputError(f"{path}: found {str(error).splitlines()[0]}, expected a tokenizer") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:              # the library raises nothing narrower, and panics by a class of its own
+        raise InputError(f"{path}: found {str(error).partition(NEWLINE)[0]}, expected a tokenizer") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text. Raises InputError for a tokenizer that loads and does not work."""
+    try:
+        return tokenizer.encode(text).ids
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"tokenizer.json: found {str(error).partition(NEWLINE)[0]} in a text, expected a tokenizer "
+                         f"that encodes it") from None
 
 
 def end_tokens(folder: str) -> list[int]:

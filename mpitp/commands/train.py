@@ -7,21 +7,26 @@ import argparse
 import math
 import os
 import sys
+from dataclasses import dataclass
 
 from .. import tables
 from ..comm.agreement import same_everywhere
+from ..comm.group import TensorParallelGroup
 from ..config import DecoderConfig
 from ..errors import InputError, require_positive
 from ..checkpoints import steps as step_folders
 from ..training.data import DTYPES, Tokens, look_like_words, order_2_bits
+from ..training.lock import FolderLock
 from ..training.log import read_log
 from ..training.loop import Trainer, TrainingStopped
+from ..training.requests import SIGNALS, Requests
+from ..training.resume import resume
 from ..training.settings import Settings
 from . import device, progress
 
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
-            "save_interval", "keep")
+            "save_interval", "keep", "lr_decay_iters", "save_minutes", "spike_limit")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dtype", choices=DTYPES, help="of token ids without a header, such as nanoGPT's uint16 "
                         "(bytes)")
     parser.add_argument("--out", metavar="DIR", help="step folders and log.jsonl go there (nowhere)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest step folder of --out")
+    parser.add_argument("--resume", nargs="?", const="newest", choices=("newest", "auto"), help="go on from the newest "
+                        "step folder of --out; auto: begin where there is none, and end well where no step is left")
+    parser.add_argument("--resume-from", metavar="DIR", help="go on from this step folder of --out; later ones are set "
+                        "aside")
+    parser.add_argument("--stop-on", metavar="NAMES", default="TERM", help=f"signals of {', '.join(SIGNALS)} to save "
+                        "and stop on, with commas between; the others save and go on (TERM)")
     for flag, default, text in (
             ("vocab-size", 256, "tokens of the vocabulary"), ("hidden-size", 256, "features"),
             ("ffn-hidden-size", None, "features of the feed-forward middle (8/3 of the hidden size, gated)"),
@@ -39,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("num-query-groups", None, "key/value heads (as many)"), ("seq-length", 128, "tokens of a window"),
             ("micro-batch-size", defaults.micro_batch_size, "windows of a forward"),
             ("gradient-accumulation", 1, "forwards of a step"), ("train-iters", defaults.train_iters, "steps"),
-            ("lr-warmup-iters", None, "steps until --lr (a tenth of all)"), ("seed", 0, "of weights, windows, dropout"),
+            ("lr-warmup-iters", None, "steps until --lr (a tenth of --lr-decay-iters)"),
+            ("lr-decay-iters", None, "steps until --min-lr, where it stays (--train-iters)"),
+            ("seed", 0, "of weights, windows, dropout"),
             ("eval-interval", 50, "validate every so many steps"), ("eval-batches", 8, "batches of a validation"),
             ("save-interval", 0, "a checkpoint every so many steps, beside the last"),
             ("keep", defaults.keep, "step folders that stay, 0 for all")):
@@ -51,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("adam-beta1", 0.9, "decay of the gradient's mean"), ("adam-beta2", 0.95, "decay of its square's mean"),
             ("adam-eps", 1e-8, "added to the root of that"),
             ("label-smoothing", 0.0, "part of a label that all tokens share"),
+            ("save-minutes", defaults.save_minutes, "a checkpoint so long after the last one, 0 for none"),
+            ("spike-limit", None, "stop, saving nothing, where loss or gradient norm is above so many times the "
+             "median of the last steps"),
             ("hidden-dropout", 0.0, "probability"), ("attention-dropout", 0.0, "probability")):
         shown = f" ({number})" if number is not None else ""
         parser.add_argument(f"--{flag}", type=float, default=number, metavar="X", help=(text + shown).strip())
@@ -62,35 +77,81 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command on this rank; return 0, or 1 when the run had to stop."""
     settings, config = settings_of(arguments), config_of(arguments)
-    with device.group_of(arguments) as group:
-        group.on_root(lambda: prepare(arguments))
-        tokens = same_everywhere(group.comm, lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
-                                                            arguments.seed, arguments.data_dtype),
-                                 lambda tokens: {"the data": tokens.fingerprint()})
-        if group.rank == 0 and arguments.data_dtype is None and look_like_words(tokens.tokens):
-            print(f"mpitp: warning: {tokens.name}: found bytes that look like 16-bit integers, expected --data-dtype "
-                  f"uint16 for token ids; trained on as bytes", file=sys.stderr, flush=True)
-        trainer = Trainer(group, config, tokens, settings, dtype=arguments.dtype, folder=arguments.out, say=print_line)
-        if arguments.resume:
-            trainer.resume()
-        show = Progress(trainer)
-        if group.rank == 0:
-            print_line(opening(trainer, arguments).replace("; ", "\n"))
+    requests = Requests(name for name in arguments.stop_on.split(",") if name)
+    with requests, device.group_of(arguments) as group:
+        lock = group.on_root(lambda: prepare(arguments))
         try:
-            trainer.run(show)
-        except TrainingStopped as stopped:
-            if group.rank == 0:
-                print(f"mpitp: {stopped}", file=sys.stderr, flush=True)
-            return 1
+            return train(arguments, Job(group, config, settings, requests, lock))
+        finally:
+            if lock:
+                lock.release()
+
+
+@dataclass
+class Job:
+    """What a training job consists of before it reads its data; the lock is rank 0's."""
+    group: TensorParallelGroup
+    config: DecoderConfig
+    settings: Settings
+    requests: Requests
+    lock: FolderLock | None
+
+
+def train(arguments: argparse.Namespace, job: Job) -> int:
+    """Read the data, resume, and train; return the exit status."""
+    group = job.group
+    tokens = same_everywhere(group.comm, lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
+                                                        arguments.seed, arguments.data_dtype),
+                             lambda tokens: {"the data": tokens.fingerprint()})
+    if group.rank == 0 and arguments.data_dtype is None and look_like_words(tokens.tokens):
+        print(f"mpitp: warning: {tokens.name}: found bytes that look like 16-bit integers, expected --data-dtype "
+              f"uint16 for token ids; trained on as bytes", file=sys.stderr, flush=True)
+    trainer = Trainer(group, job.config, tokens, job.settings, dtype=arguments.dtype, folder=arguments.out,
+                      say=print_line)
+    trainer.lock = job.lock
+    if arguments.resume or arguments.resume_from:
+        with progress.Progress("reading and verifying the checkpoint"):
+            steps_left = resume(trainer, step_of(arguments), auto=arguments.resume == "auto")
+        if not steps_left:
+            return 0
+    show = Progress(trainer)
+    if group.rank == 0:
+        print_line(opening(trainer, arguments).replace("; ", "\n"))
+    try:
+        stopped_by = trainer.run(show, job.requests)
+    except TrainingStopped as stopped:
+        if group.rank == 0:
+            print(f"mpitp: {stopped}", file=sys.stderr, flush=True)
+        return 1
+    if stopped_by:
+        if group.rank == 0:
+            show.end_line()
+            print_line(f"stopped by {stopped_by} after step {trainer.step} of {job.settings.train_iters}, "
+                       + ("go on with --resume" if arguments.out else "nothing saved: found no --out"))
+    else:
         group.on_root(lambda: show.finish(arguments))
     return 0
+
+
+def step_of(arguments: argparse.Namespace) -> int | None:
+    """Return the step of the folder that --resume-from names, by its path or its name; None for the newest."""
+    if not arguments.resume_from:
+        return None
+    parent, name = os.path.split(os.path.normpath(arguments.resume_from))
+    match = step_folders.STEP.match(name)
+    if not match or parent and os.path.realpath(parent) != os.path.realpath(arguments.out):
+        raise InputError(f"found --resume-from {arguments.resume_from}, expected a step folder of --out "
+                         f"{arguments.out}, such as {step_folders.step_folder(arguments.out, 200)}")
+    return int(match.group(1))
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """Make the settings; a tenth of lr and of the steps where min_lr and the warmup are not given."""
     if arguments.min_lr is None:
         arguments.min_lr = arguments.lr / 10
-    warmup = arguments.train_iters // 10 if arguments.lr_warmup_iters is None else arguments.lr_warmup_iters
+    arguments.lr_decay_iters, arguments.spike_limit = arguments.lr_decay_iters or 0, arguments.spike_limit or 0.0
+    steps = arguments.lr_decay_iters or arguments.train_iters
+    warmup = steps // 10 if arguments.lr_warmup_iters is None else arguments.lr_warmup_iters
     return Settings(warmup=warmup, **{name: getattr(arguments, name) for name in SETTINGS})
 
 
@@ -105,8 +166,8 @@ def config_of(arguments: argparse.Namespace) -> DecoderConfig:
         attention_dropout=arguments.attention_dropout)
 
 
-def prepare(arguments: argparse.Namespace) -> None:
-    """Check before anything else that the results can be written and nothing is in their way. Rank 0 alone."""
+def prepare(arguments: argparse.Namespace) -> FolderLock | None:
+    """Rank 0, before anything else: can the results be written, and is nothing in their way? Returns --out's lock."""
     if arguments.baseline and arguments.vocab_size > 256:
         raise InputError(f"found --baseline with --vocab-size {arguments.vocab_size}, expected at most 256: it counts "
                          f"what follows each pair of bytes")
@@ -116,19 +177,29 @@ def prepare(arguments: argparse.Namespace) -> None:
             import matplotlib       # noqa: F401
         except ImportError:
             raise InputError("found no matplotlib, expected it for --plot: pip install 'mpitp[plot]'") from None
+    resumes = "--resume" if arguments.resume else "--resume-from" if arguments.resume_from else ""
+    if arguments.resume and arguments.resume_from:
+        raise InputError("found --resume and --resume-from, expected one of them")
     if not arguments.out:
-        if arguments.resume:
-            raise InputError("found --resume without --out, expected the folder to resume from")
-        return
+        if resumes:
+            raise InputError(f"found {resumes} without --out, expected the folder to resume from")
+        return None
     try:
         os.makedirs(arguments.out, exist_ok=True)
     except OSError as error:
         raise InputError(f"{arguments.out}: found {error.strerror}, expected a folder to write to") from None
     if not os.access(arguments.out, os.W_OK):
         raise InputError(f"{arguments.out}: found a folder that cannot be written to, expected one that can")
+    step_of(arguments)
+    lock = FolderLock(arguments.out)
+    said = lock.acquire()
+    if said:
+        print_line(f"{arguments.out}: {said}")
     steps = step_folders.steps(arguments.out)
-    if steps and not arguments.resume:
+    if steps and not resumes:
+        lock.release()
         raise InputError(f"{arguments.out}: found step folders up to {steps[-1]}, expected --resume or another folder")
+    return lock
 
 
 def print_line(text: str) -> None:
@@ -180,10 +251,14 @@ class Progress:
         if "validation_loss" in figures:
             self.validation.append((step, figures["validation_loss"] / math.log(2)))
 
-    def finish(self, arguments: argparse.Namespace) -> None:
-        """Print the last figures, the baseline's beside them, and draw the curve."""
+    def end_line(self) -> None:
+        """End the line that moves."""
         if self.is_terminal:
             print()
+
+    def finish(self, arguments: argparse.Namespace) -> None:
+        """Print the last figures, the baseline's beside them, and draw the curve."""
+        self.end_line()
         if self.validation:
             print_line(f"validation: {self.validation[-1][1]:.4f} bits a token after {self.validation[-1][0]} steps")
         baseline = None

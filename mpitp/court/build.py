@@ -13,12 +13,12 @@ from ..sharding.decoder_specs import block_specs, decoder_specs
 from .case import Case
 from .dealing import deals_tokens_alone, head_places, tokens_place, weight_places
 from .dump import Dump, decoder_config
+from .inputs import given_to
 from .layouts import take
 from .ranks import Place
 
 MOST_NUMBERS = 2 ** 28      # of the largest tensor between, such as the scores: 2 GiB in float64
 DROPOUTS = ("weights.dropout", "attention.weights.dropout", "attention.dropout", "mlp.dropout", "embedding.dropout")
-TARGETS = {"embedding": ("ids",), "decoder": ("ids", "targets"), "loss": ("logits", "targets"), "gradient_norm": ()}
 
 
 def make_case(dump: Dump) -> tuple[Case, Case]:
@@ -83,7 +83,7 @@ def local_weight(name: str, whole: Array, place: Place | None, rank: int) -> Arr
 def whole_inputs(dump: Dump) -> dict[str, Array]:
     """Return the whole inputs of a dump's kind. Raises InputError for one that is missing."""
     forward, backward = dump.of_phase("forward"), dump.of_phase("backward")
-    needed = TARGETS.get(dump.kind, ("x",))
+    needed = given_to(dump.kind)
     for name in needed:
         require(name in forward, f"no {name} in the forward phase", f"it, for a {dump.kind}")
     inputs = {name: forward[name].whole() for name in (*needed, "mask", *DROPOUTS) if name in forward}

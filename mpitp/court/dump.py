@@ -11,7 +11,8 @@ import numpy as np
 
 from ..arrays import Array
 from ..attention_config import Rotary
-from ..checkpoints.safetensors import SafetensorsFile, read_json
+from ..checkpoints.json_files import read_json
+from ..checkpoints.safetensors import SafetensorsFile
 from ..config import DecoderConfig
 from ..errors import InputError, is_integer, one_of, require
 from .layouts import Layout, make_layout
@@ -24,6 +25,7 @@ OPTIONS = {"label_smoothing": 0.0, "ignore_index": -100, "loss_scale": 1.0, "lay
 # Spacing of the numbers after 1.
 EPS = {"F64": 2.0 ** -52, "F32": 2.0 ** -23, "F16": 2.0 ** -10, "BF16": 2.0 ** -7}
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+ALIASES = {"dx": "x", "dy": "y"}
 MOST_RANKS, MOST_LAYERS, MOST_SIZE = 4096, 4096, 2 ** 31
 MOST_OF_RUN = 2 ** 24
 MOST_BYTES = 2 ** 33            # of one dump, so that its float64 copies fit a machine
@@ -180,8 +182,14 @@ def read_tensors(folder: str, ranks: int, layouts: dict[str, dict[str, Any]]) ->
             require_names(path, files[phase][-1], of_phase)
     total = sum(os.path.getsize(file.path) for of_phase in files.values() for file in of_phase)
     require(total <= MOST_BYTES, f"a dump of {total} bytes", f"at most {MOST_BYTES}: a smaller layer shows the same")
-    return {(phase, name): read_tensor(phase, name, entry, files[phase])
-            for phase, of_phase in layouts.items() for name, entry in of_phase.items()}
+    tensors = {}
+    for phase, of_phase in layouts.items():
+        for name, entry in of_phase.items():
+            known = ALIASES.get(name, name) if phase == "backward" else name
+            require((phase, known) not in tensors, f"{known} twice in the {phase} phase", "every name once")
+            tensors[phase, known] = read_tensor(phase, name, entry, files[phase])
+            tensors[phase, known].name = known
+    return tensors
 
 
 def require_names(path: str, file: SafetensorsFile, of_phase: dict[str, Any]) -> None:
@@ -199,13 +207,16 @@ def read_tensor(phase: str, name: str, entry: Any, files: list[SafetensorsFile])
     for rank, dtype in enumerate(dtypes):
         if dtype != dtypes[0]:
             raise InputError(f"{where}: found dtype {dtype} on rank {rank}, expected {dtypes[0]} as on rank 0")
-    layout = make_layout(where, entry, [tuple(file.tensors[name][1]) for file in files])
+    shapes = [tuple(file.tensors[name][1]) for file in files]
+    if phase == "forward" and name in ("loss", "norm") and set(shapes) == {(1,)}:
+        shapes = [()] * len(shapes)                             # one number
+    layout = make_layout(where, entry, shapes)
     integer = dtypes[0] not in EPS
     wanted = name in ("ids", "targets", "mask")
     if integer != wanted:
         raise InputError(f"{where}: found dtype {dtypes[0]}, expected "
                          f"{'integers' if wanted else 'one of ' + ', '.join(EPS)}")
-    return Tensor(phase, name, dtypes[0], layout, [file[name][()] for file in files])
+    return Tensor(phase, name, dtypes[0], layout, [file[name][()].reshape(shape) for file, shape in zip(files, shapes)])
 
 
 # --- the configuration -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from ..errors import InputError
 from .dump import Dump, Tensor
 from .layouts import take
 
-INPUTS = ("x", "ids", "targets", "logits", "mask")
+GIVEN = {"embedding": ("ids",), "decoder": ("ids", "targets"), "loss": ("logits", "targets"), "gradient_norm": ()}
 
 
 def is_input(dump: Dump, key: tuple[str, str]) -> bool:
@@ -16,7 +16,12 @@ def is_input(dump: Dump, key: tuple[str, str]) -> bool:
     phase, name = key
     if phase == "backward":
         return dump.kind == "gradient_norm" or name == "y" and dump.kind != "decoder"
-    return phase in ("reference", "weights", "previous") or name in INPUTS or name.endswith(".dropout")
+    return phase != "forward" or name in given_to(dump.kind) or name == "mask" or name.endswith(".dropout")
+
+
+def given_to(kind: str) -> tuple[str, ...]:
+    """Return what a kind takes in, beside weights and the gradient of y."""
+    return GIVEN.get(kind, ("x",))
 
 
 def require_finite(dump: Dump) -> None:

@@ -14,28 +14,35 @@ WIDTH = 100
 KINDS = {"column_linear": "column-parallel linear layer", "row_linear": "row-parallel linear layer",
          "mlp": "feed-forward block", "attention": "attention layer", "norm": "norm", "embedding": "embedding",
          "loss": "cross entropy", "block": "decoder block", "decoder": "decoder", "gradient_norm": "gradient norm"}
-# Where to look, by the name of a mistake's family.
-LOOK = (("bias", "where the bias is added, and what its gradient is summed over"),
-        ("g ", "the all-reduce behind the row-parallel product, forward"),
-        ("f ", "the all-reduce of dx, backward"),
+# Where to look, by what the name of a mistake begins with.
+LOOK = (("row bias", "where the bias is added, and what its gradient is summed over"),
+        ("bias gradient", "the reduction of the bias's gradient, under sequence parallelism"),
+        ("g ", "the all-reduce behind the row-parallel product, forward"), ("f ", "the all-reduce of dx, backward"),
         ("dy", "the backward of the all-reduce behind the row-parallel product: it is the identity"),
+        ("all sums", "the group that sums are taken over, and how many ranks it has"),
         ("kv", "which key/value heads a rank uses, and the sum of their gradients over the ranks that share one"),
         ("norm gradient", "the reduction of gradients of what every rank has, under sequence parallelism"),
         ("q/k norm", "the reduction of gradients of what every rank has, while heads are split"),
         ("gradient norm", "the sum of squares: what every rank has counts once"),
+        ("gradient not cleared", "when gradients are cleared"), ("stale", "when gradients are communicated"),
         ("gradient", "the reduction of gradients over the ranks"),
         ("label smoothing", "the mean over the vocabulary in the loss"),
         ("ids", "the comparison of ids with the ends of a rank's range"),
         ("cross entropy", "the sums over the vocabulary and the number of tokens that divide the loss"),
         ("attention scale", "what the scores are divided by"),
-        ("rotary", "the table of cos and sin, and its positions"),
+        ("rotary", "the table of cos and sin, its positions, and the turn back"),
         ("attention mask", "which keys a query may attend to"), ("norm", "the norm's settings"),
-        ("activation", "the activation's name"),
-        ("gate", "how the fused matrix of gate and up is cut"), ("fused", "how the fused matrix is cut"),
-        ("slice", "which range of the weight a rank loads"),
+        ("activation", "the activation's name"), ("gate", "how the fused matrix of gate and up is cut"),
+        ("fused", "how the fused matrix is cut"), ("slice", "which range of the weight a rank loads"),
+        ("weights swapped", "the names under which weights are loaded"),
         ("transposed", "the memory order of the weight: [out, in]"),
-        ("16 bits", "the dtype of products, sums and messages"), ("parts", "which range a rank writes or gathers"),
-        ("stale", "when gradients are cleared and communicated"), ("embedding", "the embedding's sum and multiplier"))
+        ("16 bits", "the dtype of products, sums and messages"),
+        ("parts", "which range a rank writes, and the order in which parts are gathered"),
+        ("gathered", "the order in which parts are gathered"), ("embedding", "the embedding's sum and multiplier"),
+        ("a branch", "what is added up to dx"), ("residual", "where x is added: once, after the sum"),
+        ("tied", "the two gradients of the tied weight"), ("replicas", "what makes it the same on every rank"),
+        ("same dropout", "the seed of dropout: one a shard"),
+        ("other dropout", "the seed of dropout: one for replicas"))
 
 
 def lines(verdict: Verdict) -> Iterator[str]:
@@ -88,6 +95,8 @@ def mistake_line(verdict: Verdict) -> str:
     if not verdict.explanations:
         return f"Not a mistake that I know; first wrong at {first.title}."
     best = verdict.explanations[0]
+    if not best.is_named:
+        return f"Not a mistake that I know; first wrong at {first.title}: {best.text}."
     line = f"The mistake: {best.text}."
     also = [other.text for other in verdict.explanations[1:] if other.complete == best.complete
             and best.complete and other.name not in (best.name, "all sums")]
@@ -106,7 +115,7 @@ def look_line(verdict: Verdict, first: Row) -> str:
         at = f"{first.title} on rank {r.rank} at {list(r.worst or ())}: found {r.found:.9g}, expected {r.expected:.9g}."
     if verdict.explanations:
         name = verdict.explanations[0].name
-        where = next((text for start, text in LOOK if name.startswith(start) or start in name), "")
+        where = next((text for start, text in LOOK if name.startswith(start)), "")
         if where:
             return f"Look at {where}. {at}".rstrip()
     known = [row.title for row in verdict.rows if row.verdict == "right" and row.reading is not None]

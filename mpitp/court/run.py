@@ -55,7 +55,7 @@ def run_by_tokens(ranks: Ranks, case: Case) -> None:
             ranks.keep(phase, name, ranks.total(phase, name, values, "loss_tokens"))
         elif phase == "backward" and name.endswith(("weight", "bias")):
             role = "norm_grad" if case.kind == "norm" else "token_grad"
-            ranks.keep(phase, name, ranks.total(phase, name, values, role))
+            ranks.keep(phase, name, ranks.total(phase, name, values, role, name))
         else:
             ranks.keep(phase, name, values, place if kept.values[0].ndim else None)
 

@@ -18,6 +18,7 @@ from ..oracle.comparison import error_ratio, limit, normwise_limit, normwise_rat
 from ..oracle.magnitude import Magnitude
 from .case import Case
 from .dump import DTYPES, EPS, Dump, Tensor
+from .inputs import is_input
 from .layouts import Layout, take
 from .ranks import Key, Kept
 from .rounding import HALF, as_dtype, roundings
@@ -176,10 +177,7 @@ def on_magnitudes(inputs: dict[str, Any] | Any) -> dict[str, Any]:
 def working_dtype(dump: Dump) -> str:
     """Return the coarsest dtype in which results are stored: errors of all that is made from them are its."""
     given = dump.options["compute_dtype"]
-    inputs = {("forward", "x"), ("forward", "logits"), ("backward", "y")}
-    found = [t.dtype for key, t in dump.tensors.items()
-             if key[0] in ("forward", "backward") and key not in inputs and t.dtype in EPS and
-             not t.name.endswith("dropout")]
+    found = [t.dtype for key, t in dump.tensors.items() if not is_input(dump, key) and t.dtype in EPS]
     found += [DTYPES[given]] if given is not None else []
     return max(found or ["F64"], key=lambda dtype: EPS[dtype])
 

@@ -76,11 +76,17 @@ class KeyValues:
     Raises
     ------
     InputError
-        For a batch or capacity that is not positive.
+        For a batch or capacity that is not positive; for a capacity beyond the positions that a model was trained on
+        whose rotary frequencies depend on the length of the sequence.
     """
 
     def __init__(self, model: Decoder, batch: int, capacity: int):
         require_positive(batch=batch, capacity=capacity)
+        for rotary in filter(None, model.config.rotaries):
+            longest = rotary.longest
+            require(longest is None or capacity <= longest, f"keys and values of {capacity} positions",
+                    f"at most {longest}: for longer sequences {rotary.scaling} rotary positions are others, those of "
+                    f"the keys that are kept, too")
         self.capacity, self.lengths = capacity, np.zeros(batch, np.int64)
         # On a GPU a copy there, which operations read: so a recorded token can be replayed at any position.
         self.starts: Any = self.lengths if model.group.xp is np else model.group.xp.asarray(self.lengths)

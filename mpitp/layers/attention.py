@@ -68,6 +68,8 @@ class ParallelAttention(ParallelLayer):
     Megatron-LM (arXiv 1909.08053, section 3); grouped queries: Ainslie et al. (arXiv 2305.13245).
     """
 
+    norms_over_heads = False        # AttentionNormedOverHeads does
+
     def __init__(self, group: TensorParallelGroup, config: AttentionConfig, *, dtype: str = "float32",
                  seed: int | None = 0, init_std: float | None = None, output_init_std: float | None = None,
                  name: str = ""):
@@ -78,7 +80,10 @@ class ParallelAttention(ParallelLayer):
         self.causal, self.sliding_window, self.rotary = config.causal, config.sliding_window, config.rotary
         self.scale, self.dropout, self.seed = config.scale, config.dropout, 0 if seed is None else seed
         self.slopes = group.xp.asarray(alibi_slopes(self.num_attention_heads), self.sum_dtype) if config.alibi else None
-        self.norm = (config.qk_norm, config.norm_epsilon, config.zero_centered_gamma) if config.qk_norm else None
+        require(config.qk_norm_over_heads == self.norms_over_heads, f"qk_norm_over_heads {config.qk_norm_over_heads}",
+                f"{self.norms_over_heads}, as {type(self).__name__} has it")
+        self.norm = (config.qk_norm, config.norm_epsilon, config.zero_centered_gamma) \
+            if config.qk_norm and not self.norms_over_heads else None
         self.heads = Heads(group, self.num_attention_heads, int(config.query_groups), self.kv_channels)
         self.set_partition(self.heads.partition)
         self.tables: tuple = ()

@@ -10,8 +10,6 @@ from ..sharding.parameters import ParameterSpec, by_name, check_dense, initialis
 from ..sharding.partition import Partition
 from ..sharding.specs import join
 
-MANY = 12       # parameters; a message does not list as many
-
 
 class Weights(dict):
     """This rank's slices by name. A layer computes with these arrays: another one in the place of one is refused."""
@@ -154,21 +152,9 @@ class ParallelLayer:
 
     def require_names(self, arrays: Any, what: str) -> None:
         """Raise InputError unless `arrays` is a dict with the parameters' names."""
-        if not isinstance(arrays, Mapping):
-            raise InputError(f"{what}: found {type(arrays).__name__}, expected a dict of {', '.join(self.specs)}")
-        if arrays.keys() != self.specs.keys():
-            if len(self.specs) > MANY:              # then only where they differ
-                missing, unexpected = self.specs.keys() - arrays.keys(), arrays.keys() - self.specs.keys()
-                raise InputError(f"{what}: found no {some(missing)}; unexpected: {some(unexpected)}; expected the "
-                                 f"{len(self.specs)} names of the model's parameters")
-            raise InputError(f"{what}: found names {', '.join(map(str, arrays)) or '(none)'}, "
-                             f"expected {', '.join(self.specs)}")
-
-
-def some(names: Iterable[object]) -> str:
-    """Return a few of the names, for a message."""
-    names = sorted(map(str, names))
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
+        if not isinstance(arrays, Mapping) or arrays.keys() != self.specs.keys():
+            from .names import refuse_names
+            refuse_names(self.specs, arrays, what)
 
 
 def require_saved(saved: Any, layer: ParallelLayer) -> tuple:

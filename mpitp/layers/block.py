@@ -61,7 +61,10 @@ class ParallelBlock(Composite):
         self.config, self.seed = config, 0 if seed is None else seed
         common: dict[str, Any] = dict(dtype=dtype, seed=seed, init_std=config.init_method_std,
                                       output_init_std=output_init_std(config))
-        self.attention = ParallelAttention(group, config.attention(layer), name=join(name, "attention"), **common)
+        kind = ParallelAttention
+        if config.qk_norm_over_heads:
+            from .norm_over_heads import AttentionNormedOverHeads as kind       # where it is used: few models have it
+        self.attention = kind(group, config.attention(layer), name=join(name, "attention"), **common)
         self.mlp = ParallelMLP(group, config.hidden_size, config.ffn_size, config.activation, config.gated,
                                config.mlp_bias, name=join(name, "mlp"), **common)
         self.norms = {norm: hidden_norm(group, config, dtype, join(name, norm)) for norm in norm_names(config)}

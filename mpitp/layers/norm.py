@@ -5,14 +5,23 @@ Dimension key: N rows (tokens), D features.
 from collections import Counter
 from typing import Any
 
+import numpy as np
+
 from ..arrays import Array
 from ..comm.group import TensorParallelGroup
 from ..attention_config import NORMALIZATIONS
 from ..config import DecoderConfig
-from ..errors import one_of, require, require_positive
+from ..errors import InputError, one_of, require, require_positive
 from ..ops.norm import norm_backward, norm_forward
 from ..sharding.specs import join, norm_specs
 from .base import ParallelLayer, require_saved
+
+
+class NormOverflow(InputError):
+    """The mean square of a row is not a finite number: its norm would be 0, and everything above it blind to the row.
+
+    On a GPU, where asking would cost a wait, it is not seen.
+    """
 
 
 class Norm(ParallelLayer):
@@ -40,7 +49,7 @@ class Norm(ParallelLayer):
     Raises
     ------
     InputError
-        For a size or epsilon that is not positive, an unknown kind or dtype.
+        For a size or epsilon that is not positive, an unknown kind or dtype; NormOverflow by forward.
 
     Notes
     -----
@@ -62,6 +71,11 @@ class Norm(ParallelLayer):
         """Return y (..., D), a new array, and what backward needs (None if not save). x itself may change."""
         y_ND, kept = norm_forward(self.rows(x, self.hidden_size), self.own["weight"], self.own.get("bias"), self.kind,
                                   self.epsilon, self.zero_centered)
+        rstd_N1 = kept[1]
+        if type(rstd_N1) is np.ndarray and not (rstd_N1[0, 0] if len(rstd_N1) == 1 else rstd_N1.all()):
+            raise NormOverflow(f"{self.name or 'norm'}: found a mean square beyond {x.dtype} in "
+                               f"{int((rstd_N1 == 0).sum())} of {len(rstd_N1)} rows, expected finite numbers: weights "
+                               f"that are damaged or diverge")
         return y_ND.reshape(x.shape), ((self, kept) if save else None)
 
     def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:

@@ -29,6 +29,7 @@ def rotary_tables(rotary: Rotary, head_dim: int, positions: Sequence[int] | Arra
     head_dim : int
         K, of which d = rotary.dim features are rotated; all where that is None.
     positions : (S,) integers
+        The last of them is that of a sequence's last token.
     dtype : dtype
         Of the tables, which are computed in float64 and rounded once.
     xp : module
@@ -38,14 +39,15 @@ def rotary_tables(rotary: Rotary, head_dim: int, positions: Sequence[int] | Arra
     -------
     cos, sin : (S, d / 2) arrays
     """
-    frequency_d, factor = frequencies(rotary, head_dim if rotary.dim is None else rotary.dim)
+    dim = head_dim if rotary.dim is None else rotary.dim
+    frequency_d, factor = frequencies(rotary, dim, int(positions[-1]) + 1 if len(positions) else 0)
     angle_Sd = np.asarray(positions, np.float64)[:, None] * frequency_d
     cos_Sd, sin_Sd = ((f(angle_Sd) * factor).astype(dtype) for f in (np.cos, np.sin))
     return xp.asarray(cos_Sd), xp.asarray(sin_Sd)
 
 
-def frequencies(rotary: Rotary, dim: int) -> tuple[Array, float]:
-    """Compute the radians per position of each of the dim / 2 pairs, and the attention factor.
+def frequencies(rotary: Rotary, dim: int, length: int = 0) -> tuple[Array, float]:
+    """Compute the radians per position of each of the dim / 2 pairs, and the attention factor; length: the sequence's.
 
     Pair i has base^(-2 i / dim) before scaling. Scaling divides by `factor`:
 
@@ -54,10 +56,14 @@ def frequencies(rotary: Rotary, dim: int) -> tuple[Array, float]:
       makes more than `high_freq_factor`; between these there is a ramp over the rotations (Llama 3.1).
     - yarn: as llama3, with a ramp over the pairs, from the one that makes `beta_fast` rotations to the one that makes
       `beta_slow` (Peng et al., arXiv 2309.00071, sections 3.2 and 3.4).
+    - dynamic and longrope: see rotary_by_length.py.
     """
     plain = rotary.base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if rotary.scaling is None:
         return plain, 1.0
+    if rotary.longest is not None:
+        from .rotary_by_length import frequencies_by_length         # where it is used: few models have it
+        return frequencies_by_length(rotary, dim, length)
     slow = plain / rotary.factor
     if rotary.scaling == "linear":
         return slow, 1.0

@@ -88,22 +88,25 @@ def heads_forward(x_BSD: Array, w: Weights, name: str, config: DecoderConfig, la
     """Project x to the heads of "query", "key" or "value"; the config says whether to normalise and rotate."""
     (B, S, _), K = x_BSD.shape, config.head_dim
     z, saved_linear = linear.forward(x_BSD, part(w, name))
+    saved_norm, of_each_head = None, config.qk_norm and not config.qk_norm_over_heads
+    if config.qk_norm_over_heads and name != "value":
+        z, saved_norm = norm.forward(z, part(w, f"{name}_norm"), **norm.options(config))
     z_BHSK = z.reshape(B, S, -1, K).transpose(0, 2, 1, 3)
     rotary, saved = config.rotary_of(layer), []
     steps = ("rotary", "norm") if config.qk_norm_after_rotary else ("norm", "rotary")
     for step in steps if name != "value" else ():
-        if step == "norm" and config.qk_norm:
+        if step == "norm" and of_each_head:
             z_BHSK, of_step = norm.forward(z_BHSK, part(w, f"{name}_norm"), **norm.options(config))
             saved.append((step, of_step))
         elif step == "rotary" and rotary is not None:
             z_BHSK, of_step = rotate_forward(z_BHSK, rotary)
             saved.append((step, of_step))
-    return z_BHSK, (name, saved_linear, saved)
+    return z_BHSK, (name, saved_linear, saved_norm, saved)
 
 
 def heads_backward(dz_BHSK: Array, saved: Any) -> tuple[Array, dict[str, Array]]:
     """Compute the gradients of x and of the weights of one projection."""
-    name, saved_linear, saved_steps = saved
+    name, saved_linear, saved_norm, saved_steps = saved
     gradients = {}
     for step, of_step in reversed(saved_steps):
         if step == "rotary":
@@ -112,7 +115,11 @@ def heads_backward(dz_BHSK: Array, saved: Any) -> tuple[Array, dict[str, Array]]
             dz_BHSK, d_norm = norm.backward(dz_BHSK, of_step)
             gradients.update(named(f"{name}_norm", d_norm))
     B, H, S, K = dz_BHSK.shape
-    dx_BSD, d_linear = linear.backward(dz_BHSK.transpose(0, 2, 1, 3).reshape(B, S, H * K), saved_linear)
+    dz = dz_BHSK.transpose(0, 2, 1, 3).reshape(B, S, H * K)
+    if saved_norm is not None:
+        dz, d_norm = norm.backward(dz, saved_norm)
+        gradients.update(named(f"{name}_norm", d_norm))
+    dx_BSD, d_linear = linear.backward(dz, saved_linear)
     return dx_BSD, {**named(name, d_linear), **gradients}
 
 

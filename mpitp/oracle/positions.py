@@ -2,8 +2,8 @@
 
 Dimension key: S positions, K features of a head, H query heads.
 
-Sources: J. Su et al., arXiv 2104.09864 (rotary); B. Peng et al., arXiv 2309.00071 (yarn); O. Press et al.,
-arXiv 2108.12409 (ALiBi).
+Sources: J. Su et al., arXiv 2104.09864 (rotary); B. Peng et al., arXiv 2309.00071 (yarn); Y. Ding et al.,
+arXiv 2402.13753 (longrope); O. Press et al., arXiv 2108.12409 (ALiBi).
 """
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rotate_backward(dy: Array, saved: Any) -> Array:
 
 def rotation(rotary: Rotary, S: int, K: int, dtype: Any) -> tuple[Array, Array, Array]:
     """Return cos (S, K) and signed sin (S, K) of every position and feature, and the partner (K) of every feature."""
-    frequency, factor = frequencies(rotary, K)
+    frequency, factor = frequencies(rotary, K, S)
     cos_SK, sin_SK, partner_K = np.ones((S, K)), np.zeros((S, K)), np.arange(K)
     for i, f in enumerate(frequency):
         one, two = (2 * i, 2 * i + 1) if rotary.interleaved else (i, i + len(frequency))
@@ -58,8 +58,8 @@ def rotation(rotary: Rotary, S: int, K: int, dtype: Any) -> tuple[Array, Array, 
     return cos_SK.astype(dtype), sin_SK.astype(dtype), partner_K
 
 
-def frequencies(rotary: Rotary, K: int) -> tuple[list[float], float]:
-    """Return radians a position of each pair, and the factor of cos and sin."""
+def frequencies(rotary: Rotary, K: int, S: int) -> tuple[list[float], float]:
+    """Return radians a position of each pair in sequences of S positions, and the factor of cos and sin."""
     dim = K if rotary.dim is None else rotary.dim
     plain = [rotary.base ** (-2 * i / dim) for i in range(dim // 2)]
     if rotary.scaling == "linear":
@@ -71,6 +71,13 @@ def frequencies(rotary: Rotary, K: int) -> tuple[list[float], float]:
         slowed = [min(1, max(0, (i - low) / (high - low))) for i in range(dim // 2)]
         found = [part * f / rotary.factor + (1 - part) * f for part, f in zip(slowed, plain)]
         return found, yarn_factor(rotary)
+    if rotary.scaling == "dynamic":
+        longer = max(1, S / original_length(rotary))
+        grown = (rotary.factor * longer - rotary.factor + 1) ** (dim / (dim - 2)) * rotary.base
+        return [grown ** (-2 * i / dim) for i in range(dim // 2)], 1.0
+    if rotary.scaling == "longrope":
+        by = (rotary.long_factors if original_length(rotary) < S else rotary.short_factors) or ()
+        return [f / g for f, g in zip(plain, by)], longrope_factor(rotary)
     return plain, 1.0
 
 
@@ -106,6 +113,13 @@ def yarn_factor(rotary: Rotary) -> float:
     if rotary.attention_factor is not None:
         return rotary.attention_factor
     return 0.1 * math.log(rotary.factor) + 1 if rotary.factor > 1 else 1.0
+
+
+def longrope_factor(rotary: Rotary) -> float:
+    """Return what longrope multiplies cos and sin by."""
+    if rotary.attention_factor is not None:
+        return rotary.attention_factor
+    return math.sqrt(1 + math.log(rotary.factor, original_length(rotary))) if rotary.factor > 1 else 1.0
 
 
 # --- ALiBi -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 
+from ..checkpoints.json_files import require_file
 from ..errors import InputError
 
 FILE = "log.jsonl"
@@ -14,7 +15,9 @@ def append_log(folder: str, step: int, figures: dict) -> None:
     """Add a step's line. Raises InputError where the file cannot be written."""
     path = os.path.join(folder, FILE)
     try:
-        with open(path, "a", encoding="utf-8") as out:
+        # Not blocking: a pipe that nothing reads is an error, not a wait without end.
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        with open(descriptor, "a", encoding="utf-8") as out:
             out.write(json.dumps({"step": step, **figures}) + "\n")
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}, expected to write it") from None
@@ -23,19 +26,28 @@ def append_log(folder: str, step: int, figures: dict) -> None:
 def read_log(folder: str) -> list[dict]:
     """Return the lines as dicts; one that a killed run left unfinished is skipped."""
     found, path = [], os.path.join(folder, FILE)
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    found.append(json.loads(line))
+    if os.path.lexists(path):
+        require_file(path, "a log")
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    with contextlib.suppress(ValueError, RecursionError):
+                        found.append(json.loads(line))
+        except OSError as error:
+            raise InputError(f"{path}: found {error.strerror}, expected to read it") from None
     return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)
             and isinstance(line.get("loss"), float)]
 
 
 def cut_log(folder: str, step: int) -> None:
     """Drop the lines of later steps, which a resumed run takes again."""
-    lines = [line for line in read_log(folder) if line["step"] <= step]
     path = os.path.join(folder, FILE)
-    with open(f"{path}.partial", "w", encoding="utf-8") as out:
-        out.writelines(json.dumps(line) + "\n" for line in lines)
-    os.replace(f"{path}.partial", path)
+    if not os.path.lexists(path):
+        return
+    lines = [line for line in read_log(folder) if line["step"] <= step]
+    try:
+        with open(f"{path}.partial", "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)
+        os.replace(f"{path}.partial", path)
+    except OSError as error:
+        raise InputError(f"{path}: found {error.strerror}, expected to write it") from None

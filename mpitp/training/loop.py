@@ -4,11 +4,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from types import FrameType
 
 import numpy as np
 
@@ -16,12 +14,15 @@ from ..arrays import Array, on_host
 from ..checkpoints import steps as step_folders
 from ..comm.group import TensorParallelGroup
 from ..config import DecoderConfig
-from ..errors import InputError, require
 from ..layers.decoder import Decoder
+from ..layers.norm import NormOverflow
 from .data import Tokens
-from .log import append_log, cut_log
+from .lock import FolderLock
+from .log import append_log
 from .optimizer import AdamW, gradient_norm, learning_rate, non_finite
+from .requests import NOTHING, SAVE, STOP, Requests
 from .settings import Settings
+from .spikes import Spikes
 
 
 class TrainingStopped(RuntimeError):
@@ -44,19 +45,26 @@ class Trainer:
         Where checkpoints and the log go; None: neither is written.
     say : function(text), optional
         Rank 0 tells people with it what happens.
+
+    Attributes
+    ----------
+    lock : FolderLock or None
+        Of the folder, where rank 0 has one: no checkpoint is written once another job has taken it.
     """
 
     def __init__(self, group: TensorParallelGroup, config: DecoderConfig, tokens: Tokens, settings: Settings, *,
                  dtype: str = "float32", folder: str | None = None, say: Callable[[str], None] = print):
         self.group, self.config, self.tokens, self.settings = group, config, tokens, settings
         self.folder, self.say = folder, say
+        self.lock: FolderLock | None = None
         self.model = Decoder(group, config, dtype=dtype, seed=settings.seed)
         self.optimizer = AdamW(self.model, settings.adam_beta1, settings.adam_beta2, settings.adam_eps,
                                settings.weight_decay)
         self.step = 0                           # steps done
         self.gradients: dict[str, Array] = {}   # of the last step, whose arrays the next one uses again
         self.more: dict[str, Array] = {}        # of its last micro-batch
-        self.asked_to_save = False
+        self.spikes = Spikes(settings.spike_limit)
+        self.last_saved = time.monotonic()
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -67,11 +75,22 @@ class Trainer:
             loss += self.add_gradients(micro) / settings.gradient_accumulation
         norm = gradient_norm(self.model, self.gradients)
         self.require_finite(loss, norm)
-        lr = learning_rate(self.step, settings.lr, settings.min_lr, settings.warmup, settings.train_iters)
+        spike = self.spikes.find({"loss": loss, "gradient_norm": norm})
+        if spike:
+            raise TrainingStopped(f"step {self.step + 1}: {spike}; the weights of the last checkpoint stay")
+        lr = learning_rate(self.step, *settings.schedule())
         scale = settings.clip_grad / norm if 0 < settings.clip_grad < norm else 1.0
         self.step += 1
         self.optimizer.step(self.gradients, lr, self.step, scale)
         return {"loss": loss, "gradient_norm": norm, "lr": lr}
+
+    def finite_step(self) -> dict[str, float]:
+        """Take a step; raise TrainingStopped, before anything moves, where a norm in it overflows."""
+        try:
+            return self.train_step()
+        except NormOverflow as overflow:
+            said = f"step {self.step + 1}: {overflow}; the weights of the last checkpoint stay"
+            raise TrainingStopped(said) from None
 
     def add_gradients(self, micro: int) -> float:
         """Add the gradients of one micro-batch to those of the step. Returns its loss."""
@@ -121,29 +140,32 @@ class Trainer:
 
     # --- the run --------------------------------------------------------------------------------------------------
 
-    def run(self, progress: Callable[[int, dict], None] | None = None) -> None:
-        """Train to the last step.
+    def run(self, progress: Callable[[int, dict], None] | None = None, requests: Requests | None = None) -> str:
+        """Train to the last step, or until a signal asks to stop; returns that signal's name, else "".
 
-        The signal USR1, to any rank, asks for a checkpoint at the next step.
+        A signal to any rank asks for a checkpoint after the step that it meets (see requests.py).
 
         Parameters
         ----------
         progress : function(step, figures), optional
             Called on every rank after each step.
+        requests : Requests, optional
+            What signals ask for. None: those that come from now on, of which TERM ends the run.
         """
-        settings, before = self.settings, None
-        if hasattr(signal, "SIGUSR1"):
-            before = signal.signal(signal.SIGUSR1, self.ask_to_save)
-        try:
+        settings, self.last_saved = self.settings, time.monotonic()
+        requests = requests or Requests()
+        with requests:
             while self.step < settings.train_iters:
                 start = time.perf_counter()
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # require_finite reports it
-                    figures = self.train_step()
+                    figures = self.finite_step()
                 figures["seconds"] = time.perf_counter() - start
                 last = self.step == settings.train_iters
                 if last or settings.eval_interval and self.step % settings.eval_interval == 0:
                     figures["validation_loss"] = self.validate()
-                save = self.is_time_to_save(last)
+                wish, by = self.agreed_wish(requests)
+                due = last or settings.save_interval and self.step % settings.save_interval == 0
+                save = bool(self.folder and (due or wish != NOTHING))
                 if self.step % settings.check_interval == 0 or last or save:    # no checkpoint of copies that differ
                     self.require_equal_copies()
                 self.group.on_root(lambda: self.log(figures))
@@ -152,26 +174,21 @@ class Trainer:
                 if save:
                     self.require_finite_weights()
                     self.save()
-        finally:
-            if before is not None:
-                signal.signal(signal.SIGUSR1, before)
+                if wish == STOP and not last:
+                    return by
+        return ""
 
-    def ask_to_save(self, number: int, frame: FrameType | None) -> None:
-        """Handle USR1."""
-        self.asked_to_save = True
+    def agreed_wish(self, requests: Requests) -> tuple[int, str]:
+        """Return the strongest wish of all ranks; --save-minutes is a wish of rank 0. Collective."""
+        wish, minutes = requests.take(), self.settings.save_minutes
+        if self.group.rank == 0 and minutes and time.monotonic() - self.last_saved > 60 * minutes:
+            wish = max(wish, (SAVE, "time"))
+        return max(self.group.comm.allgather(wish))
 
     def log(self, figures: dict) -> None:
         """Add this step's line to the log, where there is a folder for it."""
         if self.folder:
             append_log(self.folder, self.step, figures)
-
-    def is_time_to_save(self, last: bool) -> bool:
-        """Return whether a checkpoint is due after this step. Collective: the ranks agree on whether a signal came."""
-        asked = self.group.any(self.asked_to_save)
-        due = last or self.settings.save_interval and self.step % self.settings.save_interval == 0
-        if asked:
-            self.asked_to_save = False
-        return bool(self.folder) and (due or asked)
 
     def require_equal_copies(self) -> None:
         """Raise TrainingStopped where ranks that hold the same weights hold different ones."""
@@ -206,58 +223,25 @@ class Trainer:
                 "optimizer.safetensors": state}
 
     def state(self) -> dict:
-        """Return the contents of state.json: nothing that depends on ranks, time or host."""
-        return json.loads(json.dumps({"schema": "mpitp.checkpoint/1", "step": self.step, "config": asdict(self.config),
+        """Return what a run is resumed with: nothing that depends on ranks, time or host."""
+        return json.loads(json.dumps({"config": asdict(self.config),
                                       "settings": self.settings.of_the_result(), "data": self.tokens.fingerprint(),
                                       "seq_length": self.tokens.seq_length, "dtype": self.model.dtype.name,
                                       "blocks": self.group.blocks if self.group.reproducible else None}))
 
     def save(self) -> None:
         """Write a step folder. Collective."""
-        assert self.folder, "is_time_to_save is true with a folder alone"
+        assert self.folder, "there is a time to save with a folder alone"
+        self.group.on_root(self.require_lock)
         path = step_folders.save(self.group, self.folder, self.step, self.files(), self.state(), self.settings.keep)
         if self.group.rank == 0:
             self.say(f"saved {path}")
+        self.last_saved = time.monotonic()
 
-    def resume(self) -> None:
-        """Continue from the newest complete step folder, whatever number of ranks wrote it. Collective."""
-        folder = self.folder
-        if not folder:
-            raise InputError("found no folder, expected the one to resume from")
-        found = self.group.on_root(lambda: self.find(folder))
-        step, left = self.group.comm.bcast(found)
-        step_folders.load(self.group, folder, step, self.files())
-        self.optimizer.round_weights()
-        self.step = step
-        if self.group.rank == 0:
-            self.say(f"resumed from {folder}, step {step}" + (f"; removed {', '.join(left)}" if left else ""))
-
-    def find(self, folder: str) -> tuple[int, list[str]]:
-        """Return the newest step folder and the unfinished ones that were removed; rank 0 alone.
-
-        Raises InputError unless that folder belongs to the same run.
-        """
-        left, steps = step_folders.clean(folder), step_folders.steps(folder)
-        removed = f" (removed the unfinished {', '.join(left)})" if left else ""
-        require(steps, f"no step folder in {folder}{removed}", "one to resume from")
-        state, mine = step_folders.read_state(folder, steps[-1]), self.state()
-        for key in ("config", "settings", "data", "seq_length", "dtype", "blocks"):
-            if state.get(key) != mine[key]:
-                raise InputError(f"{folder}: found {difference(key, state.get(key), mine[key])}: a run is resumed "
-                                 f"with what it began with")
-        require(steps[-1] < self.settings.train_iters, f"step {steps[-1]} in {folder}",
-                f"a run that is not at its end, --train-iters {self.settings.train_iters}")
-        cut_log(folder, steps[-1])
-        return steps[-1], left
-
-
-def difference(key: str, found: object, expected: object) -> str:
-    """Return the first thing that two parts of a state differ in, for a message."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for name in sorted(found.keys() | expected.keys()):
-            if found.get(name) != expected.get(name):
-                return f"{name} = {found.get(name)}, expected {expected.get(name)}"
-    return f"{key} = {found}, expected {expected}"
+    def require_lock(self) -> None:
+        """Raise InputError where another job writes into the folder."""
+        if self.lock:
+            self.lock.require_own()
 
 
 def digest(w: Array) -> str:

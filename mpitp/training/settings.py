@@ -16,12 +16,15 @@ class Settings:
     micro_batch_size, gradient_accumulation : sequences of a forward, and forwards of a step
     train_iters : steps
     lr, min_lr, warmup : see learning_rate
+    lr_decay_iters : steps until min_lr, 0 for train_iters
     adam_beta1, adam_beta2, adam_eps, weight_decay : see AdamW
     clip_grad : largest Euclidean norm of all gradients, 0 for none
     label_smoothing : of the training loss
     seed : of weights, windows and dropout
     eval_interval, eval_batches : validation every so many steps (0: at the end) on so many batches
-    save_interval, keep : a checkpoint every so many steps (0: at the end); the newest `keep` of them stay (0: all)
+    save_interval, save_minutes : a checkpoint every so many steps, and so long after the last one (0: at the end)
+    keep : how many of the newest checkpoints stay (0: all)
+    spike_limit : how many times the median of the last steps a loss or a gradient norm may be (0: any); see spikes.py
     check_interval : every so many steps the copies that several ranks hold are compared
 
     Raises
@@ -47,18 +50,27 @@ class Settings:
     save_interval: int = 0
     keep: int = 3
     check_interval: int = 50
+    lr_decay_iters: int = 0
+    save_minutes: float = 30.0
+    spike_limit: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive(micro_batch_size=self.micro_batch_size, gradient_accumulation=self.gradient_accumulation,
                          train_iters=self.train_iters, eval_batches=self.eval_batches,
                          check_interval=self.check_interval)
-        for name in ("lr", "min_lr", "warmup", "clip_grad", "eval_interval", "save_interval", "keep"):
+        for name in ("lr", "min_lr", "warmup", "clip_grad", "eval_interval", "save_interval", "keep", "lr_decay_iters",
+                     "save_minutes", "spike_limit"):
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"{name} = {value!r}", "a number from 0")
+
+    def schedule(self) -> tuple[float, float, int, int]:
+        """Return what learning_rate takes beside the step: lr, min_lr, warmup, steps."""
+        return self.lr, self.min_lr, self.warmup, self.lr_decay_iters or self.train_iters
 
     def of_the_result(self) -> dict:
         """Return the settings that the result depends on, with which alone a run is resumed."""
         own = asdict(self)
-        for name in ("eval_interval", "eval_batches", "save_interval", "keep", "check_interval"):
+        for name in ("eval_interval", "eval_batches", "save_interval", "keep", "check_interval", "save_minutes",
+                     "spike_limit"):
             del own[name]
         return own

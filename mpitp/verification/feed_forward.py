@@ -156,7 +156,9 @@ class FeedForwardCheck:
         return {"y": y, "dx": dx, **gradients}
 
     def run_exact(self) -> None:
-        """Compute the exact results on rank 0."""
+        """Compute the exact results on rank 0, which takes what it takes."""
+        if self.group.watch:
+            self.group.watch.wait_for_ever()
         if self.group.rank == 0:
             self.exact = on_magnitudes(self.dense, self.weights, rows(self.x), rows(self.dy))
 
@@ -228,8 +230,8 @@ def checkpoint_layer(group: TensorParallelGroup, folder: str, layer: int, dtype:
         What each rank read of the folder, its slices alone; None but on rank 0.
     """
     from ..checkpoints.fingerprint import fingerprint
-    group.on_root(lambda: open_layer(folder, layer))
-    checkpoint, block = same_everywhere(group.comm, lambda: open_layer(folder, layer),
+    checked = group.on_root(lambda: open_layer(folder, layer))
+    checkpoint, block = same_everywhere(group.comm, lambda: checked or open_layer(folder, layer),
                                         lambda opened: fingerprint(opened[0], every_byte))
     require_room(group, block.hidden_size, block.ffn_hidden_size, block.gated, tokens)
     mlp = ParallelMLP(group, block.hidden_size, block.ffn_hidden_size, block.activation, block.gated, block.bias,

@@ -37,6 +37,9 @@ NEWER_KINDS = {
     "hunyuan, side by side": dict(LLAMA, num_attention_heads=3, num_query_groups=1, qk_norm=True, shared_norm=True,
                                   qk_norm_after_rotary=True, parallel_residual=True, residual_multiplier=1.5,
                                   rotary=Rotary(base=100.0, interleaved=True)),
+    "olmo2, over all heads": dict(LLAMA, num_attention_heads=6, num_query_groups=3, norm_placement="after",
+                                  qk_norm=True, qk_norm_over_heads=True, zero_centered_gamma=True),
+    "one kv head, normed over heads": dict(LLAMA, qk_norm=True, qk_norm_over_heads=True, qkv_bias=True),
     "opt": dict(position_embedding="learned", max_position_embeddings=9, position_offset=2, activation="relu"),
 }
 

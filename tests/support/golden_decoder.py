@@ -48,7 +48,7 @@ def shapes(config):
             found[f"{name}.bias"] = (out_features,)
 
     if config.position_embedding == "learned":
-        found["position.weight"] = (config.max_position_embeddings, D)
+        found["position.weight"] = (config.position_offset + config.max_position_embeddings, D)
     if config.embedding_norm:
         norm("embedding_norm")
     for layer in (f"layers.{i}." for i in range(config.num_layers)):
@@ -61,7 +61,8 @@ def shapes(config):
             linear(f"{layer}attention.{name}", rows, D, config.qkv_bias)
         linear(f"{layer}attention.out", D, queries, config.attention_bias)
         if config.qk_norm:
-            found[f"{layer}attention.query_norm.weight"] = found[f"{layer}attention.key_norm.weight"] = (K,)
+            for name, features in (("query", queries), ("key", keys)):
+                found[f"{layer}attention.{name}_norm.weight"] = (features if config.qk_norm_over_heads else K,)
         for name in ("up", "gate") if config.gated else ("up",):
             linear(f"{layer}mlp.{name}", F, D, config.mlp_bias)
         linear(f"{layer}mlp.down", D, F, config.mlp_bias)

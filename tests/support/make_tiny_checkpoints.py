@@ -19,6 +19,7 @@ SIZES = dict(vocab_size=37, hidden_size=20, num_hidden_layers=2, num_attention_h
              max_position_embeddings=64, tie_word_embeddings=False)
 LLAMA3 = dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=24)
+LONGROPE = dict(rope_type="longrope", rope_theta=50.0, short_factor=[1.0, 1.1, 1.3], long_factor=[1.2, 2.0, 4.5])
 SLIDING, FULL = "sliding_attention", "full_attention"
 OPT = dict(vocab_size=37, hidden_size=20, num_hidden_layers=2, num_attention_heads=5, max_position_embeddings=17,
            word_embed_proj_dim=20)
@@ -128,6 +129,21 @@ CASES = {       # name: (model_type, what its configuration class is called with
     "hunyuan_alpha": ("hunyuan_v1_dense", dict(SIZES, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
                                                attention_bias=True, rope_parameters=dict(
                                                    rope_type="dynamic", alpha=50.0, factor=1.0, rope_theta=20.0))),
+    "olmo2": ("olmo2", dict(SIZES, num_key_value_heads=1, head_dim=6)),
+    "olmo2_biases": ("olmo2", dict(SIZES, hidden_size=24, num_attention_heads=6, num_key_value_heads=3,
+                                   attention_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "olmo3": ("olmo3", dict(SIZES, hidden_size=24, num_attention_heads=4, num_key_value_heads=2, sliding_window=3,
+                            layer_types=[SLIDING, FULL], rope_parameters=dict(
+                                sliding_attention=dict(rope_type="default", rope_theta=5e5),
+                                full_attention=dict(YARN, rope_theta=5e5)))),
+    "phi3_longrope": ("phi3", dict(SIZES, num_key_value_heads=1, hidden_size=30, original_max_position_embeddings=24,
+                                   pad_token_id=0, rope_parameters=LONGROPE)),
+    "phi3_longer": ("phi3", dict(SIZES, num_key_value_heads=1, hidden_size=40, original_max_position_embeddings=6,
+                                 pad_token_id=0, rope_parameters=dict(LONGROPE, partial_rotary_factor=0.75))),
+    "llama_longrope": ("llama", dict(SIZES, num_key_value_heads=1, head_dim=6, rope_parameters=dict(
+        LONGROPE, factor=5.0, original_max_position_embeddings=6))),
+    "llama_dynamic": ("llama", dict(SIZES, num_key_value_heads=1, head_dim=6, max_position_embeddings=7,
+                                    rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=3.0))),
     "opt_no_last_norm": ("opt", dict(OPT, ffn_dim=23, _remove_final_layer_norm=True)),
 }
 ZERO_CENTERED = ("gemma", "gemma2", "gemma3_text", "gemma3", "nemotron")

@@ -17,7 +17,8 @@ MODULES = {     # model_type: the file of its table
     "starcoder2": "starcoder2",
     "gpt_neox": "gpt_neox", "gptj": "gptj", "gpt_bigcode": "gpt_bigcode", "opt": "opt", "falcon": "falcon",
     "bloom": "bloom", "arcee": "arcee", "nemotron": "nemotron", "granite": "granite", "cohere": "cohere",
-    "cohere2": "cohere", "exaone4": "exaone4", "smollm3": "smollm3", "hunyuan_v1_dense": "hunyuan",
+    "cohere2": "cohere", "exaone4": "exaone4", "smollm3": "smollm3", "hunyuan_v1_dense": "hunyuan", "olmo2": "olmo",
+    "olmo3": "olmo",
 }
 OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_method_std")        # no part of what a checkpoint computes
 

@@ -5,14 +5,16 @@ Llamas whose q, k and v lie in one tensor, and gate and up in another.
 """
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from ...attention_config import Rotary
 from ...config import DecoderConfig
+from .keys import Keys
 from .layout import Fused
 from .llama import TENSORS
-from .rope import Rope
+from .rope import Rope, chosen, scaled_rotary
 from .tables import COMMON, GATED_RMS, ABOVE_0, ACTIVATION, Key, Table
-from .windows import OneWindow
+from .windows import OneWindow, Windows
 
 PHI_TENSORS = {
     **TENSORS,
@@ -28,12 +30,37 @@ PHI3_TENSORS = {
     "mlp.up": "layers.{}.mlp.gate_up_proj",
 }
 
+@dataclass(frozen=True)
+class LongRope(Rope):
+    """Phi 3's only scaling is longrope, under three names; what the model was trained on stands outside of it."""
+    trained: int = 4096
+
+    def read(self, keys: Keys, head_dim: int, windows: Windows) -> Rotary:
+        """Return the Rotary of all layers. Raises InputError for another scaling."""
+        found, theta = chosen(keys), keys.number("rope_theta", default=self.theta, above=0)
+        part = keys.number("partial_rotary_factor", default=self.part, above=0)
+        trained = keys.count("original_max_position_embeddings", default=self.trained)
+        kind = found.values.get("rope_type") or found.values.get("type") or "default"
+        if kind not in ("default", "longrope", "su", "yarn"):
+            found.fail(["rope_type", "type"], kind, "default, or longrope, which su and yarn are here, too")
+        if kind != "default":
+            more = dict(rope_type="longrope", original_max_position_embeddings=trained)
+            found = Keys({**found.values, **more}, found.where)
+        return scaled_rotary(keys, found, head_dim, theta, part, True)
+
+    def write(self, config: DecoderConfig) -> dict:
+        """Return the keys."""
+        turns = config.rotary_of(0)
+        trained = turns and turns.longest
+        return {**super().write(config), **({"original_max_position_embeddings": trained} if trained else {})}
+
+
 PHI = Table({**COMMON, "activation": Key(ACTIVATION, "hidden_act", "gelu_new"),
              "norm_epsilon": Key(ABOVE_0, "layer_norm_eps", 1e-5)},
             dict(parallel_residual=True, shared_norm=True, head_bias=True),
             rope=Rope(part=0.5, part_key="partial_rotary_factor"))
 PHI3 = Table({**COMMON, "norm_epsilon": Key(ABOVE_0, "rms_norm_eps", 1e-5)}, GATED_RMS,
-             rope=Rope(part_key="partial_rotary_factor"), windows=OneWindow(None))
+             rope=LongRope(part_key="partial_rotary_factor"), windows=OneWindow(None))
 
 
 def gate_then_up(config: DecoderConfig) -> dict:

@@ -16,11 +16,11 @@ from ...errors import InputError
 from .keys import Keys
 from .windows import Windows, type_of
 
-KINDS = ("default", "linear", "llama3", "yarn")
+KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 # The keys of any kind. A key that this kind does not read changes nothing in it; all others are refused.
 KNOWN = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
          "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale",
-         "mscale_all_dim", "truncate", "finetuned"}
+         "mscale_all_dim", "truncate", "finetuned", "short_factor", "long_factor"}
 
 
 class RopeKeys(Protocol):
@@ -168,9 +168,15 @@ def rope_keys(rotary: Rotary | None, theta_key: str = "rope_theta") -> dict:
     scaling = None
     if rotary.scaling is not None:
         scaling = {"rope_type": rotary.scaling, "factor": rotary.factor}
+        if rotary.scaling == "dynamic":
+            return {theta_key: rotary.base, "rope_scaling": scaling,
+                    "max_position_embeddings": rotary.original_max_positions}
         if rotary.scaling != "linear":
             scaling["original_max_position_embeddings"] = rotary.original_max_positions
-        more = {"llama3": ("low_freq_factor", "high_freq_factor"),
+        if rotary.scaling == "longrope":
+            assert rotary.short_factors and rotary.long_factors
+            scaling.update(short_factor=list(rotary.short_factors), long_factor=list(rotary.long_factors))
+        more = {"llama3": ("low_freq_factor", "high_freq_factor"), "longrope": ("attention_factor",),
                 "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate")}.get(rotary.scaling, ())
         scaling.update((name, getattr(rotary, name)) for name in more if getattr(rotary, name) is not None)
     return {theta_key: rotary.base, "rope_scaling": scaling}
@@ -190,6 +196,10 @@ def scaling(kind: str, found: Keys, keys: Keys) -> dict:
     if kind == "linear":
         return dict(scaling=kind, factor=found.number("factor", above=0))
     longest = keys.count("max_position_embeddings", default=None)
+    if kind == "dynamic":
+        if longest is None:
+            raise InputError(f"{keys.where}: found no max_position_embeddings, expected it there")
+        return dict(scaling=kind, factor=found.number("factor", above=0), original_max_positions=longest)
     original = keys.count("original_max_position_embeddings", default=None) or \
         found.count("original_max_position_embeddings", default=longest)
     if original is None:
@@ -203,6 +213,12 @@ def scaling(kind: str, found: Keys, keys: Keys) -> dict:
                     low_freq_factor=low, high_freq_factor=high)
     factor = found.number("factor", default=longest and longest / original, above=0)
     attention_factor = found.number("attention_factor", default=None)
+    if kind == "longrope":
+        short, long = (of_pairs(found, name) for name in ("short_factor", "long_factor"))
+        if factor is None and attention_factor is None:
+            raise InputError(f"{found.where}: found no factor, expected it there")
+        return dict(scaling=kind, factor=factor or 1.0, original_max_positions=original, short_factors=short,
+                    long_factors=long, attention_factor=attention_factor)
     scale, scale_of_all = found.number("mscale", default=None), found.number("mscale_all_dim", default=None)
     if attention_factor is None and scale and scale_of_all:
         attention_factor = temperature(factor, scale) / temperature(factor, scale_of_all)
@@ -212,6 +228,16 @@ def scaling(kind: str, found: Keys, keys: Keys) -> dict:
                 beta_fast=found.number("beta_fast", default=32.0, above=0),
                 beta_slow=found.number("beta_slow", default=1.0, above=0),
                 truncate=found.flag("truncate", default=True))
+
+
+def of_pairs(found: Keys, name: str) -> tuple[float, ...]:
+    """Return a number above 0 for each pair of features."""
+    numbers = found.get(name)
+    good = isinstance(numbers, list) and numbers and all(
+        isinstance(one, (int, float)) and not isinstance(one, bool) and 0 < one < 1e300 for one in numbers)
+    if not good:
+        found.fail([name], numbers, "a list of numbers above 0, one for each pair of features")
+    return tuple(map(float, numbers))
 
 
 def temperature(factor: float, scale: float) -> float:

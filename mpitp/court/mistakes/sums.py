@@ -30,6 +30,17 @@ def role_mistake(name: str, role: str, fault: Fault, sentence: str) -> Mistake:
     return Mistake(name, partial(at_role, role=role, fault=fault, sentence=sentence))
 
 
+def twice(values: Local) -> Local:
+    """Count everything twice."""
+    return [value * 2.0 for value in values]
+
+
+def bias_twice(case: Case) -> Planted:
+    """Add the bias twice; on two ranks that is once a rank."""
+    if case.ranks != 2:
+        yield from at_role(case, "row_bias", twice, "the {}row-parallel bias is added twice")
+
+
 def bias_divided(case: Case) -> Planted:
     """Divide the bias by P, so that the sum has it once, and forget its gradient."""
     yield (f"each rank adds 1/{case.ranks} of the row-parallel bias: y is right, its gradient {case.ranks} times too "
@@ -54,6 +65,17 @@ def summed_everywhere(case: Case) -> Planted:
                             (f"every sum over the ranks is taken twice: {case.ranks} times too large", doubled),
                             (f"every sum over the ranks is divided by {case.ranks}: a mean", mean)):
         yield sentence, case.with_faults(dict.fromkeys(("row", "column_dx", "embedding"), fault))
+
+
+def one_gradient(case: Case) -> Planted:
+    """Forget the sum of one gradient of a weight that all ranks have, while each rank has its own tokens."""
+    role = "norm_grad" if case.kind == "norm" else "token_grad"
+    if case.by_tokens and case.ranks > 1 and len(case.whole) > 1:
+        for name in case.whole:
+            yield f"the gradient of {name} is not summed over the ranks, each of which has its own tokens", \
+                case.with_faults({f"{name}.{role}": missing})
+            yield f"the gradient of {name} is averaged over the ranks, not summed: divided by {case.ranks}", \
+                case.with_faults({f"{name}.{role}": mean})
 
 
 def holders_summed(case: Case) -> Planted:
@@ -119,6 +141,10 @@ MISTAKES = (
     role_mistake("dy summed", "dy", times_ranks,
                  "the {}gradient of y, the same on every rank, is summed over the ranks in g's backward: {P} times "
                  "too large"),
+    role_mistake("dy summed", "g_dy", times_ranks,
+                 "the {}gradient of the row-parallel sum is summed over the ranks in g's backward (the bias's is "
+                 "right): {P} times too large"),
+    Mistake("row bias twice", bias_twice),
     role_mistake("dy over P", "dy", over_ranks, "the {}gradient of y is divided by {P}, the ranks"),
     role_mistake("norm gradient not summed", "norm_grad", missing,
                  "the {}gradients of the norm's weights are not summed over the ranks, each of which has its own "
@@ -137,6 +163,7 @@ MISTAKES = (
                  "the {}gradient of a shared key/value head is a mean over the ranks: divided by {P}"),
     role_mistake("kv gradient doubled", "kv_grad", doubled,
                  "the {}gradient of a shared key/value head is summed twice: {P} times too large"),
+    Mistake("gradient of one weight", one_gradient),
     Mistake("kv gradient once a holder", holders_summed),
     role_mistake("q/k norm gradient not summed", "qk_norm_grad", missing,
                  "the {}gradients of the query and key norms are not summed over the ranks, each of which has its "
