@@ -4,6 +4,7 @@ import time
 
 import host_kernels
 import numpy as np
+import nvrtc
 import pytest
 import stand_in
 
@@ -66,9 +67,27 @@ def test_the_grids_cover_everything(count):
         assert (blocks - 1) * width * size < count <= blocks * width * size or blocks == 128
 
 
+@pytest.mark.skipif(nvrtc.library_path() is None, reason="no NVRTC, which compiles kernels without a GPU: "
+                                                         "pip install nvidia-cuda-nvrtc-cu12")
+def test_every_kernel_compiles(monkeypatch):
+    """For the device, with a tree whose last rank has nothing, too; in every dtype."""
+    stand_in.install(monkeypatch)
+    from mpitp.ops.cuda.kernel import ROUND
+    compiler, done = nvrtc.Compiler(), 0
+    dtypes = {"sum_words": ("float32", "float64", "int32", "int64", "bfloat16"), "trial": ("float32",),
+              "gather_words": ("uint16", "int32", "int64"), "sum_shares": ("float32", "float16", "bfloat16")}
+    order = peer_kernels.Order((2, 1, 0), "most((u[0] + u[1]), u[2])")
+    for name, of_name in dtypes.items():
+        for dtype in of_name:
+            code = peer_kernels.source(name, peer_kernels.TYPES.get(dtype) or ROUND[dtype], 2, order)
+            compiler.compile(code, ("--std=c++14", "--gpu-architecture=sm_90"))
+            done += 1
+    assert done == 12 and set(dtypes) == set(peer_kernels.BODIES)
+
+
 # --- the kernels ----------------------------------------------------------------------------------------------------
 
-LENGTHS = (1, 64, 193, 500, 1025)
+LENGTHS = (1, 193, 500, 1025)
 
 
 @needs_compiler
@@ -77,7 +96,7 @@ def test_all_reduce(world, small_peers, dtype):
     """Sums in the order of the ranks, maxima, minima; new arrays and in place; words, shares, and what is beyond."""
     with mpitp.TensorParallelGroup(device="gpu") as group:
         assert group.transport.name == ("peer" if world.size > 1 else "mpi")
-        for n in LENGTHS if dtype == "float32" else (1, 65, 1024):
+        for n in LENGTHS if dtype == "float32" else (65, 1024):
             every = [(draw(r, n) * 100).astype(dtype) for r in range(world.size)]
             x, total = stand_in.array(every[world.rank]), every[0].copy()
             for other in every[1:]:
@@ -95,7 +114,7 @@ def test_all_reduce(world, small_peers, dtype):
 def test_sums(world, small_peers, monkeypatch, dtype, reproducible):
     """The bits of NumPy's sum in the order of ranks or tree, rounded once."""
     with mpitp.TensorParallelGroup(device="gpu", reproducible=reproducible) as group:
-        for n in (1, 500, 1025):
+        for n in (1, 700):
             for size in (40, 5):
                 partition = group.partition(size)
                 own = [draw(b, n).astype("float32") for b in range(group.blocks)]
@@ -136,8 +155,8 @@ def test_sums_beside_what_the_device_computes(world, small_peers):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int64"])
-@pytest.mark.parametrize("counts", [(3, 0, 2, 5), (0, 0, 0, 0), (1, 1, 1, 1), (200, 1, 0, 73), (700, 0, 1, 0)])
+@pytest.mark.parametrize("dtype", ["float16", "int64"])
+@pytest.mark.parametrize("counts", [(3, 0, 2, 5), (0, 0, 0, 0), (200, 1, 0, 73), (700, 0, 1, 0)])
 def test_what_is_only_moved(world, small_peers, counts, dtype):
     counts, P, r = list(counts)[:world.size], world.size, world.rank
     with mpitp.TensorParallelGroup(device="gpu") as group:
@@ -165,7 +184,7 @@ def test_many_sums_with_delays(world, small_peers):
     """Of random lengths, in words and shares and gathers, while the ranks fall behind each other at random."""
     common, own = np.random.default_rng(5), np.random.default_rng(world.rank)
     with mpitp.TensorParallelGroup(device="gpu") as group:
-        for turn in range(30):
+        for turn in range(15):
             n, kind = int(common.integers(1, 700)), int(common.integers(3))
             every = [np.random.default_rng([turn, r]).standard_normal(n).astype("float32") for r in range(world.size)]
             if own.random() < 0.2:
