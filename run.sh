@@ -113,16 +113,20 @@ make_venv() {
     done
     [ -n "$base" ] ||
         die "found no Python 3.10 or newer with venv (${PYTHON:-python3 on PATH}), expected one: set PYTHON"
+    case $here in *:*) die "found a colon in $here, expected a folder without one for .venv, or MPITP_VENV" ;; esac
     echo "run.sh: first use, making $venv" >&2
     rm -rf "$venv"
-    case $here in *:*) die "found a colon in $here, expected a folder without one for .venv, or MPITP_VENV" ;; esac
     "$base" -m venv "$venv"
 }
 
 install() {     # into .venv, the project as it lies here
     local patience=
-    [ -z "$site" ] || patience="--retries 1 --timeout 8"       # a compute node often has no network, and time costs
-    "$python" -m pip install --quiet --disable-pip-version-check $patience "$@" 2> "$venv/pip.log" || {
+    # A compute node often has no network, and its time costs. By variables, since pip runs itself for what builds.
+    [ -z "$site" ] || patience="env PIP_RETRIES=1 PIP_DEFAULT_TIMEOUT=5"
+    $patience "$python" -m pip install --quiet --disable-pip-version-check "$@" 2> "$venv/pip.log" || {
+        ! grep -qE 'NewConnectionError|ConnectTimeout|ReadTimeout|ProxyError|name resolution' "$venv/pip.log" ||
+            die "found no package index that answers $(uname -n), expected a network for what is not in $venv yet:" \
+                "./run.sh --prepare where there is one, such as a login node"
         grep -v '^WARNING' "$venv/pip.log" >&2 || true
         die "pip could not install $*, see above; where there is a network, such as a login node: ./run.sh --prepare"
     }
@@ -162,6 +166,10 @@ update_venv() {
     install -e "$here[$extras]"
     echo "$installed" > "$venv/mpitp-installed"
 }
+if [ -z "${MPITP_VENV:-}" ] && [ -L "$python" ] && [ ! -x "$python" ] && [ ! -O "$venv" ]; then
+    die "found $python, whose Python $(readlink "$python") this user cannot run, expected one that all may run:" \
+        "remove $venv and set PYTHON, or name an environment of yours in MPITP_VENV"
+fi
 if [ -n "${MPITP_VENV:-}" ]; then
     [ -z "$prepare" ] || die "found --prepare with MPITP_VENV, expected one of them: run.sh installs into .venv alone"
     [ -x "$python" ] || die "found no $python, expected a virtual environment in MPITP_VENV"
@@ -177,8 +185,8 @@ mpi_type=       # of srun --mpi=TYPE, where srun needs to be told
 proves() {      # whether this launcher starts one world of $1 ranks with the library in MPI4PY_LIBMPI, if set
     local limit= text
     command -v timeout >/dev/null && limit="timeout 60"
-    text=$(MPIEXEC_TIMEOUT=60 $limit "$launcher" ${flags[@]+"${flags[@]}"} ${mpi_type:+--mpi=$mpi_type} -n "$1" \
-        "$python" -c "from mpi4py import MPI; size, name = MPI.COMM_WORLD.size, MPI.get_vendor()[0]
+    text=$(share_cores; MPIEXEC_TIMEOUT=60 $limit "$launcher" ${flags[@]+"${flags[@]}"} \
+        ${mpi_type:+--mpi=$mpi_type} -n "$1" "$python" -c "from mpi4py import MPI; size, name = MPI.COMM_WORLD.size, MPI.get_vendor()[0]
 raise SystemExit(size != $1 and f'{name}: a world of {size} rank, expected $1')" 2>&1 </dev/null) && return
     [ -z "$text" ] || said=$text
     return 1
@@ -237,7 +245,7 @@ kind() {        # openmpi4, openmpi5, hydra or other: what the launcher says of 
     esac
 }
 
-has_settings() {    # whether files or variables give Open MPI hosts or transports of their own: several nodes, perhaps
+has_settings() {    # whether files or variables give Open MPI hosts of its own, or files a setting of a name like $1
     local prefix etc file
     [ -z "${OMPI_MCA_orte_default_hostfile:-}${OMPI_MCA_default_hostfile:-}" ] || return 0
     [ -z "${PRTE_MCA_prte_default_hostfile:-}${PRTE_MCA_default_hostfile:-}" ] || return 0
@@ -250,15 +258,18 @@ has_settings() {    # whether files or variables give Open MPI hosts or transpor
     for file in "${HOME:-}"/.openmpi/mca-params.conf "${HOME:-}"/.prte/mca-params.conf \
                 "$prefix"/etc/*-mca-params.conf "$prefix"/etc/openmpi/*-mca-params.conf \
                 /etc/openmpi/*-mca-params.conf; do
-        ! grep -qsE '^[[:space:]]*(pml|btl|[a-z_]*hostfile)[[:space:]]*=[[:space:]]*[^^[:space:]]' "$file" || return 0
+        ! grep -qsE "^[[:space:]]*($1)[[:space:]]*=[[:space:]]*[^^[:space:]]" "$file" || return 0
     done
     return 1
 }
 
-open_mpi_environment() {    # what Open MPI needs as root, with more ranks than cores, and to leave ranks unpinned
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+share_cores() {     # more ranks of Open MPI than cores
     export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
     export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
+}
+
+open_mpi_environment() {    # what Open MPI needs as root, on one node, and to leave ranks unpinned
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     export OMPI_MCA_hwloc_base_binding_policy=${OMPI_MCA_hwloc_base_binding_policy:-none}
     export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy:-none}
     local cores
@@ -266,7 +277,10 @@ open_mpi_environment() {    # what Open MPI needs as root, with more ranks than 
     if [ -z "$site" ] && [ "$ranks" -gt "$cores" ]; then    # a rank that waits lets another work
         export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
     fi
-    if [ -z "$site" ] && ! has_settings; then               # one node: opening the network takes a second
+    if [ -z "$site" ] && ! has_settings '[a-z_]*hostfile'; then
+        share_cores                                         # with more hosts it would put all ranks on the first one
+    fi
+    if [ -z "$site" ] && ! has_settings 'pml|btl|[a-z_]*hostfile'; then     # one node: opening the network takes a second
         local shared=sm
         [ "$1" != openmpi4 ] || shared=vader
         export OMPI_MCA_pml=${OMPI_MCA_pml:-ob1} OMPI_MCA_btl=${OMPI_MCA_btl:-self,$shared}
@@ -363,6 +377,17 @@ fi
 if [ -n "$prepare" ]; then
     echo "run.sh: $venv is complete, for $launcher; no use from now on needs a network" >&2
     exit
+fi
+
+# MPI libraries die, with a bus error at best, where /dev/shm has no room for the messages on a node. Measured: two to
+# four ranks need up to 32 MiB. In a job a node has no more ranks than cores.
+here_ranks=$ranks cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+if [ -n "$site${MPITP_LAUNCHER:-}" ] && [ "$ranks" -gt "$cores" ]; then here_ranks=$cores; fi
+shm=$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }' || true)
+wanted=$((16 + 8 * here_ranks))
+if [ -n "$shm" ] && [ "$here_ranks" -gt 1 ] && [ "$shm" -lt $wanted ]; then
+    echo "run.sh: found $shm MiB free in /dev/shm of $(uname -n), expected $wanted MiB for $here_ranks ranks, or the MPI" \
+        "may die: docker run --shm-size=1g, or remount /dev/shm larger" >&2
 fi
 
 # --- run -------------------------------------------------------------------------------------------------

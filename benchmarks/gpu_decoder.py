@@ -1,7 +1,7 @@
 """A whole decoder in bfloat16, a token of generation and a training step, against torch eager on the same weights.
 
 Llama's kind: RMS norms, rotary positions, gated SiLU, no biases, attention by torch's scaled_dot_product_attention.
-"mpitp choice" is the recorded token with the choice of the next one in the graph, brought to the host, as generate does.
+"mpitp choice" is the recorded token with the choice of the next one in the graph, brought to the host, as in generate.
 torch trains as mpitp does: bfloat16 weights, float32 weights for AdamW, gradients widened.
 """
 import numpy as np
@@ -149,7 +149,7 @@ def decode(rows, group, model, theirs, ids, tids):
         def chosen():
             if chosen_kv.lengths[0] == CONTEXT + FURTHER:
                 chosen_kv.set_lengths([CONTEXT])
-            return choice(token[:, 0])                       # from the second call on the token before, as in generation
+            return choice(token[:, 0])                  # from the second call on the token before, as in generation
         cases["mpitp choice"] = chosen
     rows.add(f"decoder, {LAYERS} layers of h = {D}, a token after {CONTEXT}, bfloat16", cases,
              bytes_read=model.local_bytes(), check=(ours(), expected, 0.1))

@@ -1,4 +1,5 @@
-"""The tables of README.md and docs/ that are made: of benchmarks/results/*.json, and of the source (walk.py).
+"""The tables of README.md and docs/ that are made: of benchmarks/results/*.json, and of the source (walk.py,
+families_table.py).
 
     python docs/figures.py              write every table anew
     python docs/figures.py --check      exit with 1 if a page shows another table than is made
@@ -13,6 +14,7 @@ from pathlib import Path
 from collections.abc import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import families_table
 import walk
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,11 +153,30 @@ def ratios() -> str:
         f"\n\n2 ranks of one core each, float32; {ffn['machine']}, {ffn['mpi']}, torch {ffn['torch']}."
 
 
+STUBS = (       # launchers that nobody had at hand, as the tests write them; tests/test_run_sh.py
+    ("PBS", "its node file, the site's mpiexec"), ("LSF", "its slots, jsrun or mpirun"),
+    ("Grid Engine", "its slots and its host file"), ("Flux and others", "MPITP_LAUNCHER, word by word"))
+
+
+def clusters() -> str:
+    """Return the table of launchers, MPIs and what ran: of .ci/cluster, and the stubs of the tests."""
+    found = result("cluster")
+    names = {"Slurm": f"Slurm {found['slurm']}"}
+    rows: dict[tuple[str, str], list[str]] = {}
+    for ran in found["ran"]:
+        if ran["ok"]:
+            mpi = f"{ran['mpi']} {found['mpi'][ran['mpi']]}"
+            rows.setdefault((names.get(ran["launcher"], ran["launcher"]), ran["what"]), []).append(mpi)
+    lines = [[launcher, ", ".join(mpis), what, "real"] for (launcher, what), mpis in rows.items()]
+    lines += [[name, "", what, "stub"] for name, what in STUBS]
+    return table(["launcher", "MPI", "what ran", ""], lines, left=4)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ffn": lambda: interleaved("ffn-h2048-n2"), "block-512": lambda: interleaved("block-h512-n2"),
     "block-1024": lambda: interleaved("block-h1024-n2"), "train": lambda: interleaved("train-h256-n2"),
     "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions,
-    "walk": walk.table}
+    "walk": walk.table, "families": families_table.table, "clusters": clusters}
 
 
 def wrapped(text: str) -> str:

@@ -45,6 +45,23 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} us"
 
 
+def rate(bytes_per_second: float) -> str:
+    """Return bytes a second in a decimal unit with three digits: 117e6 -> '117 MB/s', 5.12e9 -> '5.12 GB/s'."""
+    giga = bytes_per_second >= 0.9995e9
+    return f"{bytes_per_second / (1e9 if giga else 1e6):#.3g}".rstrip(".") + (" GB/s" if giga else " MB/s")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers with runs of neighbours shortened: [0, 1, 2, 5] -> '0-2,5'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def plain(value: Any) -> Any:
     """Return the value in JSON's types: dataclasses as objects, tuples as lists, NaN and infinities as null."""
     if dataclasses.is_dataclass(value):

@@ -27,6 +27,7 @@ from mpi4py import MPI
 
 from groups import group_fixture
 from mpitp.comm import guard
+from mpitp.errors import InputError
 
 WORLD = MPI.COMM_WORLD
 SECOND_MPI = os.environ.get("MPITP_SECOND_MPI") == "1"
@@ -117,6 +118,15 @@ def pytest_collection_modifyitems(config, items):
     out = [item for item in items if left_out(item, config)]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in set(out)]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test of what every rank refuses on a GPU is skipped there."""
+    outcome = yield
+    error = outcome.excinfo and outcome.excinfo[1]
+    if pyfuncitem.config.option.device != "cpu" and isinstance(error, InputError) and "on a GPU" in str(error):
+        outcome.force_exception(pytest.skip.Exception(str(error)))
 
 
 def pytest_runtest_setup(item):

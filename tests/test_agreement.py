@@ -8,6 +8,7 @@ import mpitp
 from groups import group_fixture
 from mpitp import InputError
 from mpitp.comm import agreement, collectives
+from mpitp.comm.tree import nodes_of_ranks
 from spmd import same_bytes, sum_of_blocks
 
 
@@ -170,6 +171,7 @@ def test_without_check_nothing_more_is_sent(world):
         control = group.comm = Spy(group.comm)
         data = group.transport.comm = Spy(group.transport.comm)
         x, partition = np.ones((2, 6)), group.partition(6)
+        gather = "Allgatherv" if 6 % world.size else "Allgather"
         group.all_reduce(x)
         group.begin_all_reduce(x).wait()
         group.all_gather(x[:, partition.range(group.rank)], partition)
@@ -177,17 +179,24 @@ def test_without_check_nothing_more_is_sent(world):
         group.reduce_scatter(x, partition)
         group.broadcast(x)
         sum_of_blocks(group, lambda block: np.ones(2), partition, (2,), float)
-        assert data.calls == ["Allreduce", "Iallreduce", "Allgatherv", "Gatherv", "Reduce_scatter", "Bcast",
+        assert data.calls == ["Allreduce", "Iallreduce", gather, "Gatherv", "Reduce_scatter", "Bcast",
                               "Allreduce"]
         assert control.calls == [] and not group.ledger.control
         group.comm = control.comm
 
 
-def test_what_a_reproducible_sum_sends(world):
-    with mpitp.TensorParallelGroup(reproducible=True) as group:
+@pytest.mark.parametrize("blocks, elements", [(8, 12), (8, 13), (6, 12), (6, 13), (1, 12), (1, 13), (2, 2)])
+def test_what_a_reproducible_sum_sends(world, blocks, elements):
+    """Equal counts take the plain call, which is faster; every rank must decide alike, those without a block, too."""
+    with mpitp.TensorParallelGroup(reproducible=True, blocks=blocks) as group:
         data = group.transport.comm = Spy(group.transport.comm)
-        sum_of_blocks(group, lambda block: np.ones(2), group.partition(6), (2,), float)
-        assert data.calls == ["Alltoallv", "Allgatherv"]
+        summand = np.arange(elements, dtype=float)
+        found = sum_of_blocks(group, lambda block: summand.copy(), group.partition(24), (elements,), float)
+        assert same_bytes(found, blocks * summand)
+        nodes = {len(of_rank) for of_rank in nodes_of_ranks(group.partition(24))}
+        even = elements % world.size == 0
+        assert data.calls == ["Alltoall" if even and len(nodes) == 1 else "Alltoallv",
+                              "Allgather" if even else "Allgatherv"]
 
 
 def test_by_ranks():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import mpitp
 from mpitp import measure
 from spmd import job
 
@@ -32,7 +33,31 @@ def test_all_benches(tmp_path):
     blocks = [row for row in rows if row["bench"] == "block"]       # 12 D^2 weights; q k^T and p v over one tile
     flops = [2 * (12 * 8 * 32 ** 2 + 2 * 64 * 32), 2 * (36 * 8 * 32 ** 2 + 7 * 64 * 32)]
     assert [row["flops"] for row in blocks] == flops
+    assert report["fits"] == [] and "MB/s" in done.stdout           # no message here that shows a rate
     assert len(list(csv.DictReader((tmp_path / "b.csv").open()))) == len(rows)
+
+
+def test_latency_and_rate():
+    """The line through times that lie on one, over five powers of ten; a rate that noise made negative is none."""
+    times = {n: 3e-5 + 2e-9 * n for n in (8, 512, 32768, 2097152)}
+    assert measure.latency_and_rate(times) == pytest.approx((3e-5, 2e-9))
+    alpha, beta = measure.latency_and_rate({8: 2e-5, 64: 1e-5})
+    assert alpha > 0 and beta > 0
+
+
+def test_collectives_beside_what_neighbours_exchange(world):
+    """Large messages have a limit where there is a link; small ones are latency."""
+    from mpitp.commands import bench
+    with mpitp.TensorParallelGroup() as group:
+        arguments = argparse.Namespace(max_bytes=bench.BANDWIDTH_BYTES, rounds=2)
+        rows = bench.collectives(group, arguments)
+        fits = bench.fits(rows)
+    assert [fit.operation for fit in fits] == ["all_gather", "all_reduce", "broadcast", "reduce_scatter"]
+    assert all(fit.alpha_seconds >= 0 and fit.beta_seconds_per_byte > 0 for fit in fits)
+    assert len(rows) == 4 * 5 and {row.case for row in rows} == {"all_reduce", "all_gather", "reduce_scatter",
+                                                                 "broadcast"}
+    for row in rows:
+        assert (row.share_of_limit is not None) == (world.size > 1 and row.bytes == bench.BANDWIDTH_BYTES)
 
 
 def test_every_bench_on_the_groups_device(group):

@@ -1,4 +1,5 @@
 """The command line as a newcomer meets it: help that fits and lists everything, examples that run, tables that fit."""
+import importlib
 import json
 import os
 import shlex
@@ -191,3 +192,14 @@ def test_what_may_take_long_has_a_bar(folder, line, shown):
     done = job(1, "-c", PRINTED, *shlex.split(line), cwd=folder)
     assert done.returncode == 0 and all(text in done.stderr for text in shown), done.stderr
     assert "windows is through\n" * 8 in done.stderr or "score" not in line
+
+
+def test_paths_are_named_and_may_differ():
+    """Every option whose value is a file or folder is known as one, so that ranks are not compared by it."""
+    found = set()
+    for name in COMMANDS:
+        parser = commands.command_parser(name, importlib.import_module(f"mpitp.commands.{name}"))
+        for action in parser._actions:
+            if any(word in str(action.metavar) for word in ("FILE", "DIR", "DUMP")):
+                found.add(action.dest)
+    assert found == set(commands.PATHS)

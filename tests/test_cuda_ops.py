@@ -10,7 +10,8 @@ import pytest
 
 from mpitp.arrays import GPU_DTYPES, compute_dtype, sum_dtype
 from mpitp.attention_config import Rotary
-from mpitp.ops import activation, adamw, attention, cross_entropy, dropout, embedding, keys_values, linear, norm, rotary
+from mpitp.ops import (activation, adamw, attention, cross_entropy, dropout, embedding, greatest, keys_values, linear,
+                       norm, rotary)
 
 
 def has_gpu():
@@ -280,6 +281,25 @@ def test_embedding(dtype, N, rows, H):
     out = case.xp.full((rows, H), 5, case.sum_dtype)
     assert embedding.embedding_backward(d, device_ids, rows, out=out) is out
     case.check(out, embedding.embedding_backward(d64, ids, rows), N)
+
+
+@dtypes
+@pytest.mark.parametrize("B, V", [(1, 1), (3, 50), (2, 5000), (2, 0)])
+def test_greatest(dtype, B, V):
+    """Of equal logits the lowest id; a NaN before all; -1 where the largest is not finite."""
+    case = Case(dtype)
+    (z, z64) = case.draw(B, V + 3)
+    for value, places in ((None, []), (9, [(0, 0), (-1, -1)]), (np.inf, [(-1, V // 2)]), (np.nan, [(0, -1), (0, 0)])):
+        for b, v in places if V else []:
+            z[b, :V][v] = z64[b, :V][v] = value
+        found = greatest.greatest_of_rank(z[:, :V], 7)
+        expected = greatest.greatest_of_rank(z64[:, :V], 7)
+        assert found.get().tobytes() == expected.tobytes() or np.isnan(expected).any() and \
+            np.array_equal(found.get(), expected, equal_nan=True)
+        for more in ([], [[-1.0, 99]] * B, [[9.0, 99]] * B, [[np.nan, 99]] * B):
+            ranks = [expected] + ([np.array(more)] if more else [])
+            ids = greatest.greatest_of_ranks(case.xp.asarray(np.stack(ranks)))
+            assert np.array_equal(ids.get(), greatest.greatest_of_ranks(np.stack(ranks)))
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

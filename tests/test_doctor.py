@@ -5,9 +5,11 @@ import json
 import pytest
 
 from mpitp.__main__ import foreign_launcher
-from mpitp.comm import facts
+from mpitp.comm import control_groups, facts
 from mpitp.comm.facts import RankFacts
-from mpitp.commands import doctor
+from mpitp.commands import doctor, doctor_page
+from mpitp.measure import Link, links
+from mpitp.measure.links import busiest, bytes_by_interface, pairs
 from spmd import job
 
 
@@ -30,6 +32,9 @@ def test_nothing_is_wrong():
     assert names(rank(cores=[0]), rank(cores=[1])) == []                    # pinned, one each: as it should be
     assert names(rank(world=1, launcher=None, launcher_ranks=1, blas_threads=2, share=2)) == []
     assert names(rank(instructions=["avx2"], variables={"OPENBLAS_CORETYPE": "Haswell"}), rank()) == []
+    assert names(rank(infiniband=True, locked_memory=64 << 10), rank()) == []               # one host: unused
+    # one core of a node that others share, as Slurm or a control group allots it
+    assert names(rank(cores=[5], machine_cores=1, world=1, launcher_ranks=1)) == []
 
 
 @pytest.mark.parametrize("name, ranks, fix", [
@@ -47,6 +52,7 @@ def test_nothing_is_wrong():
      "unset MKL_ENABLE_INSTRUCTIONS"),
     ("container limit", [rank(quota=1.0), rank(quota=1.0)], "mpirun -n 1"),
     ("little shared memory", [rank(shared_memory=20 << 20), rank(shared_memory=20 << 20)], "--shm-size"),
+    ("little locked memory", [rank(infiniband=True, locked_memory=64 << 10), rank(host="node2")], "ulimit -l"),
     ("GPUs talk through the host", [rank(gpus=2, gpu_transport="staged", gpu_transport_how="no CUDA")] * 2,
      "an MPI built with CUDA"),
     ("ranks share a GPU", [rank(gpus=1, gpu="A 1", gpu_shared=True, gpu_transport="mpi")] * 2, "mpirun -n 1"),
@@ -54,20 +60,20 @@ def test_nothing_is_wrong():
 def test_each_misconfiguration_is_named(name, ranks, fix):
     found = {finding.name: finding for finding in doctor.findings(ranks)}
     assert name in found and fix in found[name].fix
-    text = "\n".join([*doctor.page(ranks), *doctor.verdict(list(found.values()))])
+    text = "\n".join([*doctor_page.page(ranks), *doctor_page.verdict(list(found.values()))])
     assert f"WRONG  {name}: " in text
 
 
 def test_gpus_are_named():
     ranks = [rank(gpus=2, gpu=f"H100 {i}", gpu_transport="mpi", gpu_transport_how="fast") for i in "ab"]
-    text = "\n".join(doctor.page(ranks))
+    text = "\n".join(doctor_page.page(ranks))
     assert "rank 1: H100 b" in text and "transport: mpi (fast)" in text
 
 
 def test_no_blas_of_its_own_knowledge():
     """What cannot be known is said to be unknown, and is not a finding."""
     unknown = rank(blas_threads=None, shared_memory=None, instructions=[])
-    assert names(unknown, unknown) == [] and "unknown" in "\n".join(doctor.page([unknown]))
+    assert names(unknown, unknown) == [] and "unknown" in "\n".join(doctor_page.page([unknown]))
 
 
 @pytest.mark.parametrize("launcher, mpi, fix", [
@@ -87,6 +93,62 @@ def test_container_limits(tmp_path, text, cores):
     (tmp_path / "cpu.max").write_text(text)
     assert facts.cpu_quota(tmp_path / "cpu.max") == cores
     assert facts.cpu_quota(tmp_path / "gone") is None
+
+
+def test_each_host_has_its_line():
+    """Where ranks are, and what each host gives them; and how they reach each other."""
+    ranks = [rank(), rank(), rank(host="node2", shared_memory=1 << 30, memory_limit=4 << 30, locked_memory=8 << 20)]
+    found = [line.split() for line in doctor_page.page(ranks)]
+    assert ["node1", "0-1", "8.0", "GiB", "free", "all", "all", "all"] in found
+    assert ["node2", "2", "1.0", "GiB", "free", "all", "4.0", "GiB", "8.0", "MiB"] in found
+    links = [Link((0, 1), ("node1", "node1"), 3e-7, 5e9, ""), Link((0, 2), ("node1", "node2"), 6e-5, 1.17e8, "eth0"),
+             Link((2, 3), ("node1", "node2"), 6e-5, 1.17e8, "")]
+    text = "\n".join(doctor_page.table_of_links(links))
+    assert "117 MB/s  eth0" in text and "5.00 GB/s  shared memory" in text and "no interface that the kernel" in text
+
+
+def test_which_ranks_are_compared():
+    assert pairs(["a"]) == pairs(["a"] * 0) == [] and pairs(["a", "a", "a"]) == [(0, 1)]
+    assert pairs(["a", "b"]) == [(0, 1)] and pairs(["a", "a", "b"]) == [(0, 1), (0, 2)]
+    assert pairs(["a", "b", "c", "b"]) == [(1, 3), (0, 1), (1, 2), (2, 0)]
+
+
+def test_the_link_between_ranks(world):
+    """Two hosts by name alone: one pair for both, with times that both ranks agree on."""
+    hosts = ["even" if rank % 2 == 0 else "odd" for rank in range(world.size)]
+    found = links(world, hosts)
+    assert [link.ranks for link in found] == pairs(hosts) and world.bcast(found) == found
+    assert all(0 < link.latency_seconds < 10 and link.bytes_per_second > 1e5 for link in found)
+
+
+def test_the_interface_that_carried_most(tmp_path):
+    lines = "Inter-| Receive | Transmit\n face |bytes\n  lo: 9 0 0 0 0 0 0 0 9 0\n eth0: 1 0 0 0 0 0 0 0 500 7 0\n"
+    (tmp_path / "dev").write_text(lines)
+    port = tmp_path / "infiniband" / "mlx5_0" / "ports" / "1" / "counters"
+    port.mkdir(parents=True)
+    (port / "port_xmit_data").write_text("100\n")
+    before = bytes_by_interface(str(tmp_path / "dev"), str(tmp_path / "infiniband"))
+    assert before == {"lo": 9, "eth0": 500, "mlx5_0 port 1": 400}
+    assert busiest(before, before | {"eth0": 900}, 300) == "eth0" and busiest(before, before | {"eth0": 700}, 300) == ""
+    assert busiest(before, before | {"mlx5_0 port 1": 5000, "eth0": 900}, 300) == "mlx5_0 port 1"
+    assert bytes_by_interface("/gone", "/gone") == {} and busiest({}, {}, 1) == ""
+
+
+@pytest.mark.parametrize("own, files, cores, memory", [
+    ("0::/job_7/task\n", {"job_7/task/cpuset.cpus.effective": "4\n", "job_7/task/memory.max": "max\n"}, 1, None),
+    ("0::/\n", {"cpuset.cpus.effective": "0-3,8\n", "memory.max": "1073741824\n"}, 5, 1 << 30),
+    ("4:memory:/a\n3:cpuset:/b\n", {"cpuset/b/cpuset.effective_cpus": "2-3", "memory/a/memory.limit_in_bytes": "4096",
+                                    "memory/memory.limit_in_bytes": "9223372036854771712"}, 2, 4096),
+    ("nonsense\n", {"cpuset.cpus.effective": "\n"}, None, None)])
+def test_control_groups(tmp_path, own, files, cores, memory):
+    """Both versions, nested or at the top as in a container; what cannot be read is no limit."""
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    where = str(tmp_path), str(tmp_path / "own")
+    assert control_groups.allotted_cores(*where) == cores and control_groups.memory_limit(*where) == memory
+    assert control_groups.allotted_cores("/gone", "/gone") is control_groups.memory_limit("/gone", "/gone") is None
 
 
 def test_processor_flags(tmp_path):
@@ -121,6 +183,7 @@ def test_the_page(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["schema"] == "mpitp.doctor/1" and len(report["ranks"]) == 2
     assert (done.returncode != 0) == bool(report["findings"])
+    assert report["links"][0]["ranks"] == [0, 1] and report["links"][0]["bytes_per_second"] > 0
     assert "slow BLAS kernel" not in done.stdout and "more threads than cores" not in done.stdout
 
 

@@ -3,6 +3,7 @@
 Logits and greedy tokens of every family are in test_load_model.py, well-known config.json in test_config_keys.py.
 """
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,10 @@ import mpitp
 from mpitp import DecoderConfig, InputError, Rotary
 from mpitp.checkpoints.families import config_json, described, family_named
 from mpitp.checkpoints.families.keys import Keys
+from mpitp.checkpoints.loading import feed_forward
 from mpitp.checkpoints.model_folder import CheckpointWarning, open_folder
+from mpitp.checkpoints.safetensors import Checkpoint
+from ordinary_configs import ORDINARY
 from spmd import everywhere, job
 
 LONGROPE = dict(type="su", short_factor=[1.0, 1.1, 1.3], long_factor=[1.2, 2.0, 4.5])
@@ -31,6 +35,11 @@ def test_what_a_family_writes_it_reads(case, tmp_path):
     family = family_named(folder.family.saved_as or folder.family.model_type)
     again = Keys(json.loads(json.dumps(config_json(folder.config, family))))
     assert described(family.config(again)) == described(folder.config) and again.unknown() == []
+
+
+def test_a_window_that_is_not_used_is_no_unknown_key():
+    keys = Keys(dict(ORDINARY["SmolLM3"], sliding_window=5))
+    assert family_named("smollm3").config(keys).sliding_window is None and keys.unknown() == []
 
 
 @pytest.mark.parametrize("case, changes, said", [
@@ -149,9 +158,21 @@ def test_the_text_model_of_a_folder_with_images(world, prefix, tmp_path):
         world.barrier()
 
 
+@IMAGES
+@pytest.mark.parametrize("case", ["gemma", "gemma2", "opt", "gemma3", "gpt_bigcode", "phi3"])
+def test_the_feed_forward_block_of_a_layer(case, tmp_path):
+    """What `verify --model` checks: out of its tensors, or its rows of a fused one."""
+    golden = tiny.load(case)
+    tiny.write(tmp_path, golden)
+    block, tensors = feed_forward(Checkpoint(tmp_path), 1), tiny.tensors(golden)
+    up, down = (next(w for name, w in tensors.items() if re.search(rf"\.1\.(mlp\.)?({names})\.weight", name))
+                for names in ("up_proj|fc1|c_fc|gate_up_proj", "down_proj|fc2|c_proj"))
+    assert np.array_equal(block.weights["up.weight"][:, :], up[-block.ffn_hidden_size:])
+    assert np.array_equal(block.weights["down.weight"][:, :], down) and block.hidden_size == len(down)
+
+
 @pytest.mark.launcher
-@pytest.mark.parametrize("case", ["gemma", "gemma2", "opt", "gemma3"])
-def test_verify_checks_their_feed_forward_blocks(case, tmp_path):
-    tiny.write(tmp_path, tiny.load(case))
+def test_verify_checks_it(tmp_path):
+    tiny.write(tmp_path, tiny.load("gemma3"))
     done = job(2, "-m", "mpitp", "verify", "--model", str(tmp_path), "--layer", "1", "--seq-length", "9")
     assert done.returncode == 0 and "every check holds" in done.stdout, done.stdout + done.stderr

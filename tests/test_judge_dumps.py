@@ -7,6 +7,7 @@ import pytest
 
 from judge_host import BF16, Host
 from mpitp.court.dump import read_dump
+from mpitp.court.layouts import make_layout
 from mpitp.court.verdict import judge
 from mpitp.errors import InputError
 from mpitp.oracle import Recorder
@@ -154,6 +155,15 @@ def test_sizes_without_bytes_are_refused(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"schema": "mpitp.dump/1", "ranks": 1, "kind": "norm",
                                                    "tensors": {"forward": {"x": layout}}}))
     refused(tmp_path, "along an axis")
+
+
+def test_ranges_of_shared_heads_may_overlap():
+    """Two ranks hold the heads that their query heads use; of anything else, that is a mistake in the dump."""
+    entry = {"layout": "split", "axis": 0, "ranges": [[0, 2], [0, 4]]}
+    layout = make_layout("backward attention.key.weight", entry, [(2, 3), (4, 3)])
+    assert layout.shape == (4, 3) and [part.tolist() for part in layout.parts] == [[0, 1], [0, 1, 2, 3]]
+    with pytest.raises(InputError, match="overlap"):
+        make_layout("backward attention.query.weight", entry, [(2, 3), (4, 3)])
 
 
 # --- the recorder ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 import mpitp
 from mpitp import InputError
-from mpitp.comm import launch, workers
+from mpitp.comm import control_groups, launch, workers
 from spmd import ROOT, job_environment
 
 # --- launchers -----------------------------------------------------------------------------------------------
@@ -33,12 +33,15 @@ def test_launchers(environment, words, ranks):
     assert found == ranks and (name is None if words is None else words in name)
 
 
-def test_cores_that_a_job_may_use():
-    """On a node that is shared, what Slurm allocated: ranks that fill it are not pinned."""
+def test_cores_that_a_job_may_use(monkeypatch):
+    """On a node that is shared, what Slurm or a control group allotted: ranks that fill it are not pinned."""
+    monkeypatch.setattr(control_groups, "allotted_cores", lambda: None)
     assert launch.usable_cores({"SLURM_CPUS_ON_NODE": "1"}) == 1
     for nonsense in ("9999", "two", "0", ""):
         assert launch.usable_cores({"SLURM_CPUS_ON_NODE": nonsense}) == os.cpu_count()
     assert launch.usable_cores({}) == os.cpu_count()
+    monkeypatch.setattr(control_groups, "allotted_cores", lambda: 1)
+    assert launch.usable_cores({}) == launch.usable_cores({"SLURM_CPUS_ON_NODE": "2"}) == 1
 
 
 @pytest.mark.parametrize("variable, name", [("PMI_SIZE", "Hydra"), ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun")])

@@ -58,6 +58,8 @@ def test_logits_and_greedy_tokens(group, case, tmp_path):
     exact = np.array(golden["logits"])
     tiny.write(tmp_path, golden)
     for dtype, limit in (("float32", 2e-5), ("float64", 1e-8 if case == "bloom" else 1e-11)):   # its GELU's 0.79788456
+        if group.size > 1 and group.reproducible != (dtype == "float64"):
+            continue                                        # on several ranks a dtype for each mode
         model = mpitp.load_model(tmp_path, group, dtype)
         logits = logits_of(model, golden["ids"])
         assert logits.dtype == dtype and np.abs(logits - exact).max() <= limit * np.abs(exact).max()

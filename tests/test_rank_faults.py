@@ -15,6 +15,7 @@ import mpitp
 from mpitp import InputError
 from mpitp.comm import agreement, stand
 from mpitp.comm.ledger import Collective, Ledger
+from mpitp.verification.feed_forward import FeedForwardCheck
 from spmd import job, job_environment
 
 FAULTS = {              # (fault, command, rank, hosts): one of each kind
@@ -283,3 +284,15 @@ def test_groups_of_the_same_ranks_share_a_watch(world):
     for group in groups:
         group.close()
     assert world.size == 1 or not {id(group.ledger) for group in groups} & {id(one) for one in group.watch.ledgers()}
+
+
+def test_the_dense_side_of_verify_takes_what_it_takes(group):
+    layer = mpitp.ParallelMLP(group, 4)
+    check = FeedForwardCheck(group, layer, 1, 2, 0)
+    for _, step in check.steps()[:1]:
+        step()
+    assert group.watch is None or 0 < group.watch.limit < float("inf")
+    check.run_exact()
+    assert group.watch is None or group.watch.limit == float("inf")
+    mpitp.TensorParallelGroup().close()
+    assert group.watch is None or group.watch.limit < float("inf")

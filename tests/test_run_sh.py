@@ -265,13 +265,14 @@ def test_more_ranks_than_the_allocation_of_slurm(site, cpus, per_task, asked, fo
 @pytest.mark.parametrize("version, more", [("mpirun (Open MPI) 4.1.6", True), ("HYDRA build details:", False)])
 def test_grid_engine(site, version, more):
     """NSLOTS ranks; an Open MPI gets the hosts of PE_HOSTFILE as a machine file of its own format."""
-    site.stub("mpirun", version=version)
+    site.stub("mpirun", 'env > "$0.env"', version)
     (site.folder / "pe").write_text("node1 2 all.q@node1 UNDEFINED\nnode2 2 all.q@node2 UNDEFINED\n")
     site.environment.update(JOB_ID="7", NSLOTS="4", PE_HOSTFILE=str(site.folder / "pe"), TMPDIR=str(site.folder))
     assert site.run("verify").returncode == 0
     hosts = site.folder / "mpitp-hosts.7"
     assert site.calls()[0][:-4] == ["mpirun", *(["-machinefile", str(hosts)] if more else []), "-n", "4"]
     assert not more or hosts.read_text() == "node1 slots=2\nnode2 slots=2\n"
+    assert "oversubscribe" not in (site.bin / "mpirun.env").read_text()     # that would put all on the first host
     done = site.run("-n", 5)
     assert done.returncode == 2 and "found -n 5 in a Grid Engine allocation of 4" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -351,7 +352,9 @@ def test_hosts_of_open_mpi_outside_a_batch_system(site, where, text, one_node):
         (site.folder / where).parent.mkdir(exist_ok=True)
         (site.folder / where).write_text(text)
     assert site.run().returncode == 0
-    assert ("OMPI_MCA_btl=self,vader" in (site.bin / "mpirun.env").read_text()) == one_node
+    given = (site.bin / "mpirun.env").read_text()
+    assert ("OMPI_MCA_btl=self,vader" in given) == one_node
+    assert ("MCA_rmaps_base_oversubscribe=1" in given) == (one_node or text.startswith("btl"))
 
 
 def test_ranks_are_not_pinned_to_one_core(site):
@@ -377,7 +380,9 @@ def copy_of_the_project(target):
 PYTHON = """#!/bin/sh
 # This Python, but what would install is written down, and fails without a network.
 case "$*" in
-    *pip*install*|*purelib*) echo "$*" >> "{log}"; [ ! -e "{log}.offline" ] ;;
+    *pip*install*|*purelib*)
+        echo "$* ${{PIP_RETRIES-}} ${{PIP_DEFAULT_TIMEOUT-}}" >> "{log}"
+        [ ! -e "{log}.offline" ] || {{ cat "{log}.offline" >&2; exit 1; }} ;;
     *) exec "{python}" "$@" ;;
 esac
 """
@@ -415,15 +420,44 @@ def test_prepare_installs_what_every_use_needs(site, clone, tmp_path):
     assert "found --prepare with MPITP_VENV" in site.run("--prepare").stderr
 
 
-def test_a_node_without_a_network_is_told_of_prepare(site, clone, tmp_path):
-    """In a job pip gives up early."""
+@pytest.mark.parametrize("pip, lines, words", [
+    ("WARNING: Retrying: NewConnectionError('Temporary failure in name resolution')\nERROR: none\n", 2,
+     "found no package index that answers"),
+    ("WARNING: old\nERROR: no such version\n", 3, "pip could not install -e")])
+def test_a_node_without_a_network_is_told_of_prepare(site, clone, tmp_path, pip, lines, words):
+    """In a job pip gives up early, and so does the pip that it starts; what it says is shown only where it helps."""
     site.stub("srun")
     site.environment.update(SLURM_JOB_ID="7", SLURM_NTASKS="2")
-    (tmp_path / "pip.offline").touch()
+    (tmp_path / "pip.offline").write_text(pip)
     (clone / "setup.cfg").write_text((clone / "setup.cfg").read_text() + "\n# changed\n")
     done = site.run(script=clone / "run.sh")
-    assert done.returncode == 2 and "./run.sh --prepare" in done.stderr and "could not install" in done.stderr
-    assert "--retries 1 --timeout 8" in (tmp_path / "pip").read_text()
+    assert done.returncode == 2 and "./run.sh --prepare" in done.stderr and words in done.stderr
+    assert done.stderr.count("\n") == lines and "has changed" in done.stderr and "WARNING" not in done.stderr
+    assert (tmp_path / "pip").read_text().endswith(" 1 5\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to give a folder away")
+def test_a_python_in_the_home_of_another_user(site, clone):
+    """What somebody else has made is not made anew."""
+    (clone / ".venv" / "bin" / "python").unlink()
+    (clone / ".venv" / "bin" / "python").symlink_to("/home/nobody-else/python3")
+    os.chown(clone / ".venv", 12345, 12345)
+    done = site.run(script=clone / "run.sh")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "/home/nobody-else/python3" in done.stderr
+    assert "set PYTHON" in done.stderr and (clone / ".venv" / "mpitp-installed").exists()
+
+
+def test_little_shared_memory_is_named_before_the_mpi_dies(site):
+    """One line, and the run goes on: what an MPI needs is not known to the byte."""
+    site.stub("mpirun")
+    for megabytes, ranks, said in ((31, 2, True), (32, 2, False), (47, 4, True), (20, 1, False)):
+        (site.bin / "df").write_text("#!/bin/sh\n[ \"$2\" = /dev/shm ] || exec /bin/df \"$@\"\n"
+                                     "printf 'Filesystem blocks used free\\ntmpfs 1000 0 %d 0%% /dev/shm\\n' "
+                                     f"{1024 * megabytes}\n")
+        (site.bin / "df").chmod(0o755)
+        done = site.run("-n", ranks, "verify")
+        assert done.returncode == 0 and ("MiB free in /dev/shm" in done.stderr) == said, (megabytes, ranks, done.stderr)
+        assert not said or f"found {megabytes} MiB free" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_path_with_a_colon(site, tmp_path):

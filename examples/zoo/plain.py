@@ -347,8 +347,9 @@ class Attention(Layer):
         if name == "out.bias":
             return None
         held = self.comm.all_gather((self.features(self.heads), self.features(self.groups)))
-        ranges = [[part.start, part.stop] for part in (one[name in ("key.weight", "value.weight")] for one in held)]
-        return (1 if name == "out.weight" else 0), ranges
+        if name in ("key.weight", "value.weight"):      # head by head, since ranks may share some of theirs
+            return 0, [[[start, start + self.K] for start in range(part.start, part.stop, self.K)] for _, part in held]
+        return (1 if name == "out.weight" else 0), [[part.start, part.stop] for part, _ in held]
 
 
 # --- norms ---------------------------------------------------------------------------------------------------------

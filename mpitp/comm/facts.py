@@ -1,4 +1,5 @@
 """What a rank knows about its machine, its MPI and its share of both; gathered for `doctor`. Judges nothing."""
+import glob
 import os
 import platform
 import shutil
@@ -10,7 +11,7 @@ from typing import Any
 import mpi4py
 from mpi4py import MPI
 
-from . import launch
+from . import control_groups, launch
 from .gpu.aware import cuda_aware
 
 VARIABLES = ("OPENBLAS_CORETYPE", "MKL_ENABLE_INSTRUCTIONS", "MPI4PY_LIBMPI", "MPITP_CUDA_AWARE")
@@ -46,11 +47,27 @@ class RankFacts:
     gpu_transport_how: str = ""     # and why
     share: int = 1                  # of the node's cores
     node_ranks: int = 1
+    memory_limit: int | None = None         # of the job or container on this host; None: none that is known
+    locked_memory: int | None = None        # that a process may keep from being swapped, as InfiniBand wants; None: any
+    infiniband: bool = False                # whether the host has such an adapter
 
 
 def of_all_ranks() -> list[RankFacts] | None:
     """Return the RankFacts of every rank on rank 0, None on the others. Collective."""
     return MPI.COMM_WORLD.gather(of_this_rank(MPI.COMM_WORLD))
+
+
+def by_host(ranks: list[RankFacts]) -> dict[str, list[RankFacts]]:
+    """Return the ranks of each host."""
+    found: dict[str, list[RankFacts]] = {}
+    for rank in ranks:
+        found.setdefault(rank.host, []).append(rank)
+    return found
+
+
+def hosts_of_ranks() -> list[str]:
+    """Return the host of every rank, on every rank. Collective."""
+    return MPI.COMM_WORLD.allgather(socket.gethostname())
 
 
 def from_first_rank(value: Any) -> Any:
@@ -75,7 +92,8 @@ def of_this_rank(comm: MPI.Comm) -> RankFacts:
         variables={**launch.USER_THREADS, **{name: os.environ[name] for name in VARIABLES if name in os.environ}},
         shared_memory=shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None, quota=cpu_quota(),
         cuda_aware=aware, cuda_aware_how=how, gpus=gpu_count(), share=launch.share_of_cores(comm),
-        node_ranks=node_ranks, **gpu_facts(comm))
+        node_ranks=node_ranks, memory_limit=control_groups.memory_limit(), locked_memory=locked_memory(),
+        infiniband=bool(glob.glob("/sys/class/infiniband/*")), **gpu_facts(comm))
 
 
 def launcher_rank(environment: Mapping[str, str] | None = None) -> int:
@@ -135,6 +153,16 @@ def cpu_quota(path: str = "/sys/fs/cgroup/cpu.max") -> float | None:
     except (OSError, ValueError):
         return None
     return None if quota == "max" else int(quota) / int(period)
+
+
+def locked_memory() -> int | None:
+    """Return the bytes that this process may lock in memory, None for any number."""
+    try:
+        import resource
+        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        return None if soft == resource.RLIM_INFINITY else soft
+    except (ImportError, AttributeError):       # not on this system
+        return None
 
 
 def gpu_count() -> int | None:

@@ -103,9 +103,11 @@ def share_of_cores(comm: MPI.Comm) -> int:
 
 
 def usable_cores(environment: Mapping[str, str] | None = None) -> int:
-    """Return the cores of this node that a job may use: what Slurm allocated of them, else all."""
+    """Return the cores of this node that a job may use: what Slurm or a control group allots of them, else all."""
+    from .control_groups import allotted_cores
     environment = os.environ if environment is None else environment
     cores_here, allocated = os.cpu_count() or 1, environment.get("SLURM_CPUS_ON_NODE", "")
+    cores_here = min(cores_here, allotted_cores() or cores_here)
     return min(cores_here, int(allocated)) if allocated.isdigit() and int(allocated) else cores_here
 
 

@@ -54,7 +54,7 @@ class MpiTransport:
     """
     name = "mpi"
     how = "host arrays"         # why it is this transport, for `doctor`
-    overlaps = records = False  # hardly any MPI makes progress while none of its functions runs, nor in a CUDA graph
+    overlaps = records = False  # hardly any MPI makes progress while none of its functions runs, in no CUDA graph
 
     def __init__(self, comm: MPI.Comm):
         self.comm, self.message_bytes = comm, MESSAGE_BYTES
@@ -76,7 +76,10 @@ class MpiTransport:
         return partial(MPI.Request.Waitall, requests)
 
     def all_gather(self, send: Array, receive: Array, counts: list[int]) -> None:
-        """Make `receive` the send arrays of all ranks, one after the other."""
+        """Make `receive` the send arrays of all ranks, one after the other. Equal counts take MPI_Allgather."""
+        if min(counts) == max(counts) and receive.nbytes <= self.message_bytes:
+            self.comm.Allgather(send, receive)
+            return
         for part, part_counts, offsets in self.vector_messages(counts, receive.itemsize):
             self.comm.Allgatherv(send[part], [receive, (part_counts, offsets)])
 
@@ -100,7 +103,11 @@ class MpiTransport:
 
     def all_to_all(self, send: Array, send_counts: list[int], receive: Array, receive_counts: list[int]) -> None:
         """Send run p of `send` to rank p; `receive` becomes what every rank sent here, one after the other."""
-        self.comm.Alltoallv([send, send_counts], [receive, receive_counts])
+        # Counts that are all one number must be that number on every rank, or on none: those of the tree are.
+        if send_counts[0] and send_counts == receive_counts and min(send_counts) == max(send_counts):
+            self.comm.Alltoall(send, receive)
+        else:
+            self.comm.Alltoallv([send, send_counts], [receive, receive_counts])
 
     def broadcast(self, x: Array, root: int) -> None:
         """Make x root's x, in place."""

@@ -10,7 +10,7 @@ never what is added to what:
                     +-------+-------+               every addition is the same one in both cases
 
 A rank folds the aligned nodes that it owns (as a segment tree does); the ranks then exchange chunks
-(MPI_Alltoallv), each finishes the tree for its chunk, and MPI_Allgatherv spreads the result. A block that
+(MPI_Alltoall), each finishes the tree for its chunk, and MPI_Allgather spreads the result. A block that
 holds nothing is absent, never a zero: -0.0 + 0.0 would be +0.0.
 """
 from functools import cache
@@ -37,7 +37,7 @@ class TreeSum(Sum):
         self.fold.add(block.index, self.checked(block, summand))
 
     def all_reduce(self) -> Array:
-        """Return the sum, on every rank. Collective: MPI_Alltoallv and MPI_Allgatherv, see bytes_sent."""
+        """Return the sum, on every rank. Collective: MPI_Alltoall(v) and MPI_Allgather(v), see bytes_sent."""
         group, total = self.group, self.group.xp.empty(self.shape, self.summand_dtype)
         collective = Collective("all_reduce", total.size, dtype_name(self.dtype))
         sent = bytes_sent(self.partition, group.rank, total.size, total.itemsize)
@@ -136,8 +136,10 @@ def bytes_sent(partition: Partition, rank: int, elements: int, itemsize: int) ->
 def exchange(fold: Fold, rank: int, total: Array, transport: Any) -> None:
     """Finish the sum over the ranks into the flat array `total`. Collective.
 
-    MPI_Alltoallv of this rank's nodes, a chunk to each rank, then MPI_Allgatherv of one finished chunk: where P
-    divides the blocks that is 2 (P-1)/P of the array, as little as the best all-reduce sends.
+    MPI_Alltoall of this rank's nodes, a chunk to each rank, then MPI_Allgather of one finished chunk: where P divides
+    the blocks that is 2 (P-1)/P of the array, as little as the best all-reduce sends. Where ranks have unequal numbers
+    of nodes or chunks differ, MPI_Alltoallv and MPI_Allgatherv: a chunk's width is a rank's own, its nodes another's,
+    so counts that are all equal on one rank are so on all.
     """
     nodes = nodes_of_ranks(fold.partition)
     mine = [fold.known[node].reshape(-1) for node in nodes[rank]]

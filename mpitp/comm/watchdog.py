@@ -135,6 +135,10 @@ class Watch:
                 del self.closed[min(self.closed)]
         self.write()
 
+    def wait_for_ever(self) -> None:
+        """Lift the limit until the next group is made: one rank is about to compute alone. Every rank calls it."""
+        self.limit = math.inf
+
     def leave(self) -> None:
         """Let the other ranks know that this one leaves."""
         if os.getpid() == self.process:             # not a process that was forked off

@@ -9,10 +9,7 @@
 Medians of interleaved rounds, with the fastest and the slowest; a time is that of the slowest rank.
 """
 import argparse
-import csv
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 from .. import measure, tables
@@ -20,8 +17,10 @@ from ..arrays import compute_dtype
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
 from . import device, report
+from .bench_page import BenchReport, Fit, Row, draw, lines, read_report, write_csv
 from .progress import Progress
 
+BANDWIDTH_BYTES = 1 << 15           # messages whose time is more than latency, so that a link can be their limit
 BENCHES = ("allreduce", "matmul", "ffn", "block", "decode")
 
 
@@ -41,36 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="draw these reports (--json of several numbers of ranks) with --plot, run nothing")
 
 
-@dataclass
-class Row:
-    """One thing that was timed, in seconds of one call.
-
-    share_of_limit is the time that it cannot beat over its own, the median over the rounds.
-    """
-    bench: str
-    case: str
-    bytes: int | None
-    flops: int | None
-    median_seconds: float
-    least_seconds: float
-    most_seconds: float
-    bytes_per_second: float | None = None
-    flops_per_second: float | None = None
-    share_of_limit: float | None = None
-
-
-@dataclass
-class BenchReport(report.Report):
-    """Everything that is printed and written of one run."""
-    device: str                 # "cpu", or the GPU's name and the transport
-    dtype: str
-    hidden_size: int
-    ffn_hidden_size: int
-    tokens: int
-    rounds: int
-    rows: list[Row]
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Run the command on this rank; returns 0."""
     check_arguments(arguments)
@@ -87,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
                 rows += RUN[bench](group, arguments)
                 bar.advance()
         result = BenchReport(*report.opening(group), where(group), arguments.dtype, arguments.hidden_size,
-                             arguments.ffn_hidden_size, arguments.seq_length, arguments.rounds, rows)
+                             arguments.ffn_hidden_size, arguments.seq_length, arguments.rounds, rows,
+                             fits(rows) if group.size > 1 else [])
         if group.rank == 0:
             report.publish(lines(result), result, "mpitp.bench/1", arguments.json)
             if arguments.csv:
@@ -157,9 +127,14 @@ def row(bench: str, case: str, seconds: list[float], size: int | None = None, wo
 
 
 def collectives(group: TensorParallelGroup, arguments: argparse.Namespace) -> list[Row]:
-    """Time the four collectives for arrays of 8 bytes up to --max-bytes."""
+    """Time the four collectives for arrays of 8 bytes up to --max-bytes, beside what neighbours exchange meanwhile.
+
+    The limit of a collective is the time in which the slowest of the links between rank p and p + 1 carries as many
+    bytes, both ways at once, as a rank sends at least.
+    """
     cases: dict[str, Callable] = {}
     sizes: dict[str, int] = {}
+    shares = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}    # times (P-1)/P of the array
     size = 8
     while size <= arguments.max_bytes:
         x = group.xp.ones(size // 8)
@@ -170,10 +145,28 @@ def collectives(group: TensorParallelGroup, arguments: argparse.Namespace) -> li
                   f"reduce_scatter {size}": partial(group.reduce_scatter, x, partition),
                   f"broadcast {size}": partial(group.broadcast, x)}
         sizes |= {name: size for name in list(cases)[-4:]}
+        if group.size > 1 and group.device == "cpu" and size >= BANDWIDTH_BYTES:
+            cases[f"neighbours {size}"] = measure.exchange_case(group, size)
         size *= 8
     times = timed(group, cases, arguments, 2e-4)
-    by_operation = sorted(cases, key=lambda name: (name.split()[0], sizes[name]))
-    return [row("allreduce", name.split()[0], times[name], sizes[name]) for name in by_operation]
+    by_operation = sorted(sizes, key=lambda name: (name.split()[0], sizes[name]))
+    rows = []
+    for name in by_operation:
+        operation, limit = name.split()[0], times.get(f"neighbours {sizes[name]}")
+        if limit:
+            limit = [seconds * shares[operation] * (group.size - 1) / group.size for seconds in limit]
+        rows.append(row("allreduce", operation, times[name], sizes[name], None, limit))
+    return rows
+
+
+def fits(rows: list[Row]) -> list[Fit]:
+    """Return alpha and beta of each collective that was timed for small and for large messages."""
+    found = []
+    for operation in dict.fromkeys(r.case for r in rows if r.bench == "allreduce"):
+        times = {r.bytes: r.median_seconds for r in rows if r.bench == "allreduce" and r.case == operation and r.bytes}
+        if min(times) < BANDWIDTH_BYTES <= max(times):
+            found.append(Fit(operation, *measure.latency_and_rate(times)))
+    return found
 
 
 def products(group: TensorParallelGroup, arguments: argparse.Namespace) -> list[Row]:
@@ -230,55 +223,3 @@ def one_token(group: TensorParallelGroup, arguments: argparse.Namespace) -> list
 
 
 RUN = {"allreduce": collectives, "matmul": products, "ffn": feed_forward, "block": decoder_block, "decode": one_token}
-
-
-# --- what is printed and written -----------------------------------------------------------------------------
-
-def lines(result: BenchReport) -> Iterator[str]:
-    """Return the lines that people read."""
-    ranks, cores = tables.count(result.ranks, "rank"), tables.count(result.cores_per_rank, "core")
-    yield f"mpitp {result.mpitp}: {ranks}, {cores} a rank, {result.mpi}"
-    yield result.machine if result.device == "cpu" else f"{result.machine}; {result.device}"
-    yield f"{result.hidden_size} -> {result.ffn_hidden_size} -> {result.hidden_size}, {result.tokens} tokens, " \
-          f"{result.dtype}; {result.rounds} interleaved rounds"
-    yield "Look at `of limit`: 100% is the time of the bare products, or of reading the weights once."
-    for bench in dict.fromkeys(r.bench for r in result.rows):
-        yield ""
-        yield from tables.table(
-            (bench, "size", "median", "fastest", "slowest", "rate", "of limit"),
-            [(r.case, tables.size(r.bytes) if r.bytes else "-", tables.seconds(r.median_seconds),
-              tables.seconds(r.least_seconds), tables.seconds(r.most_seconds), rate(r),
-              f"{r.share_of_limit:.1%}" if r.share_of_limit else "-") for r in result.rows if r.bench == bench])
-
-
-def rate(found: Row) -> str:
-    """Return the rate of a row in its unit."""
-    if found.bytes_per_second:
-        return f"{found.bytes_per_second / 1e9:.2f} GB/s"
-    return f"{found.flops_per_second / 1e9:.0f} GF/s" if found.flops_per_second else "-"
-
-
-def write_csv(path: str, rows: list[Row]) -> None:
-    """Write the figures as comma-separated values with a header."""
-    with open(path, "w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, tables.plain(rows[0]))
-        writer.writeheader()
-        writer.writerows(tables.plain(r) for r in rows)
-
-
-def read_report(path: str) -> dict:
-    """Return a report that --json wrote. Raises InputError for any other file."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-        if value["schema"] == "mpitp.bench/1":
-            return value
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise InputError(f"{path}: found no mpitp.bench/1 report, expected a file that bench --json wrote")
-
-
-def draw(path: str, reports: list[dict]) -> None:
-    """Draw the reports to an image."""
-    from .plots import draw_bench
-    draw_bench(path, reports)

@@ -4,30 +4,24 @@ Each finding that costs speed or correctness comes with the line to change. It r
 launcher. Exits with 1 when something is wrong.
 """
 import argparse
-import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .. import tables
+from .. import measure, tables
 from ..comm import facts as machine
-from ..comm.facts import RankFacts
-from ..comm.launch import is_first_rank, remedy
+from ..comm.facts import RankFacts, by_host
+from ..comm.launch import is_first_rank, remedy, world
 from ..errors import InputError
+from ..measure import Link
 from . import report
+from .doctor_page import Finding, page, table_of_links, verdict
 
 # OpenBLAS kernels that use less than AVX-512, or less than AVX2.
 BELOW_AVX512 = {"HASWELL", "ZEN", "EXCAVATOR", "STEAMROLLER", "PILEDRIVER", "BULLDOZER", "SANDYBRIDGE", "NEHALEM",
                 "PRESCOTT", "BARCELONA", "CORE2", "PENRYN", "DUNNINGTON", "ATOM", "GENERIC"}
 BELOW_AVX2 = BELOW_AVX512 - {"HASWELL", "ZEN", "EXCAVATOR"}
-SHARED_MEMORY_A_RANK = 16 << 20     # what MPICH and Open MPI want of /dev/shm for messages on one node
-
-
-@dataclass
-class Finding:
-    """Something that is wrong, what was found, and the line to change."""
-    name: str
-    found: str
-    fix: str
+# What MPICH and Open MPI want of /dev/shm for messages on one node: so much, and more for each rank; as in run.sh.
+SHARED_MEMORY, SHARED_MEMORY_A_RANK = 16 << 20, 8 << 20
+LOCKED_MEMORY = 64 << 20            # less than InfiniBand needs for the buffers of a few ranks
 
 
 @dataclass
@@ -35,6 +29,7 @@ class DoctorReport:
     """Everything that is printed and written."""
     ranks: list[RankFacts]
     findings: list[Finding]
+    links: list[Link]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command on this rank; returns 0 when nothing is wrong, else 1."""
     refuse_early(arguments)
     ranks, status = machine.of_all_ranks(), 0
+    links = measure.links(world(), machine.hosts_of_ranks())
     # Under the launcher of another MPI every process is rank 0 of its own world: the first one speaks.
     if ranks is not None and (ranks[0].world > 1 or ranks[0].launcher_rank == 0):
-        found = DoctorReport(ranks, findings(ranks))
-        report.publish([*page(ranks), "", *verdict(found.findings)], found, "mpitp.doctor/1", arguments.json)
+        found = DoctorReport(ranks, findings(ranks), links)
+        lines = [*page(ranks), *table_of_links(links), "", *verdict(found.findings)]
+        report.publish(lines, found, "mpitp.doctor/1", arguments.json)
         status = 1 if found.findings else 0
     return machine.from_first_rank(status)
 
@@ -74,17 +71,9 @@ def findings(ranks: list[RankFacts]) -> list[Finding]:
     if alone:                               # a rank that sees no other says nothing true about shares and cores
         return [alone]
     checks = (different_ranks, oversubscribed, too_many_threads, idle_cores, crowded_cores,
-              idle_threads, slow_kernel, small_quota, small_shared_memory, staged_between_gpus,
-              shared_gpu)
+              idle_threads, slow_kernel, small_quota, small_shared_memory,
+              small_locked_memory, staged_between_gpus, shared_gpu)
     return [finding for check in checks for finding in [check(ranks)] if finding]
-
-
-def nodes(ranks: list[RankFacts]) -> dict[str, list[RankFacts]]:
-    """Return the ranks of each host."""
-    by_host: dict[str, list[RankFacts]] = {}
-    for rank in ranks:
-        by_host.setdefault(rank.host, []).append(rank)
-    return by_host
 
 
 def wrong_launcher(ranks: list[RankFacts]) -> Finding | None:
@@ -110,7 +99,7 @@ def different_ranks(ranks: list[RankFacts]) -> Finding | None:
 
 def oversubscribed(ranks: list[RankFacts]) -> Finding | None:
     """A node has more ranks than cores that they may use."""
-    for host, here in nodes(ranks).items():
+    for host, here in by_host(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         if len(here) > len(cores):
             return Finding(
@@ -122,7 +111,7 @@ def oversubscribed(ranks: list[RankFacts]) -> Finding | None:
 
 def too_many_threads(ranks: list[RankFacts]) -> Finding | None:
     """A node has more threads of BLAS than cores."""
-    for host, here in nodes(ranks).items():
+    for host, here in by_host(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         threads = sum(rank.blas_threads or 0 for rank in here)
         if threads > max(len(cores), len(here)):
@@ -135,7 +124,7 @@ def too_many_threads(ranks: list[RankFacts]) -> Finding | None:
 
 def idle_cores(ranks: list[RankFacts]) -> Finding | None:
     """Ranks are pinned to fewer cores than the job has on this node, one each at most."""
-    for host, here in nodes(ranks).items():
+    for host, here in by_host(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         if all(rank.launcher for rank in here) and len(cores) < here[0].machine_cores and len(cores) <= len(here):
             return Finding(
@@ -147,7 +136,7 @@ def idle_cores(ranks: list[RankFacts]) -> Finding | None:
 
 def crowded_cores(ranks: list[RankFacts]) -> Finding | None:
     """Ranks share cores while others of the node are free."""
-    for host, here in nodes(ranks).items():
+    for host, here in by_host(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         free = here[0].machine_cores - len(cores)
         if len(here) > 1 and free and len(cores) < len(here) <= here[0].machine_cores:
@@ -185,7 +174,7 @@ def slow_kernel(ranks: list[RankFacts]) -> Finding | None:
 
 def small_quota(ranks: list[RankFacts]) -> Finding | None:
     """A container allows fewer cores than its ranks see."""
-    for host, here in nodes(ranks).items():
+    for host, here in by_host(ranks).items():
         cores = set().union(*(rank.cores for rank in here))
         wanted, quota = min(len(cores), sum(rank.blas_threads or 1 for rank in here)), here[0].quota
         if quota is not None and quota < wanted - 0.01:
@@ -197,12 +186,23 @@ def small_quota(ranks: list[RankFacts]) -> Finding | None:
 
 def small_shared_memory(ranks: list[RankFacts]) -> Finding | None:
     """The MPI may run out of /dev/shm."""
-    for host, here in nodes(ranks).items():
-        free = here[0].shared_memory
-        if len(here) > 1 and free is not None and free < len(here) * SHARED_MEMORY_A_RANK:
+    for host, here in by_host(ranks).items():
+        free, wanted = here[0].shared_memory, SHARED_MEMORY + len(here) * SHARED_MEMORY_A_RANK
+        if len(here) > 1 and free is not None and free < wanted:
             return Finding(
-                "little shared memory", f"{tables.size(free)} free in /dev/shm of {host} for {len(here)} ranks",
-                "docker run --shm-size=1g, or remount /dev/shm larger")
+                "little shared memory", f"{tables.size(free)} free in /dev/shm of {host}, where {len(here)} ranks want "
+                f"{tables.size(wanted)}", "docker run --shm-size=1g, or remount /dev/shm larger")
+    return None
+
+
+def small_locked_memory(ranks: list[RankFacts]) -> Finding | None:
+    """InfiniBand cannot lock the buffers that it sends from."""
+    for host, here in by_host(ranks).items():
+        limit = here[0].locked_memory
+        if len(by_host(ranks)) > 1 and here[0].infiniband and limit is not None and limit < LOCKED_MEMORY:
+            return Finding(
+                "little locked memory", f"{tables.size(limit)} may be locked on {host}, whose InfiniBand wants more",
+                "ulimit -l unlimited (under Slurm: PropagateResourceLimitsExcept=MEMLOCK, and the limit of slurmd)")
     return None
 
 
@@ -223,42 +223,3 @@ def shared_gpu(ranks: list[RankFacts]) -> Finding | None:
         return Finding("ranks share a GPU", f"ranks {', '.join(shared)} on {len({rank.gpu for rank in ranks})}",
                        f"mpirun -n {len({rank.gpu for rank in ranks})}, or --share-gpu where that is meant")
     return None
-
-
-# --- what is printed -----------------------------------------------------------------------------------------
-
-def page(ranks: list[RankFacts]) -> Iterator[str]:
-    """Return the lines about the machine."""
-    first = ranks[0]
-    yield f"Python       {first.python}, NumPy {first.numpy}, mpi4py {first.mpi4py}"
-    yield f"BLAS         {first.blas}"
-    yield f"MPI          {first.mpi}, transport: {first.transport}"
-    yield f"launcher     {first.launcher or 'none'}"
-    yield f"ranks        {first.launcher_ranks} started, MPI sees {first.world}"
-    how = first.cuda_aware_how.split("; ")
-    yield f"CUDA-aware   {'yes' if first.cuda_aware else 'no'}: {how[0]}"
-    yield from (f"             {reason}" for reason in how[1:])
-    yield f"GPUs         {'no CuPy' if first.gpus is None else first.gpus}"
-    if first.gpu_transport:
-        yield from (f"             rank {number}: {rank.gpu}" for number, rank in enumerate(ranks))
-        yield f"             transport: {first.gpu_transport} ({first.gpu_transport_how})"
-    shared = "unknown" if first.shared_memory is None else f"{tables.size(first.shared_memory)} free"
-    yield f"/dev/shm     {shared}; container limit: {'none' if first.quota is None else f'{first.quota:.1f} cores'}"
-    settings = [f"{name}={value}" for name, value in first.variables.items()] or ["nothing that matters"]
-    yield f"environment  {settings[0]}"
-    yield from (f"             {setting}" for setting in settings[1:])
-    yield ""
-    yield "Look at `share`: as many cores, and BLAS threads, are a rank's own if nothing else runs there."
-    yield from tables.table(
-        ("rank", "host", "may run on", "share", "BLAS threads"),
-        [(number, rank.host, f"{len(rank.cores)} of {rank.machine_cores} cores", f"{rank.share} of them",
-          rank.blas_threads or "unknown") for number, rank in enumerate(ranks)])
-
-
-def verdict(found: list[Finding]) -> Iterator[str]:
-    """Return the lines about what is wrong."""
-    if not found:
-        yield "nothing is wrong"
-    for finding in found:
-        yield from textwrap.wrap(f"WRONG  {finding.name}: {finding.found}", 96, subsequent_indent="       ")
-        yield from textwrap.wrap(f"  fix  {finding.fix}", 98, subsequent_indent="       ", break_on_hyphens=False)

@@ -14,6 +14,10 @@ from .run import run
 from .yardstick import Yardstick, by_layout
 
 
+# What holds of a wrong tensor but names no mistake.
+FACTS = ("a factor", "times its sign", "other multiples of the summands")
+
+
 @dataclass
 class Explanation:
     """A mistake whose numbers are those that were found.
@@ -40,6 +44,11 @@ class Explanation:
     complete: bool
     distance: float
 
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a mistake, and not only something that can be said of the numbers."""
+        return self.name not in FACTS
+
 
 def explain(first: Key, wrong: dict[Key, bool], case: Case, yard: Yardstick) -> list[Explanation]:
     """Find what explains the first wrong tensor on every rank.
@@ -65,9 +74,10 @@ def explain(first: Key, wrong: dict[Key, bool], case: Case, yard: Yardstick) -> 
         alone = patterns(tensor, wrong, yard)
         few = 16 if yard.noise else 4                   # a wrong forward value that many numbers match is no accident
         found = found + alone if found and tensor.local[0].size > few else alone + found
-        small = narrow(tensor, yard) if not found else None
+        found.sort(key=lambda one: not one.is_named)
+        small = narrow(tensor, yard) if not any(one.is_named for one in found) else None
         if small is not None:
-            found.append(Explanation(*small, [tensor.title], [], False, 0.0))
+            found.insert(0, Explanation(*small, [tensor.title], [], False, 0.0))
     return found
 
 

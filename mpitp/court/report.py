@@ -95,6 +95,8 @@ def mistake_line(verdict: Verdict) -> str:
     if not verdict.explanations:
         return f"Not a mistake that I know; first wrong at {first.title}."
     best = verdict.explanations[0]
+    if not best.is_named:
+        return f"Not a mistake that I know; first wrong at {first.title}: {best.text}."
     line = f"The mistake: {best.text}."
     also = [other.text for other in verdict.explanations[1:] if other.complete == best.complete
             and best.complete and other.name not in (best.name, "all sums")]

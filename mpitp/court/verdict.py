@@ -210,11 +210,12 @@ def explanations_of(first: Row, rows: list[Row], dump: Dump, on_ranks: Case, yar
 def as_json(verdict: Verdict) -> dict[str, Any]:
     """Return the verdict by the keys of the JSON."""
     first = verdict.first
+    named = [one for one in verdict.explanations if one.is_named]
     return {"kind": verdict.kind, "ranks": verdict.ranks, "good": verdict.good and not verdict.unreadable,
             "unreadable": verdict.unreadable or None,
             "first_wrong": None if first is None else json_row(first),
-            "mistake": verdict.explanations[0] if verdict.explanations else None,
-            "others": verdict.explanations[1:], "notes": verdict.notes,
+            "mistake": named[0] if named else None, "others": named[1:],
+            "facts": [one for one in verdict.explanations if not one.is_named], "notes": verdict.notes,
             "tensors": [json_row(row) for row in verdict.rows]}
 
 

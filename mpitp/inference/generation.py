@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, module_of, on_host
+from ..arrays import Array, on_host
 from ..errors import is_integer, require, require_positive
 from ..layers.decoder import Decoder
+from ..ops.greatest import greatest_of_rank, greatest_of_ranks
 from ..sharding import rng
 from ..sharding.partition import Partition
 from .graph import CapturedChoice, CapturedToken, can_record
@@ -166,21 +166,18 @@ class Choice:
         """Choose the (B,) tokens of a step. Collective; see generate."""
         if self.temperature:
             return self.checked(self.drawn(logits_BVp, step))
-        return self.checked(greatest(on_host(self.best_of_ranks(logits_BVp))))
+        return self.checked(on_host(self.greatest(logits_BVp)))
 
     def greatest(self, logits_BVp: Array) -> Array:
-        """Return the ids (B,) of the largest logits, -1 where they are not finite, without asking the host."""
-        return greatest(self.best_of_ranks(logits_BVp))
+        """Return the ids (B,) of the largest logits, -1 where they are not finite. Collective; it asks no host."""
+        best_1B2 = greatest_of_rank(logits_BVp, self.partition.bounds[self.group.rank])[None]
+        return greatest_of_ranks(self.group.all_gather(best_1B2, self.ranks, axis=0))
 
     def checked(self, tokens_B: np.ndarray) -> np.ndarray:
         """Return the tokens. Raises InputError where the logits of one were not finite."""
         require((tokens_B >= 0).all(), "logits that are not finite", "finite ones: a weight is damaged, or float32 "
                                                                     "overflows")
         return tokens_B
-
-    def best_of_ranks(self, logits_BVp: Array) -> Array:
-        """Return the largest logit of each rank and its id (P, B, 2), both float64. Collective."""
-        return self.group.all_gather(self.best(logits_BVp, 1), self.ranks, axis=0)[:, :, 0]
 
     def drawn(self, logits_BVp: Array, step: int) -> np.ndarray:
         """Return the ids that rank 0 draws; -1 where the largest logit is not finite."""
@@ -210,17 +207,6 @@ class Choice:
             local_C = logits_V.argmax().reshape(1) if k == 1 else largest(xp, logits_V, k)
             best_BC2[0, b, :k, 0], best_BC2[0, b, :k, 1] = logits_V[local_C], local_C + first
         return best_BC2
-
-
-def greatest(of_ranks_PB2: Array) -> Array:
-    """Return the ids (B,) of the largest of the ranks' (logit, id), of equal ones the lowest; -1 for none finite.
-
-    The arrays may be NumPy's or CuPy's; then the host is not asked, so that a graph can hold it.
-    """
-    xp: Any = module_of(of_ranks_PB2)
-    rank_B = of_ranks_PB2[..., 0].argmax(axis=0)            # the first of equal ones, so the lowest id; NaN before all
-    best_B2 = of_ranks_PB2[rank_B, xp.arange(len(rank_B))]
-    return xp.where(xp.isfinite(best_B2[:, 0]), best_B2[:, 1], ENDED).astype(np.int64)
 
 
 def largest(xp: ModuleType, x: Array, k: int) -> Array:

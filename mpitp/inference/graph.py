@@ -63,7 +63,7 @@ class Captured:
     def __call__(self, *arrays: Array | DeviceArray) -> DeviceArray | tuple[DeviceArray, ...]:
         """Return what function(*arrays) returns, in arrays that the next call overwrites.
 
-        Arrays of the host go to the device.
+        Arrays of the host go to the device. Without arrays the last ones are taken, as the function has left them.
         """
         for held, x in zip(self.inputs, arrays):
             if isinstance(x, np.ndarray):
@@ -121,7 +121,7 @@ class CapturedChoice:
 
     def __init__(self, model: Decoder, kv: KeyValues, choose: Any) -> None:
         self.model, self.kv, self.choose = model, kv, choose
-        self.chosen: Any = None
+        self.started = False
         self.captured = Captured(model.group, self.following, model.group.xp.zeros(len(kv.lengths), np.int64))
         kv.set_lengths(kv.lengths)              # the call that compiled did not count; what it wrote is overwritten
 
@@ -129,14 +129,16 @@ class CapturedChoice:
         """Compute the tokens (B,) that follow: what is recorded."""
         logits = self.model.continued(ids[:, None], self.kv)
         self.kv.starts += 1
-        return self.choose.greatest(logits)
+        ids[...] = self.choose.greatest(logits)     # where the next replay reads them
+        return ids
 
     def __call__(self, tokens: np.ndarray, step: int = 0) -> np.ndarray:
         """Return the tokens (B,) that follow `tokens`, which after the first call are those of the call before."""
         self.kv.require_room((len(tokens), 1))
-        self.chosen = self.captured(tokens if self.chosen is None else self.chosen)
+        chosen: Any = self.captured() if self.started else self.captured(tokens)
+        self.started = True
         self.kv.lengths += 1
-        return self.choose.checked(self.chosen.get())
+        return self.choose.checked(chosen.get())
 
 
 def can_record(model: Decoder, batch: int) -> bool:

@@ -22,7 +22,8 @@ from mpitp.attention_config import Rotary
 ARCHITECTURES = ("sm_75", "sm_90")      # before and after the instructions of compute capability 8.0
 CUDA = Path(__file__).parents[2] / "mpitp" / "ops" / "cuda"
 KERNEL = r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?'
-NUMBERS = {"int": "int32", "long long": "int64", "unsigned long long": "uint64", "float": "float32", "bool": "bool"}
+NUMBERS = {"int": "int32", "long long": "int64", "unsigned long long": "uint64", "float": "float32",
+           "double": "float64", "bool": "bool"}
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def attentions(array):
 
 
 def others(array):
-    from mpitp.ops import adamw, cross_entropy, dropout, embedding, rotary
+    from mpitp.ops import adamw, cross_entropy, dropout, embedding, greatest, rotary
     w = array(100, dtype=array.sums)
     for rounded in (None, array(100)):
         adamw.adamw_step(w, w, w, w, beta1=0.9, beta2=0.95, rate=1e-2, root=1.7, eps=1e-8, decay=1, scale=1,
@@ -166,6 +167,7 @@ def others(array):
     for smooth in (False, True):
         _, factor, *_ = *cross_entropy.row_sums(logits, top, targets, smooth), None
         cross_entropy.row_gradient(logits, top, targets, factor, factor, factor if smooth else None, array(4, 50))
+    greatest.greatest_of_ranks(greatest.greatest_of_rank(logits, 3)[None])
     embedding.embedding_forward(array(50, 8), targets)
     embedding.embedding_backward(array(4, 8), targets, 50)
     dropout.dropout_scale(0, "a", 1, 0.2, (3, 5, 8), (slice(0, 3), slice(1, 3), 4), np.float32, stand_in.cupy)

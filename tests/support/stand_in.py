@@ -368,8 +368,8 @@ vars(cupy).update(ndarray=ndarray, array=array, asarray=asarray, ascontiguousarr
 
 # --- the kernels ----------------------------------------------------------------------------------------------------
 
-KERNELS = ("activation", "adamw", "attention", "cross_entropy", "dropout", "embedding", "keys_values", "linear", "norm",
-           "rotary")
+KERNELS = ("activation", "adamw", "attention", "cross_entropy", "dropout", "embedding", "greatest", "keys_values",
+           "linear", "norm", "rotary")
 # The results that stay in float32 for 16-bit arrays: all of the first operations; of norms, all but those at a place.
 SUMS = {"attention_forward", "attention_backward", "bias_backward", "row_maximum", "row_sums", "embedding_backward"}
 ROUNDED = {"norm_forward": (0, (1, 0)), "norm_backward": (0,)}

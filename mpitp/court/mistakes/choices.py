@@ -123,6 +123,9 @@ def masks(case: Case) -> Planted:
         local = [np.arange(len(heads)) for heads in case.heads]
         yield "ALiBi's slopes are counted from head 0 on every rank", case.with_faults(
             {"alibi_heads": partial(each, found=local)})
+        counts = [max(1, len(heads)) for heads in case.heads]
+        yield "ALiBi's slopes are those of as many heads as a rank has: the number is local", case.with_faults(
+            {"alibi_heads": partial(each, found=local), "alibi_count": partial(each, found=counts)})
 
 
 def see_all(values: Local) -> Local:
@@ -159,6 +162,26 @@ def norms(case: Case) -> Planted:
         yield "the norms of query and key are missing", case.with_config(qk_norm=False)
 
 
+def unbiased(case: Case) -> Planted:
+    """Divide the variance by K - 1, as statistics do, not by K."""
+    names = [name for name in case.whole if name == "weight" or name.endswith("norm.weight")]
+    config = case.config
+    if case.kind not in NORMS or config.normalization != "layernorm" or config.zero_centered_gamma or config.qk_norm:
+        return
+    K = len(case.whole[names[0]]) if names else 1
+    if K > 1:                       # (var K / (K - 1) + e)^-1/2 = c (var + e c^2)^-1/2 with c^2 = (K - 1) / K
+        c = ((K - 1) / K) ** 0.5
+        local = [{**own, **{name: own[name] * c for name in names}} for own in case.weights]
+        yield "the norm's variance is divided by one less than the number of features", \
+            case.with_weights(local).with_config(norm_epsilon=config.norm_epsilon * c * c).with_faults(
+                {"norm_weight_value": partial(multiplied, factor=c)})
+
+
+def multiplied(values: Local, factor: float) -> Local:
+    """Multiply by a number."""
+    return [value * factor for value in values]
+
+
 def activations(case: Case) -> Planted:
     """Take another activation."""
     if case.kind not in ("mlp", "block", "decoder"):
@@ -186,5 +209,5 @@ def stored_all(arrays: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 MISTAKES = (Mistake("attention scale", scales), Mistake("rotary", rotary), Mistake("attention mask", masks),
-            Mistake("norm", norms), Mistake("activation", activations),
+            Mistake("norm", norms), Mistake("norm variance", unbiased), Mistake("activation", activations),
             Mistake("16 bits", short_inputs))

@@ -1,4 +1,4 @@
-"""Mistakes in which part of a weight a rank has: swapped, offset, transposed, another rank's, fused the other way."""
+"""Mistakes in which part of a weight a rank has: swapped, offset, dealt in turn, transposed, another rank's."""
 from __future__ import annotations
 
 import dataclasses
@@ -25,6 +25,7 @@ def groups(case: Case) -> Iterator[tuple[str, tuple[str, ...]]]:
         weights = tuple(name for name in names if name.endswith("weight"))
         if weights != names:
             yield f"{end or 'the weight'}'s slices (not its bias)", weights
+            yield f"{end or 'the weight'}'s slices of the bias alone", tuple(set(names) - set(weights))
     columns = tuple(name for name in split if case.places[name].axis == 0)      # type: ignore[union-attr]
     if len(ends) > 2:
         yield "the column-parallel slices", columns
@@ -130,101 +131,6 @@ def resliced(case: Case, changed: Arrays) -> Case:
     return case.with_weights(local)
 
 
-def gate_and_up(case: Case) -> Planted:
-    """Swap gate and up, or take one fused matrix the other way."""
-    prefixes = [name[:-len("gate.weight")] for name in case.whole if name.endswith("gate.weight")]
-    if not prefixes:
-        return
-    ways = (("gate and up are swapped", swap_rows),
-            ("gate and up are taken as even and odd rows of a matrix that has gate in front of up", read_interleaved),
-            ("gate and up are taken as the halves of a matrix that has their rows in turn", read_halves))
-    for sentence, change in ways:
-        for keys, less in ((("weight", "bias"), ""), (("weight",), " (not their biases)")):
-            changed: Arrays = {}
-            for prefix in prefixes:
-                for key in keys:
-                    if f"{prefix}gate.{key}" in case.whole and f"{prefix}up.{key}" in case.whole:
-                        gate, up = change(case.whole[f"{prefix}gate.{key}"], case.whole[f"{prefix}up.{key}"])
-                        changed.update({f"{prefix}gate.{key}": gate, f"{prefix}up.{key}": up})
-            if not less or any(f"{prefix}gate.bias" in case.whole for prefix in prefixes):
-                yield sentence + less, resliced(case, changed)
-    if case.ranks > 1:
-        yield from fused_dealt(case, prefixes)
-
-
-def swap_rows(gate: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return up and gate."""
-    return up, gate
-
-
-def read_interleaved(gate: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the even and the odd rows of gate in front of up."""
-    fused = np.concatenate([gate, up])
-    return fused[0::2], fused[1::2]
-
-
-def read_halves(gate: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the halves of gate's and up's rows in turn."""
-    fused = np.stack([gate, up], axis=1).reshape(2 * len(gate), *gate.shape[1:])
-    return fused[:len(gate)], fused[len(gate):]
-
-
-def fused_dealt(case: Case, prefixes: list[str]) -> Planted:
-    """Deal the rows of gate in front of up over the ranks as one matrix, and take halves on each rank."""
-    local = [dict(own) for own in case.weights]
-    for prefix in prefixes:
-        for key in ("weight", "bias"):
-            if f"{prefix}gate.{key}" not in case.whole or f"{prefix}up.{key}" not in case.whole:
-                continue
-            fused = np.concatenate([case.whole[f"{prefix}gate.{key}"], case.whole[f"{prefix}up.{key}"]])
-            begin = 0
-            for own in local:
-                n = len(own[f"{prefix}gate.{key}"])
-                own[f"{prefix}gate.{key}"], own[f"{prefix}up.{key}"] = fused[begin:begin + n], \
-                    fused[begin + n:begin + 2 * n]
-                begin += 2 * n
-    yield ("the rows of gate in front of up are dealt over the ranks as one matrix, so that a rank has only one of the "
-           "two"), case.with_weights(local)
-
-
-def fused_qkv(case: Case) -> Planted:
-    """Store query, key and value rows fused in one order, and read them in another."""
-    prefixes = [name[:-len("query.weight")] for name in case.whole if name.endswith("query.weight")]
-    if not prefixes or case.kind == "gradient_norm":
-        return
-    config = case.config
-    known = fused_orders(config.num_attention_heads, config.query_groups, config.head_dim)
-    for (stored_as, rows), (read_as, wanted) in itertools.permutations(known.items(), 2):
-        if np.array_equal(rows, wanted):
-            continue
-        changed: Arrays = {}
-        for prefix in prefixes:
-            for key in ("weight", "bias"):
-                names = [f"{prefix}{part}.{key}" for part in ("query", "key", "value")]
-                if not all(name in case.whole for name in names):
-                    continue
-                parts = [case.whole[name] for name in names]
-                read = np.empty_like(np.concatenate(parts))
-                read[wanted] = np.concatenate(parts)[rows]
-                bounds = np.cumsum([0] + [len(part) for part in parts])
-                changed.update({name: read[a:b] for name, a, b in zip(names, bounds, bounds[1:])})
-        yield f"the fused query, key and value rows, stored {stored_as}, are read {read_as}", resliced(case, changed)
-
-
-def fused_orders(H: int, G: int, K: int) -> dict[str, np.ndarray]:
-    """Return for each way to fuse query, key and value the rows of [query; key; value] in that order."""
-    query, key, value = (first + np.arange(heads * K).reshape(heads, K)
-                         for first, heads in ((0, H), (H * K, G), ((H + G) * K, G)))
-    by_group = [np.concatenate([query[g * (H // G):(g + 1) * (H // G)].ravel(), key[g], value[g]]) for g in range(G)]
-    orders = {"as all queries, all keys, all values": np.arange((H + 2 * G) * K),
-              "by groups of heads" if H != G else "by heads": np.concatenate(by_group)}
-    if H == G:
-        turns = np.stack([query, key, value], axis=2)               # (H, K, 3)
-        orders["by features of each head"] = turns.ravel()
-        orders["by features of all heads"] = np.stack([a.ravel() for a in (query, key, value)], axis=1).ravel()
-    return orders
-
-
 def kv_numbering(case: Case) -> Planted:
     """Choose the key/value head of a query head by a wrong number."""
     config = case.config
@@ -254,8 +160,6 @@ def replace_kv(case: Case, kv_heads: tuple) -> Case:
     return dataclasses.replace(case, kv_heads=kv_heads)
 
 
-MISTAKES = (Mistake("gate and up", gate_and_up), Mistake("slices of other ranks", of_other_ranks),
-            Mistake("slices offset by one", offset),
+MISTAKES = (Mistake("slices of other ranks", of_other_ranks), Mistake("slices offset by one", offset),
             Mistake("slices in turn", in_turn), Mistake("weights swapped", swapped_weights),
-            Mistake("transposed", transposed),
-            Mistake("fused qkv", fused_qkv), Mistake("kv heads numbered wrongly", kv_numbering))
+            Mistake("transposed", transposed), Mistake("kv heads numbered wrongly", kv_numbering))

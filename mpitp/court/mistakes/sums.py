@@ -30,6 +30,17 @@ def role_mistake(name: str, role: str, fault: Fault, sentence: str) -> Mistake:
     return Mistake(name, partial(at_role, role=role, fault=fault, sentence=sentence))
 
 
+def twice(values: Local) -> Local:
+    """Count everything twice."""
+    return [value * 2.0 for value in values]
+
+
+def bias_twice(case: Case) -> Planted:
+    """Add the bias twice; on two ranks that is once a rank."""
+    if case.ranks != 2:
+        yield from at_role(case, "row_bias", twice, "the {}row-parallel bias is added twice")
+
+
 def bias_divided(case: Case) -> Planted:
     """Divide the bias by P, so that the sum has it once, and forget its gradient."""
     yield (f"each rank adds 1/{case.ranks} of the row-parallel bias: y is right, its gradient {case.ranks} times too "
@@ -130,6 +141,10 @@ MISTAKES = (
     role_mistake("dy summed", "dy", times_ranks,
                  "the {}gradient of y, the same on every rank, is summed over the ranks in g's backward: {P} times "
                  "too large"),
+    role_mistake("dy summed", "g_dy", times_ranks,
+                 "the {}gradient of the row-parallel sum is summed over the ranks in g's backward (the bias's is "
+                 "right): {P} times too large"),
+    Mistake("row bias twice", bias_twice),
     role_mistake("dy over P", "dy", over_ranks, "the {}gradient of y is divided by {P}, the ranks"),
     role_mistake("norm gradient not summed", "norm_grad", missing,
                  "the {}gradients of the norm's weights are not summed over the ranks, each of which has its own "

@@ -32,6 +32,9 @@ def smoothing(case: Case) -> Planted:
     others = s * V / (V - 1) if V > 1 else s
     yield "label smoothing is spread over the other ids, the target not among them: V - 1", smoothed(case, [others])
     yield "label smoothing is missing", smoothed(case, [0.0])
+    yield "label smoothing is missing in the gradient", case.with_faults({"smoothing_back": left_out})
+    yield "label smoothing is missing in the loss, not in its gradient", \
+        smoothed(case, [0.0]).with_faults({"smoothing_back": partial(each, found=list(case.smoothing))})
     if not parts:
         return
     sizes = [max(2, len(part)) for part in parts]
@@ -139,6 +142,10 @@ def sums_of_loss(case: Case) -> Planted:
             yield f"{what}, complete on every rank, is summed over the ranks: {P} times{more}", \
                 case.with_faults({role: doubled})
             yield f"{what} is a mean over the ranks: divided by {P}", case.with_faults({role: mean})
+    if case.kind == "loss" and vocabulary(case):
+        own = [case.inputs["logits"][..., part].max(axis=-1, initial=-np.inf) for part in vocabulary(case)]
+        yield "the maximum that is taken off the logits is that of the rank's own part of the vocabulary", \
+            case.with_faults({"highest": partial(each, found=own)})
     targets = case.inputs["targets"]
     every = prod(targets.shape)
     counted = int((targets != case.options["ignore_index"]).sum())

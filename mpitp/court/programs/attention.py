@@ -104,7 +104,8 @@ def scored(ranks: Ranks, case: Case, prefix: str, z: dict[str, Local], used: lis
         scores = q @ k.swapaxes(-1, -2)
         if config.position_embedding == "alibi":
             own = ranks.changed(list(case.heads), "alibi_heads")[rank]
-            scores = scores + alibi(config.num_attention_heads, S, scores.dtype)[own]
+            of_heads = ranks.changed([config.num_attention_heads] * ranks.count, "alibi_count")[rank]
+            scores = scores + alibi(of_heads, S, scores.dtype)[own]
         allowed = allowed_pairs(B, S, config.window(layer), mask_of(case, "mask"))
         p = softmax_forward(scores, ranks.changed([allowed] * ranks.count, "allowed")[rank])
         kept = 1.0 if drop is None else drop[:, heads]

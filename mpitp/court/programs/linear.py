@@ -86,9 +86,10 @@ def row_backward(ranks: Ranks, case: Case, prefix: str, dy: Local, saved: list, 
                  inner: str = "") -> Local:
     """Keep the gradients of weight and bias, and return each rank's dx; `inner` is "down" of "mlp", for one."""
     part = prefix.rsplit(".", 1)[-1]
-    dx, gradients = zip(*[linear_backward(d, s) for d, (s, _) in zip(dy, saved)])
     if saved[0][1]:
         bias_gradient(ranks, case, joined(prefix, joined(inner, "bias")), dy, part)
+    of_sum = ranks.changed(dy, "g_dy", part)
+    dx, gradients = zip(*[linear_backward(d, s) for d, (s, _) in zip(of_sum, saved)])
     ranks.keep("backward", joined(prefix, joined(inner, "weight")), [g["weight"] for g in gradients], place,
                "weight_grad", part)
     return list(dx)

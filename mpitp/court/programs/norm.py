@@ -28,7 +28,7 @@ def norm_backward(ranks: Ranks, case: Case, prefix: str, dy: Local, saved: Any, 
             summands = [norm_gradient(key, of_tokens(dy[r], case.tokens, r), of_tokens(saved[r][0], case.tokens, r))
                         for r in range(ranks.count)]
             found = ranks.total("backward", name, summands, "norm_grad")
-        ranks.keep("backward", name, found)
+        ranks.keep("backward", name, found, None, f"norm_{key}_value")
     return ranks.keep("backward", x_name, list(dx))
 
 

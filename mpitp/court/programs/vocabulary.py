@@ -72,7 +72,8 @@ def loss_forward(ranks: Ranks, case: Case, logits: Local, place: Place | None, t
     V = sum(z.shape[-1] for z in logits) if place is not None else logits[0].shape[-1]
     parts: tuple[Array, ...] = (np.arange(V),) * ranks.count if place is None else place.parts
     highest = np.max([numbers_of(z).max(axis=-1, initial=-np.inf) for z in logits], axis=0)
-    shifted = [z - highest[..., None] for z in logits]
+    of_ranks = ranks.changed([highest] * ranks.count, "highest")
+    shifted = [z - h[..., None] for z, h in zip(logits, of_ranks)]
     exps = [np.exp(z) for z in shifted]
     at_target = ranks.changed([one_of(targets, part, logits[0].dtype) for part in parts], "target_rows")
     at_forward = ranks.changed(at_target, "target_rows_forward")
@@ -97,7 +98,7 @@ def loss_backward(ranks: Ranks, case: Case, saved: Any) -> Local:
     exps, sums, at_target, counted, counts, V = saved
     sizes = ranks.changed([V] * ranks.count, "smooth_size")
     out = []
-    for rank, s in enumerate(case.smoothing):
+    for rank, s in enumerate(ranks.changed(list(case.smoothing), "smoothing_back")):
         share = (counted * (case.options["loss_scale"] / counts[rank])).astype(exps[rank].dtype)[..., None]
         p = exps[rank] / sums["sum_exp"][rank][..., None]
         out.append((p - (at_target[rank] * (1 - s) + float(s / sizes[rank]))) * share)

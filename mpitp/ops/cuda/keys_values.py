@@ -31,6 +31,7 @@ extern "C" __global__ void append(T* keys, const T* new_keys, T* values, const T
 DEFINED = rf"""
 #define INF ((A){INFINITY})
 #define PIECE {PIECE}
+#define EARLY 8
 """
 ATTEND = DEFINED + r"""
 // Of one query head and one piece of its keys: the largest score, the sum of e^(score - largest), and that of e^... v.
@@ -88,20 +89,37 @@ extern "C" __global__ void attend(const T* q, const T* k, const T* v, const long
 // out = sum of the pieces' e^(top - largest top) part, over the same sum of their sums
 extern "C" __global__ void add_pieces(const A* tops, const A* sums, const A* parts, const long long* starts, T* out,
                                       int H, int K, int window, int pieces, long long out_b, long long out_h) {
+    __shared__ A weight[EARLY];
     const int head = blockIdx.x % H, b = blockIdx.x / H;
     const long long length = starts[b] + 1, first = window > 0 && window < length ? length - window : 0;
     const int from = first / PIECE, to = (length - 1) / PIECE + 1;
     const long long row = blockIdx.x * (long long)pieces;
-    A top = -INF, sum = 0;
-    for (int p = from + threadIdx.x; p < to; p += blockDim.x)
+    // What most calls need is read at the start: of a thread's feature, and of its piece.
+    const int count = to - from;
+    const bool mine = threadIdx.x < count;
+    const A own_top = mine ? tops[row + from + threadIdx.x] : -INF;
+    const A own_sum = mine ? sums[row + from + threadIdx.x] : (A)0;
+    A early[EARLY];
+    #pragma unroll
+    for (int u = 0; u < EARLY; u++)
+        early[u] = u < count && threadIdx.x < K ? parts[(row + from + u) * K + threadIdx.x] : (A)0;
+    A top = own_top;
+    for (int p = from + threadIdx.x + blockDim.x; p < to; p += blockDim.x)
         top = (tops[row + p] > top || tops[row + p] != tops[row + p]) ? tops[row + p] : top;
     top = block_max(top);
-    for (int p = from + threadIdx.x; p < to; p += blockDim.x) sum += exp(tops[row + p] - top) * sums[row + p];
+    const A own = mine ? exp(own_top - top) : (A)0;
+    if (threadIdx.x < EARLY) weight[threadIdx.x] = own;
+    A sum = mine ? own * own_sum : (A)0;
+    for (int p = from + threadIdx.x + blockDim.x; p < to; p += blockDim.x)
+        sum += exp(tops[row + p] - top) * sums[row + p];
     sum = block_sum(sum);
     for (int i = threadIdx.x; i < K; i += blockDim.x) {
         A total = 0;
+        #pragma unroll
+        for (int u = 0; u < EARLY; u++)
+            if (u < count) total += weight[u] * (i == threadIdx.x ? early[u] : parts[(row + from + u) * K + i]);
         #pragma unroll 8
-        for (int p = from; p < to; p++) total += exp(tops[row + p] - top) * parts[(row + p) * K + i];
+        for (int p = from + EARLY; p < to; p++) total += exp(tops[row + p] - top) * parts[(row + p) * K + i];
         out[b * out_b + head * out_h + i] = down(total / sum);
     }
 }"""

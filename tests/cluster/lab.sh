@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# A login node h0 and hosts h1, h2, for .ci/cluster, which starts this as the first process of a PID and a mount
+# namespace of its own. It makes, in this order:
+#   root    a copy-on-write copy of / in memory: packages and files go there, never onto the machine
+#   hosts   each with a name, network, processes, /tmp, /run and /dev/shm of its own; everything else they share, as a
+#           cluster shares its file systems. 1 Gbit/s links where the kernel can slow them down
+#   Slurm   slurmctld on h0, slurmd on h1 and h2, without a default MPI, as Debian ships it
+# and runs tests/cluster/checks.py there. Status 77: something could not be had, and one line says what.
+set -euo pipefail
+checkout=$1
+hosts="h0 h1 h2"
+packages="slurmctld slurmd slurm-client munge openssh-server openssh-client libpmix-dev python3-venv"
+cd "$checkout"
+exec 3> /dev/null 4> build/cluster.log
+[ $# -gt 1 ] || exec 3> build/cluster.json
+
+cannot() { echo "cluster: left out, $*"; exit 77; }
+in_root() { chroot /mnt/root "$@"; }
+on() {          # on HOST COMMAND...: as root
+    local host=$1
+    shift
+    nsenter --target "$(cat "/mnt/root/lab/$host")" --net --uts --ipc --mount --pid --root --wd "$@"
+}
+
+make_root() {   # /mnt is in this mount namespace alone
+    mount -t tmpfs -o size=6g tmpfs /mnt
+    mkdir /mnt/changes /mnt/work /mnt/root
+    mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/changes,workdir=/mnt/work /mnt/root
+    for folder in proc sys dev; do mount --rbind /$folder /mnt/root/$folder; done
+    mkdir -p /mnt/root/lab
+    cp tests/cluster/*.sh tests/cluster/*.py /mnt/root/lab/
+}
+
+install_packages() {
+    printf '#!/bin/sh\nexit 101\n' > /mnt/root/usr/sbin/policy-rc.d        # a package must not start its services
+    chmod +x /mnt/root/usr/sbin/policy-rc.d
+    in_root timeout 60 apt-get update -q -o Acquire::Retries=1 >&4 2>&1 || cannot "Debian's package server does not answer"
+    in_root env DEBIAN_FRONTEND=noninteractive timeout 120 apt-get install -yq --no-install-recommends \
+        -o Dpkg::Options::=--force-unsafe-io -o Acquire::Retries=1 $packages >&4 2>&1 ||
+        cannot "apt-get could not install $packages (build/cluster.log)"
+}
+
+make_user() {   # with a key for ssh between the hosts, and the project as it lies here
+    in_root useradd --create-home --password '*' --shell /bin/bash student
+    in_root ssh-keygen -A >&4
+    mkdir /mnt/root/home/student/.ssh
+    ssh=/home/student/.ssh
+    in_root ssh-keygen -q -t ed25519 -N '' -f $ssh/id_ed25519
+    cp /mnt/root$ssh/id_ed25519.pub /mnt/root$ssh/authorized_keys
+    printf 'StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n' > /mnt/root$ssh/config
+    mkdir /mnt/root/home/student/mpitp
+    git ls-files -z --cached --others --exclude-standard | xargs -0 ls -d 2>/dev/null |
+        tar --create --files-from - | tar --extract --no-same-owner --directory /mnt/root/home/student/mpitp
+    in_root chown -R student: /home/student
+}
+
+make_host() {   # make_host NAME NUMBER; h0 carries the switch between all of them
+    local name=$1 address=10.77.0.1$2
+    unshare --net --uts --ipc --mount --pid --fork --kill-child --propagation private chroot /mnt/root \
+        /lab/host.sh "$name" >&4 2>&1 &
+    local outer=$! inner=
+    until inner=$(cat /proc/$outer/task/$outer/children 2>/dev/null) && [ -n "$inner" ]; do sleep 0.05; done
+    echo $inner > "/mnt/root/lab/$name"
+    until [ -e "/mnt/root/lab/$name.ready" ]; do
+        kill -0 $outer 2>/dev/null || { echo "cluster: found no way to make host $name, see build/cluster.log" >&2; exit 1; }
+        sleep 0.05
+    done
+    echo "$address $name" >> /mnt/root/etc/hosts
+    if [ "$name" = h0 ]; then
+        on h0 ip link add eth0 type bridge
+    else
+        # from here, since h0 does not know the process numbers of other hosts
+        nsenter --target "$(cat /mnt/root/lab/h0)" --net ip link add "$name" type veth peer name eth0 netns $inner
+        on h0 ip link set "$name" master eth0 up
+        on h0 tc qdisc add dev "$name" root tbf rate 1gbit burst 128kb latency 20ms 2>&4 || true
+        on "$name" tc qdisc add dev eth0 root tbf rate 1gbit burst 128kb latency 20ms 2>&4 || true
+    fi
+    on "$name" ip address add $address/24 dev eth0
+    on "$name" ip link set eth0 up
+}
+
+start_sshd() { for host in $hosts; do on $host /usr/sbin/sshd -o PidFile=none -o UsePAM=no -o AcceptEnv='*'; done; }
+
+start_slurm() {
+    mkdir -p /mnt/root/etc/slurm
+    cp tests/cluster/slurm.conf /mnt/root/etc/slurm/
+    echo CgroupPlugin=cgroup/v1 > /mnt/root/etc/slurm/cgroup.conf
+    in_root install -d -o slurm /var/spool/slurm /var/log/slurm
+    in_root chown munge /etc/munge/munge.key
+    for host in $hosts; do
+        on $host install -d -o munge /run/munge
+        on $host setpriv --reuid munge --regid munge --clear-groups munged --log-file=/run/munge/log \
+            --pid-file=/run/munge/pid --seed-file=/run/munge/seed
+    done
+    on h0 slurmctld -c
+    for host in $hosts; do [ $host = h0 ] || on $host slurmd || { cat /mnt/root/var/log/slurm/* >&4; exit 1; }; done
+    for _ in $(seq 300); do
+        [ "$(on h0 sinfo -h -t idle -o %D)" != 2 ] || return 0
+        sleep 0.1
+    done
+    echo "cluster: found a Slurm whose nodes are not idle after 30 s, see build/cluster.log" >&2
+    cat /mnt/root/var/log/slurm/* >&4
+    exit 1
+}
+
+say() { echo "cluster: ${SECONDS} s, $*"; }
+
+make_root
+if [ "${2:-}" = --hosts-only ]; then
+    for host in $hosts; do make_host $host ${host#h}; done
+    say "hosts are up"
+    wait -n                     # for ever, but for a host that ends
+    exit 1
+fi
+say "packages"
+install_packages
+make_user
+say "hosts and Slurm"
+for host in $hosts; do make_host $host ${host#h}; done
+start_sshd
+start_slurm
+say "checks"
+chroot /mnt/root /usr/bin/python3 /lab/checks.py "${@:3}" >&3
