@@ -5,6 +5,7 @@ the same command line on 1, 2 or 3 ranks. After each kill every step folder that
 checksums. When the run is at its end, its last folder must have the bytes of one that was never disturbed.
 """
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -95,7 +96,8 @@ def main():
                 if kills < arguments.kills and running.poll() is None and found:
                     kind = "write" if list(out.glob("*.partial")) else "step" if steps_in(out) != before else "start"
                     for pid in found if dice.random() < 0.3 else [dice.choice(found)]:
-                        os.kill(pid, signal.SIGKILL)
+                        with contextlib.suppress(ProcessLookupError):       # its job has ended it meanwhile
+                            os.kill(pid, signal.SIGKILL)
                     kills, moments[kind] = kills + 1, moments[kind] + 1
                 _, said = running.communicate(timeout=120)
                 assert running.returncode or steps in steps_in(out), said

@@ -177,6 +177,14 @@ def test_a_log_that_is_no_file(tmp_path, kind):
 
 
 @alone
+def test_a_log_without_end(tmp_path):
+    (tmp_path / "log.jsonl").touch()
+    os.truncate(tmp_path / "log.jsonl", 1 << 36)            # a sparse file
+    with pytest.raises(InputError, match="log.jsonl: found a line of more than 65536 characters"):
+        read_log(tmp_path)
+
+
+@alone
 def test_a_tokenizer_that_does_not_work():
     from mpitp.commands.text import encode
 

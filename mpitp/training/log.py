@@ -9,6 +9,7 @@ from ..checkpoints.json_files import require_file
 from ..errors import InputError
 
 FILE = "log.jsonl"
+LONGEST = 1 << 16       # characters of a line, which has about 150
 
 
 def append_log(folder: str, step: int, figures: dict) -> None:
@@ -30,7 +31,9 @@ def read_log(folder: str) -> list[dict]:
         require_file(path, "a log")
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
-                for line in file:
+                while line := file.readline(LONGEST):
+                    if len(line) == LONGEST:
+                        raise InputError(f"{path}: found a line of more than {LONGEST} characters, expected a log")
                     with contextlib.suppress(ValueError, RecursionError):
                         found.append(json.loads(line))
         except OSError as error:
