@@ -44,7 +44,8 @@ class SomeSlide(Typed):
     def read(self, keys: Keys, layers: int) -> Windows:
         """Return the window of each layer. Raises InputError for sliding layers without a window."""
         found, slides = window_of(keys, None), keys.flag("use_sliding_window", default=False)
-        kinds = keys.layer_types(layers) or [type_of(None if one else slides and found) for one in rotating(keys, layers)]
+        kinds = keys.layer_types(layers) or [type_of(found if slides and not turns else None)
+                                             for turns in rotating(keys, layers)]
         return windows_of(keys, kinds, found if slides else None)
 
     def write(self, config: DecoderConfig) -> dict:
@@ -56,5 +57,4 @@ TABLE = Table({**COMMON, **ATTENTION_BIAS, **MLP_BIAS, "num_query_groups": Key(H
                "tie_word_embeddings": Key(FLAG, "tie_word_embeddings", True)},
               dict(gated=True, normalization="rmsnorm"), rope=SomeRotate(), windows=SomeSlide())
 
-FAMILIES = [TABLE.family("smollm3", "SmolLM3ForCausalLM", TENSORS, without_effect=("max_window_layers",),
-                         refused=(("rope_interleaved", (False,)),))]
+FAMILIES = [TABLE.family("smollm3", "SmolLM3ForCausalLM", TENSORS, without_effect=("max_window_layers",))]
