@@ -40,7 +40,9 @@ def smoothing(case: Case) -> Planted:
     sizes = [max(2, len(part)) for part in parts]
     local = partial(local_means, sizes=sizes, V=V)
     over = {"smooth": local, "smooth_size": partial(each, found=sizes)}
-    for of_ranks in ([s * n / (n - 1) for n in sizes], [s] * case.ranks, [others] * case.ranks):
+    # Megatron-LM spreads a over the other ids: s = a V / (V - 1) of them all, and a n / (n - 1) of a rank's n.
+    for of_ranks in ([s * (V - 1) / V * n / (n - 1) for n in sizes], [s * n / (n - 1) for n in sizes],
+                     [s] * case.ranks, [others] * case.ranks):
         yield "label smoothing is over the rank's own part of the vocabulary, not over all of it", \
             smoothed(case, of_ranks).with_faults(over)
     sums = partial(own_sums_over, sizes=sizes, V=V)
