@@ -16,8 +16,6 @@ class InputError(ValueError):
 
 def printable(text: str) -> str:
     """Return a text with everything that does not print, line ends too, as Python escapes it."""
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -19,6 +19,7 @@ from mpitp.checkpoints.families.keys import Keys
 from mpitp.checkpoints.loading import feed_forward
 from mpitp.checkpoints.model_folder import CheckpointWarning, open_folder
 from mpitp.checkpoints.safetensors import Checkpoint
+from ordinary_configs import ORDINARY
 from spmd import everywhere, job
 
 LONGROPE = dict(type="su", short_factor=[1.0, 1.1, 1.3], long_factor=[1.2, 2.0, 4.5])
@@ -34,6 +35,11 @@ def test_what_a_family_writes_it_reads(case, tmp_path):
     family = family_named(folder.family.saved_as or folder.family.model_type)
     again = Keys(json.loads(json.dumps(config_json(folder.config, family))))
     assert described(family.config(again)) == described(folder.config) and again.unknown() == []
+
+
+def test_a_window_that_is_not_used_is_no_unknown_key():
+    keys = Keys(dict(ORDINARY["SmolLM3"], sliding_window=5))
+    assert family_named("smollm3").config(keys).sliding_window is None and keys.unknown() == []
 
 
 @pytest.mark.parametrize("case, changes, said", [

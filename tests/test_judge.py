@@ -328,3 +328,21 @@ def test_the_command(tmp_path):
             assert done.stderr == "" and (status == 0 or found["first_wrong"]["name"] == "x")
         else:
             assert done.stderr.startswith("mpitp: missing: found no such folder") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("options, status", [([], 0), (["--megatron"], 0), (["--megatron", "--forget-f"], 1)])
+def test_a_torch_module_recorded_by_hooks(tmp_path, options, status):
+    pytest.importorskip("torch")
+    done = subprocess.run([sys.executable, ROOT / "examples" / "judge_torch.py", "--out", tmp_path / "dump", *options],
+                          capture_output=True, text=True, timeout=120, env=job_environment(PYTHONPATH=str(ROOT)))
+    assert done.returncode == status, done.stdout + done.stderr
+    assert status == 0 or "f's backward is missing" in done.stdout
+
+
+@pytest.mark.launcher
+def test_the_example_of_a_test(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null",
+                           ROOT / "examples" / "test_my_layer.py"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=60, env=job_environment(PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr

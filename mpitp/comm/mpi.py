@@ -78,7 +78,8 @@ class MpiTransport:
     def all_gather(self, send: Array, receive: Array, counts: list[int]) -> None:
         """Make `receive` the send arrays of all ranks, one after the other. Equal counts take MPI_Allgather."""
         if min(counts) == max(counts) and receive.nbytes <= self.message_bytes:
-            return self.comm.Allgather(send, receive)
+            self.comm.Allgather(send, receive)
+            return
         for part, part_counts, offsets in self.vector_messages(counts, receive.itemsize):
             self.comm.Allgatherv(send[part], [receive, (part_counts, offsets)])
 
@@ -101,10 +102,12 @@ class MpiTransport:
         self.comm.Reduce_scatter(message, receive, counts, OPERATIONS[op])
 
     def all_to_all(self, send: Array, send_counts: list[int], receive: Array, receive_counts: list[int]) -> None:
-        """Send run p of `send` to rank p, receive one of each; counts that all ranks know to be equal: MPI_Alltoall."""
-        if send_counts[0] and {*send_counts, *receive_counts} == {send_counts[0]}:
-            return self.comm.Alltoall(send, receive)
-        self.comm.Alltoallv([send, send_counts], [receive, receive_counts])
+        """Send run p of `send` to rank p; `receive` becomes what every rank sent here, one after the other."""
+        # Counts that are all one number must be that number on every rank, or on none: those of the tree are.
+        if send_counts[0] and send_counts == receive_counts and min(send_counts) == max(send_counts):
+            self.comm.Alltoall(send, receive)
+        else:
+            self.comm.Alltoallv([send, send_counts], [receive, receive_counts])
 
     def broadcast(self, x: Array, root: int) -> None:
         """Make x root's x, in place."""

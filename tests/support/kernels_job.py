@@ -22,7 +22,8 @@ from mpitp.attention_config import Rotary
 ARCHITECTURES = ("sm_75", "sm_90")      # before and after the instructions of compute capability 8.0
 CUDA = Path(__file__).parents[2] / "mpitp" / "ops" / "cuda"
 KERNEL = r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?'
-NUMBERS = {"int": "int32", "long long": "int64", "unsigned long long": "uint64", "float": "float32", "double": "float64", "bool": "bool"}
+NUMBERS = {"int": "int32", "long long": "int64", "unsigned long long": "uint64", "float": "float32",
+           "double": "float64", "bool": "bool"}
 
 
 @dataclass(frozen=True)

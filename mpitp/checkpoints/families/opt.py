@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from .keys import Keys
-from .tables import ACTIVATION, COMMON, FLAG, NUMBER, SIZE, Key, Kind, Table
+from .tables import ACTIVATION, COMMON, FLAG, NUMBER, SIZE, Key, Kind, Table, flag_of
 
 TENSORS = {
     "embedding": "embed_tokens",
@@ -20,7 +20,6 @@ TENSORS = {
     "final_norm": "final_layer_norm",
     "head": "lm_head",
 }
-PLACEMENTS = {True: "before", False: "after_residual"}
 
 
 def hidden_size(keys: Keys, name: str) -> int:
@@ -28,26 +27,6 @@ def hidden_size(keys: Keys, name: str) -> int:
     size = keys.size(name)
     keys.refuse({"word_embed_proj_dim": (size,)})
     return size
-
-
-def placement(keys: Keys, name: str, default: bool) -> str:
-    """Return where the norms are."""
-    return PLACEMENTS[keys.flag(name, default=default)]
-
-
-def is_before(placement: str) -> bool:
-    """Return the flag of norms before the branches."""
-    return placement == "before"
-
-
-def is_kept(keys: Keys, name: str, default: bool) -> bool:
-    """Return whether the last norm is not removed."""
-    return not keys.flag(name, default=default)
-
-
-def is_removed(final_norm: bool) -> bool:
-    """Return the flag of a last norm that is removed."""
-    return not final_norm
 
 
 def no_last_norm(found: dict) -> dict:
@@ -60,8 +39,8 @@ TABLE = Table({
     "hidden_size": Key(Kind(hidden_size), "hidden_size"),
     "ffn_hidden_size": Key(SIZE, "ffn_dim"), "max_position_embeddings": Key(SIZE, "max_position_embeddings", 2048),
     "activation": Key(ACTIVATION, "activation_function", "relu"), "init_method_std": Key(NUMBER, "init_std", 0.02),
-    "norm_placement": Key(Kind(placement, is_before), "do_layer_norm_before", True),
-    "final_norm": Key(Kind(is_kept, is_removed), "_remove_final_layer_norm", False),
+    "norm_placement": Key(flag_of("before", "after_residual"), "do_layer_norm_before", True),
+    "final_norm": Key(flag_of(False, True), "_remove_final_layer_norm", False),
     "tie_word_embeddings": Key(FLAG, "tie_word_embeddings", True),
     **{field: Key(FLAG, "enable_bias", True) for field in ("qkv_bias", "attention_bias", "mlp_bias")},
 }, dict(position_embedding="learned", position_offset=2), derived=no_last_norm, rope=None)

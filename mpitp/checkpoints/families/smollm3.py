@@ -43,10 +43,9 @@ class SomeSlide(Typed):
 
     def read(self, keys: Keys, layers: int) -> Windows:
         """Return the window of each layer. Raises InputError for sliding layers without a window."""
-        window, slides = window_of(keys, None), keys.flag("use_sliding_window", default=False)
-        window = window if slides else None
-        kinds = keys.layer_types(layers) or [type_of(None if rotates else window) for rotates in rotating(keys, layers)]
-        return windows_of(keys, kinds, window)
+        found, slides = window_of(keys, None), keys.flag("use_sliding_window", default=False)
+        kinds = keys.layer_types(layers) or [type_of(None if one else slides and found) for one in rotating(keys, layers)]
+        return windows_of(keys, kinds, found if slides else None)
 
     def write(self, config: DecoderConfig) -> dict:
         """Return all of its keys."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from operator import eq
 from typing import Any
 
 from ...config import DecoderConfig
@@ -63,6 +65,16 @@ def above_0(keys: Keys, *names: str, default: Any = REQUIRED) -> Any:
 def key_value_heads(keys: Keys, name: str, default: Any = None) -> Any:
     """Return how many there are: as many as query heads where the key is null, the default where it is absent."""
     return keys.size(name, default=None if name in keys.values else default)
+
+
+def one_of_two(yes: Any, no: Any, keys: Keys, name: str, default: bool) -> Any:
+    """Return what a flag of config.json stands for."""
+    return yes if keys.flag(name, default=default) else no
+
+
+def flag_of(yes: Any, no: Any) -> Kind:
+    """Return the kind of a flag that stands for one of two values of a field."""
+    return Kind(partial(one_of_two, yes, no), partial(eq, yes))
 
 
 SIZE, LAYERS, FLAG, NUMBER = Kind(Keys.size), Kind(Keys.layers), Kind(Keys.flag), Kind(Keys.number)
