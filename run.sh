@@ -281,7 +281,8 @@ open_mpi_environment() {    # what Open MPI needs as root, on one node, and to l
     if [ -z "$site" ] && ! has_settings '[a-z_]*hostfile'; then
         share_cores                                         # with more hosts it would put all ranks on the first one
     fi
-    if [ -z "$site" ] && ! has_settings 'pml|btl|[a-z_]*hostfile'; then     # one node: opening the network takes a second
+    if [ -z "$site" ] && ! has_settings 'pml|btl|[a-z_]*hostfile'; then
+        # One node: opening the network takes a second.
         local shared=sm
         [ "$1" != openmpi4 ] || shared=vader
         export OMPI_MCA_pml=${OMPI_MCA_pml:-ob1} OMPI_MCA_btl=${OMPI_MCA_btl:-self,$shared}
@@ -387,8 +388,8 @@ if [ -n "$site${MPITP_LAUNCHER:-}" ] && [ "$ranks" -gt "$cores" ]; then here_ran
 shm=$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }' || true)
 wanted=$((16 + 8 * here_ranks))
 if [ -n "$shm" ] && [ "$here_ranks" -gt 1 ] && [ "$shm" -lt $wanted ]; then
-    echo "run.sh: found $shm MiB free in /dev/shm of $(uname -n), expected $wanted MiB for $here_ranks ranks, or the MPI" \
-        "may die: docker run --shm-size=1g, or remount /dev/shm larger" >&2
+    echo "run.sh: found $shm MiB free in /dev/shm of $(uname -n), expected $wanted MiB for $here_ranks ranks," \
+        "or the MPI may die: docker run --shm-size=1g, or remount /dev/shm larger" >&2
 fi
 
 # --- run -------------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ class MpiTransport:
     def all_gather(self, send: Array, receive: Array, counts: list[int]) -> None:
         """Make `receive` the send arrays of all ranks, one after the other. Equal counts take MPI_Allgather."""
         if min(counts) == max(counts) and receive.nbytes <= self.message_bytes:
-            return self.comm.Allgather(send, receive)
+            self.comm.Allgather(send, receive)
+            return
         for part, part_counts, offsets in self.vector_messages(counts, receive.itemsize):
             self.comm.Allgatherv(send[part], [receive, (part_counts, offsets)])
 

@@ -34,7 +34,8 @@ make_root() {   # /mnt is in this mount namespace alone
 install_packages() {
     printf '#!/bin/sh\nexit 101\n' > /mnt/root/usr/sbin/policy-rc.d        # a package must not start its services
     chmod +x /mnt/root/usr/sbin/policy-rc.d
-    in_root timeout 60 apt-get update -q -o Acquire::Retries=1 >&4 2>&1 || cannot "Debian's package server does not answer"
+    in_root timeout 60 apt-get update -q -o Acquire::Retries=1 >&4 2>&1 ||
+        cannot "Debian's package server does not answer"
     in_root env DEBIAN_FRONTEND=noninteractive timeout 120 apt-get install -yq --no-install-recommends \
         -o Dpkg::Options::=--force-unsafe-io -o Acquire::Retries=1 $packages >&4 2>&1 ||
         cannot "apt-get could not install $packages (build/cluster.log)"
@@ -62,7 +63,8 @@ make_host() {   # make_host NAME NUMBER; h0 carries the switch between all of th
     until inner=$(cat /proc/$outer/task/$outer/children 2>/dev/null) && [ -n "$inner" ]; do sleep 0.05; done
     echo $inner > "/mnt/root/lab/$name"
     until [ -e "/mnt/root/lab/$name.ready" ]; do
-        kill -0 $outer 2>/dev/null || { echo "cluster: found no way to make host $name, see build/cluster.log" >&2; exit 1; }
+        kill -0 $outer 2>/dev/null ||
+            { echo "cluster: found no way to make host $name, see build/cluster.log" >&2; exit 1; }
         sleep 0.05
     done
     echo "$address $name" >> /mnt/root/etc/hosts
