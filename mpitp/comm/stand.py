@@ -61,7 +61,7 @@ def mpi_call(frame: FrameType) -> str | None:
     file = frame.f_code.co_filename
     if not file.startswith(HOME):
         return None
-    found = MPI_CALL.search(linecache.getline(file, frame.f_lineno))
+    found = MPI_CALL.search(linecache.getline(file, frame.f_lineno or 0))     # None between two lines
     return found[1] if found else None
 
 

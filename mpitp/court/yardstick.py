@@ -24,10 +24,11 @@ from .ranks import Key, Kept
 from .rounding import HALF, as_dtype, roundings
 from .run import run
 
-NOISE_TIMES = 3.0               # what one run may be off, in the largest error of a few
+NOISE_TIMES = 6.0               # what one run may be off, in the largest error of a few
 LEAST_OF_ONE_LAYER = 8.0        # normwise, beside a quarter of what whole decoders may be off
 DEEP = ("block", "decoder")
-EPS64 = EPS["F64"]
+IN_FLOAT64 = 16.0               # as much more there: a mistake is a million times larger, and a gradient that nearly
+EPS64 = EPS["F64"]              # cancels, as a saturated softmax's, is off by hundreds of eps
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Yardstick:
         """Return what the normwise ratio may be; where 16-bit numbers are stored, what other roundings make of it."""
         if self.dump.accumulate in ("float16", "bfloat16"):
             return loose
+        if eps == EPS64:
+            return IN_FLOAT64 * loose
         if not self.noise:
             return loose if self.dump.kind in DEEP else min(loose, loose / 4 + LEAST_OF_ONE_LAYER)
         return min(loose, 1.0 + self.noise_of(key, layout, rank, exact) / eps)
