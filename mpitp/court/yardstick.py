@@ -24,7 +24,8 @@ from .ranks import Key, Kept
 from .rounding import HALF, as_dtype, roundings
 from .run import run
 
-NOISE_TIMES = 6.0               # what one run may be off, in the largest error of a few
+NOISE_TIMES = 3.0               # what one run may be off, in the largest error of a few
+OF_SOFTMAX = 10.0               # the same where a softmax is inside, whose gradient may nearly cancel
 LEAST_OF_ONE_LAYER = 8.0        # normwise, beside a quarter of what whole decoders may be off
 DEEP = ("block", "decoder")
 IN_FLOAT64 = 16.0               # as much more there: a mistake is a million times larger, and a gradient that nearly
@@ -143,7 +144,8 @@ class Yardstick:
         """Return how far the computation with other roundings may be off, relative to the norm of what is exact."""
         size = np.linalg.norm(exact) if np.abs(exact).max(initial=0) > 1e-12 * self.scale else self.scale
         errors = [np.linalg.norm(layout.of_rank(one[key].values[0], rank) - exact) for one in self.noise]
-        return float(NOISE_TIMES * max(errors) / size) if size > 0 else 0.0
+        times = OF_SOFTMAX if self.dump.kind in ("attention", *DEEP) else NOISE_TIMES
+        return float(times * max(errors) / size) if size > 0 else 0.0
 
     def fits(self, tensor: Tensor, rank: int, other: Array) -> float:
         """Return how far a rank's found numbers are from `other`, in what rounding explains: at most 1 is a match."""

@@ -6,7 +6,7 @@
 #           cluster shares its file systems. 1 Gbit/s links where the kernel can slow them down
 #   Slurm   slurmctld on h0, slurmd on h1 and h2, without a default MPI, as Debian ships it
 # and runs tests/cluster/checks.py there. Status 77: something could not be had, and one line says what.
-set -euo pipefail
+set -Eeuo pipefail
 checkout=$1
 hosts="h0 h1 h2"
 packages="slurmctld slurmd slurm-client munge openssh-server openssh-client libpmix-dev python3-venv"
@@ -63,8 +63,7 @@ make_host() {   # make_host NAME NUMBER; h0 carries the switch between all of th
     until inner=$(cat /proc/$outer/task/$outer/children 2>/dev/null) && [ -n "$inner" ]; do sleep 0.05; done
     echo $inner > "/mnt/root/lab/$name"
     until [ -e "/mnt/root/lab/$name.ready" ]; do
-        kill -0 $outer 2>/dev/null ||
-            { echo "cluster: found no way to make host $name, see build/cluster.log" >&2; exit 1; }
+        kill -0 $outer 2>/dev/null || cannot "found no way to make host $name (build/cluster.log)"
         sleep 0.05
     done
     echo "$address $name" >> /mnt/root/etc/hosts
@@ -95,21 +94,23 @@ start_slurm() {
             --pid-file=/run/munge/pid --seed-file=/run/munge/seed
     done
     on h0 slurmctld -c
-    for host in $hosts; do [ $host = h0 ] || on $host slurmd || { cat /mnt/root/var/log/slurm/* >&4; exit 1; }; done
+    for host in $hosts; do [ $host = h0 ] || on $host slurmd; done
     for _ in $(seq 300); do
         [ "$(on h0 sinfo -h -t idle -o %D)" != 2 ] || return 0
         sleep 0.1
     done
-    echo "cluster: found a Slurm whose nodes are not idle after 30 s, see build/cluster.log" >&2
     cat /mnt/root/var/log/slurm/* >&4
-    exit 1
+    cannot "found a Slurm whose nodes are not idle after 30 s (build/cluster.log)"
 }
 
 say() { echo "cluster: ${SECONDS} s, $*"; }
 
+# A machine on which hosts or Slurm cannot be set up says nothing about this project.
+trap 'cannot "found a step of the set-up that failed (build/cluster.log)"' ERR
 make_root
 if [ "${2:-}" = --hosts-only ]; then
     for host in $hosts; do make_host $host ${host#h}; done
+    trap - ERR
     say "hosts are up"
     wait -n                     # for ever, but for a host that ends
     exit 1
@@ -121,5 +122,6 @@ say "hosts and Slurm"
 for host in $hosts; do make_host $host ${host#h}; done
 start_sshd
 start_slurm
+trap - ERR
 say "checks"
 chroot /mnt/root /usr/bin/python3 /lab/checks.py "${@:3}" >&3
