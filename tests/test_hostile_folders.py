@@ -23,6 +23,7 @@ from mpitp.training.log import append_log, read_log
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 group = group_fixture("ordinary", scope="module")
 alone = pytest.mark.launcher                    # nothing here depends on ranks
+pytestmark = pytest.mark.host                   # nor on a device: what is read, and what it costs the host
 
 
 def refused(folder, group):
