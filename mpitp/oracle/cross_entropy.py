@@ -44,9 +44,12 @@ def forward(logits: Array, targets: Array, label_smoothing: float = 0.0, ignore_
     lse = (np.log(total) + highest)[..., 0]
     label = one_hot(np.where(counted, targets, 0), V, logits.dtype) * (1 - label_smoothing)
     label = label + np.asarray(label_smoothing / V, logits.dtype)
-    weight = logits.dtype.type(z_loss)
-    loss = ((lse - (logits * label).sum(axis=-1) + lse * lse * weight) * counted.astype(logits.dtype)).sum() / count
-    return loss, (e / total, label, lse[..., None] * (2 * weight) + 1, (counted / count).astype(logits.dtype))
+    of_token, slope = lse - (logits * label).sum(axis=-1), e / total
+    if z_loss:
+        weight = logits.dtype.type(z_loss)
+        of_token, slope = of_token + lse * lse * weight, slope * (lse[..., None] * (2 * weight) + 1)
+    loss = (of_token * counted.astype(logits.dtype)).sum() / count
+    return loss, (slope, label, (counted / count).astype(logits.dtype))
 
 
 def backward(saved: Any, d_loss: float = 1.0) -> Array:
@@ -63,5 +66,5 @@ def backward(saved: Any, d_loss: float = 1.0) -> Array:
     -------
     d_logits : (..., V) array or Magnitude
     """
-    p, label, slope, share = saved              # slope: of the loss by lse; share: of each token in the mean
-    return (p * slope - label) * (share * share.dtype.type(d_loss))[..., None]
+    slope, label, share = saved                 # slope: of what depends on lse alone; share: of each token in the mean
+    return (slope - label) * (share * share.dtype.type(d_loss))[..., None]
