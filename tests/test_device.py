@@ -222,7 +222,7 @@ def test_a_transport_that_does_not_synchronise_is_seen(world):
 def test_the_suite_on_a_stand_in(ranks, name):
     """As on a GPU, where CI has none: layers, losses, keys and values on arrays that refuse NumPy's."""
     files = [f"tests/test_{part}.py" for part in ("layers", "kv", "decoder_dense", "half")]
-    done = job(ranks, "-m", "pytest", "-q", *files, "--device", "stand-in", "--transport", name, timeout=120)
+    done = job(ranks, "-m", "pytest", "-q", *files, "--device", "stand-in", "--transport", name, timeout=600)
     assert done.returncode == 0 and " passed" in done.stdout and "failed" not in done.stdout, done.stdout + done.stderr
 
 
@@ -230,7 +230,7 @@ def test_the_suite_on_a_stand_in(ranks, name):
 @pytest.mark.slow
 def test_the_same_bits_on_a_stand_in():
     """In 16-bit types, too: on one rank as on three."""
-    one, three = (job(ranks, "tests/hashes.py", "--device", "stand-in", timeout=120) for ranks in (1, 3))
+    one, three = (job(ranks, "tests/hashes.py", "--device", "stand-in", timeout=600) for ranks in (1, 3))
     assert one.returncode == three.returncode == 0, one.stderr + three.stderr
     assert one.stdout == three.stdout and sum("bfloat16" in line for line in one.stdout.splitlines()) > 500
 
