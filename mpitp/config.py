@@ -179,7 +179,7 @@ class DecoderConfig(HeadSizes):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer."""
+        """Return the sliding window of each layer."""
         return tuple(self.window(layer) for layer in range(self.num_layers))
 
     def window(self, layer: int) -> int | None:

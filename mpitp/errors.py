@@ -4,7 +4,7 @@ from numbers import Integral
 
 
 class InputError(ValueError):
-    """An error in the caller's input: one line that names what was found and what was expected, on every rank.
+    """An InputError is the caller's to mend: one line that names what was found and what was expected, on every rank.
 
     The command line prints it once and exits with 2. Anything else that is raised ends the whole job. What a hostile
     file put into it is escaped: control characters of names, line ends too.

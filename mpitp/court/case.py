@@ -64,7 +64,7 @@ class Case:
 
     @property
     def config(self) -> DecoderConfig:
-        """The architecture, of rank 0."""
+        """Return the architecture, that of rank 0."""
         return self.configs[0]
 
     def with_faults(self, faults: Mapping[str, Fault]) -> Case:

@@ -33,7 +33,7 @@ MOST_BYTES = 2 ** 33            # of one dump, so that its float64 copies fit a 
 
 @dataclass(eq=False)
 class Tensor:
-    """A tensor of a dump: what each rank holds, and how that makes up the whole.
+    """A Tensor is one of a dump: what each rank holds, and how that makes up the whole.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class Tensor:
 
     @property
     def title(self) -> str:
-        """Its name in a report: "y", "dy", "d up.weight"."""
+        """Return its name in a report: "y", "dy", "d up.weight"."""
         return title(self.phase, self.name)
 
     def whole(self) -> Array:

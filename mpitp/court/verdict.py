@@ -19,7 +19,7 @@ from .yardstick import Reading, Yardstick
 
 @dataclass
 class Row:
-    """One tensor of the dump, judged.
+    """A Row is one tensor of the dump, judged.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class Verdict:
 
     @property
     def first(self) -> Row | None:
-        """The first wrong tensor in the order of computation."""
+        """Return the first wrong tensor in the order of computation."""
         return next((row for row in self.rows if row.verdict == "wrong"), None)
 
 

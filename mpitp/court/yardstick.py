@@ -61,7 +61,7 @@ class Reading:
 
     @property
     def good(self) -> bool:
-        """Whether rounding explains it."""
+        """Return whether rounding explains it."""
         return self.error <= self.limit and self.normwise <= self.normwise_limit
 
     @property

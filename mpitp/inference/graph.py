@@ -107,7 +107,7 @@ class CapturedToken:
 
 
 class CapturedChoice:
-    """A token of each sequence and the choice of the next one, by the largest logit, recorded together.
+    """A CapturedChoice is a token of each sequence and the choice of the next one, recorded together.
 
     Parameters
     ----------

@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A specification of one parameter of the model.
+    """A ParameterSpec says what one parameter of the model is.
 
     Parameters
     ----------

@@ -89,7 +89,10 @@ class Typed:
 
 @dataclass(frozen=True)
 class FromLayer:
-    """A Qwen's: where layer_types says so, else from max_window_layers on; none at all without use_sliding_window."""
+    """The layers of a Qwen have windows where layer_types says so, else from max_window_layers on.
+
+    None has one without use_sliding_window.
+    """
 
     def read(self, keys: Keys, layers: int) -> Windows:
         """Return the window of each layer. Raises InputError for sliding layers without a window."""

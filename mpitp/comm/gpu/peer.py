@@ -162,7 +162,7 @@ class PeerSum(Sum):
 
 
 class PeerTreeSum(TreeSum):
-    """TreeSum over transport `peer`: a kernel adds up every rank's nodes in the tree's order, and rounds."""
+    """This TreeSum goes over transport `peer`: a kernel adds up every rank's nodes in the tree's order, and rounds."""
 
     def all_reduce(self) -> Array:
         """Return the sum, on every rank, with the bits of any other transport. Collective: see peer_bytes."""

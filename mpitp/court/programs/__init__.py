@@ -15,19 +15,19 @@ from .vocabulary import embedding_alone, loss_alone
 
 
 def mlp(ranks: Ranks, case: Case) -> None:
-    """A feed-forward block alone."""
+    """Run a feed-forward block alone."""
     saved = feed_forward.mlp_forward(ranks, case, "", copies(ranks, case, "x"))
     feed_forward.mlp_backward(ranks, case, "", copies(ranks, case, "dy"), saved, "x")
 
 
 def attention(ranks: Ranks, case: Case) -> None:
-    """An attention layer alone."""
+    """Run an attention layer alone."""
     saved = attentions.forward(ranks, case, "", copies(ranks, case, "x"), case.options["layer"])
     attentions.backward(ranks, case, "", copies(ranks, case, "dy"), saved, "x")
 
 
 def norm(ranks: Ranks, case: Case) -> None:
-    """A norm alone."""
+    """Run a norm alone."""
     _, saved = norm_forward(ranks, case, "", copies(ranks, case, "x"), "y")
     dy = ranks.keep("backward", "y", copies(ranks, case, "dy"), None, "dy")
     norm_backward(ranks, case, "", dy, saved, "x")

@@ -110,7 +110,7 @@ def parallel_backward(ranks: Ranks, case: Case, prefix: str, dy: Local, saved: d
 
 
 def block(ranks: Ranks, case: Case) -> None:
-    """A block alone."""
+    """Run a block alone."""
     x = ranks.changed([case.inputs["x"]] * ranks.count, "input_x")
     _, saved = block_forward(ranks, case, "", x, case.options["layer"])
     dy = ranks.keep("backward", "y", [case.inputs["dy"]] * ranks.count)
@@ -118,7 +118,7 @@ def block(ranks: Ranks, case: Case) -> None:
 
 
 def decoder(ranks: Ranks, case: Case) -> None:
-    """A decoder with its loss: embedding, blocks, final norm, head, cross entropy."""
+    """Run a decoder with its loss: embedding, blocks, final norm, head, cross entropy."""
     config, ids = case.config, case.inputs["ids"]
     learned = config.position_embedding == "learned"
     x = embedding_forward(ranks, case, "embedding", ids, "embedding")

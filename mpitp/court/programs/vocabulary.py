@@ -55,7 +55,7 @@ def embedding_gradient(ranks: Ranks, case: Case, prefix: str, ids: Array, dy: Lo
 
 
 def embedding_alone(ranks: Ranks, case: Case) -> None:
-    """An embedding of tokens alone."""
+    """Run an embedding of tokens alone."""
     ids = case.inputs["ids"]
     embedding_forward(ranks, case, "", ids, "y")
     if "dy" in case.inputs:
@@ -106,7 +106,7 @@ def loss_backward(ranks: Ranks, case: Case, saved: Any) -> Local:
 
 
 def loss_alone(ranks: Ranks, case: Case) -> None:
-    """A cross entropy alone."""
+    """Run a cross entropy alone."""
     place = case.places.get("logits")
     logits = case.inputs["logits"]
     local = [logits] * ranks.count if place is None else [logits[..., part] for part in place.parts]
