@@ -136,7 +136,7 @@ class Continuations:
             decode = partial(tokenizer.decode, skip_special_tokens=True)
             self.streams = [text.TextStream(decode, prompt) for prompt in self.prompts]
         self.new_ids: list[list[int]] = [[] for _ in self.prompts]
-        self.pieces: list[list[str]] = [[] for _ in self.prompts]
+        self.new_texts: list[list[str]] = [[] for _ in self.prompts]
         self.alone, self.begun = len(self.prompts) == 1, False
 
     def push(self, tokens: np.ndarray) -> None:
@@ -146,18 +146,18 @@ class Continuations:
                 self.new_ids[b].append(token)
                 self.add(b, str(token) if self.texts is None else self.streams[b].push(token))
 
-    def add(self, b: int, piece: str) -> None:
-        """Add a piece of the text, or an id, to sequence b."""
-        self.pieces[b].append(piece)
+    def add(self, b: int, new_text: str) -> None:
+        """Add the text of a token, or its id, to sequence b."""
+        self.new_texts[b].append(new_text)
         if self.alone:
             between = "," if self.texts is None and self.begun else "" if self.begun or self.texts is None else \
                 self.texts[0]
-            print(between + piece, end="", flush=True)
+            print(between + new_text, end="", flush=True)
             self.begun = True
 
     def text(self, b: int) -> str | None:
         """Return the new text, None where ids were given."""
-        return None if self.texts is None else "".join(self.pieces[b])
+        return None if self.texts is None else "".join(self.new_texts[b])
 
     def finish(self) -> None:
         """Print the rest."""
@@ -167,8 +167,8 @@ class Continuations:
         if self.alone:
             print()
         else:
-            for b, pieces in enumerate(self.pieces):
-                print(f"[{b}] " + (",".join(pieces) if self.texts is None else self.texts[b] + "".join(pieces)))
+            for b, texts in enumerate(self.new_texts):
+                print(f"[{b}] " + (",".join(texts) if self.texts is None else self.texts[b] + "".join(texts)))
 
 
 class Run:
@@ -244,6 +244,8 @@ def lines(result: GenerateReport) -> Iterator[str]:
                 ("prefill", result.prefill_tokens, result.prefill_seconds, result.communication_share_of_prefill),
                 ("decode", result.decode_tokens, result.decode_seconds, result.communication_share_of_decode))
             if count]
+    if result.decode_tokens:
+        yield "Look at `decode`: each of its tokens reads all weights of a rank once."
     yield from tables.table(("", "tokens", "time", "tokens/s", "communication"), rows)
     if result.first_token_seconds is not None:
         yield f"  first token  {tables.seconds(result.first_token_seconds)} after the process started"

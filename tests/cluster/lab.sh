@@ -15,25 +15,25 @@ exec 3> /dev/null 4> build/cluster.log
 [ $# -gt 1 ] || exec 3> build/cluster.json
 
 cannot() { echo "cluster: left out, $*"; exit 77; }
-in_root() { chroot /mnt/root "$@"; }
+in_root() { chroot /mnt/copy "$@"; }
 on() {          # on HOST COMMAND...: as root
     local host=$1
     shift
-    nsenter --target "$(cat "/mnt/root/lab/$host")" --net --uts --ipc --mount --pid --root --wd "$@"
+    nsenter --target "$(cat "/mnt/copy/lab/$host")" --net --uts --ipc --mount --pid --root --wd "$@"
 }
 
 make_root() {   # /mnt is in this mount namespace alone
     mount -t tmpfs -o size=6g tmpfs /mnt
-    mkdir /mnt/changes /mnt/work /mnt/root
-    mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/changes,workdir=/mnt/work /mnt/root
-    for folder in proc sys dev; do mount --rbind /$folder /mnt/root/$folder; done
-    mkdir -p /mnt/root/lab
-    cp tests/cluster/*.sh tests/cluster/*.py /mnt/root/lab/
+    mkdir /mnt/changes /mnt/work /mnt/copy
+    mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/changes,workdir=/mnt/work /mnt/copy
+    for folder in proc sys dev; do mount --rbind /$folder /mnt/copy/$folder; done
+    mkdir -p /mnt/copy/lab
+    cp tests/cluster/*.sh tests/cluster/*.py /mnt/copy/lab/
 }
 
 install_packages() {
-    printf '#!/bin/sh\nexit 101\n' > /mnt/root/usr/sbin/policy-rc.d        # a package must not start its services
-    chmod +x /mnt/root/usr/sbin/policy-rc.d
+    printf '#!/bin/sh\nexit 101\n' > /mnt/copy/usr/sbin/policy-rc.d        # a package must not start its services
+    chmod +x /mnt/copy/usr/sbin/policy-rc.d
     in_root timeout 60 apt-get update -q -o Acquire::Retries=1 >&4 2>&1 ||
         cannot "Debian's package server does not answer"
     in_root env DEBIAN_FRONTEND=noninteractive timeout 120 apt-get install -yq --no-install-recommends \
@@ -44,34 +44,34 @@ install_packages() {
 make_user() {   # with a key for ssh between the hosts, and the project as it lies here
     in_root useradd --create-home --password '*' --shell /bin/bash student
     in_root ssh-keygen -A >&4
-    mkdir /mnt/root/home/student/.ssh
+    mkdir /mnt/copy/home/student/.ssh
     ssh=/home/student/.ssh
     in_root ssh-keygen -q -t ed25519 -N '' -f $ssh/id_ed25519
-    cp /mnt/root$ssh/id_ed25519.pub /mnt/root$ssh/authorized_keys
-    printf 'StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n' > /mnt/root$ssh/config
-    mkdir /mnt/root/home/student/mpitp
+    cp /mnt/copy$ssh/id_ed25519.pub /mnt/copy$ssh/authorized_keys
+    printf 'StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n' > /mnt/copy$ssh/config
+    mkdir /mnt/copy/home/student/mpitp
     git ls-files -z --cached --others --exclude-standard | xargs -0 ls -d 2>/dev/null |
-        tar --create --files-from - | tar --extract --no-same-owner --directory /mnt/root/home/student/mpitp
+        tar --create --files-from - | tar --extract --no-same-owner --directory /mnt/copy/home/student/mpitp
     in_root chown -R student: /home/student
 }
 
 make_host() {   # make_host NAME NUMBER; h0 carries the switch between all of them
     local name=$1 address=10.77.0.1$2
-    unshare --net --uts --ipc --mount --pid --fork --kill-child --propagation private chroot /mnt/root \
+    unshare --net --uts --ipc --mount --pid --fork --kill-child --propagation private chroot /mnt/copy \
         /lab/host.sh "$name" >&4 2>&1 &
     local outer=$! inner=
     until inner=$(cat /proc/$outer/task/$outer/children 2>/dev/null) && [ -n "$inner" ]; do sleep 0.05; done
-    echo $inner > "/mnt/root/lab/$name"
-    until [ -e "/mnt/root/lab/$name.ready" ]; do
+    echo $inner > "/mnt/copy/lab/$name"
+    until [ -e "/mnt/copy/lab/$name.ready" ]; do
         kill -0 $outer 2>/dev/null || cannot "found no way to make host $name (build/cluster.log)"
         sleep 0.05
     done
-    echo "$address $name" >> /mnt/root/etc/hosts
+    echo "$address $name" >> /mnt/copy/etc/hosts
     if [ "$name" = h0 ]; then
         on h0 ip link add eth0 type bridge
     else
         # from here, since h0 does not know the process numbers of other hosts
-        nsenter --target "$(cat /mnt/root/lab/h0)" --net ip link add "$name" type veth peer name eth0 netns $inner
+        nsenter --target "$(cat /mnt/copy/lab/h0)" --net ip link add "$name" type veth peer name eth0 netns $inner
         on h0 ip link set "$name" master eth0 up
         on h0 tc qdisc add dev "$name" root tbf rate 1gbit burst 128kb latency 20ms 2>&4 || true
         on "$name" tc qdisc add dev eth0 root tbf rate 1gbit burst 128kb latency 20ms 2>&4 || true
@@ -83,9 +83,9 @@ make_host() {   # make_host NAME NUMBER; h0 carries the switch between all of th
 start_sshd() { for host in $hosts; do on $host /usr/sbin/sshd -o PidFile=none -o UsePAM=no -o AcceptEnv='*'; done; }
 
 start_slurm() {
-    mkdir -p /mnt/root/etc/slurm
-    cp tests/cluster/slurm.conf /mnt/root/etc/slurm/
-    echo CgroupPlugin=cgroup/v1 > /mnt/root/etc/slurm/cgroup.conf
+    mkdir -p /mnt/copy/etc/slurm
+    cp tests/cluster/slurm.conf /mnt/copy/etc/slurm/
+    echo CgroupPlugin=cgroup/v1 > /mnt/copy/etc/slurm/cgroup.conf
     in_root install -d -o slurm /var/spool/slurm /var/log/slurm
     in_root chown munge /etc/munge/munge.key
     for host in $hosts; do
@@ -99,7 +99,7 @@ start_slurm() {
         [ "$(on h0 sinfo -h -t idle -o %D)" != 2 ] || return 0
         sleep 0.1
     done
-    cat /mnt/root/var/log/slurm/* >&4
+    cat /mnt/copy/var/log/slurm/* >&4
     cannot "found a Slurm whose nodes are not idle after 30 s (build/cluster.log)"
 }
 
@@ -124,4 +124,4 @@ start_sshd
 start_slurm
 trap - ERR
 say "checks"
-chroot /mnt/root /usr/bin/python3 /lab/checks.py "${@:3}" >&3
+chroot /mnt/copy /usr/bin/python3 /lab/checks.py "${@:3}" >&3
