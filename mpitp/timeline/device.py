@@ -1,0 +1,31 @@
+"""When the GPU worked on an operation: CUDA events before and behind it, on the clock of the host."""
+import time
+from typing import Any
+
+
+class DeviceClock:
+    """Events of one GPU, and the time of the host at which each happened.
+
+    Parameters
+    ----------
+    xp : module
+        CuPy.
+    """
+
+    def __init__(self, xp: Any):
+        self.cuda = xp.cuda
+        self.cuda.get_current_stream().synchronize()
+        self.base, self.at = self.event(), time.perf_counter_ns()
+
+    def event(self) -> Any:
+        """Return an event behind what this stream was given until now; None while a graph is recorded."""
+        stream = self.cuda.get_current_stream()
+        if stream.is_capturing():
+            return None
+        event = self.cuda.Event()
+        event.record(stream)
+        return event
+
+    def time_of(self, event: Any) -> int:
+        """Return when the event happened, in nanoseconds of the host's clock. It must have happened."""
+        return self.at + int(self.cuda.get_elapsed_time(self.base, event) * 1e6)
