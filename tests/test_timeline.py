@@ -1,6 +1,7 @@
 """Timelines: what they hold, who they blame, and that nothing of them is left when they end."""
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mpitp.comm.ledger import Collective, Ledger
 from mpitp.errors import InputError
 from mpitp.timeline.answer import answer
 from mpitp.timeline.clocks import Clock, Reading, read_clock
-from mpitp.timeline.spans import MPI as IN_MPI, PRODUCTS, PYTHON, TRACKS, Span, timed_places
+from mpitp.timeline.spans import DEVICE, MPI as IN_MPI, PRODUCTS, PYTHON, TRACKS, Span, timed_places
 from mpitp.timeline.timeline import Timeline
 from mpitp.timeline.waiting import blamed, own_times, waiting_of
 from spmd import job
@@ -53,7 +54,7 @@ def recorded(tmp_path_factory):
                                                               (found[0], *found[2].values())))
         left = [name for (owner, name), function in before.items() if owner.__dict__[name] is not function]
         assert type(group.ledger) is Ledger and group.timeline is None and group.ledger.current is None
-        trace = json.loads(open(path).read()) if group.rank == 0 else None
+        trace = json.loads(Path(path).read_text()) if group.rank == 0 else None
     return trace, counts, same, left, timeline
 
 
@@ -225,7 +226,7 @@ def test_waiting_of_known_arrivals():
     assert waiting.waited[:, 0].tolist() == [60, 30, 0] and waiting.late.tolist() == [30]
 
 
-# --- clocks ------------------------------------------------------------------------------------------------------------
+# --- clocks ---------------------------------------------------------------------------------------------------
 
 def test_offset_and_drift_are_taken_out():
     true = np.linspace(0, 1e9, 11)
@@ -239,6 +240,19 @@ def test_clocks_of_one_host_agree(world):
     reading = read_clock(world)
     apart = [reading.ahead for reading in world.allgather(reading)]
     assert apart[0] == 0 and all(abs(ahead) < 50e6 for ahead in apart)
+
+
+@pytest.mark.skipif("config.getoption('device') == 'cpu'", reason="needs --device gpu or stand-in")
+def test_operations_of_a_gpu_lie_inside_the_recording(group):
+    model, ids = small_decoder(group), np.arange(24).reshape(2, 12) % 27
+    begin = time.perf_counter_ns()
+    with Timeline(group) as timeline:
+        model.forward(ids)
+    device = [span for span in timeline.spans.found if span.track == DEVICE]
+    assert {"linear_forward", "attention_forward"} <= {span.name for span in device}
+    for span in device:
+        first, last = map(timeline.device.time_of, span.details)
+        assert begin - 1e6 <= first <= last <= time.perf_counter_ns() + 1e6
 
 
 # --- bad input, and the command line --------------------------------------------------------------------------------
@@ -257,7 +271,7 @@ def test_bad_input(group, tmp_path):
 def test_an_error_inside_puts_everything_back(group):
     before = {(owner, name): owner.__dict__[name] for owner, name, _ in timed_places()}
     with pytest.raises(ZeroDivisionError), Timeline(group):
-        1 / 0
+        raise ZeroDivisionError
     assert all(owner.__dict__[name] is function for (owner, name), function in before.items())
 
 

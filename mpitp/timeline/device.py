@@ -20,12 +20,9 @@ class DeviceClock:
     def event(self) -> Any:
         """Return an event behind what this stream was given until now; None while a graph is recorded."""
         stream = self.cuda.get_current_stream()
-        if stream.is_capturing():
-            return None
-        event = self.cuda.Event()
-        event.record(stream)
-        return event
+        return None if stream.is_capturing() else stream.record()
 
     def time_of(self, event: Any) -> int:
-        """Return when the event happened, in nanoseconds of the host's clock. It must have happened."""
+        """Return when the event happened, in nanoseconds of the host's clock; wait for it."""
+        event.synchronize()
         return self.at + int(self.cuda.get_elapsed_time(self.base, event) * 1e6)
