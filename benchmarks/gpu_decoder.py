@@ -50,7 +50,7 @@ class Copy(torch.autograd.Function):
 
 
 class VocabParallelLoss(torch.autograd.Function):
-    """Mean cross-entropy of logits (N, V p), a rank's columns of the vocabulary: a maximum and one sum of two numbers."""
+    """Mean cross-entropy of logits (N, V p), a rank's columns: one maximum over the ranks, one sum of two numbers."""
     @staticmethod
     def forward(context, logits, targets, first_id):
         local = targets - first_id

@@ -141,7 +141,7 @@ def one_row(x_1I: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None = None
 
 
 def one_row_of_two(x_1I: DeviceArray, v_OI: DeviceArray, w_OI: DeviceArray) -> DeviceArray:
-    """Compute x v^T and x w^T (2, 1, O) by one kernel, with the bits of one_row, of v and w that lie as in_rows has it."""
+    """Compute x v^T and x w^T (2, 1, O) by one kernel, with the bits of one_row; v and w as in_rows returns them."""
     y_21O = cupy.ndarray((2, 1, len(w_OI)), x_1I.dtype)
     start_gemv(in_rows(x_1I), (v_OI, w_OI), y_21O)
     return y_21O
