@@ -155,13 +155,13 @@ def ratios() -> str:
 
 STUBS = (       # launchers that nobody had at hand, as the tests write them; tests/test_run_sh.py
     ("PBS", "its node file, the site's mpiexec"), ("LSF", "its slots, jsrun or mpirun"),
-    ("Grid Engine", "its slots and its host file"), ("Flux and others", "MPITP_LAUNCHER, word by word"))
+    ("Flux and others", "MPITP_LAUNCHER, word by word"))
 
 
 def clusters() -> str:
     """Return the table of launchers, MPIs and what ran: of .ci/cluster, and the stubs of the tests."""
     found = result("cluster")
-    names = {"Slurm": f"Slurm {found['slurm']}"}
+    names = {"Slurm": f"Slurm {found['slurm']}", "Grid Engine": f"Grid Engine {found['grid_engine']}"}
     rows: dict[tuple[str, str], list[str]] = {}
     for ran in found["ran"]:
         if ran["ok"]:
