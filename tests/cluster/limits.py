@@ -45,6 +45,7 @@ def real_time_limits(mpi: str) -> None:
     logged = steps_of(f"~/{name}")
     hold(logged == list(range(logged[0], steps + 1, logged[0])) or logged == sorted(set(logged)), Done(0, str(logged)))
 
-    good("h0", f"salloc -Q -N 1 -n 2 ./run.sh {TRAIN} --train-iters {steps} --out ~/{name}-whole {TINY}", MPICH, LONGEST)
+    whole = f"./run.sh {TRAIN} --train-iters {steps} --out ~/{name}-whole {TINY}"
+    good("h0", f"salloc -Q -N 1 -n 2 {whole}", MPICH, LONGEST)
     sums = [good("h0", f"cd ~/{folder}/step-{steps:08d} && sha256sum *") for folder in (name, f"{name}-whole")]
     hold(sums[0] == sums[1], Done(0, "\n".join(sums)))
