@@ -394,9 +394,19 @@ class Kernels(ModuleType):
             refuse_host([*arguments, *options.values()], name)
             arguments, options = map(unwrap, arguments), {key: unwrap(value) for key, value in options.items()}
             found = in_float32(operation, name, list(arguments), options)
+            if name == "norm_forward":
+                overflow_as_kernels(*found)
             streams[-1].kernels_pending = True
             return device(found)
         return kernel
+
+
+def overflow_as_kernels(y, saved):
+    """Rows whose mean square overflows are NaN there; NumPy's are 0, and Norm says so."""
+    xhat, rstd, *_ = saved
+    rows = (rstd == 0)[:, 0]
+    for array in (xhat, rstd, y.reshape(xhat.shape)):
+        array[rows] = np.nan
 
 
 def unwrap(x):
