@@ -231,7 +231,7 @@ def function_of(name, found):
         if isinstance(found, np.ufunc) and options.keys() - {"out", "dtype", "casting"}:
             raise TypeError(f"Wrong arguments {set(options)}")              # as CuPy's say
         result = found(*host(arguments), **{key: host(value) for key, value in options.items()})
-        streams[-1].kernels_pending |= name not in (*VIEWS, "moveaxis")
+        streams[-1].kernels_pending |= name not in (*VIEWS, "moveaxis", "may_share_memory")
         return device(result) if options.get("out") is None else options["out"]
     return function
 
