@@ -59,7 +59,7 @@ class TokenFile:
     def read(self, first: int, length: int) -> np.ndarray:
         """Return tokens first .. first + length - 1, a new array. Raises InputError where they cannot be read."""
         found = np.empty(length, self.dtype)
-        content, at = memoryview(found).cast("B") if length else b"", 0
+        content, at = found.view(np.uint8), 0
         begin = self.start + first * self.dtype.itemsize
         while at < found.nbytes:
             try:

@@ -191,8 +191,8 @@ CHECKS = [
     Check(SLURM, BOTH, "sbatch examples/slurm.sh, 4 ranks on two hosts", batch_script),
     Check(SLURM, BOTH, "the shell of srun --pty", interactive),
     Check(SLURM, BOTH, "sbatch examples/slurm_train.sh: three jobs in one, to the last step, one log", requeue),
-    Check(SLURM, BOTH, "sbatch examples/slurm_train.sh with real time limits: TERM at the limit of one job, USR1 before "
-                       "that of the next and three requeues; one log, the bits of an uninterrupted run",
+    Check(SLURM, BOTH, "sbatch examples/slurm_train.sh with real time limits: TERM at the limit of one job, USR1 "
+                       "before that of the next and three requeues; one log, the bits of an uninterrupted run",
           real_time_limits, is_long=True),
     Check(GRID_ENGINE, BOTH, "qsub examples/grid_engine.sh, 4 slots on two hosts", grid_engine),
     Check(GRID_ENGINE, BOTH, "train with 4 slots on two hosts: the bits of one host", bits_over_grid_engine),

@@ -1,7 +1,7 @@
-"""Measure the calls for equal counts against those for any counts, in turns: gathers.py [REPEATS].
+"""Measure MPI's calls for equal counts against those for any counts, in turns: gathers.py [REPEATS].
 
-Prints a line a size: bytes of the gathered array, the median seconds of MPI_Allgather, and the medians of the ratios
-of a round: Allgatherv / Allgather, Alltoallv / Alltoall, and Allgather / an exchange of as many bytes by Sendrecv.
+Prints a line a size: bytes of the gathered array, the median seconds of MPI_Allgather, and medians (quartiles) of the
+ratios of the rounds: Allgatherv / Allgather, Alltoallv / Alltoall, Allgather / an exchange of its parts by Sendrecv.
 """
 import sys
 import time
@@ -9,36 +9,57 @@ import time
 import numpy as np
 from mpi4py import MPI
 
+SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24)
+AT_LEAST = 1 << 18          # bytes of the calls that are timed together
+WARM_UP = 2                 # rounds
 comm = MPI.COMM_WORLD
-repeats = int(sys.argv[1]) if sys.argv[1:] else 15
-after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-if comm.rank == 0:
-    print("bytes allgather_s allgatherv/allgather (quartiles) alltoallv/alltoall (quartiles) allgather/sendrecv")
-for size in (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24):
+
+
+def cases(size):
+    """{name: function} of the calls on arrays of `size` bytes."""
     part = size // 8 // comm.size
-    send, whole = np.ones(part), np.empty(part * comm.size)
-    counts = [part] * comm.size
-    cases = {"allgather": lambda: comm.Allgather(send, whole), "allgatherv": lambda: comm.Allgatherv(send, [whole, counts]),
-             "alltoall": lambda: comm.Alltoall(whole, other), "alltoallv": lambda: comm.Alltoallv([whole, counts], [other, counts]),
-             "sendrecv": lambda: comm.Sendrecv(send, after, recvbuf=send2, source=before)}
-    other, send2 = np.empty_like(whole), np.empty_like(send)
-    calls = max(1, (1 << 18) // size)
-    times = {name: [] for name in cases}
-    for round in range(repeats + 2):
-        names = list(cases)
-        names = names[round % len(names):] + names[:round % len(names)]
+    send, received, whole, other = np.ones(part), np.empty(part), np.ones(part * comm.size), np.ones(part * comm.size)
+    counts, after, before = [part] * comm.size, (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    return {"allgather": lambda: comm.Allgather(send, whole),
+            "allgatherv": lambda: comm.Allgatherv(send, [whole, counts]),
+            "alltoall": lambda: comm.Alltoall(whole, other),
+            "alltoallv": lambda: comm.Alltoallv([whole, counts], [other, counts]),
+            "sendrecv": lambda: comm.Sendrecv(send, after, recvbuf=received, source=before)}
+
+
+def measured(size, repeats):
+    """{name: seconds of the slowest rank, a round each}; every round begins with another call."""
+    functions, times = cases(size), {name: [] for name in cases(size)}
+    calls = max(1, AT_LEAST // size)
+    for number in range(WARM_UP + repeats):
+        names = [*functions][number % len(functions):] + [*functions][:number % len(functions)]
         for name in names:
             comm.Barrier()
             started = time.perf_counter()
             for _ in range(calls):
-                cases[name]()
+                functions[name]()
             seconds = comm.allreduce(time.perf_counter() - started, MPI.MAX) / calls
-            if round > 1:
+            if number >= WARM_UP:
                 times[name].append(seconds)
+    return {name: np.array(seconds) for name, seconds in times.items()}
+
+
+def ratio(a, b):
+    """The median of a / b, and its quartiles."""
+    return f"{np.median(a / b):.2f} ({np.quantile(a / b, .25):.2f} to {np.quantile(a / b, .75):.2f})"
+
+
+def main():
+    """Print the table."""
     if comm.rank == 0:
-        t = {name: np.array(values) for name, values in times.items()}
-        def ratio(a, b):
-            r = t[a] / t[b]
-            return f"{np.median(r):.2f} ({np.quantile(r, .25):.2f}-{np.quantile(r, .75):.2f})"
-        print(f"{size:9d} {np.median(t['allgather']) * 1e3:9.3f} ms  {ratio('allgatherv', 'allgather')}  "
-              f"{ratio('alltoallv', 'alltoall')}  {ratio('allgather', 'sendrecv')}", flush=True)
+        print(f"{'bytes':>9} {'allgather':>12}  {'allgatherv / allgather':24}{'alltoallv / alltoall':24}"
+              "allgather / sendrecv")
+    for size in SIZES:
+        t = measured(size, int(sys.argv[1]) if sys.argv[1:] else 15)
+        if comm.rank == 0:
+            print(f"{size:9d} {np.median(t['allgather']) * 1e3:9.3f} ms  {ratio(t['allgatherv'], t['allgather']):24}"
+                  f"{ratio(t['alltoallv'], t['alltoall']):24}{ratio(t['allgather'], t['sendrecv'])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -38,7 +38,7 @@ install_packages() {
     chmod +x /mnt/copy/usr/sbin/policy-rc.d
     in_root timeout 60 apt-get update -q -o Acquire::Retries=1 >&4 2>&1 ||
         cannot "Debian's package server does not answer"
-    in_root env DEBIAN_FRONTEND=noninteractive timeout 120 apt-get install -yq --no-install-recommends \
+    in_root env DEBIAN_FRONTEND=noninteractive timeout 200 apt-get install -yq --no-install-recommends \
         -o Dpkg::Options::=--force-unsafe-io -o Acquire::Retries=1 $packages >&4 2>&1 ||
         cannot "apt-get could not install $packages (build/cluster.log)"
 }

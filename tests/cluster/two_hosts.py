@@ -13,7 +13,8 @@ from student import OPEN_MPI, Done, as_student, good, hold, on, over_ssh, run, s
 STALL = 4                   # seconds, MPITP_STALL_LIMIT of the rows
 AT_ONCE, AFTER_STALL = 20, 30
 TRAIN = "train --hidden-size 16 --num-layers 1 --seq-length 16 --micro-batch-size 1 --eval-batches 1"
-WAITS = r"rank {other} of 2 on {other_host} waits for .*not there: one of rank {rank} on {host}, or the network"
+WAITS = r"rank {other} of 2 on {other_host} waits for .*not there: one of rank {rank} on {host}, or the network.*: " \
+        "the job ends after"
 FAULTS = {                  # of tests/support/faulty.py: what is said, and the limit
     "is stopped": (WAITS, AFTER_STALL),
     "spins": (WAITS, AFTER_STALL),
