@@ -7,7 +7,6 @@ tests/test_rank_faults.py runs some of the rows.
 """
 import argparse
 import hashlib
-import json
 import re
 import shutil
 import socket
@@ -26,7 +25,6 @@ sys.path.insert(0, str(SUPPORT))
 from spmd import job_environment  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "faults.md"
-LAB = ROOT / "benchmarks" / "results" / "cluster.json"
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 HOST = re.escape(socket.gethostname())
 STALL = 3               # seconds, MPITP_STALL_LIMIT of the rows
@@ -257,8 +255,6 @@ def innocent():
                   is_good=True)
     yield replace(differing("another kind of machine", "verify", "warning: the ranks run on different kinds of machine",
                             OPENBLAS_CORETYPE="Haswell"), is_good=True)
-
-
     larger = ("--hidden-size", "96", "--train-iters", "20")         # dot products of 16 have the same bits
     yield differing("another kind of machine", "train", "found different weights of .* on the ranks, expected equal "
                     "copies: the ranks run on different kinds of machine", *larger, others=larger,
@@ -347,24 +343,10 @@ def line_of(row, said):
     line = said[start:end if end >= 0 else None].removeprefix("mpitp: ")
     last = said[:found.end()].rsplit("\n", 1)[-1] if "\n" in found[0] else ""
     line = f"{line} {last}" if last else line
-    return shortened(re.sub(HOST, "HOST", line).replace(str(ROOT), ""))
-
-
-def shortened(line):
-    """A line of the table, without numbers that the next run has not."""
-    line = line.removeprefix("mpitp: ").replace("|", "/")
+    line = re.sub(HOST, "HOST", line).replace(str(ROOT), "").replace("|", "/")
     line = re.sub(r"since \d\d:\d\d:\d\d", "since 12:00:00", line)
     line = re.sub(r"at \d\d:\d\d:\d\d", "at 12:00:00", re.sub(r"process \d+", "process N", line))
     return line if len(line) <= 200 else f"{line[:90]} ... {line[-105:]}"
-
-
-def of_the_lab():
-    """The lines of the faults that the last `.ci/cluster --all` tried on hosts of their own, and how many failed."""
-    found = json.loads(LAB.read_text())["faults"]
-    lines = [f"| {one['fault']} | {one['command']} | {one['rank']} | {one['mpi']}, h1 and h2 | {one['seconds']:.1f} of "
-             f"{one['limit']} | {'0' if one['status'] == 0 else 'not 0'} | "
-             f"{'; '.join([*one['problems'], shortened(one['line'])])} |" for one in found]
-    return lines, sum(bool(one["problems"]) for one in found)
 
 
 def is_possible(row, mpi):
@@ -415,10 +397,8 @@ def main():
     if arguments.write:
         text = DOCUMENT.read_text()
         start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        lab, failed_in_lab = of_the_lab()
-        rows_together = len(outcomes) + len(lab)
-        summary = f"{rows_together} rows, of which {rows_together - failed - failed_in_lab} end as they must."
-        DOCUMENT.write_text("\n".join([text[:start], "", summary, "", *table(outcomes), *lab, "", text[end:]]))
+        summary = f"{len(outcomes)} rows, of which {len(outcomes) - failed} end as they must."
+        DOCUMENT.write_text("\n".join([text[:start], "", summary, "", *table(outcomes), "", text[end:]]))
     return 1 if failed else 0
 
 
