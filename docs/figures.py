@@ -155,13 +155,13 @@ def ratios() -> str:
 
 STUBS = (       # launchers that nobody had at hand, as the tests write them; tests/test_run_sh.py
     ("PBS", "its node file, the site's mpiexec"), ("LSF", "its slots, jsrun or mpirun"),
-    ("Grid Engine", "its slots and its host file"), ("Flux and others", "MPITP_LAUNCHER, word by word"))
+    ("Flux and others", "MPITP_LAUNCHER, word by word"))
 
 
 def clusters() -> str:
     """Return the table of launchers, MPIs and what ran: of .ci/cluster, and the stubs of the tests."""
     found = result("cluster")
-    names = {"Slurm": f"Slurm {found['slurm']}"}
+    names = {"Slurm": f"Slurm {found['slurm']}", "Grid Engine": f"Grid Engine {found['grid_engine']}"}
     rows: dict[tuple[str, str], list[str]] = {}
     for ran in found["ran"]:
         if ran["ok"]:
@@ -172,11 +172,26 @@ def clusters() -> str:
     return table(["launcher", "MPI", "what ran", ""], lines, left=4)
 
 
+def two_hosts() -> str:
+    """Return the table of faults of one of two hosts, as .ci/cluster tried them."""
+    found = result("cluster")
+    lines = []
+    for one in found["faults"]:
+        line = re.sub(r"\b\d\d:\d\d:\d\d\b", "12:00:00", one["line"].removeprefix("mpitp: ").replace("|", "/"))
+        line = re.sub(r"PID \d+", "PID N", line)
+        line = line if len(line) <= 200 else f"{line[:90]} ... {line[-105:]}"
+        lines.append([one["fault"], one["command"], f"{one['rank']} on h{one['rank'] + 1}", one["mpi"],
+                      f"{one['seconds']:.1f} of {one['limit']}", "; ".join([*one["problems"], line])])
+    return f"{len(lines)} rows, of which {sum(not one['problems'] for one in found['faults'])} end as they must.\n\n" + \
+        table(["fault", "in", "rank", "MPI", "seconds", "what is said"], lines, left=6)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ffn": lambda: interleaved("ffn-h2048-n2"), "block-512": lambda: interleaved("block-h512-n2"),
     "block-1024": lambda: interleaved("block-h1024-n2"), "train": lambda: interleaved("train-h256-n2"),
     "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions,
-    "walk": walk.table, "families": families_table.table, "clusters": clusters}
+    "walk": walk.table, "families": families_table.table, "clusters": clusters,
+    "two-hosts": two_hosts}
 
 
 def wrapped(text: str) -> str:
