@@ -236,6 +236,8 @@ def test_same_logits_and_same_text_on_any_number_of_ranks():
     ([[1, 2]], {"lengths": [3]}, r"found lengths \[3\], expected 1 integers from 1 to 2"),
     ([[1, 2]], {"lengths": [0]}, "found lengths"),
     ([[1, 2]], {"lengths": [1, 1]}, "found lengths"),
+    ([[1, 2], [3, 4]], {"lengths": [1, 99]}, r"found lengths \[1, 99\], expected 2 integers from 1 to 2"),
+    ([[1, 2], [3, 4]], {"lengths": [[1, 2]]}, "found lengths"),
     ([[1]], {"max_new_tokens": 0}, "found max_new_tokens = 0, expected a positive integer"),
     ([[1]], {"temperature": -1}, "found temperature -1"),
     ([[1]], {"temperature": float("nan")}, "found temperature nan"),
