@@ -143,6 +143,8 @@ def by_definition(logits_V, top_k, top_p):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_frequencies(model, options):
     """300 draws: each token within 5 standard deviations of what its probability says."""
+    if model.group.size > 1 and model.group.reproducible:
+        return                                              # nothing is added up
     logits_BV = np.linspace(-2, 2, 11, dtype=np.float32)[None, np.random.default_rng(1).permutation(11)]
     choice = generation.Choice(model, 1, 1.0, options.get("top_k"), options.get("top_p"), 3)
     drawn = Counter(int(choice(split(model, logits_BV), step)[0]) for step in range(300))

@@ -18,7 +18,7 @@ from spmd import ROOT, draw, everywhere
 
 TEXT = bytes((7 * i * i + i // 3) % 27 for i in range(900))
 SETTINGS = dict(micro_batch_size=2, gradient_accumulation=2, train_iters=6, lr=0.05, min_lr=0.01, warmup=2,
-                clip_grad=0.5, weight_decay=0.3, label_smoothing=0.1, z_loss=0.02, seed=4)
+                clip_grad=0.5, weight_decay=0.3, label_smoothing=0.1, z_loss=0.02, seed=4, eval_batches=2)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def trainer(group, text, kind="llama, one kv head", dtype="float64", folder=None
     return made, weights
 
 
-def problems(group, text, kind="llama, one kv head", steps=4):
+def problems(group, text, kind="llama, one kv head", steps=3):
     """Names of figures, weights and state that differ from the dense run after some steps, with dropout."""
     made, weights = trainer(group, text, kind)
     *expected, figures = dense_steps(made, weights, steps)
