@@ -88,9 +88,9 @@ def pytest_internalerror(excrepr):
 
 # What another MPI can change, beside the sums of all tests on three ranks: the collectives themselves, and how jobs
 # start, are told to stop, and end.
-EACH_MPI = {"test_agreement", "test_device", "test_group", "test_ledger", "test_peer", "test_products", "test_same_bits",
-            "test_transports", "test_tree", "test_by_hand", "test_doctor", "test_guard", "test_launch", "test_own_layer",
-            "test_rank_faults", "test_reproducible", "test_run_sh", "test_suite", "test_train_stops"}
+EACH_MPI = {f"test_{name}" for name in (
+    "agreement", "by_hand", "device", "doctor", "group", "guard", "launch", "ledger", "own_layer", "peer", "products",
+    "rank_faults", "reproducible", "run_sh", "same_bits", "suite", "train_stops", "transports", "tree")}
 EACH_MPI_TOO = {"test_killed_at_any_moment", "test_usr1_makes_a_checkpoint", "test_the_same_bits"}
 LONGEST = 600           # seconds; measured: the slowest test takes 60 on a quiet machine of two cores
 

@@ -158,7 +158,7 @@ def verdict(tree, mistake):
         status, said = run_tests(tree, mistake)
     finally:
         path.write_text(text, encoding="utf-8")
-    failed = [line.split()[1] for line in said.splitlines() if line.startswith("FAILED ")]
+    failed = [line[7:].split(" - ")[0] for line in said.splitlines() if line.startswith("FAILED ")]
     if status == 0:
         found = "NOT NOTICED"
     elif failed:
