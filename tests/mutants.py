@@ -52,7 +52,9 @@ def environment(tree, **more):
     """For a session of tests in a copy of the repository."""
     path = f"{tree}:{tree}/tests/support"
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **more}
+            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            # compiled once: half of a short session would be that
+            "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(WORK / "compiled" / Path(tree).name), **more}
 
 
 def launcher(ranks):
@@ -144,7 +146,8 @@ def session(tree, ranks, tests, seconds):
         return "time"
     if running.returncode in (0, 5):
         return None
-    hits = [line.split()[1] for line in text.splitlines() if line.startswith(("FAILED ", "ERROR ")) and "::" in line]
+    hits = [line.split(" ", 1)[1].split(" - ")[0] for line in text.splitlines()
+            if line.startswith(("FAILED ", "ERROR ")) and "::" in line]
     hits += [line.strip() for line in text.splitlines() if line.strip() in tests]       # as end_job() says it
     return hits[0] if hits else "time" if "time" in text.lower()[-400:] else text[-200:]
 
