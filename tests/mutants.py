@@ -6,8 +6,9 @@
 
 Mutants are chosen from all of mpitp/ but the GPU's kernels. The tests of a mutant are those that ran its line
 (coverage.py with the test as its context, also in the jobs that a test starts): in a session of one rank, then of two,
-then those that start jobs; the quickest test of each file first. It is caught when a session fails or is not over after
-many times as long as its tests took. What caught mutants is run again without any at the end, and must pass (--check).
+then those that start jobs; those of the module's own file first, then the quickest of each file. It is caught when a
+session fails, or is not over after many times as long as its tests took. What caught mutants is run again without any
+at the end, and must pass (--check).
 Results are JSON lines in build/mutants/; docs/mutants.md has the survivors, each with its reason. Needs `coverage`.
 
 Why not a library: mutmut (3.8) imports the program once and forks a process for each mutant, which an initialised MPI
@@ -36,7 +37,8 @@ WORK = ROOT / "build" / "mutants"
 LEFT_OUT = ("mpitp/ops/cuda/", "mpitp/comm/gpu/peer_kernels.py")         # kernels: sources of another language
 NEVER = ("tests/test_packaging.py", "tests/test_run_sh.py", "tests/test_cluster.py")    # not about the numbers
 # name: (ranks, options of pytest, most tests, most seconds of them) in the order in which they are tried
-SESSIONS = {"one": (1, ["-m", "not launcher"], 60, 20), "two": (2, [], 40, 20), "jobs": (1, ["-m", "launcher"], 12, 40)}
+SESSIONS = {"one": (1, ["-m", "not launcher"], 160, 60), "two": (2, [], 60, 40),
+            "jobs": (1, ["-m", "launcher"], 12, 60)}
 COVERAGE = """[run]
 parallel = true
 source = {root}/mpitp
@@ -120,9 +122,12 @@ class Chooser:
         by_file, chosen, total = defaultdict(list), [], 0.0
         for test in sorted(found, key=lambda test: (seconds[test], test)):
             by_file[test.split("::")[0]].append(test)
-        rounds = [test for turn in range(max(map(len, by_file.values()), default=0))
-                  for tests in by_file.values() for test in tests[turn:turn + 1]]
-        for test in rounds:
+        # those of the file that is named after the module, then one of each file after the other
+        own = f"tests/test_{Path(mutation.file).stem}"
+        rounds = [test for file, tests in by_file.items() if file.startswith(own) for test in tests]
+        rounds += [test for turn in range(max(map(len, by_file.values()), default=0))
+                   for tests in by_file.values() for test in tests[turn:turn + 1]]
+        for test in dict.fromkeys(rounds):
             if len(chosen) < most and (total + seconds[test] <= limit or not chosen):
                 chosen.append(test)
                 total += seconds[test]

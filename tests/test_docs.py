@@ -156,6 +156,6 @@ def test_no_page_is_lost():
 def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", tmp_path],
                           cwd=ROOT, env=job_environment(), capture_output=True, text=True,
-                          timeout=200)
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tutorial.html").exists() and (tmp_path / "generated" / "mpitp.ParallelMLP.html").exists()

@@ -43,5 +43,5 @@ def test_in_the_background_of_a_shell():
     """There SIGINT is ignored, and the jobs that a test interrupts would inherit that."""
     test = "tests/test_guard.py::test_ctrl_c_without_a_launcher"
     done = subprocess.run(["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "pytest", "-q", test],
-                          cwd=ROOT, env=job_environment(), text=True, capture_output=True, timeout=100)
+                          cwd=ROOT, env=job_environment(), text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -24,6 +24,12 @@ def pytest_runtest_protocol(item, nextitem):
     enter("")
 
 
+def pytest_sessionstart(session):
+    """Jobs read the configuration anew: what coverage hands on to them has the context that it had at the start."""
+    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+    os.environ["COVERAGE_PROCESS_START"] = coverage.Coverage.current().config.config_file
+
+
 def pytest_sessionfinish(session):
     if os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
         with open(os.environ["MPITP_SECONDS"], "w", encoding="utf-8") as file:

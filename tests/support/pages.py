@@ -119,10 +119,10 @@ def run(command, folder=ROOT, fails=False):
     else:
         environment = job_environment()
     # The launcher beside this Python first: the suite runs under MPICH and under Open MPI.
-    environment.update(MPITP_VENV=sys.prefix, PATH=f"{sys.prefix}/bin:{os.environ['PATH']}", MPIEXEC_TIMEOUT="120",
+    environment.update(MPITP_VENV=sys.prefix, PATH=f"{sys.prefix}/bin:{os.environ['PATH']}", MPIEXEC_TIMEOUT="600",
                        PYTHONPATH=str(ROOT))
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True,
-                          text=True, timeout=150)
+                          text=True, timeout=700)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout
 
