@@ -118,6 +118,17 @@ def versions() -> str:
         f"\n\n{found['ranks']} ranks, {found['dtype']}, medians of {found['pairs']} pairs; {where(found)}"
 
 
+def runs() -> str:
+    """Return the table of all runs of version 0.1.0, ratio by ratio."""
+    rows = []
+    for row in result("runs-0.1.0")["rows"]:
+        products = ", ".join(map(str, row.get("products_ms", [])))
+        beside = f" (its bare products took {products} ms)" if products else ""
+        form = "{:.0%}" if row.get("unit") == "share" else "{:.2f}"
+        rows.append([row["what"] + beside, ", ".join(map(form.format, row["runs"]))])
+    return table(["", "runs"], rows, left=2)
+
+
 def small(number: float) -> str:
     """Return an error with two decimals, or as a power of ten where it is tiny."""
     return f"{number:.2f}" if number >= 0.1 else f"{number:.0e}".replace("e-0", "e-")
@@ -189,7 +200,7 @@ def two_hosts() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "ffn": lambda: interleaved("ffn-h2048-n2"), "block-512": lambda: interleaved("block-h512-n2"),
     "block-1024": lambda: interleaved("block-h1024-n2"), "train": lambda: interleaved("train-h256-n2"),
-    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions,
+    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions, "runs": runs,
     "walk": walk.table, "families": families_table.table, "clusters": clusters,
     "two-hosts": two_hosts}
 

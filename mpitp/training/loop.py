@@ -99,7 +99,8 @@ class Trainer:
         number = self.step * self.settings.gradient_accumulation + micro
         ids, targets = self.tokens.batch(number, self.settings.micro_batch_size)
         logits, saved = self.model.forward(ids, step=number)
-        loss, saved_loss = self.model.loss(logits, targets, label_smoothing=self.settings.label_smoothing)
+        loss, saved_loss = self.model.loss(logits, targets, label_smoothing=self.settings.label_smoothing,
+                                           z_loss=self.settings.z_loss)
         d_logits = self.model.loss_backward(saved_loss, 1 / self.settings.gradient_accumulation)
         if micro == 0:
             self.gradients = self.model.backward(d_logits, saved, out=self.gradients or None)
