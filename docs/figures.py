@@ -85,7 +85,32 @@ def decode() -> str:
     return table(["", "mpitp, ms (of each start)", "transformers, ms", "transformers over mpitp"], rows) + \
         f"\n\nA token comes at {found['decode_rate_over_bare']:.0%} of the rate at which the same process runs the " \
         f"bare matrix-vector products of all weights; {found['communication_share']:.1%} of its time is " \
-        f"communication. {found['starts']} starts of each program; {where(found)}"
+        f"communication. {of_prefill(found)}{found['starts']} starts of each program; {where(found)}" + \
+        kept_weights(found)
+
+
+def of_prefill(found: dict) -> str:
+    """Return the sentence on the prompt and its bare products; empty where those were not timed."""
+    return f"The prompt takes {found['prefill_over_bare']:.2f} times its bare products. " \
+        if "prefill_over_bare" in found else ""
+
+
+def kept_weights(found: dict) -> str:
+    """Return the table of weights that stay in bfloat16, in the rounds of the same processes; empty where none ran."""
+    if len(found.get("kinds", {})) < 2:
+        return ""
+    names = {"float32": "float32", "bfloat16": "bfloat16, x as it is", "bfloat16 rounded": "bfloat16, x rounded"}
+    rows = []
+    for kind, row in found["kinds"].items():
+        times = [milliseconds(found["rows"][f"mpitp {part}{'' if kind == 'float32' else ' ' + kind}"]["median_seconds"])
+                 for part in ("decode", "prefill")]
+        rows.append([names[kind], times[0], f"{row['float32_over_this_decode']:.2f}", times[1],
+                     f"{row['weight_bytes_over_float32']:.2f}", f"{row['loss_relative_difference']:.0e}",
+                     f"{row['equal_tokens']} of {row['text_tokens']}"])
+    return "\n\n" + table(["weights", "a token, ms", "float32 over this", "128 tokens, ms", "memory of weights",
+                           "difference of the loss", "equal tokens"], rows) + \
+        f"\n\nIn the rounds of the same processes; {found['numkong']}. The loss is that of " \
+        f"{found['kinds']['float32']['loss_tokens']} tokens; the memory is a rank's."
 
 
 def gpu() -> str:

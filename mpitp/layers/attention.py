@@ -70,6 +70,7 @@ class ParallelAttention(ParallelLayer):
     """
 
     norms_over_heads = False        # AttentionNormedOverHeads does
+    attend = staticmethod(attention_forward)
 
     def __init__(self, group: TensorParallelGroup, config: AttentionConfig, *, dtype: str = "float32",
                  seed: int | None = 0, init_std: float | None = None, output_init_std: float | None = None,
@@ -165,7 +166,7 @@ class ParallelAttention(ParallelLayer):
             for b in range(call.B):
                 q, a = (by_group(array, b, unit, heads, block) for array in (q_BSHK, a_BSHK))
                 k, v = (array[b, :call.positions_of(b)].swapaxes(0, 1) for array in units[unit][:2])
-                statistics.append(attention_forward(q, k, v, self.scale, out=a, **call.options(heads, unit, b)))
+                statistics.append(self.attend(q, k, v, self.scale, out=a, **call.options(heads, unit, b)))
         y_ND = row_parallel_forward(as_rows(a_BSHK), self.own["out.weight"], rows, total)
         return y_ND, ((q_BSHK, of_norm, a_BSHK, statistics) if save else None)
 
