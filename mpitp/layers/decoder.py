@@ -190,13 +190,12 @@ class Decoder(Composite):
             sums = NormSums(rows)
         dx = self.layer_backward(self.head, d_logits, of_head, gradients)
         if self.final_norm:
-            dx = self.norm_backward(self.final_norm, dx, of_final_norm, gradients, sums)
+            dx = self.layer_backward(self.final_norm, dx, of_final_norm, gradients, sums)
         for block, of_block in zip(reversed(self.blocks), reversed(of_blocks)):
-            of_layer = self.gradients_of(block, gradients)
-            dx, _ = block.backward(dx, of_block, out=of_layer, norm_sums=sums)
+            dx, _ = block.backward(dx, of_block, out=self.gradients_of(block, gradients), norm_sums=sums)
         dx = scaled(dx, scale)
         if self.embedding_norm:
-            dx = self.norm_backward(self.embedding_norm, dx, of_embedding_norm, gradients, sums)
+            dx = self.layer_backward(self.embedding_norm, dx, of_embedding_norm, gradients, sums)
         if sums is not None:
             sums.all_reduce()                                   # of every norm: not before the last of them
             dx = reduce_from_ranks_backward(dx, rows).reshape(*rows.shape, dx.shape[-1])        # g* of the embedding
@@ -208,15 +207,11 @@ class Decoder(Composite):
             self.layer_backward(self.embedding, dx, of_embedding, gradients)
         return gradients
 
-    def layer_backward(self, layer: Any, dy: Array, saved: Any, gradients: dict[str, Array]) -> Any:
-        """Return dx of one of the layers, and write its gradients."""
-        return layer.backward(dy, saved, out=self.gradients_of(layer, gradients))[0]
-
-    def norm_backward(self, norm: Any, dy: Array, saved: Any, gradients: dict[str, Array], sums: Any) -> Array:
-        """Return dx of a norm, and write its gradients, or leave them to `sums`."""
+    def layer_backward(self, layer: Any, dy: Array, saved: Any, gradients: dict[str, Array], sums: Any = None) -> Any:
+        """Return dx of one of the layers, and write its gradients, or leave a norm's to `sums`."""
         if sums is not None:
-            return sums.backward(norm, dy, saved, gradients)
-        return self.layer_backward(norm, dy, saved, gradients)
+            return sums.backward(layer, dy, saved, gradients)
+        return layer.backward(dy, saved, out=self.gradients_of(layer, gradients))[0]
 
     def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
              ignore_index: int = -100) -> tuple[float, Any]:

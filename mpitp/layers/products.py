@@ -16,7 +16,7 @@ from typing import Any
 
 from ..arrays import Array
 from ..comm.sums import Sum
-from ..ops.linear import linear_backward, linear_forward, linear_weight_backward, product
+from ..ops.linear import linear_backward, linear_forward, linear_weight_backward, product, two_linears_forward
 
 
 # --- f and g ----------------------------------------------------------------------------------------------------
@@ -53,6 +53,11 @@ def column_parallel_forward(x_NI: Array, w_OpI: Array, part: slice, out: Array |
     return linear_forward(x_NI, rows_of(w_OpI, part), out)[0]
 
 
+def two_column_parallel_forward(x_NI: Array, v_OpI: Array, w_OpI: Array, part: slice) -> tuple[Array, Array]:
+    """Return x V_b^T and x W_b^T, (N, O b) each."""
+    return two_linears_forward(x_NI, rows_of(v_OpI, part), rows_of(w_OpI, part))
+
+
 def column_parallel_backward(dy_NOb: Array, x_NI: Array, w_OpI: Array, part: slice, dw_OpI: Array, total: Sum,
                              dx_NI: Array | None = None) -> Array:
     """Return this block's summand of dx = sum over b of dy_b W_b, added to dx_NI if given; write dW_b = dy_b^T x.
@@ -66,15 +71,13 @@ def column_parallel_backward(dy_NOb: Array, x_NI: Array, w_OpI: Array, part: sli
 # --- the row-parallel product -----------------------------------------------------------------------------------------
 
 def row_parallel_forward(x_NIb: Array, w_OIp: Array, part: slice, total: Sum | None) -> Any:
-    """Return this block's summand of y = sum over b of x_b W_b^T: W is split by columns, as x is.
+    """Return this block's summand of y = sum over b of x_b W_b^T: W is split by columns, as x is. None without a sum.
 
                                [        |        ]
         [ x_0 | x_1 ]  times   [ rank 0 | rank 1 ] ^T  =  y_0 + y_1         every summand has y's full shape
                                [        |        ]
     """
-    if total is None:
-        return None                                         # a recomputation: what it would add to is known
-    return linear_forward(x_NIb, columns_of(w_OIp, part), None, total.summand_dtype)[0]
+    return None if total is None else linear_forward(x_NIb, columns_of(w_OIp, part), None, total.summand_dtype)[0]
 
 
 def row_parallel_backward(dy_NO: Array, x_NIb: Array, w_OIp: Array, part: slice, dw_OIp: Array) -> Array:
