@@ -9,6 +9,7 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "TensorParallelGroup": "comm.group",
+    "Grid": "grid",
     "Partition": "sharding.partition",
     "Place": "sharding.parameters",
     "ParameterSpec": "sharding.parameters",
