@@ -8,7 +8,6 @@ import pytest
 from mpi4py import MPI
 
 import mpitp
-from check_decoder import dense_weights
 from decoder_cases import config
 from mpitp import oracle
 from mpitp.layers.norm import NormOverflow
@@ -97,7 +96,7 @@ def alone(text, reproducible=False, **options):
     return RUNS[key]
 
 
-# --- one run on every grid --------------------------------------------------------------------------------------------
+# --- one run on every grid ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("data", GRIDS)
 def test_a_grid_trains_as_one_rank_does(text, reproducible, data):
@@ -145,7 +144,7 @@ def test_groups_of_a_grid():
             assert grid.data.rank * tensor + grid.tensor.rank == grid.world.rank == WORLD.rank
 
 
-# --- against a dense run, with planted faults -------------------------------------------------------------------------
+# --- against a dense run, with planted faults -----------------------------------------------------------------------
 
 def dense_gradients(made):
     """The gradients of the first global batch in one piece, clipped, on one process."""
@@ -234,7 +233,7 @@ def test_fault_no_sum_over_data_ranks(text, monkeypatch):
         assert "embedding.weight" in problems(grid, text)
 
 
-# --- the ledger ---------------------------------------------------------------------------------------------------------
+# --- the ledger -----------------------------------------------------------------------------------------------------
 
 def test_collectives_of_the_data_group(text, reproducible, monkeypatch):
     """A step's are the closed form; a run without a grid has none."""
@@ -258,7 +257,7 @@ def test_collectives_of_the_data_group(text, reproducible, monkeypatch):
                     [mpitp.comm.ledger.Collective("all_reduce", windows, "float64")])
 
 
-# --- what ends a run, and what it leaves --------------------------------------------------------------------------------
+# --- what ends a run, and what it leaves ----------------------------------------------------------------------------
 
 @several
 def test_a_norm_that_overflows_on_one_data_rank(text, monkeypatch):
@@ -308,8 +307,8 @@ def test_resumed_on_another_grid(text, tmp_path):
     folder = Path(WORLD.bcast(str(tmp_path)))
     found = []
     cuts = [dict(micro_batch_size=4, gradient_accumulation=1), dict(micro_batch_size=1, gradient_accumulation=4)]
-    for first, second in ((GRIDS[-1], 1), (1, GRIDS[0])):
-        out = folder / f"{first}"
+    for number, (first, second) in enumerate(((GRIDS[-1], 1), (1, GRIDS[0]))):
+        out = folder / f"{number}"
         if WORLD.rank == 0:
             out.mkdir()
         WORLD.Barrier()
@@ -332,7 +331,7 @@ def test_a_save_that_fails_is_an_error_everywhere(text, tmp_path):
             made.save()
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------------------------
 
 def test_grids_that_do_not_multiply(world):
     more = world.size + 1
@@ -349,7 +348,7 @@ def test_a_run_of_another_unit_is_refused(text, group, tmp_path):
         return
     out = group.comm.bcast(str(tmp_path))
     trainer(group, text, folder=out, reproducible_unit="micro-batch", train_iters=2, lr_decay_iters=4).run()
-    with pytest.raises(mpitp.InputError, match="found unit = micro-batch, expected sequence.*--reproducible-unit micro"):
+    with pytest.raises(mpitp.InputError, match="unit = micro-batch, expected sequence.*--reproducible-unit micro-batch"):
         resume(trainer(group, text, folder=out))
     assert resume(trainer(group, text, folder=out, reproducible_unit="micro-batch"))
     with pytest.raises(mpitp.InputError, match="micro_batch_size = 2, expected 3"):
@@ -377,12 +376,13 @@ def test_the_command():
         assert done.returncode != 0 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-# --- how sequences are dealt ----------------------------------------------------------------------------------------------
+# --- how sequences are dealt ----------------------------------------------------------------------------------------
 
 def test_every_sequence_once_in_order():
     for size, count in ((1, 1), (4, 1), (3, 4), (5, 2)):
         for unit in (None, "sequence", "micro-batch"):
-            settings = Settings(micro_batch_size=size, gradient_accumulation=count, reproducible_unit=unit or "sequence")
+            settings = Settings(micro_batch_size=size, gradient_accumulation=count,
+                                reproducible_unit=unit or "sequence")
             for ranks in (1, 2, 3, 5, 30):
                 pieces = [piece for rank in range(ranks)
                           for piece in Dealing(settings, rank, ranks, unit is not None).pieces]
