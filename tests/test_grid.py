@@ -1,7 +1,10 @@
 """Data x tensor grids: the same run on every grid, against a dense one in float64, and the same bits where promised."""
 import hashlib
 import math
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from mpitp.training.data import IGNORED, Tokens
 from mpitp.training.dealing import Dealing
 from mpitp.training.loop import Settings, Trainer, TrainingStopped
 from mpitp.training.resume import resume
-from spmd import everywhere, job
+from spmd import ROOT, everywhere, job
 
 SETTINGS = dict(micro_batch_size=2, gradient_accumulation=3, train_iters=4, lr=0.05, min_lr=0.01, warmup=2,
                 clip_grad=0.5, weight_decay=0.3, seed=4, eval_batches=2)
@@ -303,7 +306,6 @@ def files(folder):
 
 def test_resumed_on_another_grid(text, tmp_path):
     """Every grid goes on from what another one wrote, with another cut of the batch, to the same files."""
-    from pathlib import Path
     folder = Path(WORLD.bcast(str(tmp_path)))
     found = []
     cuts = [dict(micro_batch_size=4, gradient_accumulation=1), dict(micro_batch_size=1, gradient_accumulation=4)]
@@ -374,6 +376,14 @@ def test_the_command():
                        (("--reproducible-unit", "sequence"), "found --reproducible-unit sequence without")):
         done = job(2, *small, *more)
         assert done.returncode != 0 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.launcher
+def test_one_hash_over_a_few_layouts():
+    """The whole of layouts.py makes the table of docs/same_bits.md."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "layouts.py", "--few", "--steps", "3"], text=True,
+                          capture_output=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.endswith("3 layouts, 1 hash\n"), done.stdout + done.stderr
 
 
 # --- how sequences are dealt ----------------------------------------------------------------------------------------
