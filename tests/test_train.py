@@ -140,14 +140,14 @@ def test_a_copy_of_a_gradient_that_differs(group, text):
     """On one rank alone: all see the same norm and stop at the same step; no rank waits for another."""
     for wrong in (np.nan, 50.0):
         made, _ = trainer(group, text, check_interval=1)
-        right = made.add_gradients
+        right = made.sum_gradients
 
-        def planted(micro):
-            loss = right(micro)
+        def planted():
+            loss = right()
             if made.step == 1 and group.rank == group.size - 1:
                 made.gradients["final_norm.weight"][0] = wrong
             return loss
-        made.add_gradients = planted
+        made.sum_gradients = planted
         norms = []
         with pytest.raises(TrainingStopped):
             while made.step < 4:
