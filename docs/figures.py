@@ -218,7 +218,8 @@ def two_hosts() -> str:
         line = line if len(line) <= 200 else f"{line[:90]} ... {line[-105:]}"
         lines.append([one["fault"], one["command"], f"{one['rank']} on h{one['rank'] + 1}", one["mpi"],
                       f"{one['seconds']:.1f} of {one['limit']}", "; ".join([*one["problems"], line])])
-    return f"{len(lines)} rows, of which {sum(not one['problems'] for one in found.get('faults', []))} end as they must.\n\n" + \
+    good = sum(not one["problems"] for one in found.get("faults", []))
+    return f"{len(lines)} rows, of which {good} end as they must.\n\n" + \
         table(["fault", "in", "rank", "MPI", "seconds", "what is said"], lines, left=6)
 
 
