@@ -48,7 +48,8 @@ def problems(group, text, kind="llama, one kv head", steps=3):
         wrong += [f"step {step} {name}" for name, exact in figures[step].items()
                   if found[name] != pytest.approx(exact, rel=1e-9)]
     windows = 4 if group.reproducible else 2        # of a global batch there, whatever a micro-batch is
-    validation = mean_loss(expected[0], made.config, made.tokens.validation_batches(windows, made.settings.eval_batches))
+    batches = made.tokens.validation_batches(windows, made.settings.eval_batches)
+    validation = mean_loss(expected[0], made.config, batches)
     wrong += ["validation"] if made.validate() != pytest.approx(validation, rel=1e-9) else []
     found = (made.model.weights, made.optimizer.exp_avg, made.optimizer.exp_avg_sq)
     for what, local, exact in zip(("weight", "exp_avg", "exp_avg_sq"), found, expected):
