@@ -10,6 +10,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "TensorParallelGroup": "comm.group",
     "Partition": "sharding.partition",
+    "Rows": "comm.rows",
     "Place": "sharding.parameters",
     "ParameterSpec": "sharding.parameters",
     "InputError": "errors",

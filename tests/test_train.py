@@ -1,6 +1,7 @@
 """Training over ranks against a dense run in float64: figures, weights and optimizer state, data."""
 import json
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -192,6 +193,35 @@ def test_data_that_does_not_fit(tmp_path, content, said):
     with pytest.raises(mpitp.InputError) as caught:
         Tokens(tmp_path / "text", 27, 7, 0)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "ids.bin", "text"])
+def test_a_file_that_fails_or_shrinks_while_it_trains(tmp_path, monkeypatch, name):
+    """One line that names it; a memory map would end the process by SIGBUS."""
+    path, dtype = tmp_path / name, None if name == "ids.npy" else "uint16" if name == "ids.bin" else "uint8"
+    ids = np.arange(30_000, dtype=dtype or "u2") % 101
+    np.save(path, ids) if name == "ids.npy" else path.write_bytes(ids.tobytes())
+    tokens = Tokens(path, 101, 16, 0, dtype)
+    before, _ = tokens.batch(0, 4)
+    assert tokens.fingerprint().startswith("30000 tokens") and (before[:, 1:] == (before[:, :-1] + 1) % 101).all()
+    with monkeypatch.context() as failing:
+        failing.setattr("os.preadv", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(mpitp.InputError, match=f"{name}: found Input/output error at byte"):
+            tokens.batch(1, 4)
+    with open(path, "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(mpitp.InputError, match=f"{name}: found 200 bytes, expected more than"):
+        tokens.batch(2, 40)
+
+
+def test_what_is_no_file_of_tokens(tmp_path):
+    """A pipe would be waited for, and read only once; an archive has no one axis."""
+    os.mkfifo(tmp_path / "pipe")
+    np.savez(tmp_path / "x.npz", ids=np.arange(9))
+    (tmp_path / "x.npz").rename(tmp_path / "x.npy")
+    for name, said in (("pipe", "found a pipe"), ("x.npy", "found an archive of arrays")):
+        with pytest.raises(mpitp.InputError, match=said):
+            Tokens(tmp_path / name, 101, 16, 0)
 
 
 def test_token_ids(tmp_path):

@@ -12,7 +12,9 @@ import numpy as np
 
 from ..arrays import Array, on_host
 from ..checkpoints import steps as step_folders
+from ..comm.agreement import disagreement
 from ..comm.group import TensorParallelGroup
+from ..comm.launch import machine
 from ..config import DecoderConfig
 from ..layers.decoder import Decoder
 from ..layers.norm import NormOverflow
@@ -197,8 +199,11 @@ class Trainer:
         different = [label for label in set().union(*of_ranks)
                      if len({copies[label] for copies in of_ranks if label in copies}) > 1]
         if different:
+            machines = disagreement(self.group.comm, machine())
+            why = f"the ranks run on different kinds of machine ({machines})" if machines else \
+                "errors of memory or of a library"
             raise TrainingStopped(f"step {self.step}: found different weights of {min(different)} on the ranks, "
-                                  f"expected equal copies: memory or library errors; the last checkpoint stays")
+                                  f"expected equal copies: {why}; the last checkpoint stays")
 
     def copies(self) -> dict[str, str]:
         """Return {parameter or key/value head: SHA-256} of everything of which other ranks have a copy."""
