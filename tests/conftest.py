@@ -4,7 +4,7 @@ Rank 0 reports, unless another rank fails: a failure on any rank prints its trac
 the other ranks may be waiting for the failed one in a collective.
 
 A session of several ranks runs the tests that need them: those that take the fixture `group` or `world`, or name
-TensorParallelGroup or COMM_WORLD, themselves or in a fixture. All others run in the session of one rank. With
+TensorParallelGroup, Grid or COMM_WORLD, themselves or in a fixture. All others run in the session of one rank. With
 MPITP_SECOND_MPI=1, for an MPI after the first one, sessions leave out what would be the same: tests without ranks, jobs
 that run commands, and on other than three ranks what layers make of collectives.
 
@@ -108,7 +108,7 @@ def needs_ranks(item):
     inner = getattr(item.function, "hypothesis", None)
     functions = [inner.inner_test if inner else item.function]
     functions += [definition.func for made in item._fixtureinfo.name2fixturedefs.values() for definition in made]
-    return any({"TensorParallelGroup", "COMM_WORLD"} & names(function.__code__) for function in functions)
+    return any({"TensorParallelGroup", "Grid", "COMM_WORLD"} & names(function.__code__) for function in functions)
 
 
 def left_out(item, config):
