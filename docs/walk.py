@@ -17,7 +17,7 @@ STEPS = [       # (file in mpitp/, function, text of the line, what happens ther
     ("layers/products.py", "copy_to_ranks_forward", "return x", "f forward: nothing to do"),
     ("layers/mlp.py", "forward", "self.group.sum(", "a sum is begun, for the partial results"),
     ("layers/mlp.py", "forward", "self.group.each(", "for each block of this rank: here one"),
-    ("layers/mlp.py", "block_forward", "column_parallel_forward(x_ND", "the first product"),
+    ("layers/mlp.py", "block_forward", "= column_parallel_forward(x_ND", "the first product"),
     ("layers/products.py", "column_parallel_forward", "linear_forward(x_NI", "of x and this rank's rows"),
     ("ops/linear.py", "compact_product", "np.matmul(", "NumPy multiplies"),
     ("layers/mlp.py", "block_forward", "activation_forward(self.activation, up_NFb, a_out", "feature by feature"),

@@ -6,6 +6,7 @@ from .comm.rows import Rows as Rows
 from .attention_config import AttentionConfig as AttentionConfig, Rotary as Rotary
 from .config import DecoderConfig as DecoderConfig
 from .errors import InputError as InputError
+from .grid import Grid as Grid
 from .inference.generation import generate as generate
 from .inference.graph import Captured as Captured
 from .layers.attention import ParallelAttention as ParallelAttention

@@ -17,7 +17,7 @@ from ..ops.alibi import alibi_slopes
 from ..ops.attention import attention_backward, attention_forward
 from ..ops.keys_values import last_query_forward
 from ..ops.linear import add_bias, bias_backward, linear_weight_backward, product
-from ..ops.norm import norm_backward, norm_forward
+from ..ops.norm import norm_backward
 from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
 from ..sharding.decoder_specs import attention_specs
 from ..sharding.heads import KeyValueUnit
@@ -25,6 +25,7 @@ from ..sharding.partition import Block
 from ..sharding.specs import join
 from .base import ParallelLayer, require_saved
 from .heads import AttentionCall, Heads, as_heads, as_rows, by_group, require_mask
+from .norm import norm_of_heads
 from .products import (column_parallel_backward, column_parallel_forward, copy_to_ranks_backward, copy_to_ranks_forward,
                        reduce_from_ranks_backward, reduce_from_ranks_forward, row_parallel_backward,
                        row_parallel_forward, rows_of, two_column_parallel_forward)
@@ -69,6 +70,7 @@ class ParallelAttention(ParallelLayer):
     """
 
     norms_over_heads = False        # AttentionNormedOverHeads does
+    attend = staticmethod(attention_forward)
 
     def __init__(self, group: TensorParallelGroup, config: AttentionConfig, *, dtype: str = "float32",
                  seed: int | None = 0, init_std: float | None = None, output_init_std: float | None = None,
@@ -167,7 +169,7 @@ class ParallelAttention(ParallelLayer):
             for b in range(call.B):
                 q, a = (by_group(array, b, unit, heads, block) for array in (q_BSHK, a_BSHK))
                 k, v = (array[b, :call.positions_of(b)].swapaxes(0, 1) for array in units[unit][:2])
-                statistics.append(attention_forward(q, k, v, self.scale, out=a, **call.options(heads, unit, b)))
+                statistics.append(self.attend(q, k, v, self.scale, out=a, **call.options(heads, unit, b)))
         y_ND = row_parallel_forward(as_rows(a_BSHK), self.own["out.weight"], rows, total)
         return y_ND, ((q_BSHK, of_norm, a_BSHK, statistics) if save else None)
 
@@ -304,13 +306,13 @@ class ParallelAttention(ParallelLayer):
         """Return query or key heads after norm and rotary positions, in either order; and what norm_backward needs."""
         of_norm, last = None, self.config.qk_norm_after_rotary
         if self.norm and not last:
-            x_BSHK, of_norm = norm_forward(x_BSHK, self.own[f"{part}_norm.weight"], None, *self.norm)
+            x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         if self.rotary:
             starts = None if call.kv is None else call.kv.starts
             cos, sin = call.tables
             x_BSHK = rotary_forward(x_BSHK, cos, sin, self.rotary.interleaved, starts)
         if self.norm and last:
-            x_BSHK, of_norm = norm_forward(x_BSHK, self.own[f"{part}_norm.weight"], None, *self.norm)
+            x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         return x_BSHK, of_norm
 
     def norm_and_rotate_backward(self, part: str, dx_BSHK: Array, of_norm: Any,
