@@ -11,6 +11,7 @@ _HOMES = {
     "TensorParallelGroup": "comm.group",
     "Grid": "grid",
     "Partition": "sharding.partition",
+    "Rows": "comm.rows",
     "Place": "sharding.parameters",
     "ParameterSpec": "sharding.parameters",
     "InputError": "errors",

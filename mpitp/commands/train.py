@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
-            "save_interval", "keep", "lr_decay_iters", "save_minutes", "spike_limit", "reproducible_unit")
+            "save_interval", "keep", "lr_decay_iters", "save_minutes", "spike_limit", "z_loss", "reproducible_unit")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("adam-beta1", 0.9, "decay of the gradient's mean"), ("adam-beta2", 0.95, "decay of its square's mean"),
             ("adam-eps", 1e-8, "added to the root of that"),
             ("label-smoothing", 0.0, "part of a label that all tokens share"),
+            ("z-loss", 0.0, "weight of the squared log-sum-exp, which keeps it near 0 (PaLM: 1e-4)"),
             ("save-minutes", defaults.save_minutes, "a checkpoint so long after the last one, 0 for none"),
             ("spike-limit", None, "stop, saving nothing, where loss or gradient norm is above so many times the "
              "median of the last steps"),

@@ -12,7 +12,9 @@ import numpy as np
 
 from ..arrays import Array
 from ..checkpoints import steps as step_folders
+from ..comm.agreement import disagreement
 from ..comm.group import TensorParallelGroup
+from ..comm.launch import machine
 from ..config import DecoderConfig
 from ..layers.decoder import Decoder
 from ..layers.norm import NormOverflow
@@ -224,8 +226,11 @@ class Trainer:
         """Raise TrainingStopped where ranks that hold the same weights hold different ones."""
         different = different_copies(self.model, self.world, self.data is not None)
         if different:
+            machines = disagreement(self.world.comm, machine())
+            why = f"the ranks run on different kinds of machine ({machines})" if machines else \
+                "errors of memory or of a library"
             raise TrainingStopped(f"step {self.step}: found different weights of {different[0]} on the ranks, "
-                                  f"expected equal copies: memory or library errors; the last checkpoint stays")
+                                  f"expected equal copies: {why}; the last checkpoint stays")
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ class Settings:
     adam_beta1, adam_beta2, adam_eps, weight_decay : see AdamW
     clip_grad : largest Euclidean norm of all gradients, 0 for none
     label_smoothing : of the training loss
+    z_loss : weight of the squared log-sum-exp in the training loss (PaLM: 1e-4)
     seed : of weights, windows and dropout
     eval_interval, eval_batches : validation every so many steps (0: at the end) on so many batches
     save_interval, save_minutes : a checkpoint every so many steps, and so long after the last one (0: at the end)
@@ -57,6 +58,7 @@ class Settings:
     lr_decay_iters: int = 0
     save_minutes: float = 30.0
     spike_limit: float = 0.0
+    z_loss: float = 0.0
     reproducible_unit: str = SEQUENCE
 
     def __post_init__(self) -> None:
@@ -64,7 +66,7 @@ class Settings:
                          train_iters=self.train_iters, eval_batches=self.eval_batches,
                          check_interval=self.check_interval)
         for name in ("lr", "min_lr", "warmup", "clip_grad", "eval_interval", "save_interval", "keep", "lr_decay_iters",
-                     "save_minutes", "spike_limit"):
+                     "save_minutes", "spike_limit", "z_loss"):
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"{name} = {value!r}", "a number from 0")
         one_of("reproducible_unit", self.reproducible_unit, UNITS)

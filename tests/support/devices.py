@@ -21,6 +21,7 @@ OTHERS = {"comm.group": {"TensorParallelGroup": ("all_reduce", "all_gather", "ga
           "comm.sums": {"Sum": ("add", "all_reduce", "local_sum")},
           "comm.tree": {"TreeSum": ("add", "all_reduce", "local_sum")},
           "comm.pending": {"PendingReduction": ("wait",)},
+          "comm.rows": {"Rows": ("split", "all_gather", "reduce_scatter")},
           "training.loop": {"Trainer": ("train_step", "run", "validate", "save", "sum_gradients")},
           "training.resume": {None: ("resume",)},
           "training.optimizer": {"AdamW": ("step",), None: ("gradient_norm", "non_finite")},
