@@ -2,6 +2,7 @@
 
     pip install '.[mpi,text]' torch transformers
     python benchmarks/decode.py --model DIR [--starts 3] [--out benchmarks/results] [--torch-python PYTHON]
+    python benchmarks/decode.py --model DIR --before TREE [--starts 9]
 
 Starts processes of both kinds in turn, each with the machine for itself, as a machine may be in another memory state
 from process to process. DIR is a folder saved from the Hugging Face hub; float32, --ranks ranks against as many
@@ -11,6 +12,7 @@ Rows, each a median over the starts of the median within a start:
   decode       one token, keys and values kept, greedy
   prefill      128 tokens, logits of the last one only
   first token  from the start of the process (mpirun, for mpitp) to the first token, from ids and from text
+With --before, the first token alone: of the version whose source tree is TREE and of this one, in turn.
 """
 import argparse
 import json
@@ -111,10 +113,11 @@ def first_ids(model_path):
 
 # --- what starts them --------------------------------------------------------------------------------------------
 
-def start(command, key):
+def start(command, key, environment=CLEAN):
     """Run a process: its JSON, or {key: [seconds until it wrote something]}."""
     began = time.perf_counter()
-    running = subprocess.Popen(list(map(str, command)), env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     first = os.read(running.stdout.fileno(), 1)
     seconds = time.perf_counter() - began
     out, err = running.communicate(timeout=600)
@@ -131,6 +134,7 @@ def main():
     parser.add_argument("--mpirun", default="mpirun")
     parser.add_argument("--torch-python", metavar="PYTHON", default=sys.executable, help="with torch and transformers")
     parser.add_argument("--without", nargs="*", default=[], choices=("torch", "text"), help="leave these out")
+    parser.add_argument("--before", metavar="TREE", help="the source tree of another version, for the first token")
     parser.add_argument("--out", metavar="FOLDER")
     parser.add_argument("--role", choices=("mpitp", "torch", "torch-ids", "torch-text"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -144,6 +148,8 @@ def main():
     ranks = [arguments.mpirun, "-n", arguments.ranks, sys.executable]
     generate = [*ranks, "-m", "mpitp", "generate", "--model", arguments.model, "--max-new-tokens", 1]
     own = [__file__, "--model", arguments.model, "--ranks", arguments.ranks, "--role"]
+    if arguments.before:
+        return compare_first_tokens(arguments, generate)
     commands = {("mpitp", None): [*ranks, *own, "mpitp"], ("torch", None): [arguments.torch_python, *own, "torch"]}
     ids = ",".join(map(str, first_ids(arguments.model)))
     for who, of_ids, of_text in (
@@ -161,6 +167,26 @@ def main():
         for who in found:
             found[who].append(of_start[who])
     write(summary(found, arguments), arguments.out)
+
+
+def compare_first_tokens(arguments, generate):
+    """Print the time to the first token, from ids and from text, of two versions in turn, and their ratio."""
+    trees = {"before": os.path.abspath(arguments.before),
+             "now": os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}
+    prompts = {"ids": ["--ids", ",".join(map(str, first_ids(arguments.model)))], "text": ["--prompt", TEXT]}
+    found = {(kind, version): [] for kind in prompts for version in trees}
+    for number in range(arguments.starts):
+        for kind, prompt in prompts.items():
+            for version in sorted(trees, reverse=number % 2 == 1):
+                environment = {**CLEAN, "PYTHONPATH": trees[version]}
+                found[kind, version] += start([*generate, *prompt], "seconds", environment)["seconds"]
+    for kind in prompts:
+        for version in trees:
+            seconds = found[kind, version]
+            print(f"  first token from {kind:<5}{version:<7}{statistics.median(seconds) * 1e3:9.1f} ms   "
+                  f"({', '.join(f'{one * 1e3:.0f}' for one in seconds)})")
+        ratio = statistics.median(a / b for a, b in zip(found[kind, "before"], found[kind, "now"]))
+        print(f"  from {kind}: {ratio:.2f} times as soon as before, the median of the ratios of neighbours")
 
 
 def summary(found, arguments):

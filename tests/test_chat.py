@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import make_tiny_checkpoints as tiny
-from mpitp.commands import chat, rendering
+from mpitp import commands
+from mpitp.commands import chat, generate, prompts, rendering
 from mpitp.errors import InputError
 from spmd import ROOT, job, job_environment, mpirun
 
@@ -63,8 +64,9 @@ def test_the_places_of_a_template(tmp_path):
 
 def test_special_tokens(tmp_path):
     folder = write(tmp_path, special_tokens_map=dict(bos_token=dict(content="<s>", lstrip=False), other="x"),
-                   tokenizer_config=dict(chat_template="[{{ bos_token }}{{ eos_token }}{{ unk_token }}]", eos_token="</s>",
-                                         unk_token=None, pad_token={"__type": "AddedToken", "content": "<pad>"}))
+                   tokenizer_config=dict(chat_template="[{{ bos_token }}{{ eos_token }}{{ unk_token }}]",
+                                         unk_token=None,
+                                         eos_token="</s>", pad_token={"__type": "AddedToken", "content": "<pad>"}))
     template = chat.ChatTemplate(folder)
     assert template.variables == dict(bos_token="<s>", eos_token="</s>", unk_token=None, pad_token="<pad>")
     assert template.render([HELLO, HELLO]) == ["[<s></s>]"] * 2
@@ -167,6 +169,8 @@ def folder(tmp_path_factory):
     tokenizer.decoder = tokenizers.decoders.Fuse()
     tokenizer.save(str(folder / "tokenizer.json"))
     write(folder, tokenizer_config=dict(chat_template=TEMPLATE, bos_token="<s>"))
+    write(folder / "doubled", tokenizer_config=dict(chat_template="<s>" + TEMPLATE, bos_token="<s>"))
+    (folder / "doubled" / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     return folder
 
 
@@ -227,27 +231,45 @@ def test_what_is_typed(folder, ranks, tmp_path):
     assert b"prefill" in out
 
 
-@pytest.mark.launcher
+def options(folder, *words):
+    """The options of a command line, which are checked."""
+    parser = commands.command_parser("generate", generate)
+    found = parser.parse_args(["--model", str(folder), *map(str, words)])
+    prompts.check_arguments(found)
+    return found
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["--chat"], "found no prompt, and no terminal as standard input"),
     (["--chat", "--ids", "1"], "found --chat with --ids, expected text"),
     (["--chat", "--prompt", "x", "--no-bos"], "found --no-bos with --chat"),
+    (["--ids", "1", "--no-bos"], "found --no-bos with --ids"),
     (["--messages", "x"], "found --messages without --chat"),
     (["--chat", "--messages", "/gone/x"], "/gone/x: found No such file or directory"),
     (["--chat", "--messages", "/dev/zero"], "/dev/zero: found a device, expected a JSON file"),
 ])
-def test_bad_input(folder, arguments, said):
-    done = command(2, folder, *arguments)
-    assert done.returncode == 2 and said in done.stderr, done.stderr
-    assert done.stderr.count("mpitp: ") == 1 and "Traceback" not in done.stderr and not done.stdout
+def test_bad_input(folder, arguments, said, monkeypatch):
+    monkeypatch.setattr(prompts, "is_at_terminal", lambda: False)
+    with pytest.raises(InputError, match=said):
+        prompts.Prompts(options(folder, *arguments))
 
 
 @pytest.mark.launcher
-def test_a_bos_that_comes_twice(folder, tmp_path):
+def test_a_template_that_fails_ends_all_ranks(folder, tmp_path):
+    tiny.write(tmp_path, tiny.load("gemma3_text"))
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    write(tmp_path, tokenizer_config=dict(chat_template="{{ raise_exception('no') }}"))
+    done = command(2, tmp_path, "--chat", "--prompt", "x")
+    assert done.returncode == 2 and done.stderr.count("mpitp: ") == 1 and not done.stdout, done.stderr
+    assert "found messages that the chat template refuses (no), expected others" in done.stderr
+
+
+def test_a_bos_that_comes_twice(folder, capfd):
     def ids(*arguments):
-        done = command(2, folder, *arguments, "--json", tmp_path / "r.json")
-        assert done.returncode == 0, done.stderr
-        return json.loads((tmp_path / "r.json").read_text())["sequences"][0]["prompt_ids"], done.stderr
+        given = prompts.Prompts(options(folder, *arguments))
+        found = given.encode(given.texts)
+        given.tokenizer.close()
+        return found[0], capfd.readouterr().err
     twice = "prompt 0 begins with token 27 twice: the text has one, and the tokenizer adds one; --no-bos leaves out"
     assert ids("--prompt", "ab") == ([27, 0, 1], "")
     assert ids("--prompt", "ab", "--no-bos") == ([0, 1], "")
@@ -256,3 +278,5 @@ def test_a_bos_that_comes_twice(folder, tmp_path):
     assert ids("--prompt", "<s>ab", "--no-bos") == ([27, 0, 1], "")
     found, said = ids("--chat", "--prompt", "ab")
     assert found == ids_of(folder, "<s>user ab model ") and not said
+    found, said = ids("--chat", "--prompt", "ab", "--model", str(folder / "doubled"))
+    assert found[:2] == [27, 27] and "prompt 0 begins with <s> twice: the chat template writes one" in said

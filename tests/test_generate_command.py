@@ -10,7 +10,7 @@ import pytest
 
 import make_tiny_checkpoints as tiny
 import mpitp
-from mpitp.commands import text, tokenizing
+from mpitp.commands import text, tokenizer, tokenizing
 from spmd import ROOT, SUPPORT, job, job_environment
 
 GOLDEN = tiny.load("gemma3_text")
@@ -109,6 +109,23 @@ def test_log_probabilities(folder, tmp_path):
                        f"mean {total / 4:.6f}")
     assert [line.split()[1] for line in printed[at + 1:at + 6]] == ["log", *(f"{one:.6f}" for one in found[0][1])]
     assert max(map(len, printed)) <= 100
+
+
+def test_a_tokenizer_that_begins_to_load_early(folder):
+    pytest.importorskip("tokenizers")
+    for words in (["--ids", "1", "--model", str(folder)], ["--model=/gone", "--prompt", "x"], ["--prompt", "x"],
+                  ["--model", str(folder), "--ids=1"], ["--help", "--model", str(folder)], ["--model"]):
+        tokenizer.begin(words)
+        assert not tokenizer._begun
+    tokenizer.begin(["--prompt", "x", "--model", str(folder)])
+    begun = tokenizer._begun[str(folder)]
+    assert tokenizer.tokenizer_of(str(folder)) is begun and not tokenizer._begun
+    other = tokenizer.tokenizer_of(str(folder))
+    assert other is not begun and list(begun.encode("ab")[0]) == list(other.encode("ab")[0]) == [0, 1]
+    assert begun.decode([7, 8]) == "hi" and begun.find("a") is None
+    for one in (begun, other):
+        one.close()
+        assert one.child.process.returncode is not None
 
 
 @pytest.mark.launcher

@@ -6,6 +6,7 @@ would not do for the tokenizer, whose library holds the interpreter's lock for a
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -52,6 +53,7 @@ class Child:
         self.process = subprocess.Popen([sys.executable, "-c", PROGRAM, f"mpitp.commands.{module}", *sys.path],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                         env=environment)
+        atexit.register(self.close)
         self.clock = threading.Timer(seconds, self.end) if seconds is not None else None
         if self.clock:
             self.clock.daemon = True
@@ -98,7 +100,8 @@ class Child:
             f"what ends its process with status {status}"
 
     def close(self) -> None:
-        """End the child: its standard input is at its end."""
+        """End the child."""
+        atexit.unregister(self.close)
         if self.clock:
             self.clock.cancel()
         for stream in (self.process.stdin, self.process.stdout):

@@ -10,7 +10,7 @@ from ..errors import require
 from . import text
 from .chat import ChatTemplate, Conversation, read_messages
 from .progress import are_terminals, launcher_process
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, tokenizer_of
 
 KINDS = ("--prompt", "--ids", "--batch-file", "--messages")
 
@@ -79,7 +79,7 @@ class Prompts:
         texts = given_texts(arguments)
         messages = read_messages(arguments.messages) if arguments.messages else None
         template = ChatTemplate(arguments.model) if arguments.chat else None
-        self.tokenizer = Tokenizer(arguments.model)
+        self.tokenizer = tokenizer_of(arguments.model)
         if template is None:
             self.texts = texts
             return

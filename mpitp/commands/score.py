@@ -21,7 +21,7 @@ from ..errors import require, require_positive
 from ..layers.decoder import Decoder
 from . import device, model, prompts, report, text
 from .progress import Progress
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, tokenizer_of
 
 WINDOW = 1024
 LOGITS = 1 << 24        # that are made at a time: a long window's would take gigabytes
@@ -111,7 +111,7 @@ def look_first(arguments: argparse.Namespace) -> Given:
         tables.require_writable(arguments.json)
     if arguments.text is None:
         return Given(text.read_ids(arguments.ids_file))
-    return Given(None, text.read_text(arguments.text), Tokenizer(arguments.model))
+    return Given(None, text.read_text(arguments.text), tokenizer_of(arguments.model))
 
 
 def tokens_of(arguments: argparse.Namespace, given: Given | None) -> np.ndarray:

@@ -1,11 +1,37 @@
 """The tokenizer of a checkpoint folder as commands use it: it loads in a process of its own, while weights are read."""
 from __future__ import annotations
 
+import contextlib
 import os
 from array import array
+from collections.abc import Sequence
 
+from ..errors import InputError
 from .child import Child
 from .tokenizing import EXPECTED, path_of
+
+_begun: dict[str, Tokenizer] = {}       # those of begin(), by folder, until tokenizer_of() takes them
+
+
+def begin(argv: Sequence[str]) -> None:
+    """Begin to load the tokenizer that a command line is going to need, before NumPy and the layers are imported.
+
+    A guess, which is only about time: tokenizer_of() begins what this has missed, and bad options are refused later.
+    """
+    folder = None
+    for word, following in zip(argv, [*argv[1:], None]):
+        if word == "--model":
+            folder = following
+        elif word.startswith("--model="):
+            folder = word.partition("=")[2]
+    if folder is not None and not any(word.startswith("--ids") or word in ("-h", "--help") for word in argv):
+        with contextlib.suppress(InputError):
+            _begun[folder] = Tokenizer(folder)
+
+
+def tokenizer_of(folder: str) -> Tokenizer:
+    """Return the tokenizer of a folder: the one that begin() has begun to load, else a new one."""
+    return _begun.pop(folder, None) or Tokenizer(folder)
 
 
 class Tokenizer:

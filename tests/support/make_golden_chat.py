@@ -21,7 +21,7 @@ TURNS = [
     [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}],
     [{"role": "user", "content": "weather?"},
      {"role": "assistant", "content": None, "tool_calls": [
-         {"type": "function", "function": {"name": "get", "arguments": {"city": "K\N{LATIN SMALL LETTER O WITH DIAERESIS}ln"}}}]},
+         {"type": "function", "function": {"name": "get", "arguments": {"price": "7 \N{EURO SIGN}"}}}]},
      {"role": "tool", "name": "get", "content": "{\"degrees\": 7}"}],
     [{"role": "user", "content": "think"},
      {"role": "assistant", "content": "<think>\nlong\n</think>\n\nshort", "reasoning": "long"},
