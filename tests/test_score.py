@@ -46,16 +46,16 @@ def test_every_kind(group, kind):
 
 
 def test_memory_does_not_grow_with_the_text(group):
-    """But for the ids: what a longer text takes is less than a window's hidden state."""
+    """But for the ids, which are made before; garbage that waits to be collected counts."""
     model, peaks = decoder(group, "gemma3"), []
-    for windows in (6, 6, 60):                              # the first one fills caches
+    for windows in (6, 6, 90):                              # the first one fills caches
         ids = np.random.default_rng(5).integers(0, 27, 16 * windows + 1).astype(np.int32)
         tracemalloc.start()
         loss, _, found = score(model, ids, 32, 16)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert found == windows - 1 and math.isfinite(loss)
-    assert peaks[2] - peaks[1] < 32 * 20 * 8
+    assert peaks[2] < 2 * peaks[1]
 
 
 def test_ids_of_a_file_in_pieces(tmp_path, monkeypatch):
