@@ -2,9 +2,11 @@
 from .checkpoints.loading import load_model as load_model
 from .checkpoints.saving import save_model as save_model
 from .comm.group import TensorParallelGroup as TensorParallelGroup
+from .comm.rows import Rows as Rows
 from .attention_config import AttentionConfig as AttentionConfig, Rotary as Rotary
 from .config import DecoderConfig as DecoderConfig
 from .errors import InputError as InputError
+from .grid import Grid as Grid
 from .inference.generation import generate as generate
 from .inference.graph import Captured as Captured
 from .layers.attention import ParallelAttention as ParallelAttention
@@ -18,6 +20,7 @@ from .layers.mlp import ParallelMLP as ParallelMLP
 from .layers.norm import Norm as Norm
 from .sharding.parameters import ParameterSpec as ParameterSpec, Place as Place
 from .sharding.partition import Partition as Partition
+from .timeline.timeline import Timeline as Timeline
 
 __version__: str
 __all__: list[str]

@@ -16,7 +16,7 @@ DTYPES = "float32 (the default), float64; on a GPU float16 and bfloat16 too"
 
 def add_group_arguments(parser: argparse.ArgumentParser, *, dtypes: str = DTYPES, blocks: bool = False,
                         reproducible: str = "the same bits for any number of ranks") -> None:
-    """Add --dtype, --device, --transport, --share-gpu, --tf32, --stall-limit and --reproducible.
+    """Add --dtype, --reproducible, and what add_arguments adds.
 
     Parameters
     ----------
@@ -50,13 +50,15 @@ def blocks_of(arguments: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --device, --transport, --share-gpu, --tf32 and --stall-limit."""
+    """Add --device, --transport, --share-gpu, --tf32, --stall-limit and --timeline."""
     parser.add_argument("--device", default="cpu", help="cpu (NumPy, the default) or gpu (CuPy)")
     parser.add_argument("--transport", default="auto", help=f"between GPUs: {', '.join(TRANSPORTS)} (auto)")
     parser.add_argument("--share-gpu", action="store_true", help="several ranks may have one GPU")
     parser.add_argument("--tf32", action="store_true", help="products of float32 on the GPU in TF32")
     parser.add_argument("--stall-limit", type=float, metavar="S", help="seconds that a rank waits for another before "
                         "the job ends; 0: for ever (MPITP_STALL_LIMIT, or 600)")
+    parser.add_argument("--timeline", metavar="FILE", help="write when each rank did what: FILE.json for Perfetto, "
+                        "FILE.png a picture")
 
 
 def group_of(arguments: argparse.Namespace, **changes: Any) -> TensorParallelGroup:
@@ -69,15 +71,34 @@ def group_of(arguments: argparse.Namespace, **changes: Any) -> TensorParallelGro
     **changes
         Arguments of TensorParallelGroup that the options do not give, or that differ from them.
     """
+    group = TensorParallelGroup(**{**options_of(arguments), **changes})
+    if group.size > 1 and group.device == "cpu":
+        warn_of_machines(group)
+    if arguments.timeline:
+        from ..timeline.timeline import Timeline
+        Timeline(group, arguments.timeline).until_closed()
+    return group
+
+
+def grid_of(arguments: argparse.Namespace, data: int) -> Any:
+    """Return the Grid of so many data ranks that the options ask for. Collective; warns as group_of does."""
+    from ..grid import Grid
+    require(not arguments.timeline, f"--timeline {arguments.timeline} on a grid of {data} data ranks",
+            "one of them: a timeline is one group's")
+    grid = Grid(data=data, **options_of(arguments))
+    if grid.world.device == "cpu":
+        warn_of_machines(grid.world)
+    return grid
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as TensorParallelGroup's arguments; --stall-limit goes into the environment."""
     options = dict(device=arguments.device, transport=arguments.transport, share_gpu=arguments.share_gpu,
                    tf32=arguments.tf32, reproducible=arguments.reproducible)
     if "blocks" in arguments:
         options["blocks"] = blocks_of(arguments)
     os.environ.update({} if arguments.stall_limit is None else {"MPITP_STALL_LIMIT": str(arguments.stall_limit)})
-    group = TensorParallelGroup(**{**options, **changes})
-    if group.size > 1 and group.device == "cpu":
-        warn_of_machines(group)
-    return group
+    return options
 
 
 def warn_of_machines(group: TensorParallelGroup) -> None:

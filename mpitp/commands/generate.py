@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", metavar="TEXT|ID", action="append", default=[], help=stops.HELP)
     parser.add_argument("--logprobs", action="store_true", help="print the natural logarithm of each new token's "
                         "probability, before --temperature, --top-k and --top-p")
+    model.add_weights(parser)
     device.add_group_arguments(parser, dtypes=f"to compute in: {device.DTYPES}")
     parser.add_argument("--json", metavar="FILE", help="write text, ids and figures there")
 
@@ -48,6 +49,8 @@ class GenerateReport(report.Report):
     """Everything that is printed and written."""
     model: str
     dtype: str
+    weights: str
+    activations: str
     reproducible: bool
     sequences: list
     first_token_seconds: float | None       # since the process started
@@ -73,7 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
         started = time.perf_counter()
         with Progress(f"loading {arguments.model}"):
             decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
-                                 verify_weights=arguments.verify_weights)
+                                 verify_weights=arguments.verify_weights, weights=arguments.weights,
+                                 activations=arguments.activations)
         load_seconds = time.perf_counter() - started
         generation = Generation(arguments, decoder, ends, given)
         if prompts.is_typed(arguments):
@@ -156,6 +160,7 @@ class Generation:
                 running_B &= ~self.from_root(None if continued is None else continued.stopped(), len(ids))
                 if not (running_B & (tokens_B != ENDED) & ~np.isin(tokens_B, self.ends)).any():
                     break
+        del steps                                   # and with it the bar
         if continued is not None:
             continued.finish()
             self.done.append(continued)
@@ -187,9 +192,9 @@ def summary(arguments: argparse.Namespace, generation: Generation, opening: repo
     """Return the Report, from each rank's (bytes read, shares of communication)."""
     times, rows = generation.times, [row for continued in generation.done for row in continued.rows]
     return GenerateReport(
-        *opening, arguments.model, arguments.dtype, generation.group.reproducible, [row.report() for row in rows],
-        times.first_token_seconds, load_seconds, [bytes_read for bytes_read, _ in of_ranks], times.prompt_tokens,
-        times.seconds[PREFILL], times.decode_tokens, times.seconds[DECODE],
+        *opening, arguments.model, arguments.dtype, arguments.weights, arguments.activations,
+        generation.group.reproducible, [row.report() for row in rows], times.first_token_seconds,
+        load_seconds, [bytes_read for bytes_read, _ in of_ranks], times.prompt_tokens, times.seconds[PREFILL], times.decode_tokens, times.seconds[DECODE],
         *(mean([shares[part] for _, shares in of_ranks]) for part in (PREFILL, DECODE)))
 
 

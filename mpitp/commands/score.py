@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "model has fewer positions)")
     prompts.add_no_bos(parser)
     parser.add_argument("--stride", type=int, metavar="S", help="by which the window moves, up to W (W / 2)")
+    model.add_weights(parser)
     device.add_group_arguments(parser, dtypes=f"to compute in: {device.DTYPES}")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
 
@@ -44,6 +45,8 @@ class ScoreReport(report.Report):
     """Everything that is printed and written."""
     model: str
     dtype: str
+    weights: str
+    activations: str
     reproducible: bool
     tokens: int                     # of the text
     counted: int                    # all but the first
@@ -75,7 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         given = group.on_root(lambda: look_first(arguments))
         with Progress(f"loading {arguments.model}"):
             decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
-                                 verify_weights=arguments.verify_weights)
+                                 verify_weights=arguments.verify_weights, weights=arguments.weights,
+                                 activations=arguments.activations)
         ids = text.give_ids(group, group.on_root(lambda: tokens_of(arguments, given)))
         window, stride = sizes(arguments, decoder)
         started = time.perf_counter()
@@ -86,9 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
         if given is not None and bytes_read is not None:        # on rank 0
             utf8 = None if given.content is None else len(given.content.encode())
             bits = loss / math.log(2)
-            result = ScoreReport(*opening, arguments.model, arguments.dtype, group.reproducible, len(ids), counted,
-                                 utf8, window, stride, windows, loss, math.exp(loss) if loss < 700 else None,
-                                 bits * counted / utf8 if utf8 else None, bits, seconds, bytes_read)
+            result = ScoreReport(*opening, arguments.model, arguments.dtype, arguments.weights, arguments.activations,
+                                 group.reproducible, len(ids), counted, utf8, window, stride, windows, loss,
+                                 math.exp(loss) if loss < 700 else None, bits * counted / utf8 if utf8 else None, bits,
+                                 seconds, bytes_read)
             report.publish(lines(result), result, "mpitp.score/1", arguments.json)
     return 0
 

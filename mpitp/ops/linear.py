@@ -12,7 +12,7 @@ FEW = 64        # rows up to which y = (w x^T)^T is faster: 2 to 3 times up to 1
 NARROW = 16     # rows or columns: up to here a product is computed on arrays without gaps
 
 
-@cuda_twin(by="x_NI")
+@cuda_twin(by="w_OI")
 def linear_forward(x_NI: Array, w_OI: Array, out: Array | None = None,
                    dtype: DTypeLike | None = None) -> tuple[Array, tuple[Array, Array]]:
     """Compute y = x w^T (N, O); also return what linear_backward takes: x and w themselves, not copies.
@@ -25,6 +25,12 @@ def linear_forward(x_NI: Array, w_OI: Array, out: Array | None = None,
     y_NO = np.empty((len(x_NI), len(w_OI)), x_NI.dtype) if out is None else out
     y_NO[...] = compact_product(w_OI, x_NI.T).T
     return y_NO, (x_NI, w_OI)
+
+
+@cuda_twin(by="x_NI")
+def two_linears_forward(x_NI: Array, v_OI: Array, w_OI: Array) -> tuple[Array, Array]:
+    """Compute x v^T and x w^T (N, O), which a GPU does at once where x is one row."""
+    return linear_forward(x_NI, v_OI)[0], linear_forward(x_NI, w_OI)[0]
 
 
 def linear_backward(dy_NO: Array, saved: tuple[Array, Array], dw_out: Array | None = None,
