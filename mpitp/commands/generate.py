@@ -194,7 +194,8 @@ def summary(arguments: argparse.Namespace, generation: Generation, opening: repo
     return GenerateReport(
         *opening, arguments.model, arguments.dtype, arguments.weights, arguments.activations,
         generation.group.reproducible, [row.report() for row in rows], times.first_token_seconds,
-        load_seconds, [bytes_read for bytes_read, _ in of_ranks], times.prompt_tokens, times.seconds[PREFILL], times.decode_tokens, times.seconds[DECODE],
+        load_seconds, [bytes_read for bytes_read, _ in of_ranks], times.prompt_tokens, times.seconds[PREFILL],
+        times.decode_tokens, times.seconds[DECODE],
         *(mean([shares[part] for _, shares in of_ranks]) for part in (PREFILL, DECODE)))
 
 
