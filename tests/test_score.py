@@ -12,7 +12,7 @@ from decoder_cases import KINDS
 import mpitp
 from mpitp import InputError
 from mpitp.commands import text
-from mpitp.commands.score import score, tokens_of
+from mpitp.commands.score import Given, score, tokens_of
 from spmd import everywhere, job
 from test_kv import decoder
 
@@ -124,9 +124,9 @@ def test_two_tokens_are_enough(ids):
     arguments = SimpleNamespace(text=None, ids_file="ids")
     if len(ids) == 1:
         with pytest.raises(InputError, match="found 1 tokens in ids, expected at least 2"):
-            tokens_of(arguments, ids)
+            tokens_of(arguments, Given(ids))
     else:
-        assert tokens_of(arguments, ids) == ids
+        assert tokens_of(arguments, Given(ids)) is ids
 
 
 @pytest.mark.launcher
