@@ -19,6 +19,7 @@ FLOORS = {
     "ops": 3, "oracle": 3,
     "comm": 4,
     "layers": 5,
+    "plan": 5.5,
     "inference": 6, "checkpoints": 6,
     "training": 7,
     "court": 8, "measure": 8, "verification": 8,

@@ -1,0 +1,101 @@
+"""What is planned: a model, what is done with it, and how its ranks are dealt."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..arrays import compute_dtype
+from ..config import DecoderConfig
+from ..errors import one_of, require, require_positive
+
+KINDS = ("train", "decode", "score")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A Job is what each tensor group of a run does, again and again.
+
+    Parameters
+    ----------
+    config : DecoderConfig
+        The model.
+    kind : str
+        "train", "decode" (prompts, then a token of each sequence at a time) or "score" (one window forward).
+    batch : int
+        Sequences of a forward, on each tensor group.
+    tokens : int
+        Positions of each sequence: of a window, of a prompt.
+    new_tokens : int
+        Of "decode": what each sequence is continued by.
+    accumulation : int
+        Of "train": forwards of a step.
+    label_smoothing : float
+        Of the training loss.
+    dtype : str
+        Of the weights.
+    device : str
+        "cpu" or "gpu", which decides what dtypes there are.
+
+    Raises
+    ------
+    InputError
+        For a number that is not positive, an unknown kind or dtype, more positions than the model has learned.
+    """
+    config: DecoderConfig
+    kind: str
+    batch: int
+    tokens: int
+    new_tokens: int = 1
+    accumulation: int = 1
+    label_smoothing: float = 0.0
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        one_of("kind of job", self.kind, KINDS)
+        require_positive(batch=self.batch, tokens=self.tokens, new_tokens=self.new_tokens,
+                         gradient_accumulation=self.accumulation)
+        compute_dtype(self.dtype, self.device)
+        if self.config.position_embedding == "learned":
+            most = self.config.max_position_embeddings or 0
+            require(self.positions <= most, f"{self.positions} positions", f"at most {most}, which the model has "
+                                                                           f"learned")
+
+    @property
+    def positions(self) -> int:
+        """How many positions of a sequence there are at most: what keys and values have room for."""
+        return self.tokens + (self.new_tokens - 1 if self.kind == "decode" else 0)
+
+    @property
+    def rows(self) -> int:
+        """How many tokens the ranks compute together in a forward, N."""
+        return self.batch * self.tokens
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A Layout says how the ranks of a run are dealt: `data` tensor groups of `tensor` ranks each.
+
+    Parameters
+    ----------
+    tensor : int
+        Ranks that share each layer.
+    data : int
+        Groups, each with windows of its own.
+    blocks : int or None
+        Blocks of a dimension in reproducible mode; None: one a rank.
+    """
+    tensor: int
+    data: int = 1
+    blocks: int | None = None
+
+    @property
+    def ranks(self) -> int:
+        """All ranks of the run."""
+        return self.tensor * self.data
+
+
+def layout_of(ranks: int, data: int = 1, blocks: int | None = None) -> Layout:
+    """Return the Layout of so many ranks. Raises InputError where `data` groups cannot share them evenly."""
+    require_positive(ranks=ranks, data_parallel=data)
+    require(ranks % data == 0, f"{ranks} ranks with --data-parallel {data}", f"a multiple of {data}")
+    return Layout(ranks // data, data, blocks)
