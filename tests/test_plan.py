@@ -1,7 +1,8 @@
-"""The plan against what runs: every array that stays to the byte, the peak within 2%, messages as the ledger has them."""
+"""The plan against what runs: what stays to the byte, the peak within 2%, messages as the ledger counts them."""
 import gc
 import json
 import math
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -12,6 +13,7 @@ import pytest
 import make_tiny_checkpoints as tiny
 import mpitp
 from decoder_cases import KINDS, NEWER_KINDS, config
+from mpitp.checkpoints import room
 from mpitp.commands import Parser
 from mpitp.commands import plan as plan_command
 from mpitp.errors import InputError
@@ -245,3 +247,42 @@ def test_what_it_refuses(tmp_path):
         with pytest.raises(InputError) as refused:
             run_command(*words)
         assert message in str(refused.value)
+
+
+# --- the question before the work ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_has_no_memory_is_refused_with_the_number_that_has(world, ranks, monkeypatch):
+    """So many ranks a host; what all of them need together counts, and one number less would not do."""
+    with mpitp.TensorParallelGroup() as group:
+        plan = Job(mpitp.DecoderConfig(**OF_MEMORY["llama"]), "train", 1, 64)
+        needed = sum(outcome.memory(plan, layout_of(group))[1])
+        monkeypatch.setattr(room, "free_bytes", lambda: needed)
+        room.require_room(group, "it", plan)
+        free = max(outcome.memory(plan, Layout(6 * group.size))[1]) * group.size + 1000
+        monkeypatch.setattr(room, "free_bytes", lambda: free)
+        with pytest.raises(InputError) as refused:
+            room.require_room(group, "it", plan)
+        number = int(re.search(r"there \((\d+) ranks", str(refused.value))[1])
+        assert group.size < number <= 6 * group.size
+        assert outcome.fits(plan, number, free, group.size) and not outcome.fits(plan, number - 1, free, group.size)
+        monkeypatch.setattr(room, "free_bytes", lambda: 1000)
+        with pytest.raises(InputError, match="no number of ranks needs as little"):
+            room.require_room(group, "it", plan)
+
+
+@pytest.mark.launcher
+def test_commands_ask_before_they_load(tmp_path):
+    """One line, before a weight is read or made: the folder has none."""
+    tiny.write(tmp_path, tiny.load("llama"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 1 << 23, "hidden_size": 20000,
+                                                      "num_attention_heads": 5, "num_key_value_heads": 1}))
+    for words, needed in ((("generate", "--model", tmp_path, "--ids", "1,2"), "weights, keys, values and activations"),
+                          (("score", "--model", tmp_path, "--ids-file", tmp_path / "ids"), "weights and activations"),
+                          (("train", "--hidden-size", 8192, "--num-layers", 64), "optimizer and activations")):
+        (tmp_path / "ids").write_text("1,2,3")
+        done = job(2, "-m", "mpitp", *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "GiB of memory free on " in done.stderr and f"{needed} of the 2 ranks there (" in done.stderr
+        assert "ranks, 2 a host, would do)" in done.stderr

@@ -13,6 +13,7 @@ from ..comm.group import TensorParallelGroup
 from ..comm.launch import is_first_rank
 from ..errors import InputError, require
 from ..layers.decoder import Decoder
+from ..plan.job import Job
 from .families.layout import View
 from .fingerprint import fingerprint
 from .model_folder import ModelFolder, examine, open_folder
@@ -40,7 +41,8 @@ class LoadedDecoder(Decoder):
     """
 
     def __init__(self, group: TensorParallelGroup, folder: ModelFolder, dtype: str):
-        require_room(group, folder.checkpoint.folder, folder.specs.values(), dtype)
+        require_room(group, folder.checkpoint.folder,
+                     Job(folder.config, "load", batch=1, tokens=1, dtype=dtype, device=group.device))
         super().__init__(group, folder.config, dtype=dtype, seed=None)
         self.folder = folder
         require_everywhere(group.comm, "whether the checkpoint could be read", lambda: read_slices(folder, self))

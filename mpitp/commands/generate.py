@@ -20,7 +20,7 @@ from ..checkpoints.loading import load_model
 from ..comm.group import TensorParallelGroup
 from ..errors import require, require_positive
 from ..inference.generation import ENDED, generate
-from . import device, model, report, text
+from . import ask_plan, device, model, report, text
 from .progress import Progress, progress
 
 
@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     text.print_any_character()
     with device.group_of(arguments) as group:
         given = group.on_root(lambda: look_first(arguments))
+        ask_plan.generation(group, arguments, given)
         stop = group.root_first(lambda: text.end_tokens(arguments.model))
         started = time.perf_counter()
         with Progress(f"loading {arguments.model}"):

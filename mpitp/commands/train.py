@@ -22,7 +22,7 @@ from ..training.loop import Trainer, TrainingStopped
 from ..training.requests import SIGNALS, Requests
 from ..training.resume import resume
 from ..training.settings import Settings
-from . import device, progress
+from . import ask_plan, device, progress
 
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
@@ -100,6 +100,7 @@ class Job:
 def train(arguments: argparse.Namespace, job: Job) -> int:
     """Read the data, resume, and train; return the exit status."""
     group = job.group
+    ask_plan.training(group, arguments, job.config, job.settings)
     tokens = same_everywhere(group.comm, lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
                                                         arguments.seed, arguments.data_dtype),
                              lambda tokens: {"the data": tokens.fingerprint()})

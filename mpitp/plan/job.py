@@ -7,7 +7,7 @@ from ..arrays import compute_dtype
 from ..config import DecoderConfig
 from ..errors import one_of, require, require_positive
 
-KINDS = ("train", "decode", "score")
+KINDS = ("train", "decode", "score", "load")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Job:
     config : DecoderConfig
         The model.
     kind : str
-        "train", "decode" (prompts, then a token of each sequence at a time) or "score" (one window forward).
+        "train", "decode" (prompts, then a token of each sequence at a time), "score" (one window forward) or "load"
+        (the weights alone).
     batch : int
         Sequences of a forward, on each tensor group.
     tokens : int

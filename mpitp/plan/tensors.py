@@ -64,7 +64,8 @@ def stored(job: Job) -> Iterator[Stored]:
         for kind in kinds:
             for spec in specs.values():
                 yield Stored(kind, spec, sum_dtype(dtype))
-    yield from of_attention(job, dtype)
+    if job.kind != "load":
+        yield from of_attention(job, dtype)
 
 
 @lru_cache(maxsize=8)

@@ -56,6 +56,8 @@ def peaks(job: Job, layout: Layout) -> list[int]:
 def peak(job: Job, s: Sizes) -> int:
     """Return the bytes that a rank of these sizes needs at most beside what stays."""
     size = compute_dtype(job.dtype, job.device).itemsize
+    if job.kind == "load":
+        return 0
     numbers = kept_by_forward(job, s) + most_of_backward(job, s) if job.kind == "train" else most_of_forward(job, s)
     return numbers * size
 
