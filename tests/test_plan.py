@@ -280,7 +280,7 @@ def test_commands_ask_before_they_load(tmp_path):
                                                       "num_attention_heads": 5, "num_key_value_heads": 1}))
     for words, needed in ((("generate", "--model", tmp_path, "--ids", "1,2"), "weights, keys, values and activations"),
                           (("score", "--model", tmp_path, "--ids-file", tmp_path / "ids"), "weights and activations"),
-                          (("train", "--hidden-size", 8192, "--num-layers", 64), "optimizer and activations")):
+                          (("train", "--hidden-size", 8192, "--num-layers", 16), "optimizer and activations")):
         (tmp_path / "ids").write_text("1,2,3")
         done = job(2, "-m", "mpitp", *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

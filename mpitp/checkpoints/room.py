@@ -45,7 +45,7 @@ def require_room(group: TensorParallelGroup, subject: str, job: Job) -> None:
         if free is not None and sum(needed) > free:
             here = len(needed)
             enough = smallest_that_fits(job, free, here, blocks)
-            remedy = "no number of ranks needs as little" if enough is None else f"{enough} ranks, {here} a host, would do"
+            remedy = f"{enough} ranks, {here} a host, would do" if enough else "no number of ranks needs as little"
             raise InputError(f"{subject}: found {free / GIB:.1f} GiB of memory free on {host}, expected "
                              f"{sum(needed) / GIB:.1f} GiB for the {job.dtype} {NEEDED_FOR[job.kind]} of the "
                              f"{here} rank{'s' if here > 1 else ''} there ({remedy})")

@@ -60,7 +60,7 @@ COMMANDS = {
         "tell before a job runs whether it fits, how long it takes, and on how many ranks", (
             ("python -m mpitp plan --model my-model -n 1,2,4 --decode",
              "Plan generation with a checkpoint, of which only config.json is read; needs no MPI."),
-            ("python -m mpitp plan --hidden-size 1024 --num-layers 24 --train --machine infiniband --json plan.json",
+            ("python -m mpitp plan --hidden-size 1024 --train --machine infiniband --json plan.json",
              "Plan the training of a model on a cluster, and write every array and every message."))),
     "scale": Command(
         "time the blocks on growing numbers of ranks, each in a job of its own", (

@@ -62,7 +62,9 @@ def lines(report: PlanReport, note: str) -> Iterator[str]:
     yield f"{printable(report.model)}: {report.parameters:,} parameters, " \
           f"{tables.count(config.num_layers, 'layer')} of {config.hidden_size} features, {report.dtype}"
     yield f"on {report.machine}: {tables.count(report.ranks_per_host, 'rank')} and " \
-          f"{tables.size(report.host_memory_bytes)} a host{'; ' + note if note else ''}"
+          f"{tables.size(report.host_memory_bytes)} a host"
+    if note:
+        yield f"({note})"
     for job in report.jobs:
         yield ""
         yield from of_job(report, job)

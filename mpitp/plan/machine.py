@@ -12,8 +12,9 @@ from ..errors import InputError
 from .work import Item
 
 # How many numbers an operation reads and writes for each of its elements; arithmetic that costs as much counts as such.
-TRAFFIC = {"add": 3, "bias": 2, "bias backward": 1, "embedding": 3, "embedding backward": 4, "append": 2, "rotary": 4,
-           "activation backward": 3, "gated backward": 7, "loss": 3, "loss backward": 4, "greatest": 1, "adamw": 10,
+TRAFFIC = {"add": 3, "zero": 1, "bias": 2, "bias backward": 1, "embedding": 3, "embedding backward": 4, "append": 2,
+           "rotary": 4, "activation backward": 3, "gated backward": 7, "loss": 3, "loss backward": 4, "greatest": 1,
+           "adamw": 10,
            "sum of squares": 1, "layernorm forward": 5, "rmsnorm forward": 4, "layernorm backward": 7,
            "rmsnorm backward": 6}
 OF_ACTIVATIONS = 5                  # where a name of the table above is none of the item's

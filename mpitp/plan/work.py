@@ -71,7 +71,8 @@ def work(job: Job, layout: Layout, phase: str, rank: int = 0) -> list[Item]:
 def training_forward_backward(job: Job, s: Sizes) -> list[Item]:
     """Return one forward, loss and backward, without messages."""
     config, N = job.config, job.rows
-    found = [Item("pass", "embedding", (N * s.D,)), Item("pass", "embedding backward", (N * s.D,))]
+    found = [Item("pass", "embedding", (N * s.D,)), Item("pass", "embedding backward", (N * s.D,)),
+             Item("pass", "zero", (s.V * s.D,))]
     found += times(block_forward(config, s, N, job.tokens, "step") + block_backward(config, s, N, job.tokens),
                    config.num_layers)
     if config.final_norm:
