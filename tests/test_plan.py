@@ -14,15 +14,21 @@ import make_tiny_checkpoints as tiny
 import mpitp
 from decoder_cases import KINDS, NEWER_KINDS, config
 from mpitp.checkpoints import room
-from mpitp.commands import Parser
+from mpitp.comm import launch
+from mpitp.commands import Parser, bench
 from mpitp.commands import plan as plan_command
+from mpitp.commands.bench_calibrate import run_calibration
 from mpitp.errors import InputError
 from mpitp.inference.kv import KeyValues
+from mpitp.measure.calibrate import Calibration, Sizes
+from mpitp.measure.calibrate_python import calibrate
 from mpitp.ops.greatest import greatest_of_rank
 from mpitp.plan import messages, outcome, tensors
 from mpitp.plan.job import Job, Layout
 from mpitp.plan.machine import Grid
+from mpitp.plan.machine_file import calibrated_here, read_machine, write_machine
 from mpitp.plan.machines import MACHINES
+from mpitp.plan.work import work
 from mpitp.training.data import Tokens
 from mpitp.training.loop import Settings, Trainer
 from spmd import everywhere, job, job_environment
@@ -286,3 +292,63 @@ def test_commands_ask_before_they_load(tmp_path):
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert "GiB of memory free on " in done.stderr and f"{needed} of the 2 ranks there (" in done.stderr
         assert "ranks, 2 a host, would do)" in done.stderr
+
+
+# --- a machine that is measured --------------------------------------------------------------------------------------
+
+FEW = Sizes(rows=(1, 2), sides=(16, 64), tokens=(4, 16), features=(16, 32), keys=(4, 16), elements=(64, 512),
+            reads=(1 << 12, 1 << 14), messages=(8, 64))
+
+
+def test_a_measured_machine_is_read_as_it_was_written(world, tmp_path):
+    """Every operation that a plan asks for has a time, and what the file lacks is named."""
+    with mpitp.TensorParallelGroup() as group:
+        machine = calibrate(Calibration(group, sizes=FEW), 1)
+        assert machine.ranks_per_host == group.size and machine.source == launch.machine()
+    write_machine(tmp_path / "machine.json", machine, "float32")
+    assert read_machine(tmp_path / "machine.json") == machine
+    tables = machine.tables
+    for kind in ALL_KINDS:
+        for how, phases in outcome.PHASES.items():
+            for item in (item for phase in phases
+                         for item in work(Job(config(kind), how, 1, 7), Layout(group.size), phase)):
+                known = {"product": tables.products, "scores": tables.scores, "pass": tables.passes,
+                         "python": tables.python}.get(item.kind, [item.what])
+                assert item.what in known, item
+                assert machine.seconds(item, "float32", 4) >= 0
+    of, = outcome.plan(Job(config("gpt2"), "train", 1, 7), machine, [group.size])
+    assert of.fits and of.seconds > 0
+    with pytest.raises(InputError, match="found float64 on machine"):
+        outcome.plan(Job(config("gpt2"), "train", 1, 7, dtype="float64"), machine, [1])
+    with pytest.raises(InputError, match="it is one host"):
+        outcome.plan(Job(config("gpt2"), "train", 1, 7), machine, [2 * group.size])
+    good = json.loads((tmp_path / "machine.json").read_text())
+    for change, message in (({"device": "tpu"}, "found device = tpu, expected 'cpu' or 'gpu'"),
+                            ({"inside": {"alpha_seconds": 0}}, "inside: found alpha_seconds = 0, expected a positive"),
+                            ({"memory_bytes": "much"}, "found memory_bytes = much"),
+                            ({"tables": {**good["tables"], "reads": [[1, -1.0]]}}, "tables: found reads = "),
+                            ({"tables": {**good["tables"], "products": {"forward": [[1, 2, 3, 1.0], [2, 2, 4, 1.0]]}}},
+                             "found 2 points of forward, expected 4, a grid's"),
+                            ({"tables": {**good["tables"], "passes": {"bias": [[1, 1.0]]}}}, "passes: found no add")):
+        (tmp_path / "bad.json").write_text(json.dumps({**good, **change}))
+        with pytest.raises(InputError) as refused:
+            read_machine(tmp_path / "bad.json")
+        assert message in str(refused.value)
+
+
+def test_the_machine_at_hand_is_used_where_it_was_calibrated(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found, note = calibrated_here()
+    assert found is None and "none calibrated" in note
+    parser = Parser()
+    bench.add_arguments(parser)
+    arguments = parser.parse_args(["--calibrate"])
+    assert arguments.calibrate == str(tmp_path / "mpitp" / "machine.json")
+    run_calibration(arguments, FEW)
+    found, note = calibrated_here()
+    assert found.tables is not None and note.startswith("calibrated here")
+    monkeypatch.setattr(launch, "machine", lambda: "another processor")
+    found, note = calibrated_here()
+    assert found is None and "is of another one" in note
+    with pytest.raises(InputError, match="expected it alone"):
+        run_calibration(parser.parse_args(["ffn", "--calibrate", str(tmp_path / "x.json")]))

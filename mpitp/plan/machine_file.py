@@ -38,8 +38,6 @@ def calibrated_here() -> tuple[Machine | None, str]:
 def write_machine(path: str, machine: Machine, dtype: str) -> None:
     """Write a machine that was measured, whole or not at all."""
     assert machine.tables is not None, "a named machine needs no file"
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
     found = asdict(machine)
     found["flops_per_second"], found["dtype"] = machine.flops_per_second[dtype], dtype
     found["tables"] = {
