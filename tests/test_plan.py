@@ -24,7 +24,7 @@ from mpitp.measure.calibrate import Calibration, Sizes
 from mpitp.measure.calibrate_python import calibrate
 from mpitp.ops.greatest import greatest_of_rank
 from mpitp.plan import messages, outcome, tensors
-from mpitp.plan.job import Job, Layout
+from mpitp.plan.job import Job, Layout, pieces
 from mpitp.plan.machine import Grid
 from mpitp.plan.machine_file import calibrated_here, read_machine, write_machine
 from mpitp.plan.machines import MACHINES
@@ -48,7 +48,7 @@ OF_MEMORY = {
 
 
 def layout_of(group):
-    return Layout(group.size, 1, group.blocks)
+    return Layout(group.size, 1, group.blocks if group.reproducible else None)
 
 
 def planned(plan, layout, rank):
@@ -70,18 +70,48 @@ def test_training_keeps_what_the_plan_names(group, kind, tmp_path):
     made.train_step()
     plan, layout = Job(config(kind), "train", 2, 7, accumulation=2, label_smoothing=0.1), layout_of(group)
     optimizer, attentions = made.optimizer, {block.attention.name: block.attention for block in made.model.blocks}
-    expected = found(weights=made.model.weights, gradients=made.gradients, exp_avg=optimizer.exp_avg,
-                     exp_avg_sq=optimizer.exp_avg_sq, **{"more gradients": made.more},
+    expected = found(weights=made.model.weights, exp_avg=optimizer.exp_avg, exp_avg_sq=optimizer.exp_avg_sq,
                      cos={name: a.tables[0] for name, a in attentions.items() if a.rotary},
                      sin={name: a.tables[1] for name, a in attentions.items() if a.rotary},
                      slopes={name: a.slopes for name, a in attentions.items() if a.slopes is not None})
-    assert everywhere(planned(plan, layout, group.rank) == expected)
+    of_plan = planned(plan, layout, group.rank)
+    assert everywhere({key: of for key, of in of_plan.items() if "gradients" not in key[0]} == expected)
+    flats = made.sum.flats if group.reproducible else [made.sum.total, made.sum.more]
+    for kind_of, flat in zip(("gradients", "more gradients", "more gradients 2"), flats):       # each in one array
+        of_kind = {name: of for (kind, name), of in of_plan.items() if kind == kind_of}
+        assert everywhere({name: shape for name, (shape, _) in of_kind.items()} ==
+                          {name: view.shape for name, view in flat.named.items()})
+        assert everywhere(sum(nbytes for _, nbytes in of_kind.values()) == flat.array.nbytes)
+    assert len(flats) == len({kind for kind, _ in of_plan if "gradients" in kind})
     of_ranks = tensors.bytes_of_ranks(plan, layout)
-    assert everywhere(sum(sizes[group.rank] for sizes in of_ranks.values()) == sum(n for _, n in expected.values()))
+    assert everywhere(sum(sizes[group.rank] for sizes in of_ranks.values()) == sum(n for _, n in of_plan.values()))
     step = messages.messages(plan, layout, "step")
     assert everywhere(messages.counts(step) == group.ledger.counts())
     if not group.reproducible:                      # where the tree may send more
         assert everywhere(abs(messages.totals(step)[1] - group.ledger.wire_bytes()) <= len(group.ledger.data))
+
+
+@pytest.mark.parametrize("batch, accumulation", [(4, 3), (3, 1), (1, 1)])
+def test_a_grid(world, batch, accumulation, tmp_path):
+    """Each data rank has its part of the global batch; what the data group sums is in its own ledger."""
+    (tmp_path / "text").write_bytes(bytes(i * i % 27 for i in range(300)))
+    data = 2 if world.size % 2 == 0 else world.size
+    with mpitp.Grid(data=data) as grid:
+        made = Trainer(grid, config("llama, one kv head"), Tokens(tmp_path / "text", 27, 7, 0),
+                       Settings(micro_batch_size=batch, gradient_accumulation=accumulation))
+        grid.tensor.ledger.clear()
+        made.train_step()
+        plan = Job(made.config, "train", batch, 7, accumulation=accumulation)
+        layout, rank = Layout(grid.tensor.size, data), grid.tensor.rank
+        sizes = [piece.stop - piece.start for piece in made.dealing.pieces]
+        of_data = grid.data.comm.allgather(sizes)
+        assert pieces(plan, layout) == max(of_data, key=lambda sizes: (sum(sizes), len(sizes)))
+        found = messages.messages(plan, layout, "step", rank)
+        if data > 1:
+            assert everywhere(messages.counts(found, "data") == grid.data.ledger.counts() == made.sum.collectives())
+        if sizes == pieces(plan, layout):
+            assert messages.counts(found) == grid.tensor.ledger.counts()
+            assert tensors.bytes_of_ranks(plan, layout)["gradients"][rank] == made.sum.total.array.nbytes
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -164,11 +194,11 @@ def test_more_ranks_hold_less_and_the_smallest_that_fits_is_found():
     plan = Job(mpitp.DecoderConfig(**OF_MEMORY["llama"]), "train", 1, 32)
     of_ranks = [max(outcome.memory(plan, Layout(ranks))[1]) for ranks in (1, 2, 3, 4, 8)]
     assert sorted(of_ranks, reverse=True) == of_ranks
-    assert outcome.smallest_that_fits(plan, of_ranks[0], 1) == 1
-    assert outcome.smallest_that_fits(plan, of_ranks[0] - 1, 1) == 2
-    assert outcome.smallest_that_fits(plan, of_ranks[2], 1) == 3
-    assert outcome.smallest_that_fits(plan, 2 * of_ranks[2], 2) <= 4
-    assert outcome.smallest_that_fits(plan, 1000, 1) is None        # what every rank holds whole
+    assert outcome.smallest_that_fits(plan, of_ranks[0], 1, Layout(1)) == 1
+    assert outcome.smallest_that_fits(plan, of_ranks[0] - 1, 1, Layout(1)) == 2
+    assert outcome.smallest_that_fits(plan, of_ranks[2], 1, Layout(1)) == 3
+    assert outcome.smallest_that_fits(plan, 2 * of_ranks[2], 2, Layout(1)) <= 4
+    assert outcome.smallest_that_fits(plan, 1000, 1, Layout(1)) is None        # what every rank holds whole
 
 
 def test_the_verdict():
@@ -271,7 +301,8 @@ def test_what_has_no_memory_is_refused_with_the_number_that_has(world, ranks, mo
             room.require_room(group, "it", plan)
         number = int(re.search(r"there \((\d+) ranks", str(refused.value))[1])
         assert group.size < number <= 6 * group.size
-        assert outcome.fits(plan, number, free, group.size) and not outcome.fits(plan, number - 1, free, group.size)
+        assert outcome.fits(plan, Layout(number), free, group.size)
+        assert not outcome.fits(plan, Layout(number - 1), free, group.size)
         monkeypatch.setattr(room, "free_bytes", lambda: 1000)
         with pytest.raises(InputError, match="no number of ranks needs as little"):
             room.require_room(group, "it", plan)

@@ -15,7 +15,7 @@ NEEDED_FOR = {"load": "weights", "train": "weights, gradients, optimizer and act
               "decode": "weights, keys, values and activations", "score": "weights and activations"}
 
 
-def require_room(group: TensorParallelGroup, subject: str, job: Job) -> None:
+def require_room(group: TensorParallelGroup, subject: str, job: Job, tensor: TensorParallelGroup | None = None) -> None:
     """Raise InputError on every rank where a host's memory cannot hold what its ranks need. Collective.
 
     The page cache counts as free, as the kernel gives it up. On a GPU, whose memory is another one, nothing is asked.
@@ -23,11 +23,13 @@ def require_room(group: TensorParallelGroup, subject: str, job: Job) -> None:
     Parameters
     ----------
     group : TensorParallelGroup
-        The ranks that share the model.
+        All ranks.
     subject : str
         What begins the message.
     job : Job
         What they are about to do.
+    tensor : TensorParallelGroup, optional
+        The ranks that share a copy of the model; None: all.
 
     Raises
     ------
@@ -36,18 +38,18 @@ def require_room(group: TensorParallelGroup, subject: str, job: Job) -> None:
     """
     if group.device != "cpu":
         return
-    blocks = group.blocks if group.reproducible else None
-    mine = memory(job, Layout(group.size, 1, blocks))[1][group.rank]
-    of_ranks = group.comm.allgather((platform.node(), mine, free_bytes()))
+    tensor = tensor or group
+    layout = Layout(tensor.size, group.size // tensor.size, tensor.blocks if tensor.reproducible else None)
+    of_ranks = group.comm.allgather((platform.node(), memory(job, layout)[1][tensor.rank], free_bytes()))
     for host in dict.fromkeys(host for host, _, _ in of_ranks):
         needed = [size for other, size, _ in of_ranks if other == host]
         free = min((free for other, _, free in of_ranks if other == host and free is not None), default=None)
         if free is not None and sum(needed) > free:
-            here = len(needed)
-            enough = smallest_that_fits(job, free, here, blocks)
+            here, kept = len(needed), job.dtype if job.weights == "float32" else job.weights
+            enough = smallest_that_fits(job, free, here, layout)
             remedy = f"{enough} ranks, {here} a host, would do" if enough else "no number of ranks needs as little"
             raise InputError(f"{subject}: found {free / GIB:.1f} GiB of memory free on {host}, expected "
-                             f"{sum(needed) / GIB:.1f} GiB for the {job.dtype} {NEEDED_FOR[job.kind]} of the "
+                             f"{sum(needed) / GIB:.1f} GiB for the {kept} {NEEDED_FOR[job.kind]} of the "
                              f"{here} rank{'s' if here > 1 else ''} there ({remedy})")
 
 

@@ -66,7 +66,7 @@ COMMANDS = {
         "time the blocks on growing numbers of ranks, each in a job of its own", (
             ("python -m mpitp scale --ranks 1,2 ffn --hidden-size 128 --rounds 3",
              "See how the feed-forward block scales from one rank to two; started without mpirun."),
-            ("python -m mpitp scale --ranks 1,2 ffn --hidden-size 128 --rounds 3 --scaling weak --json scale.json",
+            ("python -m mpitp scale --ranks 1,2 ffn --hidden-size 128 --scaling weak --json scale.json",
              "Keep the tokens a rank the same, and write the figures for a program."))),
     "train": Command(
         "train a decoder on the bytes of a file", (

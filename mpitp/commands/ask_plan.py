@@ -5,6 +5,7 @@ A model that cannot be planned (a damaged folder, more positions than it has lea
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ..checkpoints.config_file import read_config
 from ..checkpoints.room import require_room
@@ -47,7 +48,8 @@ def ask(group: TensorParallelGroup, arguments: argparse.Namespace, kind: str, ba
     if group.rank == 0:
         try:
             job = Job(read_config(arguments.model), kind, batch, tokens, new_tokens,
-                      dtype=arguments.dtype or "float32", device=group.device)
+                      dtype=arguments.dtype or "float32", weights=getattr(arguments, "weights", "float32"),
+                      device=group.device)
         except InputError:
             job = None
     job = group.comm.bcast(job)
@@ -55,9 +57,13 @@ def ask(group: TensorParallelGroup, arguments: argparse.Namespace, kind: str, ba
         require_room(group, arguments.model, job)
 
 
-def training(group: TensorParallelGroup, arguments: argparse.Namespace, config: DecoderConfig,
-             settings: Settings) -> None:
-    """Refuse a training for which there is no memory. Collective."""
-    require_room(group, "the model", Job(config, "train", settings.micro_batch_size, arguments.seq_length,
-                                         accumulation=settings.gradient_accumulation, dtype=arguments.dtype,
-                                         device=group.device))
+def training(ranks: Any, arguments: argparse.Namespace, config: DecoderConfig, settings: Settings) -> None:
+    """Refuse a training for which there is no memory. Collective.
+
+    ranks : a TensorParallelGroup, or a Grid of them
+    """
+    world, tensor = getattr(ranks, "world", ranks), getattr(ranks, "tensor", ranks)
+    job = Job(config, "train", settings.micro_batch_size, arguments.seq_length,
+              accumulation=settings.gradient_accumulation, unit=settings.reproducible_unit, dtype=arguments.dtype,
+              device=world.device)
+    require_room(world, "the model", job, tensor)

@@ -38,13 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", action="store_true", help="a training step alone (both where neither is given)")
     parser.add_argument("--decode", action="store_true", help="generation alone")
     parser.add_argument("--batch", "--micro-batch-size", type=int, metavar="B", help="sequences of a forward of each "
-                        f"tensor group ({BATCH['train']} in training, {BATCH['decode']} in generation)")
+                        f"model ({BATCH['train']} in training, {BATCH['decode']} in generation)")
     parser.add_argument("--tokens", "--seq-length", type=int, metavar="S", help=f"of a window, or of a prompt ({TOKENS}"
                         ", or fewer where the model has fewer positions)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of each sequence (64)")
-    parser.add_argument("--gradient-accumulation", type=int, default=1, metavar="N", help="forwards of a step (1)")
-    parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="tensor groups that train together, "
-                        "each with windows of its own (1)")
+    parser.add_argument("--gradient-accumulation", type=int, default=1, metavar="N", help="how many times --batch "
+                        "the global batch of a step is, on any number of tensor groups (1)")
+    parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="tensor groups that share a global "
+                        "batch (1)")
     parser.add_argument("--dtype", default="float32", help="float32 (the default), float64; on a GPU float16 and "
                         "bfloat16 too")
     parser.add_argument("--machine", metavar="FILE|NAME", help=f"what `bench --calibrate` wrote, or one of "

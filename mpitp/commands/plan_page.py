@@ -74,8 +74,8 @@ def of_job(report: PlanReport, job: JobReport) -> Iterator[str]:
     """Yield the lines of one job."""
     sequences = tables.count(job.batch, "sequence")
     if job.kind == "train":
-        micro = f", {job.accumulation} forwards a step" if job.accumulation > 1 else ""
-        yield f"Training: {sequences} of {job.tokens} tokens a tensor group{micro}"
+        micro = f", {job.accumulation} times a step" if job.accumulation > 1 else ""
+        yield f"Training: {sequences} of {job.tokens} tokens{micro}"
     else:
         yield f"Generation: {sequences} of {job.tokens} tokens, and {job.new_tokens} new ones"
     yield "Look at `a host`: where it does not fit, the times are those of a larger host."

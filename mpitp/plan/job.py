@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..arrays import compute_dtype
 from ..config import DecoderConfig
 from ..errors import one_of, require, require_positive
+from ..sharding.partition import Partition
 
 KINDS = ("train", "decode", "score", "load")
 
@@ -22,17 +23,21 @@ class Job:
         "train", "decode" (prompts, then a token of each sequence at a time), "score" (one window forward) or "load"
         (the weights alone).
     batch : int
-        Sequences of a forward, on each tensor group.
+        Sequences of a forward: of a micro-batch, in training.
     tokens : int
         Positions of each sequence: of a window, of a prompt.
     new_tokens : int
         Of "decode": what each sequence is continued by.
     accumulation : int
-        Of "train": forwards of a step.
+        Of "train": how many micro-batches the global batch of a step has, which the data ranks share.
+    unit : str
+        Of "train" in reproducible mode: "sequence" or "micro-batch", what is computed by itself.
     label_smoothing : float
         Of the training loss.
     dtype : str
-        Of the weights.
+        Of the weights, and of what is computed.
+    weights : str
+        "bfloat16" where matrices stay so in the memory of a CPU.
     device : str
         "cpu" or "gpu", which decides what dtypes there are.
 
@@ -47,8 +52,10 @@ class Job:
     tokens: int
     new_tokens: int = 1
     accumulation: int = 1
+    unit: str = "sequence"
     label_smoothing: float = 0.0
     dtype: str = "float32"
+    weights: str = "float32"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -65,11 +72,6 @@ class Job:
     def positions(self) -> int:
         """How many positions of a sequence there are at most: what keys and values have room for."""
         return self.tokens + (self.new_tokens - 1 if self.kind == "decode" else 0)
-
-    @property
-    def rows(self) -> int:
-        """How many tokens the ranks compute together in a forward, N."""
-        return self.batch * self.tokens
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,28 @@ class Layout:
     def ranks(self) -> int:
         """All ranks of the run."""
         return self.tensor * self.data
+
+
+def pieces(job: Job, layout: Layout) -> list[int]:
+    """Return the sequences of each forward that the data rank with the most of them computes in a step, or a prefill.
+
+    A global batch is dealt over the data ranks as training/dealing.py deals it.
+    """
+    if job.kind != "train":
+        return [job.batch]
+    sequences = job.batch * job.accumulation
+    if layout.blocks is not None:
+        of_one = 1 if job.unit == "sequence" else job.batch
+        shared = Partition(sequences // of_one, layout.data, sequences // of_one)
+        return max(([of_one] * length for length in shared.lengths), key=len)
+    runs = [Partition(sequences, layout.data, layout.data).range(rank) for rank in range(layout.data)]
+    return max((cut(run, job.batch) for run in runs), key=lambda sizes: (sum(sizes), len(sizes)))
+
+
+def cut(run: slice, size: int) -> list[int]:
+    """Return the sizes of a run of sequences that is cut at the multiples of `size`."""
+    bounds = [run.start, *range(run.start - run.start % size + size, run.stop, size), run.stop]
+    return [stop - start for start, stop in zip(bounds, bounds[1:]) if stop > start]
 
 
 def layout_of(ranks: int, data: int = 1, blocks: int | None = None) -> Layout:

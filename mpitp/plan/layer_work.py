@@ -32,4 +32,4 @@ def block_work(config: DecoderConfig, tokens: int, ranks: int, backward: bool, d
 def sum_of(elements: int, ranks: int, dtype: str, count: int) -> Item:
     """Return so many all-reduces."""
     return Item("message", "all_reduce", (wire_bytes("all_reduce", elements, compute_dtype(dtype, "gpu").itemsize,
-                                                     ranks), ranks), count)
+                                                     ranks), ranks, 1), count)

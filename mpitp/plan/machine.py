@@ -116,7 +116,7 @@ class Machine:
                 return self.tables.message(sent_bytes) + (hops - math.ceil(math.log2(max(2, self.ranks_per_host)))) * \
                     self.inside.alpha_seconds
             return hops * self.inside.alpha_seconds + sent_bytes / self.inside.bytes_per_second
-        link = self.outside
+        link, sharing = self.outside, min(sharing, self.ranks_per_host)
         if link is None:
             raise InputError(f"found {ranks} ranks that add up on machine {self.name!r}, expected at most "
                              f"{self.ranks_per_host}: it is one host")

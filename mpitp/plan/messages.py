@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from ..arrays import compute_dtype, sum_dtype
 from ..comm.ledger import Collective, wire_bytes
 from ..config import DecoderConfig
 from ..layers.decoder import Decoder
 from ..layers.loss import cross_entropy_collectives
 from ..sharding.parameters import Place
-from .job import Job, Layout
+from .job import Job, Layout, pieces
 from .paper import PaperGroup
+from .tensors import bytes_of_ranks
+
+BUCKET = 32 << 20       # bytes of a message of gradients at most: training/gradients.py
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Message:
     Attributes
     ----------
     where : str
-        What sends it: "embedding", "layers.*", "head", "loss", "gradient norm", "choice".
+        What sends it: "embedding", "layers.*", "head", "loss", "gradient norm", "gradients", "choice".
     direction : str
         "forward" or "backward".
     operation, elements, dtype
@@ -35,8 +36,10 @@ class Message:
         How many of them in the phase.
     sent_bytes : int
         What a rank sends for all of them by the bandwidth-optimal algorithm.
+    over : str
+        "tensor" or "data": the group that it is summed over.
     ranks : int
-        That take part: those of a tensor group.
+        Of that group.
     """
     where: str
     direction: str
@@ -45,46 +48,67 @@ class Message:
     dtype: str
     calls: int
     sent_bytes: int
+    over: str
     ranks: int
 
 
-def messages(job: Job, layout: Layout, phase: str) -> list[Message]:
+def messages(job: Job, layout: Layout, phase: str, rank: int | None = None) -> list[Message]:
     """Return the data collectives of one "step" of training, of a "prefill", a "token", or a "window".
 
-    They are those that the ledger of any rank counts.
+    They are those that the ledgers of a rank's groups count, the same on every rank but for the sizes of the gradients
+    that a data group sums; rank None: those of the rank that has the most.
     """
     model, found = paper_decoder(job, layout), []
-    rows = job.batch if phase == "token" else job.rows
-    times = job.accumulation if phase == "step" else 1
-    for where, layer, count in (("embedding", model.embedding, 1), ("layers.*", model.blocks[0], job.config.num_layers),
-                                ("head", model.head, 1)):
-        forward, backward = layer.collectives(rows)
-        found += as_messages(job, layout, where, "forward", forward, count * times)
-        if phase == "step":
-            found += as_messages(job, layout, where, "backward", backward, count * times)
-    if phase in ("step", "window"):
-        loss = cross_entropy_collectives(rows, job.label_smoothing, job.dtype)
-        found += as_messages(job, layout, "loss", "forward", loss, times)
+    whole, of_one = job.batch * (1 if phase == "token" else job.tokens), Group("tensor", layout.tensor)
+    sequences = pieces(job, layout) if phase == "step" else [1]
+    for batch, times in Counter(sequences).items():
+        rows = batch * job.tokens if phase == "step" else whole
+        for where, layer, count in (("embedding", model.embedding, 1),
+                                    ("layers.*", model.blocks[0], job.config.num_layers), ("head", model.head, 1)):
+            forward, backward = layer.collectives(rows)
+            found += of_one.messages(where, "forward", forward, count * times)
+            if phase == "step":
+                found += of_one.messages(where, "backward", backward, count * times)
+        if phase in ("step", "window"):
+            loss = cross_entropy_collectives(rows, job.label_smoothing, job.dtype)
+            found += of_one.messages("loss", "forward", loss, times)
     if phase == "step":
-        norm = Counter({Collective("all_reduce", 1, "float64"): 1})
-        found += as_messages(job, layout, "gradient norm", "backward", norm, 1)
+        found += of_one.messages("gradient norm", "backward", Counter({Collective("all_reduce", 1, "float64"): 1}), 1)
+        if layout.data > 1:
+            found += Group("data", layout.data).messages("gradients", "backward", of_gradients(job, layout, rank), 1)
     if phase in ("prefill", "token"):
         greatest = Counter({Collective("all_gather", layout.tensor * job.batch * 2, "float64"): 1})
-        found += as_messages(job, layout, "choice", "forward", greatest, 1)
+        found += of_one.messages("choice", "forward", greatest, 1)
     return found
 
 
-def as_messages(job: Job, layout: Layout, where: str, direction: str, counts: Mapping[Collective, int],
-                times: int) -> list[Message]:
-    """Return the Messages of a Counter of collectives that happens so many times."""
-    found = []
-    for (operation, elements, dtype), calls in counts.items():
-        kind = compute_dtype(dtype, "gpu") if dtype != "float64" else np.dtype(dtype)
-        itemsize = sum_dtype(kind).itemsize if operation == "all_reduce" and layout.tensor > 1 else kind.itemsize
-        sent = wire_bytes(operation, elements, itemsize, layout.tensor)
-        found.append(Message(where, direction, operation, elements, dtype, calls * times, sent * calls * times,
-                             layout.tensor))
-    return found
+def of_gradients(job: Job, layout: Layout, rank: int | None) -> Counter:
+    """Return the collectives in which a rank's gradients, and the loss, are summed over its data group."""
+    dtype = sum_dtype(compute_dtype(job.dtype, job.device))
+    of_ranks = bytes_of_ranks(job, layout)["gradients"]
+    elements = (max(of_ranks) if rank is None else of_ranks[rank]) // dtype.itemsize
+    step = elements if layout.blocks is not None else BUCKET // dtype.itemsize
+    parts = [min(step, elements - at) for at in range(0, elements, step)]
+    return Counter([*(Collective("all_reduce", part, dtype.name) for part in parts),
+                    Collective("all_reduce", 1, "float64")])
+
+
+@dataclass(frozen=True)
+class Group:
+    """A Group is the ranks that take part in a collective: the "tensor" group of a rank, or its "data" group."""
+    over: str
+    ranks: int
+
+    def messages(self, where: str, direction: str, counts: Mapping[Collective, int], times: int) -> list[Message]:
+        """Return the Messages of a Counter of collectives that happens so many times."""
+        found = []
+        for (operation, elements, dtype), calls in counts.items():
+            kind = compute_dtype(dtype, "gpu")
+            itemsize = sum_dtype(kind).itemsize if operation == "all_reduce" and self.ranks > 1 else kind.itemsize
+            sent = wire_bytes(operation, elements, itemsize, self.ranks)
+            found.append(Message(where, direction, operation, elements, dtype, calls * times, sent * calls * times,
+                                 self.over, self.ranks))
+        return found
 
 
 def totals(found: list[Message]) -> tuple[int, int]:
@@ -92,11 +116,12 @@ def totals(found: list[Message]) -> tuple[int, int]:
     return sum(message.calls for message in found), sum(message.sent_bytes for message in found)
 
 
-def counts(found: list[Message]) -> Counter:
-    """Return the messages as a Counter of Collective, to compare with a ledger's counts."""
+def counts(found: list[Message], over: str = "tensor") -> Counter:
+    """Return the messages of a group as a Counter of Collective, to compare with its ledger's counts."""
     total: Counter = Counter()
     for message in found:
-        total[Collective(message.operation, message.elements, message.dtype)] += message.calls
+        if message.over == over:
+            total[Collective(message.operation, message.elements, message.dtype)] += message.calls
     return total
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from .. import tables
@@ -171,28 +171,29 @@ def why(found: Sequence[OfRanks]) -> str:
 
 
 
-def smallest_that_fits(job: Job, memory_bytes: int, ranks_per_host: int, blocks: int | None = None) -> int | None:
+def smallest_that_fits(job: Job, memory_bytes: int, ranks_per_host: int, layout: Layout) -> int | None:
     """Return the smallest number of ranks, so many on each host of that memory, on which the job fits; None: none does.
 
-    What every rank holds whole does not become less, so there may be none.
+    The data ranks and the blocks stay those of the layout. What every rank holds whole does not become less, so there
+    may be no number.
     """
     require_positive(ranks_per_host=ranks_per_host)
-    number = 1
-    while number <= MOST_RANKS:
-        if fits(job, number, memory_bytes, ranks_per_host, blocks):
-            low, high = number // 2, number                         # more ranks hold less, but for whole heads
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if fits(job, middle, memory_bytes, ranks_per_host, blocks) else (middle, high)
-            return high
-        number *= 2
-    return None
+    low, high = 0, 1
+    while not fits(job, replace(layout, tensor=high), memory_bytes, ranks_per_host):
+        low, high = high, 2 * high
+        if high * layout.data > MOST_RANKS:
+            return None
+    while high - low > 1:                                           # more ranks hold less, but for whole heads
+        middle = (low + high) // 2
+        enough = fits(job, replace(layout, tensor=middle), memory_bytes, ranks_per_host)
+        low, high = (low, middle) if enough else (middle, high)
+    return high * layout.data
 
 
-def fits(job: Job, ranks: int, memory_bytes: int, ranks_per_host: int, blocks: int | None = None) -> bool:
+def fits(job: Job, layout: Layout, memory_bytes: int, ranks_per_host: int) -> bool:
     """Return whether each host has the memory for its ranks."""
-    layout = Layout(ranks, 1, blocks)
-    return fullest_host(memory(job, layout)[1], layout, min(ranks, ranks_per_host)) <= memory_bytes
+    on_host = min(layout.ranks, ranks_per_host)
+    return fullest_host(memory(job, layout)[1], layout, on_host) <= memory_bytes
 
 
 def parameters(config: DecoderConfig) -> int:

@@ -16,7 +16,9 @@ from ..arrays import compute_dtype, sum_dtype
 from ..config import DecoderConfig
 from ..sharding.decoder_specs import decoder_specs
 from ..sharding.parameters import ParameterSpec, Place
-from .job import Job, Layout
+from .job import Job, Layout, pieces
+
+ALIGNED = 64        # elements that each gradient of the one array of all takes a multiple of: training/gradients.py
 
 
 @dataclass(frozen=True)
@@ -44,28 +46,52 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Stored:
-    """One kind of array that a job keeps: split as `spec` says, each of its elements `count` times."""
+    """One array that a job keeps, split as `spec` says."""
     kind: str
     spec: ParameterSpec
     dtype: np.dtype
     leading: tuple[int, ...] = ()           # axes in front of those of the spec, which are not split
+    aligned: int = 1                        # elements that it takes a multiple of
+    number: int = 0                         # of several of one kind
 
 
-def stored(job: Job) -> Iterator[Stored]:
-    """Yield what a job keeps, in the order in which it is made; nothing depends on the ranks but the parts."""
+def stored(job: Job, layout: Layout) -> Iterator[Stored]:
+    """Yield what a job keeps, in the order in which it is made."""
     dtype = compute_dtype(job.dtype, job.device)
     specs = specs_of(job.config)
-    for spec in specs.values():
-        yield Stored("weights", spec, dtype)
+    for name, spec in specs.items():
+        yield Stored("weights", spec, np.dtype(kept_in(name, spec, dtype.name, job.weights))
+                     if job.weights == "bfloat16" else dtype)
     if job.kind == "train":
-        kinds = ["gradients", "exp_avg", "exp_avg_sq"]
-        kinds += ["more gradients"] if job.accumulation > 1 else []
-        kinds += ["master weights"] if sum_dtype(dtype) != dtype else []
+        kinds = ["exp_avg", "exp_avg_sq"] + (["master weights"] if sum_dtype(dtype) != dtype else [])
         for kind in kinds:
             for spec in specs.values():
                 yield Stored(kind, spec, sum_dtype(dtype))
+        for number in range(gradient_arrays(len(pieces(job, layout)), layout.blocks is not None)):
+            for spec in specs.values():
+                yield Stored("more gradients" if number else "gradients", spec, sum_dtype(dtype), (), ALIGNED, number)
     if job.kind != "load":
         yield from of_attention(job, dtype)
+
+
+def gradient_arrays(count: int, reproducible: bool) -> int:
+    """Return how many arrays the gradients of so many pieces of a step take: two, or those alive in a fixed tree."""
+    return 1 + max(piece.bit_count() for piece in range(count)) if reproducible else min(2, count)
+
+
+def padded(elements: int, multiple: int) -> int:
+    """Return the elements that an array takes."""
+    return -(-elements // multiple) * multiple
+
+
+def kept_in(name: str, spec: ParameterSpec, dtype: str, weights: str) -> str:
+    """Return the dtype of a parameter in memory, "float16" for any of 16 bits: matrices alone stay in bfloat16."""
+    return "float16" if weights == "bfloat16" and is_matrix(name, spec) else dtype
+
+
+def is_matrix(name: str, spec: ParameterSpec) -> bool:
+    """Return whether a parameter is a matrix that layers multiply with, or look rows up in by vocabulary."""
+    return len(spec.shape) == 2 and not name.startswith("position.")
 
 
 @lru_cache(maxsize=8)
@@ -95,27 +121,28 @@ def of_attention(job: Job, dtype: np.dtype) -> Iterator[Stored]:
 def persistent(job: Job, layout: Layout, rank: int) -> list[Tensor]:
     """Return every array that stays on one rank of a tensor group."""
     found = []
-    for array in stored(job):
+    for array in stored(job, layout):
         shape = list(array.spec.shape)
         if array.spec.axis is not None:
             shape[array.spec.axis] = held_lengths(array.spec, layout)[rank]
         whole = array.leading + tuple(shape)
-        found.append(Tensor(array.kind, array.spec.name, whole, array.dtype.name, prod(whole) * array.dtype.itemsize))
+        nbytes = padded(prod(whole), array.aligned) * array.dtype.itemsize
+        kind = f"{array.kind} {array.number}" if array.number > 1 else array.kind
+        found.append(Tensor(kind, array.spec.name, whole, array.dtype.name, nbytes))
     return found
 
 
 def bytes_of_ranks(job: Job, layout: Layout) -> dict[str, list[int]]:
     """Return {kind: bytes on each rank of a tensor group}. Parameters of one shape are asked for once."""
     counts: dict[Stored, int] = {}
-    for array in stored(job):
+    for array in stored(job, layout):
         unnamed = replace(array, spec=replace(array.spec, name=""))
         counts[unnamed] = counts.get(unnamed, 0) + 1
     found: dict[str, list[int]] = {}
     for array, count in counts.items():
-        factor = count * prod(array.leading) * array.dtype.itemsize
         of_kind = found.setdefault(array.kind, [0] * layout.tensor)
         for rank, elements in enumerate(local_elements(array.spec, layout)):
-            of_kind[rank] += factor * elements
+            of_kind[rank] += count * padded(elements * prod(array.leading), array.aligned) * array.dtype.itemsize
     return found
 
 

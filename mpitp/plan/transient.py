@@ -8,13 +8,13 @@ key/value heads that they need, H and G those heads, F feed-forward features, V 
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..arrays import compute_dtype
 from ..config import DecoderConfig
 from ..sharding.decoder_specs import block_specs
 from ..sharding.specs import column_parallel_specs
-from .job import Job, Layout
+from .job import Job, Layout, pieces
 from .tensors import held_lengths
 
 PIECES = 3 << 16            # numbers of a norm's pieces
@@ -49,15 +49,17 @@ def sizes(config: DecoderConfig, layout: Layout) -> list[Sizes]:
 def peaks(job: Job, layout: Layout) -> list[int]:
     """Return the bytes that each rank of a tensor group needs at most beside what stays."""
     of_ranks = sizes(job.config, layout)
-    found = {s: peak(job, s) for s in set(of_ranks)}
+    batch = max(pieces(job, layout))
+    found = {s: peak(job, s, batch) for s in set(of_ranks)}
     return [found[s] for s in of_ranks]
 
 
-def peak(job: Job, s: Sizes) -> int:
-    """Return the bytes that a rank of these sizes needs at most beside what stays."""
+def peak(job: Job, s: Sizes, batch: int) -> int:
+    """Return the bytes that a rank of these sizes needs at most beside what stays, with so many sequences at once."""
     size = compute_dtype(job.dtype, job.device).itemsize
     if job.kind == "load":
         return 0
+    job = replace(job, batch=batch)
     numbers = kept_by_forward(job, s) + most_of_backward(job, s) if job.kind == "train" else most_of_forward(job, s)
     return numbers * size
 
@@ -66,7 +68,7 @@ def peak(job: Job, s: Sizes) -> int:
 
 def kept_by_forward(job: Job, s: Sizes) -> int:
     """Return the numbers that the loss and all layers keep until backward has come to its end."""
-    config, N, norm = job.config, job.rows, 2 * s.D + 1             # xhat and y, rstd
+    config, N, norm = job.config, job.batch * job.tokens, 2 * s.D + 1             # xhat and y, rstd
     at_ends = norm * (config.final_norm + config.embedding_norm)
     at_ends += 0 if config.final_norm else s.D                      # the head's x
     at_ends += s.D * bool(config.hidden_dropout)                    # the embedding's scales
@@ -91,7 +93,7 @@ def kept_by_block(config: DecoderConfig, s: Sizes) -> int:
 
 def most_of_backward(job: Job, s: Sizes) -> int:
     """Return the numbers that are alive beside that at the largest moment of backward."""
-    N, D, config = job.rows, s.D, job.config
+    N, D, config = job.batch * job.tokens, s.D, job.config
     # dy behind the branch's norm, and times what the branch is multiplied by.
     scaled = D * bool(config.norm_placement != "before" or config.hidden_dropout or config.residual_multiplier != 1)
     mlp = 2 * s.F + 2 * D if config.gated else s.F + D
@@ -137,7 +139,7 @@ def score_buffer(tokens: int, heads: int) -> int:
 
 def most_of_forward(job: Job, s: Sizes) -> int:
     """Return the numbers that are alive at the largest moment of a forward that keeps nothing."""
-    N, D, config = job.rows, s.D, job.config
+    N, D, config = job.batch * job.tokens, s.D, job.config
     norms = (config.norm_placement in ("before", "both")) + (config.parallel_residual and not config.shared_norm)
     before = D * norms                                              # the branches' x, where it is not that of the block
     rotary = config.position_embedding == "rotary"

@@ -4,11 +4,12 @@ Dimension key: as in transient.py.
 """
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from ..arrays import compute_dtype
 from ..config import DecoderConfig
-from .job import Job, Layout
+from .job import Job, Layout, pieces
 from .messages import messages
 from .tensors import local_elements, specs_of
 from .transient import Sizes, sizes
@@ -26,7 +27,7 @@ class Item:
         Which: "forward", "dx" or "dw" of a product; the operation of a pass; the layer that Python runs.
     size : tuple of int
         Of a product rows, out and in features; of scores heads, queries, keys and features of a head; of a pass the
-        elements; of a message the bytes and the ranks.
+        elements; of a message the bytes, the ranks, and how many ranks of a host send another one meanwhile.
     count : int
     """
     kind: str
@@ -45,12 +46,14 @@ def work(job: Job, layout: Layout, phase: str, rank: int = 0) -> list[Item]:
 
     phase : as messages()'s
     """
-    s, rows = sizes(job.config, layout)[rank], job.batch if phase == "token" else job.rows
+    s, rows = sizes(job.config, layout)[rank], job.batch * (1 if phase == "token" else job.tokens)
     keys = job.positions if phase == "token" else job.tokens
     if phase == "step":
-        found = times(training_forward_backward(job, s), job.accumulation)
+        found, sequences = [], pieces(job, layout)
+        for batch, count in Counter(sequences).items():
+            found += times(training_forward_backward(job, s, batch * job.tokens), count)
         parameters = sum(local_elements(spec, layout)[rank] for spec in specs_of(job.config).values())
-        found += [Item("pass", "add", (parameters,), job.accumulation - 1)]
+        found += [Item("pass", "add", (parameters,), len(sequences) - 1)]
         count = len(specs_of(job.config))
         found += [Item("pass", "sum of squares", (parameters // count,), count),
                   Item("pass", "adamw", (parameters // count,), count), Item("python", "step", ())]
@@ -63,14 +66,14 @@ def work(job: Job, layout: Layout, phase: str, rank: int = 0) -> list[Item]:
         found += [Item("pass", "loss", (rows * s.V,))] if phase == "window" else \
             [Item("pass", "greatest", (job.batch * s.V,))]
     for message in messages(job, layout, phase):
-        size = message.sent_bytes // max(1, message.calls)
-        found.append(Item("message", message.operation, (size, message.ranks), message.calls))
+        size, sharing = message.sent_bytes // max(1, message.calls), layout.tensor if message.over == "data" else 1
+        found.append(Item("message", message.operation, (size, message.ranks, sharing), message.calls))
     return [item for item in found if item.count]
 
 
-def training_forward_backward(job: Job, s: Sizes) -> list[Item]:
-    """Return one forward, loss and backward, without messages."""
-    config, N = job.config, job.rows
+def training_forward_backward(job: Job, s: Sizes, N: int) -> list[Item]:
+    """Return forward, loss and backward of N tokens, without messages."""
+    config = job.config
     found = [Item("pass", "embedding", (N * s.D,)), Item("pass", "embedding backward", (N * s.D,)),
              Item("pass", "zero", (s.V * s.D,))]
     found += times(block_forward(config, s, N, job.tokens, "step") + block_backward(config, s, N, job.tokens),

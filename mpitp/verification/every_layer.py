@@ -23,7 +23,7 @@ from ..layers.loss import (cross_entropy_collectives, vocab_parallel_cross_entro
                            vocab_parallel_cross_entropy_forward)
 from ..oracle import Comparison
 from ..oracle.linear import named, part
-from . import Step
+from . import Step, grid
 from .numbers import standard_normals, token_ids
 
 BATCH, SEQUENCE, HIDDEN, FFN, VOCABULARY = 2, 24, 60, 161, 501        # nothing that ranks divide evenly
@@ -101,7 +101,9 @@ class EveryLayerCheck:
         steps = [("column-parallel linear", self.column_parallel), ("row-parallel linear", self.row_parallel)]
         steps += [(title, partial(self.part_of_block, title, name, options)) for title, name, options in PARTS_OF_BLOCK]
         steps += [("embedding", self.embedding), ("cross entropy, label smoothing", self.cross_entropy)]
-        return steps + [(title, partial(self.decoder, title, options)) for title, options in DECODERS]
+        steps += [(title, partial(self.decoder, title, options)) for title, options in DECODERS]
+        return steps + [(title, partial(grid.check, self, title, data, LLAMA))
+                        for title, data in grid.grids(self.group)]
 
     # --- layers with forward(x) and backward(dy) --------------------------------------------------------------
 
@@ -206,9 +208,9 @@ class EveryLayerCheck:
         """Return standard normals on the host, the same on every rank."""
         return standard_normals(self.seed, f"verify.{name}", shape, self.dtype)
 
-    def ids(self, name: str) -> Array:
+    def ids(self, name: str, sequences: int = BATCH, length: int = SEQUENCE) -> Array:
         """Return token ids on the host, the same on every rank."""
-        return token_ids(self.seed, f"verify.{name}", (BATCH, SEQUENCE), VOCABULARY)
+        return token_ids(self.seed, f"verify.{name}", (sequences, length), VOCABULARY)
 
     def on_device(self, array: Array) -> Array:
         """Return the array where the group computes."""
