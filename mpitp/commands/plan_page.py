@@ -1,6 +1,7 @@
 """What `plan` prints: memory and time by number of ranks, as tables, and the verdict."""
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from .. import tables
 from ..config import DecoderConfig
 from ..errors import printable
 from ..plan.outcome import OfRanks
+from . import WIDTH
 
 # What a rank holds: (heading, kinds of arrays).
 COLUMNS = (("weights", ("weights", "master weights")), ("gradients", ("gradients", "more gradients")),
@@ -113,4 +115,4 @@ def verdict(job: JobReport) -> Iterator[str]:
         yield f"fastest:  {tables.count(fast.ranks, 'rank')}, {tables.seconds(fast.seconds)} a {name}"
         yield f"cheapest: {tables.count(cheap.ranks, 'rank')}, {tables.seconds(cheap.seconds * cheap.ranks)} of one " \
               f"rank's time a {name}"
-    yield job.why
+    yield from textwrap.wrap(job.why, WIDTH)

@@ -165,9 +165,12 @@ def why(found: Sequence[OfRanks]) -> str:
                f"{tables.seconds(added)} of messages{python}."
     largest = max(PARTS, key=lambda part: now[part])
     share = f"{now[largest] / best.seconds:.0%} of its time is {'Python' if largest == 'python' else largest}"
-    if largest in ("products", "memory"):
-        return f"The largest number is the fastest: {share}, which more ranks would share."
-    return f"The largest number is the fastest, but {share}, which more ranks do not shorten."
+    before_it = [of for of in found if of.ranks < best.ranks]
+    if not before_it:
+        return f"{share[0].upper()}{share[1:]}."
+    last = before_it[-1]
+    return f"The largest number is the fastest: {share}, and {best.ranks / last.ranks:.3g} times as many ranks as " \
+           f"{last.ranks} make a {noun} {last.seconds / best.seconds:.3g} times as fast."
 
 
 
