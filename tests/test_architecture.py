@@ -18,6 +18,7 @@ FLOORS = {
     "sharding": 2,
     "ops": 3, "oracle": 3,
     "comm": 4,
+    "grid": 4.5,
     "layers": 5,
     "inference": 6, "checkpoints": 6,
     "training": 7,

@@ -226,7 +226,7 @@ def test_interrupted(folder):
     first = os.read(running.stdout.fileno(), 10)
     time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=30)
+    out, err = running.communicate(timeout=300)
     assert running.returncode == 1 and err == b"mpitp: interrupted\n"
     assert (first + out).decode().startswith(",".join(map(str, GOLDEN["greedy"])))
 

@@ -49,7 +49,7 @@ class Site:
             ("PMI", "PMIX", "OMPI_", "PRTE", "HYDRA", "HYDI", "MPI", "SLURM", "PBS", "LSB", "OMP_", "OPENBLAS", "MKL",
              "NSLOTS", "PE_HOSTFILE"))}
         self.environment.update(PATH=f"{self.bin}:{tools}", MPITP_VENV=str(self.venv), PYTHONPATH=str(ROOT),
-                                MPIEXEC_TIMEOUT="60")
+                                MPIEXEC_TIMEOUT="300")
 
     def stub(self, name, action="exit 0", version="stub"):
         path = self.bin / name
@@ -65,7 +65,7 @@ class Site:
 
     def run(self, *arguments, script=ROOT / "run.sh", **options):
         return subprocess.run([script, *map(str, arguments)], env=self.environment, capture_output=True, text=True,
-                              timeout=100, **options)
+                              timeout=300, **options)
 
     def calls(self):
         """[[launcher, argument, ...], ...] without the proofs that run.sh starts to choose an MPI."""
@@ -522,14 +522,14 @@ def test_first_use_and_the_next_without_a_network(site, tmp_path):
                              text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     errors = ""
     for process in both:                                        # two at once: one makes it, the other waits
-        out, error = process.communicate(timeout=200)
+        out, error = process.communicate(timeout=300)
         assert process.returncode == 0 and "every check holds" in out, out + error
         errors += error
     assert errors.count("first use, making") == 1 and errors.count("installing MPICH") == 1, errors
     site.environment.update(PIP_INDEX_URL="http://127.0.0.1:9/", PIP_NO_INDEX="1")
-    done = subprocess.run([clone / "run.sh"], env=site.environment, text=True, capture_output=True, timeout=60,
+    done = subprocess.run([clone / "run.sh"], env=site.environment, text=True, capture_output=True, timeout=300,
                           cwd=clone.parent)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     (clone / "setup.cfg").write_text((clone / "setup.cfg").read_text() + "\n# changed\n")
-    done = subprocess.run([clone / "run.sh"], env=site.environment, text=True, capture_output=True, timeout=60)
+    done = subprocess.run([clone / "run.sh"], env=site.environment, text=True, capture_output=True, timeout=300)
     assert done.returncode == 2 and "setup.cfg has changed" in done.stderr and "pip could not install" in done.stderr

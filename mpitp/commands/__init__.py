@@ -56,6 +56,12 @@ COMMANDS = {
              "Time the collectives for messages of up to 64 KiB."),
             ("mpirun -n 2 python -m mpitp bench ffn block --hidden-size 256 --rounds 3 --csv bench.csv",
              "Time a small feed-forward block and a small decoder block, and write the figures to a table."))),
+    "scale": Command(
+        "time the blocks on growing numbers of ranks, each in a job of its own", (
+            ("python -m mpitp scale --ranks 1,2 ffn --hidden-size 128 --rounds 3",
+             "See how the feed-forward block scales from one rank to two; started without mpirun."),
+            ("python -m mpitp scale --ranks 1,2 ffn --hidden-size 128 --scaling weak --json scale.json",
+             "Keep the tokens a rank the same, and write the figures for a program."))),
     "train": Command(
         "train a decoder on the bytes of a file", (
             ("mpirun -n 2 python -m mpitp train --hidden-size 64 --num-layers 2 --train-iters 20 --out run",

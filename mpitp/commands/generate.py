@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that make up P")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on behind an end token")
+    model.add_weights(parser)
     device.add_group_arguments(parser, dtypes=f"to compute in: {device.DTYPES}")
     parser.add_argument("--json", metavar="FILE", help="write text, ids and figures there")
 
@@ -53,6 +54,8 @@ class GenerateReport(report.Report):
     """Everything that is printed and written."""
     model: str
     dtype: str
+    weights: str
+    activations: str
     reproducible: bool
     sequences: list
     first_token_seconds: float | None       # since the process started
@@ -76,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         started = time.perf_counter()
         with Progress(f"loading {arguments.model}"):
             decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
-                                 verify_weights=arguments.verify_weights)
+                                 verify_weights=arguments.verify_weights, weights=arguments.weights,
+                                 activations=arguments.activations)
         load_seconds = time.perf_counter() - started
         continued = group.root_first(lambda: None if given is None else Continuations(arguments, *given))
         ids, lengths = text.give_to_all(group, None if continued is None else continued.prompts)
@@ -225,9 +229,9 @@ def summary(arguments: argparse.Namespace, group: TensorParallelGroup, opening: 
     sequences = [Sequence(prompt, new, continued.texts[b] if continued.texts else None, continued.text(b))
                  for b, (prompt, new) in enumerate(zip(continued.prompts, continued.new_ids))]
     return GenerateReport(
-        *opening, arguments.model, arguments.dtype, group.reproducible, sequences, run.first_token_seconds,
-        load_seconds, [bytes_read for bytes_read, _ in of_ranks], sum(map(len, continued.prompts)),
-        run.prefill_seconds, run.tokens, run.decode_seconds,
+        *opening, arguments.model, arguments.dtype, arguments.weights, arguments.activations, group.reproducible,
+        sequences, run.first_token_seconds, load_seconds, [bytes_read for bytes_read, _ in of_ranks],
+        sum(map(len, continued.prompts)), run.prefill_seconds, run.tokens, run.decode_seconds,
         *(mean([shares[part] for _, shares in of_ranks]) for part in (0, 1)))
 
 

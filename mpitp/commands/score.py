@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, metavar="W", help=f"tokens seen at once ({WINDOW}, or fewer where the "
                         "model has fewer positions)")
     parser.add_argument("--stride", type=int, metavar="S", help="by which the window moves, up to W (W / 2)")
+    model.add_weights(parser)
     device.add_group_arguments(parser, dtypes=f"to compute in: {device.DTYPES}")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
 
@@ -41,6 +42,8 @@ class ScoreReport(report.Report):
     """Everything that is printed and written."""
     model: str
     dtype: str
+    weights: str
+    activations: str
     reproducible: bool
     tokens: int                     # of the text
     counted: int                    # all but the first
@@ -63,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         given = group.on_root(lambda: look_first(arguments))
         with Progress(f"loading {arguments.model}"):
             decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
-                                 verify_weights=arguments.verify_weights)
+                                 verify_weights=arguments.verify_weights, weights=arguments.weights,
+                                 activations=arguments.activations)
         given_ids = group.root_first(lambda: None if given is None else tokens_of(arguments, given))
         ids = text.give_to_all(group, None if given_ids is None else [given_ids])[0][0]
         window, stride = sizes(arguments, decoder)
@@ -74,8 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
         opening, bytes_read = report.opening(group), group.report(decoder.bytes_read)
         if bytes_read is not None:                  # on rank 0
             utf8 = len(given.encode()) if isinstance(given, str) else None
-            result = ScoreReport(*opening, arguments.model, arguments.dtype, group.reproducible, len(ids), counted,
-                                 utf8, window, stride, windows, loss, math.exp(loss) if loss < 700 else None,
+            result = ScoreReport(*opening, arguments.model, arguments.dtype, arguments.weights, arguments.activations,
+                                 group.reproducible, len(ids), counted, utf8, window, stride, windows, loss,
+                                 math.exp(loss) if loss < 700 else None,
                                  loss * counted / math.log(2) / utf8 if utf8 else None, seconds, bytes_read)
             report.publish(lines(result), result, "mpitp.score/1", arguments.json)
     return 0

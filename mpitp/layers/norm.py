@@ -54,7 +54,8 @@ class Norm(ParallelLayer):
 
     Notes
     -----
-    No collectives: x and dy are the same on every rank, and so are y, dx and the gradients, which are complete.
+    No collectives: x and dy are the same on every rank, and so are y, dx and the gradients, which are complete. In
+    sequence parallelism x is this rank's rows; NormSums adds up the gradients then.
     Sources: Ba et al., arXiv 1607.06450; Zhang and Sennrich, arXiv 1910.07467.
     """
 
@@ -68,18 +69,26 @@ class Norm(ParallelLayer):
         bias = kind == "layernorm" if bias is None else bias
         super().__init__(group, norm_specs(self.hidden_size, bias, zero_centered, name), dtype, 0, name)
 
-    def forward(self, x: Array, *, save: bool = True) -> tuple[Array, Any]:
-        """Return y (..., D), a new array, and what backward needs (None if not save). x itself may change."""
+    def forward(self, x: Array, *, rows: Any = None, save: bool = True) -> tuple[Array, Any]:
+        """Return y (..., D), a new array, and what backward needs (None if not save). x itself may change.
+
+        rows: x is this rank's rows. One that overflows becomes NaN then: other ranks would wait for one that raises.
+        """
         y_ND, kept = norm_forward(self.rows(x, self.hidden_size), self.own["weight"], self.own.get("bias"), self.kind,
                                   self.epsilon, self.zero_centered)
         if overflows(kept[1]):
-            raise NormOverflow(overflow_text(self.name or "norm", kept[1], x.dtype))
+            if rows is None:
+                raise NormOverflow(overflow_text(self.name or "norm", kept[1], x.dtype))
+            y_ND[kept[1][:, 0] == 0] = np.nan
         return y_ND.reshape(x.shape), ((self, kept) if save else None)
 
     def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:
         """Return dx (..., D) of dy (..., D), and {name: gradient}; out: an earlier backward's gradients, used again."""
         (kept,) = require_saved(saved, self)
         dy_ND, gradients = self.rows(dy, self.hidden_size, "dy", len(kept[0])), self.gradients(out)
+        if self.group.reproducible:             # the gradients' tree does not know which rank has which rows
+            from .norm_sums import backward_of_all_rows
+            return backward_of_all_rows(self, dy_ND, kept, gradients).reshape(dy.shape), gradients
         dx_ND, _, _ = norm_backward(dy_ND, kept, dw_out=gradients[join(self.name, "weight")],
                                     db_out=gradients.get(join(self.name, "bias")))
         return dx_ND.reshape(dy.shape), gradients

@@ -52,9 +52,9 @@ class AttentionNormedOverHeads(ParallelAttention):
     """
     norms_over_heads = True
 
-    def call(self, x: Array, mask: Array | None, step: int | None, kv: Any = None) -> CallOverHeads:
+    def call(self, x: Array, mask: Array | None, step: int | None, kv: Any = None, rows: Any = None) -> CallOverHeads:
         """Return what one forward and its backward share."""
-        return CallOverHeads(*super().call(x, mask, step, kv))
+        return CallOverHeads(*super().call(x, mask, step, kv, rows))
 
     # --- forward ----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from .token_file import TokenFile, pieces, windows
 
 STANDARD_BYTES = 1 << 22        # of the standard library's sources
 HELD_OUT = 20                   # one part in so many, at the end, is for validation
+IGNORED = -100                  # a target that does not count
 DTYPES = ("uint8", "uint16", "uint32")
 # llm.c's files (github.com/karpathy/llm.c, dev/data/data_common.py): (magic number, version) of a header of 256 int32.
 HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
@@ -75,7 +76,10 @@ class Tokens:
             at += len(piece)
 
     def batch(self, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return inputs and targets (size, S) of micro-batch `number`: windows anywhere in the training part."""
+        """Return inputs and targets (size, S) of batch `number`: windows anywhere in the training part.
+
+        A batch is those of the smaller ones that it consists of: what a step sees does not depend on how it is cut.
+        """
         words = rng.words(rng.key(self.seed, "training.windows"), number * size, (number + 1) * size)
         starts = words % np.uint64(len(self.training) - self.seq_length)
         return self.windows(self.training, starts.astype(np.int64))
