@@ -6,6 +6,7 @@ from student import MPICH, Done, good, hold, steps_of, student, wait_for
 TINY = "--hidden-size 32 --num-layers 1 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2"
 TRAIN = "train --hidden-size 512 --num-layers 8 --save-minutes 30"      # as the script; TINY comes behind it
 LONGEST = 900               # seconds of the whole of it
+ENDS = ("FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED", "OUT_OF_MEMORY")
 
 
 def seconds_a_step(mpi: str) -> float:
@@ -38,7 +39,7 @@ def real_time_limits(mpi: str) -> None:
             student("h0", f"scontrol update job={job} StartTime=now+3")
         state = found
         log = student("h0", f"tail -n 20 ~/{name}.2")
-        hold(state in ("PENDING", "RUNNING", "COMPLETING", "COMPLETED") and time.monotonic() < until, log)
+        hold(state not in ENDS and time.monotonic() < until, Done(requeued, f"{log.text}\n{state}"))
         time.sleep(0.5)
     text = good("h0", f"cat ~/{name}.2")
     hold(requeued >= 3 and text.count("stopped by SIGUSR1 after step") == requeued, Done(requeued, text))
