@@ -139,6 +139,16 @@ def test_more_data_ranks_than_sequences(text, reproducible):
     assert everywhere(far(found, exact) == []) and (not reproducible or everywhere(digest(found) == digest(exact)))
 
 
+def test_on_the_device(group, text):
+    """Over what carries arrays between GPUs, too: the losses are those of the tensor group."""
+    expected = trainer(group, text)
+    with mpitp.Grid(data=group.size, reproducible=group.reproducible) as grid:
+        made = trainer(grid, text)
+        for _ in range(2):
+            loss = made.train_step()["loss"]
+            assert everywhere(loss == pytest.approx(expected.train_step()["loss"], rel=1e-9))
+
+
 def test_groups_of_a_grid():
     for data in GRIDS:
         with mpitp.Grid(data=data, tensor=WORLD.size // data) as grid:
