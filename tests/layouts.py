@@ -50,8 +50,12 @@ class Layout(NamedTuple):
 
 GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (4, 1), (1, 4), (3, 2), (2, 3), (6, 1), (1, 6), (2, 4), (4, 2),
          (8, 1), (1, 8)]
-LAYOUTS = [Layout(data, tensor, size) for data, tensor in GRIDS for size in (SEQUENCES, 1)]
-FEW = [Layout(1, 1), Layout(2, 1, 1), Layout(2, 2)]
+ROWS, BLOCK, HEADS = ("--sequence-parallel",), ("--recompute", "block"), ("--recompute", "attention")
+OTHERS = [Layout(1, 1, 1, BLOCK), Layout(1, 2, SEQUENCES, ROWS), Layout(1, 3, 1, ROWS + BLOCK),
+          Layout(2, 2, SEQUENCES, ROWS), Layout(2, 2, 1, BLOCK), Layout(2, 3, 1, ROWS + HEADS),
+          Layout(3, 2, SEQUENCES, HEADS), Layout(1, 8, SEQUENCES, ROWS)]
+LAYOUTS = [Layout(data, tensor, size) for data, tensor in GRIDS for size in (SEQUENCES, 1)] + OTHERS
+FEW = [Layout(1, 1), Layout(2, 1, 1), Layout(2, 2), Layout(1, 3, SEQUENCES, ROWS + BLOCK)]
 
 
 def digest(folder, steps):

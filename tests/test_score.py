@@ -1,13 +1,15 @@
 """Scoring: the mean of -log p, each token but the first counted once, whatever window, stride and ranks."""
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import make_tiny_checkpoints as tiny
 from decoder_cases import KINDS
-from mpitp.commands.score import score
+from mpitp import InputError
+from mpitp.commands.score import score, tokens_of
 from spmd import job
 from test_kv import decoder
 
@@ -81,6 +83,16 @@ def test_same_loss_on_any_number_of_ranks(folder):
                      "--reproducible").stdout.splitlines()[0]
              for ranks in (1, 2, 3)}
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("ids", [[3], [3, 4]])
+def test_two_tokens_are_enough(ids):
+    arguments = SimpleNamespace(text=None, ids_file="ids")
+    if len(ids) == 1:
+        with pytest.raises(InputError, match="found 1 tokens in ids, expected at least 2"):
+            tokens_of(arguments, ids)
+    else:
+        assert tokens_of(arguments, ids) == ids
 
 
 @pytest.mark.launcher

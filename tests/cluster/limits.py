@@ -21,7 +21,7 @@ def seconds_a_step(mpi: str) -> float:
 def real_time_limits(mpi: str) -> None:
     """A job whose limit ends it by TERM, then one that USR1 tells of its limit and that queues itself until the end."""
     name = f"limits-{mpi.split()[0].lower()}"
-    steps = int(190 / seconds_a_step(mpi))              # a minute, then half a minute a job, of which two start
+    steps = int(240 / seconds_a_step(mpi))              # a minute, then half a minute a job, of which two start
     submit = f"OUT=$HOME/{name} STEPS={steps} sbatch --parsable -N 2 -n 2 --cpus-per-task=1 --time=1"
     good("h0", f"rm -rf ~/{name}*", mpi)
     first = good("h0", f"{submit} -o ~/{name}.1 --signal=CONT@1 examples/slurm_train.sh {TINY}", mpi).split()[-1]

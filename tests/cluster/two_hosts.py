@@ -147,5 +147,5 @@ def tried(fault: str, command: str, rank: int, mpi: str, words: str, limit: floa
         return [str(error)]
     finally:
         for host in ("h1", "h2"):               # where a launcher left a rank that is stopped
-            run(on(host, "pkill", "-KILL", "-f", f"{command} "))
+            run(on(host, "pkill", "-KILL", "-f", "faulty.py|/tmp/(data|model)"))
     return []
