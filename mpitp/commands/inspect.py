@@ -1,4 +1,4 @@
-"""What each of P ranks would hold and read of a Hugging Face checkpoint folder. Needs no mpirun.
+"""What each of P ranks would hold and read of a Hugging Face checkpoint folder, or of a step folder. Needs no mpirun.
 
 All that loading checks is checked: headers, names, shapes, config.json. Weights are not read, but for a head that is
 stored beside tied embeddings and stored buffers, which are compared. Exits with 2 where a fault is found.
@@ -26,7 +26,8 @@ MOST = 1 << 14
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="checkpoint folder: config.json, model.safetensors or its shards")
+    parser.add_argument("model", metavar="DIR", help="checkpoint folder: config.json, model.safetensors or its shards; "
+                        "or a step folder of train")
     parser.add_argument("-n", "--ranks", type=int, default=1, metavar="P", help="how many ranks (1)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="computed in (float32)")
     parser.add_argument("--reproducible", action="store_true", help="as it would be split in reproducible mode")
@@ -124,7 +125,7 @@ def inspect(arguments: argparse.Namespace) -> InspectReport:
         of_ranks.append(Rank(rank, rows["query"] // config.head_dim, rows["key"] // config.head_dim, rows["up"],
                              rows["vocabulary"], held[rank], read[rank]))
     return InspectReport(
-        folder.checkpoint.folder, folder.family.model_type, config, arguments.dtype, arguments.reproducible,
+        folder.checkpoint.folder, folder.checkpoint.kind, config, arguments.dtype, arguments.reproducible,
         len(folder.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
         sum(kind.stored_bytes for kind in kinds.values()), of_ranks, list(kinds.values()), folder.other_keys)
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..checkpoints.byte_vocabulary import ByteTokenizer
 from ..checkpoints.json_files import read_json, require_no_pointer
+from ..checkpoints.step_models import byte_vocabulary, model_files
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require
 
@@ -23,12 +25,15 @@ MOST_BYTES = 4                                  # of a character in UTF-8, each 
 CONTEXT = 8                                     # tokens of a prompt that the first new one is decoded behind
 
 
-def load_tokenizer(folder: str) -> Tokenizer:
-    """Load tokenizer.json. Raises InputError without that file, or without the library.
+def load_tokenizer(folder: str) -> Tokenizer | ByteTokenizer:
+    """Load tokenizer.json; a step folder's model of bytes needs none. Raises InputError without it, or the library.
 
     Truncation and padding that the file may ask for are switched off, as transformers does: a text has all its tokens.
     """
-    path = os.path.join(folder, "tokenizer.json")
+    size = byte_vocabulary(folder)
+    if size is not None:
+        return ByteTokenizer(size)
+    path = os.path.join(model_files(folder), "tokenizer.json")
     require(os.path.isfile(path), f"no {path}", "the tokenizer of the checkpoint, or ids in place of text: --ids")
     try:
         from tokenizers import Tokenizer        # late: a large vocabulary takes a second
@@ -47,11 +52,11 @@ def load_tokenizer(folder: str) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode(tokenizer: Tokenizer | ByteTokenizer, text: str) -> list[int]:
     """Return the ids of a text. Raises InputError for a tokenizer that loads and does not work."""
     try:
         return tokenizer.encode(text).ids
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, InputError):
         raise
     except BaseException as error:
         raise InputError(f"tokenizer.json: found {str(error).partition(NEWLINE)[0]} in a text, expected a tokenizer "
@@ -61,7 +66,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 def end_tokens(folder: str) -> list[int]:
     """Return the ids that end a text: eos_token_id, one or several, of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
-        path = os.path.join(folder, name)
+        path = os.path.join(model_files(folder), name)
         if os.path.isfile(path):
             found = read_json(path).get("eos_token_id")
             if found is not None:

@@ -42,6 +42,13 @@ class Tokens:
         Of the windows.
     dtype : str, optional
         Of a file without a header, such as nanoGPT's: "uint8" (None), "uint16" or "uint32", little-endian.
+    ids : (N,) array of int, optional
+        What a tokenizer made of the file, which is not read then.
+
+    Attributes
+    ----------
+    are_bytes : bool
+        Whether token i is byte i, as far as is known: not of a .npy file, whatever its integers are.
 
     Raises
     ------
@@ -49,10 +56,14 @@ class Tokens:
         For a file that cannot be read or is too short, and for a token outside of the vocabulary.
     """
 
-    def __init__(self, path: str | None, vocab_size: int, seq_length: int, seed: int, dtype: str | None = None):
+    def __init__(self, path: str | None, vocab_size: int, seq_length: int, seed: int, dtype: str | None = None,
+                 ids: np.ndarray | None = None):
         require_positive(seq_length=seq_length)
         self.name = "the standard library's sources" if path is None else os.fspath(path)
-        self.tokens = standard_library() if path is None else read(path, dtype)
+        if ids is None:
+            ids = standard_library() if path is None else read(path, dtype)
+        self.tokens = ids
+        self.are_bytes = type(ids) is np.ndarray and ids.dtype == np.uint8      # a .npy file is mapped into memory
         self.seq_length, self.seed = seq_length, seed
         self.held_out = max(len(self.tokens) // HELD_OUT, seq_length + 1)
         needed = 2 * (seq_length + 1)
@@ -111,6 +122,17 @@ def read(path: str, dtype: str | None = None) -> np.ndarray:
         raise
     except (ValueError, EOFError) as error:
         raise InputError(f"{path}: found {error}, expected a .npy file of integers") from None
+
+
+def holds_ids(path: str, dtype: str | None) -> bool:
+    """Return whether a file has token ids in place of text: by the dtype that is named, its ending, or its header."""
+    if dtype is not None or os.fspath(path).endswith(".npy"):
+        return True
+    try:
+        header = np.fromfile(path, "<i4", HEADER_WORDS)
+    except OSError:                             # whoever reads it says so
+        return False
+    return len(header) == HEADER_WORDS and tuple(header[:2]) in HEADERS
 
 
 def with_header(path: str, header: np.ndarray, dtype: str | None) -> np.ndarray:

@@ -50,6 +50,8 @@ class Trainer:
     ----------
     lock : FolderLock or None
         Of the folder, where rank 0 has one: no checkpoint is written once another job has taken it.
+    began_with : dict or None
+        The family and the config.json of the checkpoint that the run began with (initial.py); None: random weights.
     """
 
     def __init__(self, group: TensorParallelGroup, config: DecoderConfig, tokens: Tokens, settings: Settings, *,
@@ -57,6 +59,7 @@ class Trainer:
         self.group, self.config, self.tokens, self.settings = group, config, tokens, settings
         self.folder, self.say = folder, say
         self.lock: FolderLock | None = None
+        self.began_with: dict | None = None
         self.model = Decoder(group, config, dtype=dtype, seed=settings.seed)
         self.optimizer = AdamW(self.model, settings.adam_beta1, settings.adam_beta2, settings.adam_eps,
                                settings.weight_decay)
@@ -224,7 +227,9 @@ class Trainer:
 
     def state(self) -> dict:
         """Return what a run is resumed with: nothing that depends on ranks, time or host."""
-        return json.loads(json.dumps({"config": asdict(self.config),
+        tokens = {"vocabulary": "bytes" if self.tokens.are_bytes else "ids"} if self.began_with is None else \
+            {"model": self.began_with}
+        return json.loads(json.dumps({**tokens, "config": asdict(self.config),
                                       "settings": self.settings.of_the_result(), "data": self.tokens.fingerprint(),
                                       "seq_length": self.tokens.seq_length, "dtype": self.model.dtype.name,
                                       "blocks": self.group.blocks if self.group.reproducible else None}))

@@ -40,8 +40,9 @@ def config_json(config: DecoderConfig, family: Family) -> dict:
     # A family's own padding token may be outside of this vocabulary, which transformers refuses.
     keys = {"architectures": [family.architecture], "model_type": family.model_type, "pad_token_id": None,
             **family.write(config)}
-    if keys.get("max_position_embeddings") is None and "n_positions" not in keys:
-        keys["max_position_embeddings"] = config.max_position_embeddings or 2048
+    positions = "n_positions" if "n_positions" in keys else "max_position_embeddings"
+    if keys.get(positions) is None:
+        keys[positions] = config.max_position_embeddings or 2048
     written, wanted = described(family.config(Keys(keys))), described(config)
     for name, value in wanted.items():
         if written[name] != value and not (isinstance(value, float) and isclose(written[name], value, rel_tol=1e-12)):
