@@ -49,6 +49,30 @@ class Copy(torch.autograd.Function):
         return dy
 
 
+class VocabParallelLoss(torch.autograd.Function):
+    """Mean cross-entropy of logits (N, V p), a rank's columns: one maximum over the ranks, one sum of two numbers."""
+    @staticmethod
+    def forward(context, logits, targets, first_id):
+        local = targets - first_id
+        mine = (local >= 0) & (local < logits.shape[1])
+        local = local.clamp(0, logits.shape[1] - 1)[:, None]
+        top = logits.amax(1, keepdim=True)
+        if distributed.is_initialized():
+            distributed.all_reduce(top, distributed.ReduceOp.MAX)
+        e = (logits - top).exp_()
+        sums = torch.stack([e.sum(1), (logits.gather(1, local) - top)[:, 0] * mine])
+        if distributed.is_initialized():
+            distributed.all_reduce(sums)
+        context.save_for_backward(e.div_(sums[0][:, None]), local, mine)
+        return (sums[0].log() - sums[1]).mean()
+
+    @staticmethod
+    def backward(context, d_loss):
+        d_logits, local, mine = context.saved_tensors
+        d_logits.scatter_add_(1, local, -mine[:, None].to(d_logits.dtype))
+        return d_logits.mul_(d_loss / len(d_logits)), None, None
+
+
 def add_up(x):
     return Sum.apply(x) if distributed.is_initialized() else x
 
@@ -109,8 +133,8 @@ def rows(rows, groups):
         ids = np.random.default_rng(0).integers(0, V, (1, TOKENS + 1))
         tids = torch.as_tensor(ids, device="cuda")
         decode(rows, group, model, theirs, ids, tids)
-        if group.size == 1:                                 # torch has no vocabulary-parallel loss that trains alike
-            train(rows, group, model, shared, ids, tids)
+        if group.size == 1 or distributed.is_initialized():
+            train(rows, group, model, shared, first_id, ids, tids)
 
 
 def decode(rows, group, model, theirs, ids, tids):
@@ -155,9 +179,9 @@ def decode(rows, group, model, theirs, ids, tids):
              bytes_read=model.local_bytes(), check=(ours(), expected, 0.1))
 
 
-def train(rows, group, model, shared, ids, tids):
+def train(rows, group, model, shared, first_id, ids, tids):
     leaves = {name: w.clone().requires_grad_(True) for name, w in shared.items()}
-    theirs, optimizer = TorchDecoder(leaves, 0), AdamW(model)
+    theirs, optimizer = TorchDecoder(leaves, first_id), AdamW(model)
     master = [leaf.detach().float() for leaf in leaves.values()]
     torch_optimizer = torch.optim.AdamW(master, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
     kept = [None]
@@ -171,7 +195,8 @@ def train(rows, group, model, shared, ids, tids):
     def torch_gradients():
         with torch.enable_grad():
             logits = theirs(tids[:, :-1])
-            loss = F.cross_entropy(logits[0].float(), tids[0, 1:])
+            loss = F.cross_entropy(logits[0].float(), tids[0, 1:]) if group.size == 1 else \
+                VocabParallelLoss.apply(logits[0].float(), tids[0, 1:], first_id)
             loss.backward()
         return float(loss)
 

@@ -20,7 +20,7 @@ STEPS = [       # (file in mpitp/, function, text of the line, what happens ther
     ("layers/mlp.py", "block_forward", "column_parallel_forward(x_ND", "the first product"),
     ("layers/products.py", "column_parallel_forward", "linear_forward(x_NI", "of x and this rank's rows"),
     ("ops/linear.py", "compact_product", "np.matmul(", "NumPy multiplies"),
-    ("layers/mlp.py", "block_forward", "activation_forward(self.activation, up_NFb, up_N", "feature by feature"),
+    ("layers/mlp.py", "block_forward", "activation_forward(self.activation, up_NFb, a_out", "feature by feature"),
     ("layers/mlp.py", "block_forward", "row_parallel_forward(a_NFb", "the second product"),
     ("layers/products.py", "row_parallel_forward", "linear_forward(x_NIb", "of these features and this rank's columns"),
     ("ops/linear.py", "compact_product", "np.matmul(", "a summand of y"),

@@ -31,6 +31,7 @@ _HOMES = {
     "load_model": "checkpoints.loading",
     "save_model": "checkpoints.saving",
     "Captured": "inference.graph",
+    "Timeline": "timeline.timeline",
 }
 __all__ = sorted(_HOMES)
 

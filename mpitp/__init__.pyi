@@ -18,6 +18,7 @@ from .layers.mlp import ParallelMLP as ParallelMLP
 from .layers.norm import Norm as Norm
 from .sharding.parameters import ParameterSpec as ParameterSpec, Place as Place
 from .sharding.partition import Partition as Partition
+from .timeline.timeline import Timeline as Timeline
 
 __version__: str
 __all__: list[str]

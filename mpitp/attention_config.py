@@ -1,7 +1,8 @@
 """What an attention layer is: its sizes and choices, in the field's names. No arrays, no MPI."""
 from dataclasses import dataclass
 
-from .errors import is_integer, one_of, require, require_number, require_positive, require_probability
+from .errors import is_integer, one_of, require, require_positive
+from .require_numbers import require_number, require_probability
 
 NORMALIZATIONS = ("layernorm", "rmsnorm")
 SCALINGS = (None, "linear", "llama3", "yarn", "dynamic", "longrope")

@@ -2,7 +2,8 @@
 from dataclasses import dataclass
 
 from .attention_config import NORMALIZATIONS, AttentionConfig, HeadSizes, Rotary, require_rotary, require_window
-from .errors import is_integer, one_of, require, require_number, require_positive, require_probability
+from .errors import is_integer, one_of, require, require_positive
+from .require_numbers import require_number, require_probability
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "relu2", "identity")         # of ops/activation.py, a test compares
 POSITIONS = ("rotary", "learned", "alibi", "none")

@@ -1,5 +1,4 @@
 """The error that is the caller's to mend, and what raises it."""
-from math import isfinite
 from numbers import Integral
 
 
@@ -35,19 +34,6 @@ def require_positive(**sizes: object) -> None:
 def is_integer(value: object) -> bool:
     """Return whether value is an integer of Python or NumPy; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def require_probability(name: str, value: float) -> None:
-    """Raise InputError unless value is a probability below 1."""
-    require_number(name, value)
-    require(0 <= value < 1, f"{name} = {value}", "a probability below 1")
-
-
-def require_number(name: str, value: float, above: float | None = None) -> None:
-    """Raise InputError unless value is a finite number, above a limit if one is given."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-    require(good and (above is None or value > above), f"{name} = {value!r}",
-            "a number" if above is None else f"a number above {above}")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -14,14 +14,14 @@ PACKAGE = ROOT / "mpitp"
 # A part of mpitp imports from itself and from lower floors, never from another part of its own floor.
 FLOORS = {
     "errors": 0,
-    "arrays": 1, "attention_config": 1, "tables": 1, "config": 1.5,
+    "arrays": 1, "require_numbers": 1, "tables": 1, "attention_config": 1.2, "config": 1.5,
     "sharding": 2,
     "ops": 3, "oracle": 3,
     "comm": 4,
     "layers": 5,
     "inference": 6, "checkpoints": 6,
     "training": 7,
-    "court": 8, "measure": 8, "verification": 8,
+    "court": 8, "measure": 8, "timeline": 8, "verification": 8,
     "commands": 9,
     "__main__": 10,
 }
@@ -31,7 +31,7 @@ USES_THE_ORACLE = {"oracle", "court", "measure", "verification", "commands"}
 IMPORTS_MPI = {"comm", "__main__"}
 # Where a module is chosen by a name at run time. Its arrows cannot be read here, so these stay few.
 CHOOSES_A_MODULE = {"__init__", "arrays", "ops.twin", "checkpoints.families.__init__", "commands.__init__",
-                    "oracle.check"}
+                    "oracle.check", "timeline.spans"}
 
 # Limits, and what is above them for a reason.
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 300, 60, 8
@@ -45,8 +45,9 @@ MANY_PARAMETERS = {
     "ops.adamw:adamw_step", "ops.attention:attention_backward", "ops.attention:attention_forward",
     "ops.cuda.adamw:adamw_step", "ops.cuda.attention:attention_backward", "ops.cuda.attention:attention_forward",
 }
-# A decorator.
-NESTED_FUNCTIONS = {"ops.twin:cuda_twin.decorate", "ops.twin:cuda_twin.decorate.dispatch"}
+# Decorators.
+NESTED_FUNCTIONS = {"ops.twin:cuda_twin.decorate", "ops.twin:cuda_twin.decorate.dispatch",
+                    "timeline.spans:timed.call"}
 
 
 def sources():

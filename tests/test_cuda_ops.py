@@ -109,6 +109,22 @@ def test_bits_of_a_few_rows_do_not_depend_on_their_number():
 
 
 @dtypes
+@pytest.mark.parametrize("out_features, in_features, start, step", [
+    (40, 64, 0, 1), (5, 13, 1, 1), (1, 1, 0, 1), (4100, 72, 8, 1), (17000, 40, 0, 1), (24, 40, 0, 2)])
+def test_two_products_at_once_have_the_bits_of_each(dtype, out_features, in_features, start, step):
+    case = Case(dtype)
+    (v, v64), (w, _) = case.draw(out_features, in_features + start), case.draw(out_features, step * in_features + start)
+    v, w = v[:, start:], w[:, start::step]
+    for rows in (1, 3):
+        x, x64 = case.draw(rows, in_features)
+        found = linear.two_linears_forward(x, v, w)
+        case.check(found[0], x64 @ v64[:, start:].T, in_features)
+        for y, of in zip(found, (v, w)):
+            assert y.get().tobytes() == linear.linear_forward(x, of)[0].get().tobytes()
+    assert [y.shape for y in linear.two_linears_forward(x[:1], v[:0], w[:0])] == [(1, 0)] * 2
+
+
+@dtypes
 def test_stacks(dtype):
     """Products of stacks, as attention does them: heads that lie among each other, written where they belong."""
     case = Case(dtype)

@@ -16,7 +16,7 @@ DTYPES = "float32 (the default), float64; on a GPU float16 and bfloat16 too"
 
 def add_group_arguments(parser: argparse.ArgumentParser, *, dtypes: str = DTYPES, blocks: bool = False,
                         reproducible: str = "the same bits for any number of ranks") -> None:
-    """Add --dtype, --device, --transport, --share-gpu, --tf32, --stall-limit and --reproducible.
+    """Add --dtype, --reproducible, and what add_arguments adds.
 
     Parameters
     ----------
@@ -50,13 +50,15 @@ def blocks_of(arguments: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --device, --transport, --share-gpu, --tf32 and --stall-limit."""
+    """Add --device, --transport, --share-gpu, --tf32, --stall-limit and --timeline."""
     parser.add_argument("--device", default="cpu", help="cpu (NumPy, the default) or gpu (CuPy)")
     parser.add_argument("--transport", default="auto", help=f"between GPUs: {', '.join(TRANSPORTS)} (auto)")
     parser.add_argument("--share-gpu", action="store_true", help="several ranks may have one GPU")
     parser.add_argument("--tf32", action="store_true", help="products of float32 on the GPU in TF32")
     parser.add_argument("--stall-limit", type=float, metavar="S", help="seconds that a rank waits for another before "
                         "the job ends; 0: for ever (MPITP_STALL_LIMIT, or 600)")
+    parser.add_argument("--timeline", metavar="FILE", help="write when each rank did what: FILE.json for Perfetto, "
+                        "FILE.png a picture")
 
 
 def group_of(arguments: argparse.Namespace, **changes: Any) -> TensorParallelGroup:
@@ -77,6 +79,9 @@ def group_of(arguments: argparse.Namespace, **changes: Any) -> TensorParallelGro
     group = TensorParallelGroup(**{**options, **changes})
     if group.size > 1 and group.device == "cpu":
         warn_of_machines(group)
+    if arguments.timeline:
+        from ..timeline.timeline import Timeline
+        Timeline(group, arguments.timeline).until_closed()
     return group
 
 

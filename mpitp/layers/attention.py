@@ -27,7 +27,7 @@ from .base import ParallelLayer, require_saved
 from .heads import AttentionCall, Heads, as_heads, as_rows, by_group, require_mask
 from .products import (column_parallel_backward, column_parallel_forward, copy_to_ranks_backward, copy_to_ranks_forward,
                        reduce_from_ranks_backward, reduce_from_ranks_forward, row_parallel_backward,
-                       row_parallel_forward, rows_of)
+                       row_parallel_forward, rows_of, two_column_parallel_forward)
 
 Units = dict[KeyValueUnit, tuple]           # keys, values (B, S, u, K) of each unit, and what the norm's backward needs
 
@@ -141,8 +141,8 @@ class ParallelAttention(ParallelLayer):
     def key_value_forward(self, unit: KeyValueUnit, x_ND: Array, call: AttentionCall) -> tuple:
         """Return keys and values (B, S, u, K) of a unit, earlier positions first; and what backward needs."""
         rows = self.heads.unit_rows(unit)
-        k_BSuK, of_norm = self.norm_and_rotate("key", self.project("key", x_ND, rows, call), call)
-        v_BSuK = self.project("value", x_ND, rows, call)
+        k_BSuK, v_BSuK = self.project_key_value(x_ND, rows, call)
+        k_BSuK, of_norm = self.norm_and_rotate("key", k_BSuK, call)
         if call.kv is not None:
             k_BSuK, v_BSuK = call.kv.append(unit, k_BSuK, v_BSuK)
         return k_BSuK, v_BSuK, of_norm
@@ -284,6 +284,15 @@ class ParallelAttention(ParallelLayer):
     def project(self, part: str, x_ND: Array, rows: slice, call: AttentionCall) -> Array:
         """Return x times these rows of a projection, plus its bias, as (B, S, heads, K)."""
         y_NHK = column_parallel_forward(x_ND, self.own[f"{part}.weight"], rows)
+        return self.with_bias(part, y_NHK, rows, call)
+
+    def project_key_value(self, x_ND: Array, rows: slice, call: AttentionCall) -> tuple[Array, Array]:
+        """Return the projections of keys and of values, as project() does, but at once."""
+        k_NuK, v_NuK = two_column_parallel_forward(x_ND, self.own["key.weight"], self.own["value.weight"], rows)
+        return self.with_bias("key", k_NuK, rows, call), self.with_bias("value", v_NuK, rows, call)
+
+    def with_bias(self, part: str, y_NHK: Array, rows: slice, call: AttentionCall) -> Array:
+        """Return these rows of a projection plus its bias, as (B, S, heads, K)."""
         add_bias(y_NHK, rows_of(self.own.get(f"{part}.bias"), rows))
         return as_heads(y_NHK, call.B, call.S, self.kv_channels)
 

@@ -11,7 +11,8 @@ import numpy as np
 from ..arrays import Array, compute_dtype, module_of, sum_dtype
 from ..comm.group import TensorParallelGroup
 from ..comm.ledger import Collective
-from ..errors import InputError, is_integer, require, require_number
+from ..errors import InputError, is_integer, require
+from ..require_numbers import require_number
 from ..ops.cross_entropy import row_gradient, row_maximum, row_sums
 from ..sharding.partition import Block, Partition
 from .embedding import token_ids

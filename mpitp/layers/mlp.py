@@ -18,7 +18,7 @@ from ..sharding.specs import join, mlp_specs
 from .base import ParallelLayer, require_saved
 from .products import (column_parallel_backward, column_parallel_forward, copy_to_ranks_backward, copy_to_ranks_forward,
                        reduce_from_ranks_backward, reduce_from_ranks_forward, row_parallel_backward,
-                       row_parallel_forward, rows_of)
+                       row_parallel_forward, rows_of, two_column_parallel_forward)
 
 
 class ParallelMLP(ParallelLayer):
@@ -91,15 +91,15 @@ class ParallelMLP(ParallelLayer):
         """Return a block's summand of y (N, D): product, activation, product; and what backward needs."""
         own, part = self.own, block.local
         of_activation: Any
-        up_NFb, b_Fb = column_parallel_forward(x_ND, own["up.weight"], part), rows_of(own.get("up.bias"), part)
+        b_Fb = rows_of(own.get("up.bias"), part)
         if self.gated:
-            gate_NFb, gate_b_Fb = column_parallel_forward(x_ND, own["gate.weight"], part), \
-                rows_of(own.get("gate.bias"), part)
+            gate_NFb, up_NFb = two_column_parallel_forward(x_ND, own["gate.weight"], own["up.weight"], part)
+            gate_b_Fb = rows_of(own.get("gate.bias"), part)
             a_NFb, of_activation = gated_forward(self.activation, gate_NFb, up_NFb, gate_b_Fb, b_Fb, save)
-        elif save:                                          # act'(h), which backward needs, overwrites h
-            a_NFb, of_activation = activation_forward(self.activation, up_NFb, None, up_NFb, b_Fb)
-        else:
-            a_NFb, of_activation = activation_forward(self.activation, up_NFb, up_NFb, None, b_Fb)
+        else:                                               # act'(h), which backward needs, overwrites h
+            up_NFb = column_parallel_forward(x_ND, own["up.weight"], part)
+            a_out, slope_out = (None, up_NFb) if save else (up_NFb, None)
+            a_NFb, of_activation = activation_forward(self.activation, up_NFb, a_out, slope_out, b_Fb)
         y_ND = row_parallel_forward(a_NFb, own["down.weight"], part, total)
         return y_ND, ((a_NFb, of_activation) if save else None)
 

@@ -91,10 +91,12 @@ class AttentionNormedOverHeads(ParallelAttention):
         """Return the sum of a b over the features of each row, (N,)."""
         return (a_NF * b_NF).sum(axis=1, dtype=self.sum_dtype)
 
+    def project_key_value(self, x_ND: Array, rows: slice, call: AttentionCall) -> tuple[Array, Array]:
+        """Return both projections: keys were projected before, to be normalised."""
+        return self.project("key", x_ND, rows, call), super().project("value", x_ND, rows, call)
+
     def project(self, part: str, x_ND: Array, rows: slice, call: AttentionCall) -> Array:
-        """Return the projection as (B, S, heads, K): a query's or a key's is the one that is held, normalised."""
-        if part == "value":
-            return super().project(part, x_ND, rows, call)
+        """Return query or key heads as (B, S, heads, K): the projection that is held, normalised."""
         assert isinstance(call, CallOverHeads)
         xhat_NF = call.held[part, rows.start] = (call.held[part, rows.start] * call.rstd[part]).astype(self.dtype)
         return as_heads(xhat_NF * self.gain(part, rows), call.B, call.S, self.kv_channels)

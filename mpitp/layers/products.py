@@ -16,7 +16,7 @@ from typing import Any
 
 from ..arrays import Array
 from ..comm.sums import Sum
-from ..ops.linear import linear_backward, linear_forward, linear_weight_backward, product
+from ..ops.linear import linear_backward, linear_forward, linear_weight_backward, product, two_linears_forward
 
 
 # --- f and g ----------------------------------------------------------------------------------------------------
@@ -51,6 +51,11 @@ def column_parallel_forward(x_NI: Array, w_OpI: Array, part: slice, out: Array |
                   [ rank 1 ]
     """
     return linear_forward(x_NI, rows_of(w_OpI, part), out)[0]
+
+
+def two_column_parallel_forward(x_NI: Array, v_OpI: Array, w_OpI: Array, part: slice) -> tuple[Array, Array]:
+    """Return x V_b^T and x W_b^T, (N, O b) each."""
+    return two_linears_forward(x_NI, rows_of(v_OpI, part), rows_of(w_OpI, part))
 
 
 def column_parallel_backward(dy_NOb: Array, x_NI: Array, w_OpI: Array, part: slice, dw_OpI: Array, total: Sum,

@@ -27,6 +27,12 @@ def linear_forward(x_NI: Array, w_OI: Array, out: Array | None = None,
     return y_NO, (x_NI, w_OI)
 
 
+@cuda_twin(by="x_NI")
+def two_linears_forward(x_NI: Array, v_OI: Array, w_OI: Array) -> tuple[Array, Array]:
+    """Compute x v^T and x w^T (N, O), which a GPU does at once where x is one row."""
+    return linear_forward(x_NI, v_OI)[0], linear_forward(x_NI, w_OI)[0]
+
+
 def linear_backward(dy_NO: Array, saved: tuple[Array, Array], dw_out: Array | None = None,
                     dtype: DTypeLike | None = None) -> tuple[Array, Array]:
     """Compute dx = dy w (N, I), of `dtype` or dy's, and dw = dy^T x (O, I), written to `dw_out` if given."""

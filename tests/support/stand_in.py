@@ -15,6 +15,7 @@ import ctypes
 import importlib
 import inspect
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -60,6 +61,9 @@ class Stream:
     def record(self):
         return Event(self)
 
+    def is_capturing(self):
+        return False
+
     def wait_event(self, event):
         self.waited.append(event.stream)
 
@@ -72,7 +76,7 @@ class Stream:
 
 class Event:
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.at = stream, time.perf_counter()
 
     def synchronize(self):
         self.stream.synchronize()
@@ -360,7 +364,9 @@ def numbers_at(pointer, count, kind, stream):
 nccl = Nccl()
 cuda = ModuleType("cupy.cuda")
 vars(cuda).update(runtime=runtime, Device=Device, cublas=cublas, nccl=nccl, Stream=Stream,
-                  get_current_stream=lambda: streams[-1], device=SimpleNamespace(get_cublas_handle=lambda: 1))
+                  get_current_stream=lambda: streams[-1],
+                  get_elapsed_time=lambda start, end: (end.at - start.at) * 1e3,
+                  device=SimpleNamespace(get_cublas_handle=lambda: 1))
 cupy = CuPy("cupy")
 vars(cupy).update(ndarray=ndarray, array=array, asarray=asarray, ascontiguousarray=ascontiguousarray, empty=empty,
                   empty_like=empty_like, cuda=cuda)

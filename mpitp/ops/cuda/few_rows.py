@@ -19,11 +19,13 @@ WARPS = 8           # of a block of few_rows
 MOST = 16           # rows of x, of float32: of 16 and 64 bits cuBLAS reads w as fast
 GEMV = r"""
 // y[o] = sum over i of w[o, i] x[i], WARPS warps for ROWS rows, for which x is read once; 16 bytes of w at a time.
-// Which thread adds what of a row, and so its bits, depends on WARPS alone.
+// Which thread adds what of a row, and so its bits, depends on WARPS alone. gridDim.y: matrices, each with its y.
 struct alignas(16) Vector { T at[16 / sizeof(T)]; };
-extern "C" __global__ void gemv(const T* w, const T* x, Y* y, int O, int I, long long pitch) {
+extern "C" __global__ void gemv(const T* w_0, const T* w_1, const T* x, Y* y, int O, int I, long long pitch) {
     const int V = 16 / sizeof(T), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int o = (blockIdx.x * (4 / WARPS) + warp / WARPS) * ROWS, part = (warp % WARPS) * 32 + lane;
+    const T* w = blockIdx.y ? w_1 : w_0;
+    y += blockIdx.y * O;
     const T* row[ROWS];
     A sum[ROWS];
     for (int r = 0; r < ROWS; r++) {
@@ -129,19 +131,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) few_rows(
 def one_row(x_1I: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None = None,
             dtype: DTypeLike | None = None) -> DeviceArray:
     """Compute y = x w^T of one row, to `out` or a new array of `dtype` (x's)."""
-    O, I = w_OI.shape
-    y_1O = cupy.ndarray((1, O), x_1I.dtype if dtype is None else dtype) if out is None else out
-    w_OI, x_1I = in_rows(w_OI), in_rows(x_1I)
-    y = y_1O if y_1O.flags.c_contiguous else cupy.empty((1, O), y_1O.dtype)
-    # More warps a row where rows are few, so that enough of w is under way. By the shape alone: it is part of the bits.
-    warps = 1 if O >= 1 << 14 else 4
-    rows = 4 if 1 << 12 <= O < 1 << 14 else 2
-    launch(gemv(w_OI.dtype, warps, rows, I * w_OI.itemsize % ALIGNED == 0, y.dtype == w_OI.dtype),
-           -(-O * warps // (4 * rows)), 128,
-           (w_OI, x_1I, y, np.int32(O), np.int32(I), np.int64(w_OI.strides[0] // w_OI.itemsize)))
+    y_1O = cupy.ndarray((1, len(w_OI)), x_1I.dtype if dtype is None else dtype) if out is None else out
+    w_OI = in_rows(w_OI)
+    y = y_1O if y_1O.flags.c_contiguous else cupy.empty(y_1O.shape, y_1O.dtype)
+    start_gemv(in_rows(x_1I), (w_OI, w_OI), y)
     if y is not y_1O:
         y_1O[...] = y
     return y_1O
+
+
+def one_row_of_two(x_1I: DeviceArray, v_OI: DeviceArray, w_OI: DeviceArray) -> DeviceArray:
+    """Compute x v^T and x w^T (2, 1, O) by one kernel, with the bits of one_row; v and w as in_rows returns them."""
+    y_21O = cupy.ndarray((2, 1, len(w_OI)), x_1I.dtype)
+    start_gemv(in_rows(x_1I), (v_OI, w_OI), y_21O)
+    return y_21O
+
+
+def start_gemv(x_1I: DeviceArray, matrices: tuple[DeviceArray, DeviceArray], y: DeviceArray) -> None:
+    """Start the kernel of one row for as many of the matrices as y has rows for; both have the same layout."""
+    O, I = matrices[0].shape
+    pitch = matrices[0].strides[0] // x_1I.itemsize
+    # More warps a row where rows are few, so that enough of w is under way. By the shape alone: it is part of the bits.
+    warps = 1 if O >= 1 << 14 else 4
+    rows = 4 if 1 << 12 <= O < 1 << 14 else 2
+    function = gemv(x_1I.dtype, warps, rows, I * x_1I.itemsize % ALIGNED == 0, y.dtype == x_1I.dtype)
+    function((-(-O * warps // (4 * rows)), y.size // O), (128,),
+             (*matrices, x_1I, y, np.int32(O), np.int32(I), np.int64(pitch)))
 
 
 @cache

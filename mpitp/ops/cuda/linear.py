@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 
 from ...arrays import DeviceArray, sum_dtype
 from .activation import activation_forward
-from .few_rows import few_rows, one_row, takes
+from .few_rows import few_rows, in_rows, one_row, one_row_of_two, takes
 from .kernel import ALIGNED
 from .sums import column_sum
 
@@ -31,6 +31,15 @@ def linear_forward(x_NI: DeviceArray, w_OI: DeviceArray, out: DeviceArray | None
     if takes(x_NI, w_OI):
         return few_rows(x_NI, w_OI, out), (x_NI, w_OI)
     return product(x_NI, w_OI.T, out, dtype), (x_NI, w_OI)
+
+
+def two_linears_forward(x_NI: DeviceArray, v_OI: DeviceArray, w_OI: DeviceArray) -> tuple[DeviceArray, DeviceArray]:
+    """Compute as mpitp.ops.linear.two_linears_forward, of one row by one kernel."""
+    if len(x_NI) == 1 and w_OI.size:
+        v_OI, w_OI = in_rows(v_OI), in_rows(w_OI)
+        if (v_OI.shape, v_OI.strides) == (w_OI.shape, w_OI.strides):
+            return tuple(one_row_of_two(x_NI, v_OI, w_OI))
+    return linear_forward(x_NI, v_OI)[0], linear_forward(x_NI, w_OI)[0]
 
 
 def product(a: DeviceArray, b: DeviceArray, out: DeviceArray | None = None, dtype: DTypeLike | None = None,

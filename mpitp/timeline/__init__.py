@@ -1,0 +1,1 @@
+"""When each rank did what: spans of layers, operations and collectives on one clock, and who waited for whom."""

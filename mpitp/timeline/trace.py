@@ -1,0 +1,77 @@
+"""The timeline as a file of the Trace Event format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
+
+Format: "Trace Event Format", the document of the Chromium project: complete events X, flow events s and f, metadata M.
+Times are in microseconds, from the first span on.
+"""
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .spans import MPI, TRACKS, Span
+from .waiting import Waiting, collectives_of
+
+
+def write_trace(path: str, of_ranks: Sequence[Sequence[Span]], hosts: Sequence[str], waiting: Waiting,
+                facts: dict[str, Any]) -> None:
+    """Write the spans of all ranks into one file: a process a rank, a thread a track.
+
+    Parameters
+    ----------
+    path : str
+    of_ranks : list of list of Span
+        Of each rank, on one clock, with details that JSON can hold.
+    hosts : list of str
+        Of the ranks.
+    waiting : Waiting
+        Makes the two parts of a collective, and the arrows from the rank that arrives last to the others.
+    facts : dict
+        Put beside the events, as "otherData".
+    """
+    first = min((span.start for spans in of_ranks for span in spans), default=0)
+    events = [*names(hosts), *complete_events(of_ranks, first), *parts_and_arrows(of_ranks, waiting, first)]
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"traceEvents": events, "displayTimeUnit": "ms", "otherData": facts}, file)
+
+
+def names(hosts: Sequence[str]) -> Iterator[dict]:
+    """Yield the names of processes and threads."""
+    for rank, host in enumerate(hosts):
+        yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank} on {host}"}}
+        yield {"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}}
+        for number, track in enumerate(TRACKS):
+            yield {"ph": "M", "name": "thread_name", "pid": rank, "tid": number, "args": {"name": track}}
+
+
+def complete_events(of_ranks: Sequence[Sequence[Span]], first: float) -> Iterator[dict]:
+    """Yield the spans."""
+    for rank, spans in enumerate(of_ranks):
+        for span in spans:
+            yield complete(span.name, rank, span.track, span.start - first, span.end - span.start, span.details)
+
+
+def parts_and_arrows(of_ranks: Sequence[Sequence[Span]], waiting: Waiting, first: float) -> Iterator[dict]:
+    """Yield waiting and transfer of each collective in which all wait, and arrows from the last rank to the others."""
+    if len(of_ranks) == 1:
+        return
+    lists = [collectives_of(spans) for spans in of_ranks]
+    for column, (number, last, complete_at) in enumerate(zip(waiting.number, waiting.last, waiting.complete)):
+        start = microseconds(complete_at - first)
+        for rank in range(len(lists)):
+            span, waited = lists[rank][number], float(waiting.waited[rank, column])
+            yield complete("waiting", rank, MPI, span.start - first, waited, None)
+            yield complete("transfer", rank, MPI, span.start + waited - first, span.end - span.start - waited, None)
+            arrow = {"name": "last to arrive", "cat": "collective", "id": int(number), "pid": rank,
+                     "tid": TRACKS.index(MPI), "ts": start}
+            yield arrow | ({"ph": "s"} if rank == last else {"ph": "f", "bp": "e"})
+
+
+def complete(name: str, rank: int, track: str, start: float, length: float, details: Any) -> dict:
+    """Return a complete event, of nanoseconds."""
+    event = {"ph": "X", "name": name, "cat": track, "pid": rank, "tid": TRACKS.index(track),
+             "ts": microseconds(start), "dur": microseconds(length)}
+    return event | {"args": details} if details else event
+
+
+def microseconds(nanoseconds: float) -> float:
+    """Return microseconds, to the nanosecond."""
+    return round(float(nanoseconds) * 1e-3, 3)

@@ -1,0 +1,295 @@
+"""Timelines: what they hold, who they blame, and that nothing of them is left when they end."""
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import mpitp
+from mpitp.comm.ledger import Collective, Ledger
+from mpitp.errors import InputError
+from mpitp.timeline.answer import answer
+from mpitp.timeline.clocks import Clock, Reading, read_clock
+from mpitp.timeline.spans import DEVICE, MPI as IN_MPI, PRODUCTS, PYTHON, TRACKS, Span, timed_places
+from mpitp.timeline.timeline import Timeline
+from mpitp.timeline.waiting import blamed, own_times, waiting_of
+from spmd import job
+
+
+def small_decoder(group):
+    return mpitp.Decoder(group, mpitp.DecoderConfig(27, 16, 2, 4, max_position_embeddings=32))
+
+
+def step(model, ids):
+    logits, saved = model.forward(ids)
+    loss, of_loss = model.loss(logits, ids)
+    gradients = model.backward(model.loss_backward(of_loss), saved)
+    return logits, loss, gradients
+
+
+def shared_path(group, tmp_path, name):
+    return group.comm.bcast(str(tmp_path / name))
+
+
+# --- a real run --------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """(the trace as rank 0 reads it, the ledger's counts of the recorded step, whether bits and functions stayed)."""
+    path = MPI.COMM_WORLD.bcast(str(tmp_path_factory.mktemp("timeline") / "run.json"))
+    with mpitp.TensorParallelGroup() as group:
+        model, ids = small_decoder(group), np.arange(24).reshape(2, 12) % 27
+        before, plain = {(owner, name): owner.__dict__[name] for owner, name, _ in timed_places()}, step(model, ids)
+        group.ledger.clear()
+        timeline = Timeline(group, path)
+        with timeline:
+            assert group.timeline is timeline
+            found = step(model, ids)
+        counts = {key.operation: 0 for key in group.ledger.data}
+        for key, entry in group.ledger.data.items():
+            counts[key.operation] += entry.calls
+        same = all(a.tobytes() == b.tobytes() for a, b in zip((plain[0], *plain[2].values()),
+                                                              (found[0], *found[2].values())))
+        left = [name for (owner, name), function in before.items() if owner.__dict__[name] is not function]
+        assert type(group.ledger) is Ledger and group.timeline is None and group.ledger.current is None
+        trace = json.loads(Path(path).read_text()) if group.rank == 0 else None
+    return trace, counts, same, left, timeline
+
+
+def spans(trace, rank, track):
+    return [e for e in trace["traceEvents"] if e["ph"] == "X" and (e["pid"], e["tid"]) == (rank, TRACKS.index(track))]
+
+
+def test_it_changes_no_bit_and_leaves_nothing_behind(recorded):
+    _, _, same, left, _ = recorded
+    assert same and not left
+
+
+def test_spans_nest_and_cover_the_step(recorded, world):
+    trace = recorded[0]
+    if trace is None:
+        return
+    for rank in range(world.size):
+        events = sorted((e for track in (PYTHON, PRODUCTS, IN_MPI) for e in spans(trace, rank, track)),
+                        key=lambda e: (e["ts"], -e["dur"]))
+        stack, covered = [], 0.0
+        for event in events:
+            while stack and stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"] + 1e-3:
+                stack.pop()
+            if stack:
+                assert event["ts"] + event["dur"] <= stack[-1]["ts"] + stack[-1]["dur"] + 2e-3, (stack[-1], event)
+            else:
+                covered += event["dur"]
+            stack.append(event)
+        whole = max(e["ts"] + e["dur"] for e in events) - min(e["ts"] for e in events)
+        assert covered >= 0.95 * whole
+
+
+def test_it_names_layers_operations_and_shapes(recorded, world):
+    trace = recorded[0]
+    if trace is None:
+        return
+    for rank in range(world.size):
+        layers = {event["name"] for event in spans(trace, rank, PYTHON)}
+        assert {"layers.0.attention forward", "layers.1.mlp backward", "Decoder forward", "Decoder loss"} <= layers
+        products = spans(trace, rank, PRODUCTS)
+        assert {"linear_forward", "attention_forward", "linear_backward"} <= {event["name"] for event in products}
+        assert all(isinstance(event["args"]["shapes"], list) for event in products)
+    names = {e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"}
+    assert len(names) == world.size and all(name.startswith("rank ") for name in names)
+
+
+def test_it_has_the_collectives_of_the_ledger(recorded, world):
+    trace, counts, *_ = recorded
+    if trace is None:
+        return
+    for rank in range(world.size):
+        found = [event for event in spans(trace, rank, IN_MPI) if "args" in event]
+        assert {name: sum(event["name"] == name for event in found) for name in counts} == counts
+        assert all(event["args"]["elements"] > 0 for event in found)
+
+
+def test_waiting_and_transfer_are_apart_and_arrows_join_the_ranks(recorded, world):
+    trace = recorded[0]
+    if trace is None or world.size == 1:
+        return
+    starts = {e["id"]: e for e in trace["traceEvents"] if e["ph"] == "s"}
+    ends = [e for e in trace["traceEvents"] if e["ph"] == "f"]
+    assert starts and len(ends) == len(starts) * (world.size - 1)
+    for end in ends:
+        assert end["ts"] >= starts[end["id"]]["ts"] and end["pid"] != starts[end["id"]]["pid"]
+    for rank in range(world.size):
+        events = spans(trace, rank, IN_MPI)
+        waiting = [e for e in events if e["name"] == "waiting"]
+        transfer = [e for e in events if e["name"] == "transfer"]
+        sums = [e for e in events if e["name"] in ("all_reduce", "all_gather") and "args" in e]
+        assert len(waiting) == len(transfer) >= len(sums) > 0
+        for first, second in zip(waiting, transfer):
+            assert first["dur"] >= 0 and second["dur"] >= 0
+            assert first["ts"] + first["dur"] == pytest.approx(second["ts"], abs=2e-3)
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_rank_that_is_slow_in_one_layer_is_named(world, part, reproducible, monkeypatch):
+    """Each rank in turn."""
+    with mpitp.TensorParallelGroup(reproducible=reproducible) as group:
+        model, ids = small_decoder(group), np.arange(12).reshape(1, 12)
+        step(model, ids)
+        for slow in range(world.size):
+            layer = getattr(model.blocks[1], part)
+            add_bias = type(layer).add_bias
+
+            def late(y, layer=layer, slow=slow, add_bias=add_bias):
+                time.sleep(0.08 if group.rank == slow else 0)
+                return add_bias(layer, y)
+            monkeypatch.setattr(layer, "add_bias", late)
+            with Timeline(group) as timeline:
+                step(model, ids)
+                step(model, ids)
+            monkeypatch.undo()
+            if group.rank == 0 and world.size > 1:
+                assert timeline.answer.startswith(f"rank {slow} arrives last in "), timeline.answer
+                assert f" in layers.1.{part} forward" in timeline.answer, timeline.answer
+            elif group.rank == 0:
+                assert timeline.answer == "one rank: it waits for nobody"
+
+
+# --- made-up runs, whose answer is known -----------------------------------------------------------------------------
+
+def made_up(ranks, slow, layer, operation, rng, steps=4, layers=3, extra=300_000):
+    """Spans of ranks whose clocks are one, of which one takes longer in one operation of one layer."""
+    of_ranks = [[] for _ in range(ranks)]
+    at = [0] * ranks
+    for _ in range(steps):
+        for number in range(layers):
+            for part in ("attention", "mlp"):
+                label, starts = f"layers.{number}.{part}", list(at)
+                for rank in range(ranks):
+                    for name, track in (("linear_forward", PRODUCTS), ("norm_forward", PYTHON)):
+                        took = 1_000_000 + int(rng.integers(0, 20_000))
+                        took += extra if (rank, label, name) == (slow, layer, operation) else 0
+                        of_ranks[rank].append(Span(track, name, at[rank], at[rank] + took, None))
+                        at[rank] += took + 1_000
+                complete = max(at)
+                for rank in range(ranks):
+                    of_ranks[rank].append(Span(IN_MPI, "all_reduce", at[rank], complete + 50_000, None))
+                    at[rank] = complete + 50_000 + int(rng.integers(0, 2_000))
+                    of_ranks[rank].append(Span(PYTHON, f"{label} forward", starts[rank], at[rank], None))
+                    at[rank] += 500
+    return of_ranks
+
+
+def test_a_slow_operation_is_found_in_twenty_of_twenty():
+    rng = np.random.default_rng(0)
+    for case in range(20):
+        ranks, part = 2 + case % 3, ("attention", "mlp")[case % 2]
+        slow, number = int(rng.integers(ranks)), int(rng.integers(3))
+        operation = ("linear_forward", "norm_forward")[case // 2 % 2]
+        of_ranks = made_up(ranks, slow, f"layers.{number}.{part}", operation, rng)
+        waiting = waiting_of(of_ranks)
+        where, lost = blamed(of_ranks, waiting, slow)
+        assert where == f"layers.{number}.{part} forward: {operation}", case
+        assert lost == pytest.approx(4 * 300_000, rel=0.2)
+        assert answer(of_ranks, waiting).startswith(f"rank {slow} arrives last in ")
+
+
+def test_what_is_slow_in_every_layer_is_named_once():
+    of_ranks = made_up(2, 1, "layers.0.mlp", "linear_forward", np.random.default_rng(1), layers=1)
+    more = made_up(2, 1, "layers.1.mlp", "linear_forward", np.random.default_rng(2), layers=2)
+    end = max(span.end for spans in of_ranks for span in spans)
+    for spans_, later in zip(of_ranks, more):
+        spans_ += [span._replace(start=span.start + end, end=span.end + end) for span in later]
+    assert blamed(of_ranks, waiting_of(of_ranks), 1)[0] == "layers.*.mlp forward: linear_forward"
+
+
+def test_ranks_that_are_alike_are_not_blamed():
+    of_ranks = made_up(3, None, None, None, np.random.default_rng(3))
+    assert answer(of_ranks, waiting_of(of_ranks)).startswith("no rank keeps the others waiting")
+
+
+def test_own_times_add_up_to_the_time_outside_of_collectives():
+    of_ranks = made_up(2, 0, "layers.1.mlp", "norm_forward", np.random.default_rng(4))
+    for spans_ in of_ranks:
+        inside = sum(span.end - span.start for span in spans_ if span.track == IN_MPI)
+        whole = max(span.end for span in spans_) - min(span.start for span in spans_)
+        assert sum(took for _, _, took in own_times(spans_)) == whole - inside
+
+
+def test_waiting_of_known_arrivals():
+    spans_ = [[Span(IN_MPI, "all_reduce", start, 90, Collective("all_reduce", 4, "float32")),
+               Span(IN_MPI, "broadcast", 95, 96, None)] for start in (10, 40, 70)]
+    waiting = waiting_of(spans_)
+    assert waiting.number.tolist() == [0] and waiting.last.tolist() == [2]
+    assert waiting.waited[:, 0].tolist() == [60, 30, 0] and waiting.late.tolist() == [30]
+
+
+# --- clocks ---------------------------------------------------------------------------------------------------
+
+def test_offset_and_drift_are_taken_out():
+    true = np.linspace(0, 1e9, 11)
+    ours = true * (1 + 5e-5) + 123_456_789                  # a clock that runs fast by 50 parts in a million
+    clock = Clock(*(Reading(int(ours[i]), true[i] - ours[i]) for i in (0, -1)))
+    assert max(abs(clock(int(at)) - t) for at, t in zip(ours, true)) < 10
+
+
+def test_clocks_of_one_host_agree(world):
+    """They are one clock: what is found apart is the error of the method, half of the quickest round."""
+    reading = read_clock(world)
+    apart = [reading.ahead for reading in world.allgather(reading)]
+    assert apart[0] == 0 and all(abs(ahead) < 50e6 for ahead in apart)
+
+
+@pytest.mark.skipif("config.getoption('device') == 'cpu'", reason="needs --device gpu or stand-in")
+def test_operations_of_a_gpu_lie_inside_the_recording(group):
+    model, ids = small_decoder(group), np.arange(24).reshape(2, 12) % 27
+    begin = time.perf_counter_ns()
+    with Timeline(group) as timeline:
+        model.forward(ids)
+    device = [span for span in timeline.spans.found if span.track == DEVICE]
+    assert {"linear_forward", "attention_forward"} <= {span.name for span in device}
+    for span in device:
+        first, last = map(timeline.device.time_of, span.details)
+        assert begin - 1e6 <= first <= last <= time.perf_counter_ns() + 1e6
+
+
+# --- bad input, and the command line --------------------------------------------------------------------------------
+
+def test_bad_input(group, tmp_path):
+    with pytest.raises(InputError, match=r"found timeline 'run.txt', expected FILE.json or FILE.png"):
+        Timeline(group, "run.txt")
+    missing = shared_path(group, tmp_path, "nowhere/run.json")
+    with pytest.raises(InputError, match="nowhere"):
+        Timeline(group, missing)
+    with Timeline(group), pytest.raises(InputError, match="found two timelines at once"):
+        Timeline(group).start()
+    MPI.COMM_WORLD.Barrier()
+
+
+def test_an_error_inside_puts_everything_back(group):
+    before = {(owner, name): owner.__dict__[name] for owner, name, _ in timed_places()}
+    with pytest.raises(ZeroDivisionError), Timeline(group):
+        raise ZeroDivisionError
+    assert all(owner.__dict__[name] is function for (owner, name), function in before.items())
+
+
+@pytest.mark.launcher
+def test_commands_write_one(tmp_path):
+    found = job(2, "-m", "mpitp", "train", "--hidden-size", "16", "--num-layers", "1", "--num-attention-heads", "2",
+                "--seq-length", "16", "--train-iters", "2", "--timeline", tmp_path / "train.json")
+    assert found.returncode == 0, found.stderr
+    names = {event["name"] for event in json.loads((tmp_path / "train.json").read_text())["traceEvents"]}
+    assert {"Trainer train_step", "AdamW step", "all_reduce", "layers.0.attention forward"} <= names
+    assert f"timeline ({tmp_path / 'train.json'}): " in found.stderr and "BLAS products" in found.stderr
+    found = job(2, "-m", "mpitp", "verify", "--timeline", tmp_path / "verify.txt")
+    assert found.returncode == 2 and found.stderr.count("expected FILE.json or FILE.png") == 1
+
+
+@pytest.mark.launcher
+def test_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = job(2, "-m", "mpitp", "verify", "--hidden-size", "32", "--timeline", tmp_path / "verify.png")
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "verify.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
