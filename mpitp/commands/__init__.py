@@ -72,7 +72,7 @@ COMMANDS = {
         "write a trained run as a checkpoint folder that transformers loads", (
             ("python -m mpitp export my-run my-export --family llama",
              "Write the newest step of a run that is whole, with the names and the config.json of a Llama."),
-            ("mpirun -n 2 python -m mpitp export my-run/step-00000003 my-export --family mistral --dtype bfloat16",
+            ("mpirun -n 2 python -m mpitp export my-run/step-00000003 16-bit --family phi3 --dtype bfloat16",
              "Write one step, in 16 bits, each rank its slices."))),
     "generate": Command(
         "continue prompts with the model of a checkpoint folder", (
