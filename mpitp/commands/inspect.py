@@ -140,7 +140,8 @@ def lines(found: InspectReport) -> Iterator[str]:
           f"{tables.count(config.num_attention_heads, 'query head')} and " \
           f"{tables.count(config.query_groups, 'key/value head')} of {config.head_dim}"
     yield f"  {'gated ' if config.gated else ''}{config.activation} of {config.ffn_size} features, vocabulary " \
-          f"{count(config.vocab_size)}{', tied head' if config.tie_word_embeddings else ''}"
+          f"{count(config.vocab_size)}{', tied head' if config.tie_word_embeddings else ''}" \
+          f"{'' if config.causal else ', attention in both directions'}"
     yield ""
     yield f"Of {tables.count(len(found.ranks), 'rank')}, in {found.dtype}" \
           f"{', reproducible mode' if found.reproducible else ''}, each would have"

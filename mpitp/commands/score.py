@@ -66,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
                                  verify_weights=arguments.verify_weights)
         given_ids = group.root_first(lambda: None if given is None else tokens_of(arguments, given))
         ids = text.give_to_all(group, None if given_ids is None else [given_ids])[0][0]
+        require(decoder.config.causal, f"attention in both directions in {arguments.model}", "a causal model, whose "
+                "tokens do not see those that they are to predict")
         window, stride = sizes(arguments, decoder)
         started = time.perf_counter()
         with Progress("windows", 1 + max(0, -(-(len(ids) - 1 - window) // stride))) as bar:

@@ -12,7 +12,7 @@ from ..checkpoints.model_folder import ModelFolder
 from ..checkpoints.step_models import byte_vocabulary, model_files
 from ..comm.group import TensorParallelGroup
 from ..config import DecoderConfig
-from ..errors import InputError
+from ..errors import InputError, require
 from ..training.data import Tokens, holds_ids, standard_library
 from ..training.initial import begin_with, description_of, keep_model_files
 from ..training.loop import Trainer
@@ -53,6 +53,8 @@ class BeginWith:
         self.folder: ModelFolder = open_on_all(group, arguments.model, arguments.strict, arguments.verify_weights)
         named = {name: getattr(arguments, name) for name in DROPOUTS if getattr(arguments, name) is not None}
         self.config: DecoderConfig = replace(self.folder.config, **named)
+        require(self.config.causal, f"attention in both directions in {arguments.model}", "a causal model, whose tokens "
+                "do not see those that they are to predict")
         self.description = description_of(self.folder)
 
     def token_ids(self) -> np.ndarray | None:

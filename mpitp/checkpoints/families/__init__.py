@@ -7,6 +7,7 @@ from math import isclose
 
 from ...config import DecoderConfig
 from ...errors import InputError
+from .directions import causal_form
 from .family import Family
 from .keys import Keys, short
 
@@ -37,9 +38,10 @@ def config_json(config: DecoderConfig, family: Family) -> dict:
 
     Raises InputError naming the first choice that the family cannot express: what is written is read again.
     """
+    in_one_direction, direction = causal_form(config)
     # A family's own padding token may be outside of this vocabulary, which transformers refuses.
     keys = {"architectures": [family.architecture], "model_type": family.model_type, "pad_token_id": None,
-            **family.write(config)}
+            **family.write(in_one_direction), **direction}
     positions = "n_positions" if "n_positions" in keys else "max_position_embeddings"
     if keys.get(positions) is None:
         keys[positions] = config.max_position_embeddings or 2048

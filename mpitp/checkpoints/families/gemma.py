@@ -64,7 +64,9 @@ GEMMA3 = Table(LATER, {**GEMMA.fixed, "qk_norm": True, "norm_placement": "both"}
                rope=RopeOfTypes({"full_attention": ("rope_theta", 1e6),
                                  "sliding_attention": ("rope_local_base_freq", 1e4)}),
                windows=Typed(6, "sliding_window_pattern"))
-CAUSAL = ("use_bidirectional_attention", (False,))
+BOTH_DIRECTIONS = "use_bidirectional_attention"
+# In transformers what this one does depends on the implementation of attention that is chosen there.
+CAUSAL = (BOTH_DIRECTIONS, (False,))
 
 # What transformers has where the text_config inside a config.json, which says what differs, has no key.
 TEXT_CONFIG = dict(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
@@ -75,19 +77,20 @@ def read_text_part(keys: Keys) -> DecoderConfig:
     """Return the config of the text model inside a model that sees images, too."""
     text = keys.part("text_config", dict(TEXT_CONFIG, tie_word_embeddings=keys.flag("tie_word_embeddings",
                                                                                   default=True)))
-    text.refuse({"model_type": ("gemma3_text",)})
+    text.refuse({"model_type": ("gemma3_text",), BOTH_DIRECTIONS: (False,), "is_causal": (True,)})
     return GEMMA3_TEXT.config(text)
 
 
 GEMMA3_TEXT = GEMMA3.family("gemma3_text", "Gemma3ForCausalLM", {**TENSORS, **NORMS},
-                            without_effect=("_sliding_window_pattern",), refused=(CAUSAL,))
+                            without_effect=("_sliding_window_pattern",), both_directions=BOTH_DIRECTIONS)
 FAMILIES = [
     GEMMA.family("gemma", "GemmaForCausalLM", TENSORS,
                  refused=(CAUSAL, ("hidden_activation", ("gelu_pytorch_tanh",)))),
     GEMMA2.family("gemma2", "Gemma2ForCausalLM", {**TENSORS, **NORMS}, without_effect=("hidden_act",),
                   refused=(CAUSAL,)),
     GEMMA3_TEXT,
-    replace(GEMMA3_TEXT, model_type="gemma3", read=read_text_part, saved_as="gemma3_text",
+    replace(GEMMA3_TEXT, model_type="gemma3", read=read_text_part, saved_as="gemma3_text", both_directions="",
+            refused=(("is_causal", (True,)),),
             prefix="model.language_model.", other_prefixes=("language_model.model.",),
             other_parts=r"(model\.)?(vision_tower|multi_modal_projector)\..*",
             without_effect=("vision_config", "initializer_range", "mm_tokens_per_image", "boi_token_index",
