@@ -53,8 +53,8 @@ class BeginWith:
         self.folder: ModelFolder = open_on_all(group, arguments.model, arguments.strict, arguments.verify_weights)
         named = {name: getattr(arguments, name) for name in DROPOUTS if getattr(arguments, name) is not None}
         self.config: DecoderConfig = replace(self.folder.config, **named)
-        require(self.config.causal, f"attention in both directions in {arguments.model}", "a causal model, whose tokens "
-                "do not see those that they are to predict")
+        require(self.config.causal, f"attention in both directions in {arguments.model}",
+                "a causal model, whose tokens do not see those that they are to predict")
         self.description = description_of(self.folder)
 
     def token_ids(self) -> np.ndarray | None:

@@ -76,8 +76,8 @@ class KeyValues:
     Raises
     ------
     InputError
-        For a batch or capacity that is not positive; for a model that is not causal; for a capacity beyond the positions that a model was trained on
-        whose rotary frequencies depend on the length of the sequence.
+        For a batch or capacity that is not positive; for a model that is not causal; for a capacity beyond the
+        positions that a model was trained on whose rotary frequencies depend on the length of the sequence.
     """
 
     def __init__(self, model: Decoder, batch: int, capacity: int):

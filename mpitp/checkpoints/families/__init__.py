@@ -13,8 +13,8 @@ from .keys import Keys, short
 
 MODULES = {     # model_type: the file of its table
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "ministral": "llama", "qwen2": "llama", "qwen3": "llama",
-    "seed_oss": "llama", "helium": "llama", "gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma",
-    "gemma3": "gemma", "phi": "phi", "phi3": "phi", "glm": "glm", "glm4": "glm", "stablelm": "stablelm",
+    "seed_oss": "llama", "helium": "llama", "gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma3",
+    "gemma3": "gemma3", "phi": "phi", "phi3": "phi3", "glm": "glm", "glm4": "glm", "stablelm": "stablelm",
     "starcoder2": "starcoder2",
     "gpt_neox": "gpt_neox", "gptj": "gptj", "gpt_bigcode": "gpt_bigcode", "opt": "opt", "falcon": "falcon",
     "bloom": "bloom", "arcee": "arcee", "nemotron": "nemotron", "granite": "granite", "cohere": "cohere",
