@@ -51,6 +51,10 @@ done
 case $ranks in *[!0-9]*|0) die "found -n '$ranks', expected a number of ranks from 1 on" ;; esac
 
 given=$ranks
+# A rank cannot see this terminal: MPICH gives it pipes, and Open MPI gives rank 0 a pseudo-terminal even for a file.
+if [ -t 1 ] && [ -t 2 ]; then MPITP_PROGRESS=${MPITP_PROGRESS:-1}; fi
+export MPITP_PROGRESS=${MPITP_PROGRESS:-0}
+[ -n "${MPI4PY_LIBMPI:-}" ] || unset MPI4PY_LIBMPI      # mpi4py looks for a library of no name
 
 # --- the batch system: ranks and launcher of the allocation --------------------------------------------
 slurm_cpus() {  # how many the job has: SLURM_JOB_CPUS_PER_NODE is such as 4(x2),2
@@ -88,12 +92,18 @@ elif [ -n "${SLURM_JOB_ID:-}" ] && command -v srun >/dev/null; then
     case ${SLURM_STEP_ID:-} in ''|*[!0-9]*|429496729?) ;; *) export SLURM_OVERLAP=1 ;; esac
 elif [ -n "${PBS_JOBID:-}" ] && [ -r "${PBS_NODEFILE:-}" ]; then
     site=PBS launcher=$(command -v mpiexec || command -v mpirun || true)
-    ranks=${ranks:-$(grep -c . "$PBS_NODEFILE")}
+    slots=$(grep -c . "$PBS_NODEFILE" || true)
+    ranks=${ranks:-$slots}
+    # Without mpiprocs the file names each chunk once, however many cores it has.
+    [ "${NCPUS:-0}" -le "$slots" ] || slots=$NCPUS
+    require_room "$slots" "qsub -l select=1:ncpus=$ranks:mpiprocs=$ranks"
 elif [ -n "${LSB_JOBID:-}" ]; then
     site=LSF launcher=$(command -v jsrun || command -v mpirun || command -v mpiexec || true)
     hosts=(${LSB_HOSTS:-})
-    ranks=${ranks:-${LSB_DJOB_NUMPROC:-${#hosts[@]}}}
+    slots=${LSB_DJOB_NUMPROC:-${#hosts[@]}}
+    ranks=${ranks:-$slots}
     [ "$ranks" -gt 0 ] || ranks=1
+    require_room "$slots" "bsub -n $ranks"
 elif [ -n "${NSLOTS:-}" ] && [ -r "${PE_HOSTFILE:-}" ]; then
     site="Grid Engine" launcher=$(command -v mpirun || command -v mpiexec || true)
     ranks=${ranks:-$NSLOTS}
@@ -289,6 +299,19 @@ open_mpi_environment() {    # what Open MPI needs as root, on one node, and to l
     fi
 }
 
+other_hosts() {     # Open MPI's mpirun gives the ranks of other hosts no variables but its own (measured)
+    [ -n "$site" ] || has_settings '[a-z_]*hostfile' || return 0
+    # Where a link is cut, its keepalive would end the job with status 0 before mpitp says who is missing (measured).
+    export PRTE_MCA_oob_tcp_keepalive_time=${PRTE_MCA_oob_tcp_keepalive_time:-7200}
+    export OMPI_MCA_oob_tcp_keepalive_time=${OMPI_MCA_oob_tcp_keepalive_time:-7200}
+    local name
+    for name in $(compgen -e); do
+        case $name in
+            MPITP_*|MPI4PY_*|PYTHON*|OMP_*|OPENBLAS_*|MKL_*|BLIS_*|CUPY_*|NCCL_*) flags+=(-x "$name") ;;
+        esac
+    done
+}
+
 add_mpich() {
     [ ! -x "$venv/bin/mpirun" ] || return 0
     [ -z "${MPITP_VENV:-}" ] || die "found no mpirun that mpi4py in $venv belongs to, expected one on PATH or in it"
@@ -351,6 +374,7 @@ choose_mpi() {
         PBSopenmpi*) flags=(-machinefile "$PBS_NODEFILE") ;;
         "Grid Engineopenmpi"*) grid_engine_hosts ;;
     esac
+    case $is in openmpi*) other_hosts ;; esac
 }
 
 no_world() {    # nothing works inside a job: what was tried, and the ways out
@@ -409,9 +433,6 @@ if [ "${1:-}" = test ]; then
     done
     exit
 fi
-# A rank cannot see this terminal: MPICH gives it pipes, and Open MPI gives rank 0 a pseudo-terminal even for a file.
-if [ -t 1 ] && [ -t 2 ]; then MPITP_PROGRESS=${MPITP_PROGRESS:-1}; fi
-export MPITP_PROGRESS=${MPITP_PROGRESS:-0}
 case ${1:-} in
     *.py) set -- -m mpi4py "$@" ;;              # as a program of one's own: an exception ends all ranks
     *) set -- -m mpitp "$@" ;;

@@ -85,7 +85,32 @@ def decode() -> str:
     return table(["", "mpitp, ms (of each start)", "transformers, ms", "transformers over mpitp"], rows) + \
         f"\n\nA token comes at {found['decode_rate_over_bare']:.0%} of the rate at which the same process runs the " \
         f"bare matrix-vector products of all weights; {found['communication_share']:.1%} of its time is " \
-        f"communication. {found['starts']} starts of each program; {where(found)}"
+        f"communication. {of_prefill(found)}{found['starts']} starts of each program; {where(found)}" + \
+        kept_weights(found)
+
+
+def of_prefill(found: dict) -> str:
+    """Return the sentence on the prompt and its bare products; empty where those were not timed."""
+    return f"The prompt takes {found['prefill_over_bare']:.2f} times its bare products. " \
+        if "prefill_over_bare" in found else ""
+
+
+def kept_weights(found: dict) -> str:
+    """Return the table of weights that stay in bfloat16, in the rounds of the same processes; empty where none ran."""
+    if len(found.get("kinds", {})) < 2:
+        return ""
+    names = {"float32": "float32", "bfloat16": "bfloat16, x as it is", "bfloat16 rounded": "bfloat16, x rounded"}
+    rows = []
+    for kind, row in found["kinds"].items():
+        times = [milliseconds(found["rows"][f"mpitp {part}{'' if kind == 'float32' else ' ' + kind}"]["median_seconds"])
+                 for part in ("decode", "prefill")]
+        rows.append([names[kind], times[0], f"{row['float32_over_this_decode']:.2f}", times[1],
+                     f"{row['weight_bytes_over_float32']:.2f}", f"{row['loss_relative_difference']:.0e}",
+                     f"{row['equal_tokens']} of {row['text_tokens']}"])
+    return "\n\n" + table(["weights", "a token, ms", "float32 over this", "128 tokens, ms", "memory of weights",
+                           "difference of the loss", "equal tokens"], rows) + \
+        f"\n\nIn the rounds of the same processes; {found['numkong']}. The loss is that of " \
+        f"{found['kinds']['float32']['loss_tokens']} tokens; the memory is a rank's."
 
 
 def gpu() -> str:
@@ -116,6 +141,17 @@ def versions() -> str:
     now, before = found["now"], found["before"]
     return table(["", f"{now}, ms", f"{before}, ms", f"{now} over {before}"], rows) + \
         f"\n\n{found['ranks']} ranks, {found['dtype']}, medians of {found['pairs']} pairs; {where(found)}"
+
+
+def runs() -> str:
+    """Return the table of all runs of version 0.1.0, ratio by ratio."""
+    rows = []
+    for row in result("runs-0.1.0")["rows"]:
+        products = ", ".join(map(str, row.get("products_ms", [])))
+        beside = f" (its bare products took {products} ms)" if products else ""
+        form = "{:.0%}" if row.get("unit") == "share" else "{:.2f}"
+        rows.append([row["what"] + beside, ", ".join(map(form.format, row["runs"]))])
+    return table(["", "runs"], rows, left=2)
 
 
 def small(number: float) -> str:
@@ -155,13 +191,13 @@ def ratios() -> str:
 
 STUBS = (       # launchers that nobody had at hand, as the tests write them; tests/test_run_sh.py
     ("PBS", "its node file, the site's mpiexec"), ("LSF", "its slots, jsrun or mpirun"),
-    ("Grid Engine", "its slots and its host file"), ("Flux and others", "MPITP_LAUNCHER, word by word"))
+    ("Flux and others", "MPITP_LAUNCHER, word by word"))
 
 
 def clusters() -> str:
     """Return the table of launchers, MPIs and what ran: of .ci/cluster, and the stubs of the tests."""
     found = result("cluster")
-    names = {"Slurm": f"Slurm {found['slurm']}"}
+    names = {"Slurm": f"Slurm {found['slurm']}", "Grid Engine": f"Grid Engine {found.get('grid_engine', '')}"}
     rows: dict[tuple[str, str], list[str]] = {}
     for ran in found["ran"]:
         if ran["ok"]:
@@ -172,11 +208,27 @@ def clusters() -> str:
     return table(["launcher", "MPI", "what ran", ""], lines, left=4)
 
 
+def two_hosts() -> str:
+    """Return the table of faults of one of two hosts, as .ci/cluster tried them."""
+    found = result("cluster")
+    lines = []
+    for one in found.get("faults", []):
+        line = re.sub(r"\b\d\d:\d\d:\d\d\b", "12:00:00", one["line"].removeprefix("mpitp: ").replace("|", "/"))
+        line = re.sub(r"PID \d+", "PID N", line)
+        line = line if len(line) <= 200 else f"{line[:90]} ... {line[-105:]}"
+        lines.append([one["fault"], one["command"], f"{one['rank']} on h{one['rank'] + 1}", one["mpi"],
+                      f"{one['seconds']:.1f} of {one['limit']}", "; ".join([*one["problems"], line])])
+    good = sum(not one["problems"] for one in found.get("faults", []))
+    return f"{len(lines)} rows, of which {good} end as they must.\n\n" + \
+        table(["fault", "in", "rank", "MPI", "seconds", "what is said"], lines, left=6)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ffn": lambda: interleaved("ffn-h2048-n2"), "block-512": lambda: interleaved("block-h512-n2"),
     "block-1024": lambda: interleaved("block-h1024-n2"), "train": lambda: interleaved("train-h256-n2"),
-    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions,
-    "walk": walk.table, "families": families_table.table, "clusters": clusters}
+    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions, "runs": runs,
+    "walk": walk.table, "families": families_table.table, "clusters": clusters,
+    "two-hosts": two_hosts}
 
 
 def wrapped(text: str) -> str:

@@ -8,6 +8,6 @@
 # site's modules, then ./run.sh --prepare once, since compute nodes often have no network.
 set -euo pipefail
 # module load ...            the MPI that the site wants you to use
-./run.sh verify --hidden-size 4096
+./run.sh verify --hidden-size 1024 "$@"
 # The same without run.sh, in an environment of your own:
-# mpirun -n "$NSLOTS" python -m mpitp verify --hidden-size 4096
+# mpirun -n "$NSLOTS" python -m mpitp verify --hidden-size 1024

@@ -9,6 +9,6 @@
 set -euo pipefail
 cd "$LS_SUBCWD"
 # module load ...            the MPI that the site wants you to use
-./run.sh verify --hidden-size 4096
+./run.sh verify --hidden-size 1024 "$@"
 # The same without run.sh, in an environment of your own:
-# mpirun -n 4 python -m mpitp verify --hidden-size 4096
+# mpirun -n 4 python -m mpitp verify --hidden-size 1024

@@ -7,6 +7,6 @@
 set -euo pipefail
 cd "$PBS_O_WORKDIR"
 # module load ...            the MPI that the site wants you to use
-./run.sh verify --hidden-size 4096
+./run.sh verify --hidden-size 1024 "$@"
 # The same without run.sh, in an environment of your own:
-# mpiexec -n 4 python -m mpitp verify --hidden-size 4096
+# mpiexec -n 4 python -m mpitp verify --hidden-size 1024

@@ -10,6 +10,6 @@
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 # module load ...            the MPI that the site wants you to use
-./run.sh verify --hidden-size 4096
+./run.sh verify --hidden-size 1024 "$@"
 # The same without run.sh, in an environment of your own:
-# srun --mpi=pmix --cpus-per-task="$SLURM_CPUS_PER_TASK" python -m mpitp verify --hidden-size 4096
+# srun --mpi=pmix --cpus-per-task="$SLURM_CPUS_PER_TASK" python -m mpitp verify --hidden-size 1024

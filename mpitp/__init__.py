@@ -9,7 +9,9 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "TensorParallelGroup": "comm.group",
+    "Grid": "grid",
     "Partition": "sharding.partition",
+    "Rows": "comm.rows",
     "Place": "sharding.parameters",
     "ParameterSpec": "sharding.parameters",
     "InputError": "errors",
@@ -36,8 +38,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 def __getattr__(name: str) -> object:
-    # Late, because `python -m mpitp` must set the number of BLAS threads before NumPy is imported. Type checkers read
-    # __init__.pyi instead: with this function they would take any misspelt name for good.
+    # Late: `python -m mpitp` sets the number of BLAS threads before NumPy is imported. Type checkers read __init__.pyi.
     if name not in _HOMES:
         raise AttributeError(f"module 'mpitp' has no attribute {name!r}")
     from importlib import import_module

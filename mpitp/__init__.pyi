@@ -2,9 +2,11 @@
 from .checkpoints.loading import load_model as load_model
 from .checkpoints.saving import save_model as save_model
 from .comm.group import TensorParallelGroup as TensorParallelGroup
+from .comm.rows import Rows as Rows
 from .attention_config import AttentionConfig as AttentionConfig, Rotary as Rotary
 from .config import DecoderConfig as DecoderConfig
 from .errors import InputError as InputError
+from .grid import Grid as Grid
 from .inference.generation import generate as generate
 from .inference.graph import Captured as Captured
 from .layers.attention import ParallelAttention as ParallelAttention

@@ -4,16 +4,20 @@ Rank 0 reports, unless another rank fails: a failure on any rank prints its trac
 the other ranks may be waiting for the failed one in a collective.
 
 A session of several ranks runs the tests that need them: those that take the fixture `group` or `world`, or name
-TensorParallelGroup or COMM_WORLD, themselves or in a fixture. All others run in the session of one rank. With
-MPITP_SECOND_MPI=1, for an MPI after the first one, that session leaves out what would be the same: tests without
-ranks, and jobs that run commands.
+TensorParallelGroup, Grid or COMM_WORLD, themselves or in a fixture. All others run in the session of one rank. With
+MPITP_SECOND_MPI=1, for an MPI after the first one, sessions leave out what would be the same: tests without ranks, jobs
+that run commands, and on other than three ranks what layers make of collectives.
+
+A test that is not over after LONGEST seconds ends the job by its name.
 """
 import atexit
+import faulthandler
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 
 # One BLAS thread a rank, before NumPy is imported: the ranks of a test share the machine's cores.
@@ -82,10 +86,13 @@ def pytest_internalerror(excrepr):
         end_job(str(excrepr))
 
 
-# Modules whose jobs run commands and programs, by any launcher.
-ANY_LAUNCHER = {"test_bench", "test_command_line", "test_feed_forward_families", "test_generate_command",
-                "test_inspect", "test_memory", "test_packaging", "test_public_api", "test_reading", "test_score",
-                "test_verify_all"}
+# What another MPI can change, beside the sums of all tests on three ranks: the collectives themselves, and how jobs
+# start, are told to stop, and end.
+EACH_MPI = {f"test_{name}" for name in (
+    "agreement", "by_hand", "device", "doctor", "group", "guard", "launch", "ledger", "own_layer", "peer", "products",
+    "rank_faults", "reproducible", "run_sh", "same_bits", "suite", "train_stops", "transports", "tree")}
+EACH_MPI_TOO = {"test_killed_at_any_moment", "test_usr1_makes_a_checkpoint", "test_the_same_bits"}
+LONGEST = 600           # seconds; measured: the slowest test takes 60 on a quiet machine of two cores
 
 
 def names(code):
@@ -101,15 +108,18 @@ def needs_ranks(item):
     inner = getattr(item.function, "hypothesis", None)
     functions = [inner.inner_test if inner else item.function]
     functions += [definition.func for made in item._fixtureinfo.name2fixturedefs.values() for definition in made]
-    return any({"TensorParallelGroup", "COMM_WORLD"} & names(function.__code__) for function in functions)
+    return any({"TensorParallelGroup", "Grid", "COMM_WORLD"} & names(function.__code__) for function in functions)
 
 
 def left_out(item, config):
     """Whether this session is not the one for the test, see above."""
     if config.option.device != "cpu":           # there, those that take a group
         return "group" not in item.fixturenames or item.get_closest_marker("host")
+    again = SECOND_MPI and item.module.__name__ not in EACH_MPI and item.originalname not in EACH_MPI_TOO
     if "launcher" in item.keywords:
-        return WORLD.size > 1 or SECOND_MPI and item.module.__name__ in ANY_LAUNCHER
+        return WORLD.size > 1 or again
+    if again and WORLD.size != 3:
+        return True
     return (WORLD.size > 1 or SECOND_MPI) and not needs_ranks(item)
 
 
@@ -127,6 +137,25 @@ def pytest_pyfunc_call(pyfuncitem):
     error = outcome.excinfo and outcome.excinfo[1]
     if pyfuncitem.config.option.device != "cpu" and isinstance(error, InputError) and "on a GPU" in str(error):
         outcome.force_exception(pytest.skip.Exception(str(error)))
+
+
+def end_hanging(item):
+    """End the job by the name of the test that runs; in a thread, while pytest captures what is written."""
+    capture = item.config.pluginmanager.getplugin("capturemanager")
+    if capture:
+        capture.suspend_global_capture(in_=True)
+    faulthandler.dump_traceback(sys.__stderr__)
+    end_job(f"{item.nodeid}\nfound it running after {LONGEST} seconds")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """A test that hangs is named: the limit of a whole session would not say which one it was."""
+    limit = threading.Timer(LONGEST, end_hanging, [item])
+    limit.daemon = True
+    limit.start()
+    yield
+    limit.cancel()
 
 
 def pytest_runtest_setup(item):

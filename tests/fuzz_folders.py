@@ -89,8 +89,8 @@ def files_of(folder, ending=""):
 
 
 def change_json(path, change):
-    if not path.is_file():
-        return                                  # a pipe by now
+    if not path.is_file() or path.stat().st_size >= MOST:
+        return                                  # a pipe by now, or 64 GiB of nothing
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))

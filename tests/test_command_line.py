@@ -20,8 +20,8 @@ EXAMPLES = [(name, line) for name, command in COMMANDS.items() for line, _ in co
 
 
 def help_of(*words, columns=300):
-    done = subprocess.run([sys.executable, "-m", "mpitp", *words, "--help"], text=True, capture_output=True, timeout=60,
-                          env=job_environment(COLUMNS=str(columns)))
+    done = subprocess.run([sys.executable, "-m", "mpitp", *words, "--help"], text=True, capture_output=True,
+                          timeout=300, env=job_environment(COLUMNS=str(columns)))
     assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout
 
@@ -72,6 +72,8 @@ def add_tokenizer(folder):
 @pytest.mark.parametrize("name, line", EXAMPLES, ids=[line.split("mpitp ")[1] for _, line in EXAMPLES])
 def test_examples_run_and_their_tables_fit(folder, tmp_path, name, line, ranks):
     """Each example on 1 and on 2 ranks; files that it writes go to a folder of its own."""
+    if name == "scale" and ranks > 1:
+        pytest.skip("it starts the ranks itself")
     if "--prompt" in line or "--text" in line:
         add_tokenizer(folder / "my-model")
     words = shlex.split(line)
@@ -79,7 +81,7 @@ def test_examples_run_and_their_tables_fit(folder, tmp_path, name, line, ranks):
     assert words[:3] == ["-m", "mpitp", name]
     for given in ("my-model", "my-dump", "my-run", "book.txt", "ids.txt"):
         (tmp_path / given).symlink_to(folder / given)
-    done = job(ranks, *words, cwd=tmp_path, timeout=120)
+    done = job(ranks, *words, cwd=tmp_path, timeout=300)
     assert done.returncode == 0 or name == "doctor", done.stdout + done.stderr
     table = done.stdout.split("\n\n", 1)[1] if name == "generate" else done.stdout     # without the text itself
     assert len(widest(table)) <= WIDTH, widest(table)
@@ -118,7 +120,7 @@ def in_a_terminal(*arguments, stdout=True, stderr=True, command=(sys.executable,
     except OSError:                         # Linux: all who could write are gone
         pass
     os.close(ours)
-    pipes = [stream for stream in process.communicate(timeout=60) if stream]
+    pipes = [stream for stream in process.communicate(timeout=300) if stream]
     assert process.returncode == 0, shown
     return shown.decode(), "".join(pipes)
 

@@ -198,3 +198,13 @@ def test_another_prefix_is_named(tmp_path):
     with pytest.raises(InputError, match="found 'language_model.model.embed_tokens.weight', expected "
                                          "'model.embed_tokens.weight' or 'embed_tokens.weight'"):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("scalar", [0, -1, 0.0, float("inf"), "256"])
+def test_a_query_pre_attn_scalar_of_0(case, scalar, tmp_path):
+    """Its inverse square root is the factor of the scores."""
+    golden = tiny.load(case)
+    tiny.write(tmp_path, golden, config={**golden["config"], "query_pre_attn_scalar": scalar})
+    with pytest.raises(InputError, match="found query_pre_attn_scalar = "):
+        open_folder(tmp_path)

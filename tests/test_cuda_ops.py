@@ -257,6 +257,17 @@ def test_norm(dtype, kind, shape, zero_centered, biased):
             case.check(found, expected, max(shape), what)
 
 
+@pytest.mark.parametrize("kind", norm.KINDS)
+@pytest.mark.parametrize("K", [4, 5000])
+def test_a_norm_that_overflows_is_not_a_number(kind, K):
+    """0 would go unseen for ever; to ask for it at each norm would be a wait."""
+    case = Case("float32")
+    x = np.ones((3, K), "f")
+    x[1, :2] = 1e30, -1e30
+    y, _ = norm.norm_forward(case.xp.asarray(x), case.xp.ones(K, "f"), None, kind, 1e-5)
+    assert np.isnan(y.get()[1]).all() and np.isfinite(y.get()[::2]).all()
+
+
 @dtypes
 @pytest.mark.parametrize("N, V", [(1, 1), (5, 13), (4, 5000), (3, 0)])
 @pytest.mark.parametrize("smooth", [False, True])

@@ -1,5 +1,6 @@
 """The pages of docs/: what they print, their tables, their links, and the site that is built of them."""
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 import mpitp.oracle
 import pages
+from mpitp.commands.verify_all import ratio_text
 from spmd import ROOT, job, job_environment
 
 DOCS = ROOT / "docs"
@@ -15,8 +17,8 @@ PAGES = sorted(DOCS.glob("*.md"))
 SITE = ("sphinx", "furo", "myst_parser", "numpydoc")                # docs/requirements.txt
 
 
-def load_figures():
-    found = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+def load_page_script(name):
+    found = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
@@ -61,12 +63,33 @@ def test_a_page_that_is_wrong_is_found(text, tmp_path):
 
 
 def test_tables_are_those_of_the_result_files(tmp_path):
-    figures = load_figures()
+    figures = load_page_script("figures")
     for page in figures.PAGES:
         assert figures.filled(page.read_text()) == page.read_text(), f"{page.name}: python docs/figures.py"
     names = [name for page in figures.PAGES for _, name, _ in figures.MARKED.findall(page.read_text())]
     assert sorted(names) == sorted(figures.TABLES)                  # each once, and none without its end
     assert sum(page.read_text().count("<!-- figures:") for page in figures.PAGES) == len(names)
+
+
+def test_recorded_lines_are_those_of_their_runs():
+    """Outputs that no test repeats, and times: another figure in a page than in benchmarks/results is found."""
+    recorded = load_page_script("recorded")
+    assert recorded.of_pages() == json.loads(recorded.FILE.read_text()), "python docs/recorded.py"
+    readme = (ROOT / "README.md").read_text()
+    assert re.search(r"\d+% of it in communication", readme)
+    assert recorded.recorded(re.sub(r"\d+% of it", "61% of it", readme)) != recorded.recorded(readme)
+
+
+def test_the_layers_that_verify_shows_are_those_of_the_accuracy_table():
+    """Two runs of the same numbers: what does not depend on the number of ranks is equal, and so is what is of 3."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text())["rows"]
+    text = (DOCS / "accuracy.md").read_text()
+    shown = {line.strip().split("  ")[0]: line.split()[-7:-2] for line in text.splitlines() if line.endswith("  ok")}
+    assert shown.keys() == rows.keys() and len(rows) == 20
+    for title, (_, error, dense, of_norm, of_norm_dense) in shown.items():
+        row = rows[title]
+        assert of_norm == f"{row['of_norm']['3']:.2f}" and of_norm_dense == f"{row['of_norm_dense']:.2f}", title
+        assert dense == ratio_text(row["error_dense"]) and float(error) <= 1.05 * row["error"], title
 
 
 def steps_of_the_walk():
@@ -99,7 +122,7 @@ def test_verify_takes_the_walk():
 
 
 def test_a_table_that_was_changed_by_hand_is_found():
-    figures = load_figures()
+    figures = load_page_script("figures")
     text = (DOCS / "performance.md").read_text()
     assert "| 1.03 | 2.17 |" in text or figures.filled(text) == text
     wrong = re.sub(r"(\| \*\*mpitp\*\* \| )(\d)", r"\g<1>9\2", text, count=1)
@@ -133,6 +156,6 @@ def test_no_page_is_lost():
 def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", tmp_path],
                           cwd=ROOT, env=job_environment(), capture_output=True, text=True,
-                          timeout=200)
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tutorial.html").exists() and (tmp_path / "generated" / "mpitp.ParallelMLP.html").exists()

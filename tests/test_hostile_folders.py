@@ -5,7 +5,6 @@ import random
 import time
 import tracemalloc
 
-import numpy as np
 import pytest
 
 import fuzz_folders
@@ -17,7 +16,6 @@ from mpitp.checkpoints import room
 from mpitp.checkpoints.json_files import read_json
 from mpitp.checkpoints.model_folder import CheckpointWarning, open_folder
 from mpitp.errors import printable
-from mpitp.layers.norm import NormOverflow
 from mpitp.training.log import append_log, read_log
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -187,10 +185,10 @@ def test_a_log_without_end(tmp_path):
 
 @alone
 def test_a_tokenizer_that_does_not_work():
-    from mpitp.commands.text import encode
+    from mpitp.commands.tokenizing import encode
 
     class Panics:
-        def encode(self, text):
+        def encode(self, text, add_special_tokens):
             raise type("PanicException", (BaseException,), {})("index out of bounds\nmore")
     with pytest.raises(InputError, match="^tokenizer.json: found index out of bounds in a text, expected"):
         encode(Panics(), "x")
@@ -200,18 +198,6 @@ def test_a_tokenizer_that_does_not_work():
 def test_a_byte_order_mark_is_no_part(tmp_path):
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": [1]}')
     assert read_json(str(tmp_path / "a.json")) == {"a": [1]}
-
-
-@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_norm_that_overflows_says_so(group, kind, rows):
-    layer = mpitp.Norm(group, 4, kind, name="n")
-    x = np.ones((rows, 4), "f")
-    x[-1] = [1e30, -1e30, 1, 2]
-    said = f"n: found a mean square beyond float32 in 1 of {rows}"
-    with np.errstate(all="ignore"), pytest.raises(NormOverflow, match=said):
-        layer.forward(x)
-    layer.forward(np.full((rows, 4), 1e18, "f"))
 
 
 # --- the fuzzer --------------------------------------------------------------------------------------------------

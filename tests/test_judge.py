@@ -319,7 +319,7 @@ def test_the_command(tmp_path):
               "from mpitp.__main__ import main; sys.exit(main())"
     for name, status, start in (("right", 0, "RIGHT: "), ("wrong", 1, "WRONG: "), ("missing", 2, "")):
         done = subprocess.run([sys.executable, "-c", program, "judge", name, "--json", f"{name}.json"], cwd=tmp_path,
-                              capture_output=True, text=True, timeout=60, env=job_environment(PYTHONPATH=str(ROOT)))
+                              capture_output=True, text=True, timeout=300, env=job_environment(PYTHONPATH=str(ROOT)))
         assert done.returncode == status and done.stdout.startswith(start), done.stdout + done.stderr
         assert all(len(line) <= WIDTH for line in done.stdout.splitlines())
         if status < 2:
@@ -335,7 +335,7 @@ def test_the_command(tmp_path):
 def test_a_torch_module_recorded_by_hooks(tmp_path, options, status):
     pytest.importorskip("torch")
     done = subprocess.run([sys.executable, ROOT / "examples" / "judge_torch.py", "--out", tmp_path / "dump", *options],
-                          capture_output=True, text=True, timeout=120, env=job_environment(PYTHONPATH=str(ROOT)))
+                          capture_output=True, text=True, timeout=300, env=job_environment(PYTHONPATH=str(ROOT)))
     assert done.returncode == status, done.stdout + done.stderr
     assert status == 0 or "f's backward is missing" in done.stdout
 
@@ -344,5 +344,5 @@ def test_a_torch_module_recorded_by_hooks(tmp_path, options, status):
 def test_the_example_of_a_test(tmp_path):
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null",
                            ROOT / "examples" / "test_my_layer.py"], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=60, env=job_environment(PYTHONPATH=str(ROOT)))
+                          timeout=300, env=job_environment(PYTHONPATH=str(ROOT)))
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr

@@ -83,7 +83,13 @@ def test_backward(mlp):
             mlp.backward(x, saved, out={**gradients, "down.weight": wrong})
     with pytest.raises(InputError, match="out: found list, expected a dict"):
         mlp.backward(x, saved, out=list(gradients.values()))
+    weights = {name: w.tobytes() for name, w in mlp.weights.items()}
+    for wrong in (mlp.weights["down.weight"], mlp.weights["down.weight"][...]):         # another view of it, too
+        if wrong.size:
+            with pytest.raises(InputError, match=r"out\['down.weight'\]: found .*, aligned and writable, beside"):
+                mlp.backward(x, saved, out={**gradients, "down.weight": wrong})
     assert before == {name: g.tobytes() for name, g in gradients.items()}
+    assert weights == {name: w.tobytes() for name, w in mlp.weights.items()}
     for layer in (mpitp.ColumnParallelLinear(mlp.group, 6, 6, gather_output=True),
                   mpitp.RowParallelLinear(mlp.group, 6, 6, input_is_parallel=False)):
         _, saved = layer.forward(x)
@@ -108,6 +114,17 @@ def test_load_dense_changes_nothing_when_it_refuses(mlp):
         with pytest.raises(InputError, match=said):
             mlp.load_dense(weights)
         assert all(np.array_equal(before[name], mlp.weights[name]) for name in before)
+
+
+def test_another_array_in_the_place_of_a_weight(mlp):
+    """The layer would go on with the first one."""
+    other = {"up.bias": mlp.weights["up.bias"] + 1}
+    for replace in (lambda w: w.update(other), lambda w: w.__setitem__("up.bias", other["up.bias"]),
+                    lambda w: w.__ior__(other)):
+        with pytest.raises(InputError, match=r"found another array for weights\['up.bias'\]"):
+            replace(mlp.weights)
+    mlp.weights |= mlp.weights                      # the same arrays
+    assert type(mlp.weights).__name__ == "Weights"
 
 
 def test_a_name_used_twice():

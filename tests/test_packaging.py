@@ -50,7 +50,7 @@ def run(*command, cwd):
     if libraries:                                               # mpi4py would look for it in the new environment
         environment.setdefault("MPI4PY_LIBMPI", str(libraries[0]))
     done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, text=True, capture_output=True,
-                          timeout=120)
+                          timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -110,7 +110,7 @@ def test_the_tests_of_the_sdist_are_complete(unpacked):
     """They import their helpers and find their data."""
     environment = {**job_environment(), "PYTHONPATH": str(unpacked)}
     done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-qq", "tests"], cwd=unpacked, text=True,
-                          capture_output=True, env=environment, timeout=120)
+                          capture_output=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     files = {line.split("::")[0].split(":")[0] for line in done.stdout.splitlines() if line.startswith("tests/")}
     assert files == {name for name in tracked() if name.startswith("tests/test_")}

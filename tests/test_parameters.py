@@ -10,6 +10,7 @@ import mpitp
 from mpitp import InputError, ParameterSpec
 from mpitp.sharding.parameters import by_name, check_dense, initialise
 from mpitp.sharding.parameters import Place
+from decoder_cases import config
 from spmd import same_bytes
 
 SETTINGS = settings(derandomize=True, deadline=None, database=None, max_examples=60)
@@ -57,6 +58,15 @@ def test_initial_spread():
     big = initialise(ParameterSpec("w", (200, 300), 0, init_std=0.25), 0, "float32", Place(0, 1, 1))
     assert abs(big.std() - 0.25) < 0.005 and abs(big.mean()) < 0.005
     assert not initialise(ParameterSpec("b", (9,), 0), 0, "float32", Place(1, 2, 2)).any()
+
+
+def test_no_seed_is_zeros(group):
+    """Of every parameter but the scales of norms, which are 1: `seed=None`, for weights that will be loaded."""
+    for kind, *sizes in ((mpitp.Decoder, config("gpt2")), (mpitp.ParallelMLP, 6, 21),
+                         (mpitp.ColumnParallelLinear, 6, 5), (mpitp.VocabParallelEmbedding, 7, 6)):
+        layer = kind(group, *sizes, seed=None)
+        for name, w in layer.weights.items():
+            assert (w == ("norm.weight" in name)).all(), name
 
 
 def test_names_are_unique():

@@ -265,7 +265,7 @@ def fuse(how, config, qkv):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(derandomize=True, deadline=None, database=None, max_examples=40 if MPI.COMM_WORLD.size == 1 else 20,
+@settings(derandomize=True, deadline=None, database=None, max_examples=30 if MPI.COMM_WORLD.size == 1 else 12,
           suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_logits_equal_those_of_the_dense_decoder(group, family, data, tmp_path):

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from mpitp import InputError
 from mpitp.attention_config import Rotary
 from mpitp.ops.rotary import frequencies, rotary_backward, rotary_forward, rotary_tables
 from spmd import draw, same_bytes
@@ -38,6 +39,13 @@ def test_known_frequencies(rotary, dim, factor, known):
     cos, sin = rotary_tables(rotary, dim, range(3), "float64")
     assert np.allclose(cos[2], np.cos(2 * found) * factor) and np.allclose(sin[2], np.sin(2 * found) * factor)
     assert found.dtype == cos.dtype == np.float64
+
+
+def test_a_base_of_1_with_yarn_is_refused():
+    """The ramp is over powers of the base; without a ramp, a base of 1 is a choice, if a strange one."""
+    with pytest.raises(InputError, match="found rotary base = 1, expected another one for yarn"):
+        Rotary(base=1.0, scaling="yarn", factor=4.0, original_max_positions=2048)
+    assert frequencies(Rotary(base=1.0), 8)[0].tolist() == [1.0] * 4
 
 
 def test_frequencies_without_scaling():

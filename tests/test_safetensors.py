@@ -237,3 +237,16 @@ def test_a_file_that_is_replaced_meanwhile(tmp_path):
     os.rename(tmp_path / "s1.safetensors", tmp_path / "s0.safetensors")
     with pytest.raises(InputError, match="s0.safetensors: found another file than the one that was checked"):
         checkpoint["t0"][:]
+
+
+def test_an_error_of_the_disk_while_slices_are_read(tmp_path, monkeypatch):
+    """It is one line; the array that was to be filled must not be computed with."""
+    sharded(tmp_path, 1)
+    checkpoint = Checkpoint(tmp_path)
+
+    def broken(descriptor, buffers, offset):
+        raise OSError(5, os.strerror(5))
+    monkeypatch.setattr(os, "preadv", broken)
+    for read in (lambda: checkpoint["t0"][:], lambda: checkpoint["t0"].read(slice(1, 3), np.empty(2, "f8"))):
+        with pytest.raises(InputError, match="s0.safetensors: found Input/output error, expected to read it"):
+            read()

@@ -150,7 +150,7 @@ def test_folders_without_checksums_resume(group, run, capfd):
     """As 0.1.0 and 0.2.0 wrote them, and before settings had all of today's keys."""
     def older(path):
         state = json.loads(path.read_text())
-        del state["digest"], state["checksums"], state["settings"]["lr_decay_iters"]
+        del state["digest"], state["checksums"], state["settings"]["lr_decay_iters"], state["settings"]["z_loss"]
         del state["config"]["zero_centered_gamma"]
         path.write_text(json.dumps({**state, "schema": "mpitp.checkpoint/1"}))
     on_one(group, older, run / "out" / "step-00000004" / "state.json")
@@ -165,6 +165,31 @@ def test_folders_without_checksums_resume(group, run, capfd):
     whole.run()
     for name, w in made.model.weights.items():
         assert np.array_equal(w, whole.model.weights[name]), name
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda w: w[:-1], r"layers.0.mlp.up.weight \('F32', \((\d+), (\d+)\)\), expected \('F32', "),
+    (lambda w: w.T.copy(), "layers.0.mlp.up.weight "), (lambda w: w.astype("f8"), r"layers.0.mlp.up.weight \('F64', "),
+    (lambda w: w.astype("f2"), r"layers.0.mlp.up.weight \('F16', "), (lambda w: w[None], "layers.0.mlp.up.weight ")])
+def test_tensors_of_another_shape_or_dtype(group, run, change, said):
+    """Also in a folder without checksums, which would find them later."""
+    def without_checksums(path):
+        state = json.loads(path.read_text())
+        del state["digest"], state["checksums"]
+        path.write_text(json.dumps({**state, "schema": "mpitp.checkpoint/1"}))
+
+    def rewrite(path):
+        from safetensors.numpy import load_file, save_file
+        tensors = load_file(path)
+        tensors["layers.0.mlp.up.weight"] = change(tensors["layers.0.mlp.up.weight"])
+        save_file(tensors, path)
+    folder = run / "out" / "step-00000004"
+    on_one(group, without_checksums, folder / "state.json")
+    on_one(group, rewrite, folder / "model.safetensors")
+    made = trainer(group, run)
+    with pytest.raises(InputError, match=f"found model.safetensors: {said}"):
+        resume_from(made, 4)
+    assert made.step == 0
 
 
 def test_a_longer_run(group, run):
@@ -197,6 +222,15 @@ def test_auto(group, run):
     first = trainer(group, run)
     assert resume(first, auto=True) and first.step == 0
     assert (run / "out" / "log.jsonl").read_text() == ""    # those steps are taken again
+
+
+def test_spikes_of_a_log_whose_lines_are_not_whole():
+    """Figures of a killed run may be missing: such a line counts for none of them."""
+    spikes = Spikes(3.0)
+    spikes.replay([{"loss": 2.0, "gradient_norm": 1.0}, {"loss": 5.0}, {"gradient_norm": 1},
+                   {"loss": 3.0, "gradient_norm": 4.0}])
+    assert {name: list(recent) for name, recent in spikes.recent.items()} == {"loss": [2.0, 3.0],
+                                                                              "gradient_norm": [1.0, 4.0]}
 
 
 def test_spikes_stop_before_a_save(group, run):

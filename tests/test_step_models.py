@@ -17,7 +17,7 @@ import make_tiny_checkpoints as tiny
 import mpitp
 from mpitp import InputError
 from mpitp.checkpoints import steps
-from mpitp.checkpoints.byte_vocabulary import ByteTokenizer, documents
+from mpitp.checkpoints.byte_vocabulary import documents
 from mpitp.checkpoints.families import family_named
 from mpitp.checkpoints.loading import feed_forward
 from mpitp.checkpoints.model_folder import open_folder
@@ -25,6 +25,8 @@ from mpitp.checkpoints.saving import companions_of, write_model
 from mpitp.checkpoints.step_models import byte_vocabulary, open_checkpoint
 from mpitp.checkpoints.steps import DamagedStep, sealed
 from mpitp.commands import Parser, export, inspect, run_command, text
+from mpitp.commands.byte_tokenizer import ByteTokenizer
+from mpitp.commands.tokenizer import tokenizer_of
 from groups import group_fixture
 from spmd import everywhere, job
 
@@ -228,11 +230,11 @@ def test_inspect_and_a_block(alone):
 def test_bytes_and_text():
     tokenizer = ByteTokenizer(256)
     for sample in ("once\nupon\t", "naïve 日本 \U0001F600", ""):
-        assert tokenizer.encode(sample).ids == list(sample.encode())
-        assert tokenizer.decode(tokenizer.encode(sample).ids) == sample
+        assert tokenizer.encode(sample)[0].tolist() == list(sample.encode())
+        assert tokenizer.decode(tokenizer.encode(sample)[0].tolist()) == sample
     assert tokenizer.decode([104, 195, 300, 169, 105]) == "h\ufffd\ufffd\ufffdi"
     with pytest.raises(InputError, match="found byte 195 at position 2 of a text, expected 0 to 127"):
-        text.encode(ByteTokenizer(128), "na\xefve")
+        text.encode(ByteTokenizer(128), "na\xefve", False, "it")
     stream = text.TextStream(tokenizer.decode, list(b"caf"))
     assert [stream.push(byte) for byte in "é!".encode()] == ["", "é", "!"]
 
@@ -257,7 +259,7 @@ def test_which_models_have_bytes(alone, state, expected, tmp_path):
     assert byte_vocabulary(str(copy)) == expected and byte_vocabulary(str(tmp_path)) is None
     if expected is None:
         with pytest.raises(InputError, match="found no .*model-files/tokenizer.json, expected the tokenizer"):
-            text.load_tokenizer(str(copy))
+            tokenizer_of(str(copy))
 
 
 def test_a_run_that_knows_its_family(group, shared):

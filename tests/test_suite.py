@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from spmd import ROOT, job, job_environment
+from spmd import ROOT, SUPPORT, job, job_environment
 
 pytestmark = pytest.mark.launcher
 
@@ -24,12 +24,24 @@ def test_several_ranks_run_what_needs_them():
     of_one_process = {"test_units_cover_the_heads_and_do_not_depend_on_the_ranks", "test_one_entry_a_kind"}
     assert of_ranks | of_the_launcher | of_one_process <= one
     assert of_ranks <= two and not two & (of_the_launcher | of_one_process)
-    assert of_ranks | of_the_launcher <= other and not other & of_one_process
+    of_sums = {"test_mlp", "test_both_modes_record_the_same_logical_operation"}
+    assert of_sums | of_the_launcher <= other and not other & (of_one_process | {"test_any_size"})
+    assert of_sums <= collected(2, *files, MPITP_SECOND_MPI="1") < two
+
+
+def test_a_test_that_hangs_is_named(tmp_path):
+    """On the rank that waits, whatever the others do; the session ends."""
+    (tmp_path / "test_hangs.py").write_text("import time\ndef test_waits(world):\n    time.sleep(100 * world.rank)\n")
+    limited = "import sys, conftest, pytest; conftest.LONGEST = 2; sys.exit(pytest.main(sys.argv[1:], [conftest]))"
+    done = job(2, "-c", limited, "-q", "-p", "no:cacheprovider", tmp_path / "test_hangs.py",
+               environment={"PYTHONPATH": f"{ROOT}:{ROOT}/tests:{SUPPORT}"})
+    assert done.returncode != 0 and "rank 1 of 2 failed" in done.stderr, done.stdout + done.stderr
+    assert "test_hangs.py::test_waits\nfound it running after 2 seconds" in done.stderr
 
 
 def test_in_the_background_of_a_shell():
     """There SIGINT is ignored, and the jobs that a test interrupts would inherit that."""
     test = "tests/test_guard.py::test_ctrl_c_without_a_launcher"
     done = subprocess.run(["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "pytest", "-q", test],
-                          cwd=ROOT, env=job_environment(), text=True, capture_output=True, timeout=100)
+                          cwd=ROOT, env=job_environment(), text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,9 @@
-"""Training over ranks against a dense run in float64: weights and optimizer state, the norm of all gradients, data."""
+"""Training over ranks against a dense run in float64: figures, weights and optimizer state, data."""
 import json
 import math
+import os
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import pytest
 import mpitp
 from check_decoder import dense_weights
 from decoder_cases import KINDS, config
-from mpitp import oracle
+from dense_training import dense_steps, mean_loss
 from mpitp.training import loop, optimizer
 from mpitp.training.data import Tokens, look_like_words, order_2_bits
 from mpitp.training.loop import Settings, Trainer, TrainingStopped
@@ -17,7 +20,7 @@ from spmd import ROOT, draw, everywhere
 
 TEXT = bytes((7 * i * i + i // 3) % 27 for i in range(900))
 SETTINGS = dict(micro_batch_size=2, gradient_accumulation=2, train_iters=6, lr=0.05, min_lr=0.01, warmup=2,
-                clip_grad=0.5, weight_decay=0.3, label_smoothing=0.1, seed=4)
+                clip_grad=0.5, weight_decay=0.3, label_smoothing=0.1, z_loss=0.02, seed=4, eval_batches=2)
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def text(tmp_path):
 
 def trainer(group, text, kind="llama, one kv head", dtype="float64", folder=None, **more):
     settings = Settings(**{**SETTINGS, **more})
-    configuration = config(kind)
+    configuration = replace(config(kind), hidden_dropout=0.1, attention_dropout=0.2)
     tokens = Tokens(text, configuration.vocab_size, 7, settings.seed)
     made = Trainer(group, configuration, tokens, settings, dtype=dtype, folder=folder)
     weights = dense_weights(made.model.specs)
@@ -36,42 +39,21 @@ def trainer(group, text, kind="llama, one kv head", dtype="float64", folder=None
     return made, weights
 
 
-def dense_steps(made, weights, steps):
-    """The same steps on one process, every formula by hand: (weights, exp_avg, exp_avg_sq)."""
-    s, configuration = made.settings, made.config
-    w = {name: array.copy() for name, array in weights.items()}
-    m, v = ({name: np.zeros_like(array) for name, array in w.items()} for _ in range(2))
-    for step in range(steps):
-        g = {name: np.zeros_like(array) for name, array in w.items()}
-        for micro in range(s.gradient_accumulation):
-            ids, targets = made.tokens.batch(step * s.gradient_accumulation + micro, s.micro_batch_size)
-            logits, saved = oracle.decoder.forward(ids, w, configuration)
-            _, saved_loss = oracle.cross_entropy.forward(logits, targets, s.label_smoothing)
-            d_logits = oracle.cross_entropy.backward(saved_loss, 1 / s.gradient_accumulation)
-            found = oracle.decoder.backward(d_logits, saved)
-            g = {name: g[name] + found[name] for name in g}
-        norm = math.sqrt(sum((array * array).sum() for array in g.values()))
-        if norm > s.clip_grad:
-            g = {name: array * s.clip_grad / norm for name, array in g.items()}
-        lr = s.lr * (step + 1) / s.warmup if step < s.warmup else s.min_lr + (s.lr - s.min_lr) * 0.5 * (
-            1 + math.cos(math.pi * (step - s.warmup) / (s.train_iters - 1 - s.warmup)))
-        for name in w:
-            m[name] = s.adam_beta1 * m[name] + (1 - s.adam_beta1) * g[name]
-            v[name] = s.adam_beta2 * v[name] + (1 - s.adam_beta2) * g[name] ** 2
-            m_hat, v_hat = m[name] / (1 - s.adam_beta1 ** (step + 1)), v[name] / (1 - s.adam_beta2 ** (step + 1))
-            decay = s.weight_decay if w[name].ndim == 2 else 0
-            w[name] = w[name] - lr * (m_hat / (np.sqrt(v_hat) + s.adam_eps) + decay * w[name])
-    return w, m, v
-
-
-def problems(group, text, kind="llama, one kv head", steps=4):
-    """Names of weights and state that differ from the dense run after some steps."""
+def problems(group, text, kind="llama, one kv head", steps=3):
+    """Names of figures, weights and state that differ from the dense run after some steps, with dropout."""
     made, weights = trainer(group, text, kind)
-    for _ in range(steps):
-        made.train_step()
+    *expected, figures = dense_steps(made, weights, steps)
     wrong = []
+    for step in range(steps):
+        found = made.train_step()
+        wrong += [f"step {step} {name}" for name, exact in figures[step].items()
+                  if found[name] != pytest.approx(exact, rel=1e-9)]
+    windows = 4 if group.reproducible else 2        # of a global batch there, whatever a micro-batch is
+    batches = made.tokens.validation_batches(windows, made.settings.eval_batches)
+    validation = mean_loss(expected[0], made.config, batches)
+    wrong += ["validation"] if made.validate() != pytest.approx(validation, rel=1e-9) else []
     found = (made.model.weights, made.optimizer.exp_avg, made.optimizer.exp_avg_sq)
-    for what, local, exact in zip(("weight", "exp_avg", "exp_avg_sq"), found, dense_steps(made, weights, steps)):
+    for what, local, exact in zip(("weight", "exp_avg", "exp_avg_sq"), found, expected):
         for name, array in group.comm.bcast(made.model.gather(local)).items():
             if name.endswith("key.bias"):           # its gradient is 0 but for rounding, which Adam makes large
                 continue
@@ -161,14 +143,14 @@ def test_a_copy_of_a_gradient_that_differs(group, text):
     """On one rank alone: all see the same norm and stop at the same step; no rank waits for another."""
     for wrong in (np.nan, 50.0):
         made, _ = trainer(group, text, check_interval=1)
-        right = made.add_gradients
+        right = made.sum_gradients
 
-        def planted(micro):
-            loss = right(micro)
+        def planted():
+            loss = right()
             if made.step == 1 and group.rank == group.size - 1:
                 made.gradients["final_norm.weight"][0] = wrong
             return loss
-        made.add_gradients = planted
+        made.sum_gradients = planted
         norms = []
         with pytest.raises(TrainingStopped):
             while made.step < 4:
@@ -216,6 +198,35 @@ def test_data_that_does_not_fit(tmp_path, content, said):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["ids.npy", "ids.bin", "text"])
+def test_a_file_that_fails_or_shrinks_while_it_trains(tmp_path, monkeypatch, name):
+    """One line that names it; a memory map would end the process by SIGBUS."""
+    path, dtype = tmp_path / name, None if name == "ids.npy" else "uint16" if name == "ids.bin" else "uint8"
+    ids = np.arange(30_000, dtype=dtype or "u2") % 101
+    np.save(path, ids) if name == "ids.npy" else path.write_bytes(ids.tobytes())
+    tokens = Tokens(path, 101, 16, 0, dtype)
+    before, _ = tokens.batch(0, 4)
+    assert tokens.fingerprint().startswith("30000 tokens") and (before[:, 1:] == (before[:, :-1] + 1) % 101).all()
+    with monkeypatch.context() as failing:
+        failing.setattr("os.preadv", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(mpitp.InputError, match=f"{name}: found Input/output error at byte"):
+            tokens.batch(1, 4)
+    with open(path, "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(mpitp.InputError, match=f"{name}: found 200 bytes, expected more than"):
+        tokens.batch(2, 40)
+
+
+def test_what_is_no_file_of_tokens(tmp_path):
+    """A pipe would be waited for, and read only once; an archive has no one axis."""
+    os.mkfifo(tmp_path / "pipe")
+    np.savez(tmp_path / "x.npz", ids=np.arange(9))
+    (tmp_path / "x.npz").rename(tmp_path / "x.npy")
+    for name, said in (("pipe", "found a pipe"), ("x.npy", "found an archive of arrays")):
+        with pytest.raises(mpitp.InputError, match=said):
+            Tokens(tmp_path / name, 101, 16, 0)
+
+
 def test_token_ids(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(3000, dtype=np.uint16) % 1001)
     assert Tokens(tmp_path / "ids.npy", 1001, 16, 0).batch(0, 2)[0].max() < 1001
@@ -234,6 +245,31 @@ def test_order_2_by_hand():
     assert order_2_bits(text, text[:100], 2) == pytest.approx(0, abs=1e-3)
     coin = (draw(0, 40_000) > 0).astype(np.uint8)
     assert order_2_bits(coin[:30_000], coin[30_000:], 2) == pytest.approx(1, abs=0.01)
+
+
+def test_order_2_counts_every_token_behind_a_pair():
+    """Token by token, by the definition."""
+    text = np.array([i * i % 7 % 3 for i in range(60)], np.uint8)
+    training, validation, V = text[:40].tolist(), text[33:].tolist(), 3
+    triples = list(zip(training, training[1:], training[2:]))
+    three, pair = Counter(triples), Counter((a, b) for a, b, _ in triples)
+    two, first, one = Counter((b, c) for _, b, c in triples), Counter(b for _, b, _ in triples), Counter(
+        c for *_, c in triples)
+    best = math.inf
+    for alpha in (0.1, 0.3, 1, 3, 10, 30, 100):
+        bits = []
+        for x, y, z in zip(validation, validation[1:], validation[2:]):
+            p = (one[z] + 1) / (len(triples) + V)
+            p = (two[y, z] + alpha * p) / (first[y] + alpha)
+            bits.append(-math.log2((three[x, y, z] + alpha * p) / (pair[x, y] + alpha)))
+        best = min(best, sum(bits) / len(bits))
+    assert order_2_bits(np.array(training, np.uint8), np.array(validation, np.uint8), V) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("beta1, beta2", [(1.0, 0.9), (0.9, 1.5), (-0.1, 0.9), (0.9, float("nan"))])
+def test_betas_that_are_no_averages(beta1, beta2):
+    with pytest.raises(mpitp.InputError, match="expected a number from 0 to below 1"):
+        optimizer.AdamW(None, beta1, beta2, 1e-8, 0.0)
 
 
 def test_schedule():

@@ -27,11 +27,11 @@ class Running:
         self.out = out
         words = *SMALL, "--train-iters", 100000, "--out", out, *more
         self.process = subprocess.Popen([*mpirun(2), sys.executable, "-m", "mpitp", "train", *map(str, words)],
-                                        env=job_environment(MPIEXEC_TIMEOUT="60"), cwd=ROOT, text=True,
+                                        env=job_environment(MPIEXEC_TIMEOUT="300"), cwd=ROOT, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def wait_for(self, condition):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while not condition():
             assert time.monotonic() < deadline and self.process.poll() is None
             time.sleep(0.005)
@@ -56,7 +56,7 @@ class Running:
     def __exit__(self, *error):
         for pid in self.ranks():
             os.kill(pid, signal.SIGKILL)
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=300)
 
 
 def steps(out):
@@ -72,7 +72,7 @@ def test_term_before_the_first_step_saves_and_stops_and_auto_goes_on(tmp_path):
         running.wait_for(lambda: (out / "lock.json").exists() and (out / "lock.json").read_text())
         other, = set(running.ranks()) - {running.owner()}
         os.kill(other, signal.SIGTERM)                      # to a rank that has no lock
-        said, wrong = running.process.communicate(timeout=60)
+        said, wrong = running.process.communicate(timeout=300)
     assert running.process.returncode == 0, wrong
     step, = steps(out)
     number = int(step.removeprefix("step-"))
@@ -90,7 +90,7 @@ def test_usr2_by_option_and_a_time_to_save(tmp_path):
     with Running(out, "--stop-on", "USR2", "--save-minutes", 0.0005, "--keep", 0) as running:
         running.wait_for(lambda: out.exists() and len(steps(out)) > 1)      # by the time alone
         os.kill(running.ranks()[0], signal.SIGUSR2)
-        said, wrong = running.process.communicate(timeout=60)
+        said, wrong = running.process.communicate(timeout=300)
     assert running.process.returncode == 0 and "stopped by SIGUSR2" in said, wrong
 
 
@@ -106,7 +106,7 @@ def test_two_jobs_on_one_folder(tmp_path):
         os.kill(running.ranks()[0], signal.SIGUSR1)         # saves, and goes on
         running.wait_for(lambda: steps(out))
         os.kill(owner, signal.SIGKILL)
-        running.process.communicate(timeout=60)
+        running.process.communicate(timeout=300)
     assert (out / "lock.json").exists()
     done = job(1, "-m", "mpitp", "train", *SMALL, "--out", out, "--train-iters", int(steps(out)[-1][5:]) + 1,
                "--resume", "--lr-decay-iters", 100000)

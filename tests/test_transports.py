@@ -1,4 +1,6 @@
 """Which transport a group takes, which GPU a rank takes, and what is done while ranks add up: on a stand-in CuPy."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import stand_in
@@ -9,6 +11,7 @@ from mpitp.comm import guard
 from mpitp.comm.gpu import binding, choose as transport, nccl, staged
 from mpitp.comm.gpu.binding import TF32_TENSOR_OP_MATH
 from mpitp.comm.gpu.nccl import NcclTransport
+from mpitp.comm.gpu.peer import PeerTransport
 from spmd import draw, same_bytes, sum_of_blocks
 
 NO_NCCL = "a CuPy without NCCL"
@@ -171,6 +174,24 @@ def test_no_gpu(world, monkeypatch):
     monkeypatch.setattr(stand_in.runtime, "getDeviceCount", no_driver)
     with pytest.raises(InputError, match=r"found no GPU \(cudaErrorNoDevice.*\), expected one"):
         mpitp.TensorParallelGroup(device="gpu")
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["nccl", "peer"])
+def test_close_waits_for_what_is_pending(name):
+    """What the ranks share stays for the next group, and may still be written to."""
+    closed = []
+    if name == "nccl":
+        transport = object.__new__(NcclTransport)
+        transport.cupy = stand_in.cupy
+    else:
+        transport = object.__new__(PeerTransport)
+        transport.peers = SimpleNamespace(cupy=stand_in.cupy)
+        transport.beyond = SimpleNamespace(close=lambda: closed.append(stand_in.default_stream.synchronised))
+    stand_in.default_stream.reset()
+    transport.close()
+    assert stand_in.default_stream.synchronised == 1 and closed in ([], [1])
 
 
 # --- what is done meanwhile -----------------------------------------------------------------------------------------

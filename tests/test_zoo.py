@@ -34,7 +34,7 @@ def zoo():
 
 def zoo_run(*arguments):
     return subprocess.run([sys.executable, str(ZOO / "run.py"), *arguments], cwd=ROOT, env=job_environment(),
-                          capture_output=True, text=True, timeout=100)
+                          capture_output=True, text=True, timeout=300)
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------

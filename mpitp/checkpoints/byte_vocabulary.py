@@ -2,50 +2,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-from ..errors import InputError
+from typing import Any
 
 BYTES = 256
-
-
-class Encoding(NamedTuple):
-    """The tokens of a text, as the library `tokenizers` returns them."""
-    ids: list[int]
-
-
-class ByteTokenizer:
-    """A ByteTokenizer turns text into bytes and back; it has the two methods of `tokenizers` that commands use.
-
-    Parameters
-    ----------
-    vocab_size : int
-        Of the model; tokens from 256 on have no text.
-    """
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-
-    def encode(self, text: str, **options: Any) -> Encoding:
-        """Return the bytes of a text. Raises InputError for a byte outside of the vocabulary. No option matters."""
-        ids = list(text.encode())
-        if max(ids, default=0) >= self.vocab_size:
-            at = next(i for i, byte in enumerate(ids) if byte >= self.vocab_size)
-            raise InputError(f"found byte {ids[at]} at position {at} of a text, expected 0 to {self.vocab_size - 1}, "
-                             f"below the vocabulary's size")
-        return Encoding(ids)
-
-    def decode(self, ids: Sequence[int], **options: Any) -> str:
-        """Return the text of bytes; U+FFFD for what is no UTF-8, and for a token that is no byte. No option matters."""
-        pieces, run = [], bytearray()
-        for token in [*ids, BYTES]:             # the last one ends the last run of bytes
-            if token < BYTES:
-                run.append(token)
-            else:
-                pieces += [run.decode("utf-8", "replace"), "\N{REPLACEMENT CHARACTER}"]
-                run = bytearray()
-        return "".join(pieces[:-1])
 
 
 def documents(vocab_size: int) -> dict[str, str]:

@@ -11,8 +11,9 @@ from ..arrays import Array, compute_dtype
 from ..comm.agreement import require_everywhere, same_everywhere
 from ..comm.group import TensorParallelGroup
 from ..comm.launch import is_first_rank
-from ..errors import InputError, require
+from ..errors import InputError, one_of, require
 from ..layers.decoder import Decoder
+from ..plan.job import Job
 from .families.layout import View
 from .fingerprint import fingerprint
 from .model_folder import ModelFolder, examine, open_folder
@@ -20,6 +21,7 @@ from .room import require_room
 from .safetensors import Checkpoint
 from .step_models import StepCheckpoint, require_whole
 
+WEIGHTS = ("float32", "bfloat16")
 PIECE = 1 << 22         # elements that go to a device, or change their dtype, at a time
 
 
@@ -31,6 +33,8 @@ class LoadedDecoder(Decoder):
     group : TensorParallelGroup
     folder : ModelFolder
     dtype : str
+    weights, activations : str
+        As load_model's.
 
     Attributes
     ----------
@@ -40,13 +44,22 @@ class LoadedDecoder(Decoder):
         Of weights, by this rank.
     """
 
-    def __init__(self, group: TensorParallelGroup, folder: ModelFolder, dtype: str):
-        require_room(group, folder.checkpoint.folder, folder.specs.values(), dtype)
+    def __init__(self, group: TensorParallelGroup, folder: ModelFolder, dtype: str, weights: str = "float32",
+                 activations: str = "float32"):
+        one_of("weights", weights, WEIGHTS)
+        require(weights != "float32" or activations == "float32", f"activations {activations!r} with weights 'float32'",
+                "weights 'bfloat16' with them")
+        if weights == "bfloat16":
+            from .packing import require_packable           # where it is asked for
+            require_packable(group, folder, dtype, activations)
+        require_room(group, folder.checkpoint.folder, Job(folder.config, "load", batch=1, tokens=1, dtype=dtype,
+                                                          weights=weights, device=group.device))
         if isinstance(folder.checkpoint, StepCheckpoint):
             require_whole(group, folder.checkpoint, folder.specs)
         super().__init__(group, folder.config, dtype=dtype, seed=None)
         self.folder = folder
-        require_everywhere(group.comm, "whether the checkpoint could be read", lambda: read_slices(folder, self))
+        require_everywhere(group.comm, "whether the checkpoint could be read",
+                           lambda: read_slices(folder, self, weights, activations))
 
     @property
     def bytes_read(self) -> int:
@@ -54,7 +67,8 @@ class LoadedDecoder(Decoder):
 
 
 def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str | None = None, *,
-               strict: bool = False, verify_weights: bool = False) -> LoadedDecoder:
+               strict: bool = False, verify_weights: bool = False, weights: str = "float32",
+               activations: str = "float32") -> LoadedDecoder:
     """Load the decoder in a checkpoint folder saved from the Hugging Face hub, each rank reading only its slices.
 
     Parameters
@@ -70,6 +84,11 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
         Whether a key of config.json that the family does not know is an error instead of a warning.
     verify_weights : bool, optional
         Whether the ranks compare all bytes of their files before they load, instead of headers and samples.
+    weights : str, optional
+        "float32": widened to dtype as they are read. "bfloat16": matrices stay as they are in a BF16 file, in half the
+        memory, and are multiplied by NumKong (pip install 'mpitp[numkong]'); forward only, float32, on CPUs.
+    activations : str, optional
+        What weights of "bfloat16" are multiplied with: "float32" as it is, or rounded to "bfloat16", which is faster.
 
     Returns
     -------
@@ -80,7 +99,8 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
     ------
     InputError
         On every rank, for a damaged folder, an unknown family, a key that changes the results and is not supported,
-        missing or unexpected tensors, and folders that are not the same on all ranks.
+        missing or unexpected tensors, and folders that are not the same on all ranks; for weights "bfloat16" where a
+        matrix is not BF16, NumKong is missing, or not the same on all ranks.
 
     Warns
     -----
@@ -95,7 +115,7 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
     128 KiB on its way there, and goes to a GPU in pieces of 4 Mi elements.
     """
     computed = compute_dtype("float32" if dtype is None else dtype, group.device)
-    return LoadedDecoder(group, open_on_all(group, path, strict, verify_weights), computed.name)
+    return LoadedDecoder(group, open_on_all(group, path, strict, verify_weights), computed.name, weights, activations)
 
 
 def open_on_all(group: TensorParallelGroup, path: str | os.PathLike, strict: bool = False,
@@ -113,13 +133,15 @@ def open_on_all(group: TensorParallelGroup, path: str | os.PathLike, strict: boo
     return folder
 
 
-def read_slices(folder: ModelFolder, model: Decoder) -> str:
-    """Read this rank's slices of all parameters into the model's arrays."""
-    group = model.group
+def read_slices(folder: ModelFolder, model: Decoder, weights: str = "float32", activations: str = "float32") -> str:
+    """Read this rank's slices of all parameters into the model's arrays, or matrices as they are in the file."""
+    group, left = model.group, list(model.specs)
     try:
-        for name, spec in model.specs.items():
-            window = spec.window(group.place)
-            read_slice(folder.views[name], window, model.weights[name], group.xp)
+        if weights == "bfloat16":
+            from .packing import read_packed
+            left = read_packed(folder, model, activations)
+        for name in left:
+            read_slice(folder.views[name], model.specs[name].window(group.place), model.weights[name], group.xp)
     except OSError as error:
         raise InputError(f"{folder.checkpoint.folder}: found {error.strerror}, expected to read it") from None
     return "read"

@@ -72,7 +72,7 @@ class StoredTensor:
                 part = out[row - top:row - top + rows, left - columns[0]:right - columns[0]]
                 piece = buffer[:len(part)]
                 self.read_rows(piece, offset, width, (row, row + len(part)), (left, right))
-                if self.dtype != "BF16":
+                if self.dtype != "BF16" or part.dtype == self.stored:       # the latter takes its bits
                     part[...] = piece
                 elif part.dtype == np.float32:      # BF16 is the upper half of the float32 that it stands for
                     np.left_shift(piece, 16, out=part.view(np.uint32), dtype=np.uint32, casting="unsafe")

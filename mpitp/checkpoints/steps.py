@@ -149,7 +149,8 @@ def checked_state(folder: str, step: int | None = None) -> dict:
     return state
 
 
-def load(group: TensorParallelGroup, folder: str, step: int, files: Files, checksums: Checksums | None) -> None:
+def load(group: TensorParallelGroup, folder: str, step: int, files: Files, checksums: Checksums | None,
+         world: TensorParallelGroup | None = None) -> None:
     """Fill the slices that a rank holds from a step folder, whatever number of ranks wrote it, and verify them.
 
     Parameters
@@ -161,6 +162,8 @@ def load(group: TensorParallelGroup, folder: str, step: int, files: Files, check
         As save's. The arrays are written to, also where an error is raised.
     checksums : {file name: {tensor name: text}} or None
         What read_state returned under this key; None: the folder has none.
+    world : TensorParallelGroup, optional
+        All ranks that load, where several groups do, each a copy. None: the group.
 
     Raises
     ------
@@ -173,13 +176,14 @@ def load(group: TensorParallelGroup, folder: str, step: int, files: Files, check
     Collective: on_root, a verdict, and an allgather of 8 bytes a tensor; no data. Every number is read once, by each
     rank that holds it.
     """
+    world = world or group
     try:
-        opened = group.root_first(lambda: {file: open_file(os.path.join(step_folder(folder, step), file), tensors)
+        opened = world.root_first(lambda: {file: open_file(os.path.join(step_folder(folder, step), file), tensors)
                                            for file, tensors in files.items()})
-        require_everywhere(group.comm, f"whether {step_folder(folder, step)} could be read",
+        require_everywhere(world.comm, f"whether {step_folder(folder, step)} could be read",
                            lambda: fill(group, opened, files))
         found = checksums_of(group, stored_slices(files)) if checksums is not None else None
-        require_everywhere(group.comm, f"whether {step_folder(folder, step)} is whole",
+        require_everywhere(world.comm, f"whether {step_folder(folder, step)} is whole",
                            lambda: verify(step_folder(folder, step), files, found, checksums))
     except InputError as error:
         raise DamagedStep(str(error)) from None

@@ -132,18 +132,14 @@ class Collectives:
             raise InputError(f"found {operation} of {x.dtype}, expected one of {', '.join(DTYPES)}")
         if op is not None and op not in OPERATIONS:
             raise InputError(f"found {operation} operation {op!r}, expected one of {', '.join(OPERATIONS)}")
-        if out is not None and out is not x:
+        if out is not None:
             fits = module_of(out) is self.xp and out.shape == x.shape and out.dtype == x.dtype
             if not fits or not is_writable(out):
                 raise InputError(f"found out {getattr(out, 'dtype', type(out).__name__)} {getattr(out, 'shape', '')}, "
                                  f"expected a C-contiguous {x.dtype} {x.shape}, aligned and writable")
-        if out is x and not is_writable(x):
-            raise InputError(f"found out {x.dtype} {x.shape}, expected a C-contiguous {x.dtype} {x.shape}, aligned "
-                             f"and writable")
         if root is not None and not 0 <= root < self.size:
             raise InputError(f"found {operation} with root {root}, expected a rank from 0 to {self.size - 1}")
-        what = operation if root is None else f"{operation} root {root}"
-        what = what if op is None else f"{what} {op}"
+        what = operation + ("" if root is None else f" root {root}") + ("" if op is None else f" {op}")
         if partition is None:
             return what, x.dtype, x.shape
         if not -x.ndim <= axis < x.ndim:
@@ -172,8 +168,7 @@ class Collectives:
     def _prepare_reduction(self: Any, operation: str, x: Array, op: str, out: Array | None) -> tuple[Array, Array]:
         """Return where the result goes, and the array that travels: `out` itself or a float32 copy of a 16-bit x."""
         self._enter(operation, x, op, out)
-        if out is None:
-            out = self.xp.empty(x.shape, x.dtype)
+        out = self.xp.empty(x.shape, x.dtype) if out is None else out
         if dtype_name(x.dtype) in SENT_AS_FLOAT32:
             return out, x.astype(self.xp.float32, order="C")
         if out is not x:

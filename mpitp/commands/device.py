@@ -71,18 +71,34 @@ def group_of(arguments: argparse.Namespace, **changes: Any) -> TensorParallelGro
     **changes
         Arguments of TensorParallelGroup that the options do not give, or that differ from them.
     """
-    options = dict(device=arguments.device, transport=arguments.transport, share_gpu=arguments.share_gpu,
-                   tf32=arguments.tf32, reproducible=arguments.reproducible)
-    if "blocks" in arguments:
-        options["blocks"] = blocks_of(arguments)
-    os.environ.update({} if arguments.stall_limit is None else {"MPITP_STALL_LIMIT": str(arguments.stall_limit)})
-    group = TensorParallelGroup(**{**options, **changes})
+    group = TensorParallelGroup(**{**options_of(arguments), **changes})
     if group.size > 1 and group.device == "cpu":
         warn_of_machines(group)
     if arguments.timeline:
         from ..timeline.timeline import Timeline
         Timeline(group, arguments.timeline).until_closed()
     return group
+
+
+def grid_of(arguments: argparse.Namespace, data: int) -> Any:
+    """Return the Grid of so many data ranks that the options ask for. Collective; warns as group_of does."""
+    from ..grid import Grid
+    require(not arguments.timeline, f"--timeline {arguments.timeline} on a grid of {data} data ranks",
+            "one of them: a timeline is one group's")
+    grid = Grid(data=data, **options_of(arguments))
+    if grid.world.device == "cpu":
+        warn_of_machines(grid.world)
+    return grid
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as TensorParallelGroup's arguments; --stall-limit goes into the environment."""
+    options = dict(device=arguments.device, transport=arguments.transport, share_gpu=arguments.share_gpu,
+                   tf32=arguments.tf32, reproducible=arguments.reproducible)
+    if "blocks" in arguments:
+        options["blocks"] = blocks_of(arguments)
+    os.environ.update({} if arguments.stall_limit is None else {"MPITP_STALL_LIMIT": str(arguments.stall_limit)})
+    return options
 
 
 def warn_of_machines(group: TensorParallelGroup) -> None:

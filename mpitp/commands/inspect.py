@@ -19,6 +19,7 @@ from ..checkpoints.safetensors import STORED
 from ..comm.launch import is_first_rank
 from ..config import DecoderConfig
 from ..errors import printable, require, require_positive
+from ..plan.tensors import kept_in
 from ..sharding.parameters import Place
 from . import device, model, text
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "or a step folder of train")
     parser.add_argument("-n", "--ranks", type=int, default=1, metavar="P", help="how many ranks (1)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="computed in (float32)")
+    parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16"), help="kept as generate's")
     parser.add_argument("--reproducible", action="store_true", help="as it would be split in reproducible mode")
     device.add_blocks(parser)
     model.add_strict(parser)
@@ -67,6 +69,7 @@ class InspectReport:
     family: str
     config: DecoderConfig
     dtype: str
+    weights: str
     reproducible: bool
     files: int
     parameters: int             # numbers, in all
@@ -98,11 +101,13 @@ def inspect(arguments: argparse.Namespace) -> InspectReport:
     folder.warn()
     blocks = device.blocks_of(arguments) if arguments.reproducible else ranks
     places = [Place(rank, ranks, blocks) for rank in range(ranks)]
-    size = np.dtype(arguments.dtype).itemsize
+    require("float32" in (arguments.weights, arguments.dtype),
+            f"--weights {arguments.weights} with --dtype {arguments.dtype}", "--dtype float32")
     kinds: dict[str, Parameter] = {}
     held, read = [0] * ranks, [0] * ranks
     for name, spec in folder.specs.items():
         stored = folder.views[name].dtype
+        size = np.dtype(kept_in(name, spec, arguments.dtype, arguments.weights)).itemsize
         elements = [prod(spec.local_shape(place)) for place in places]
         for rank, n in enumerate(elements):
             held[rank] += n * size
@@ -125,8 +130,8 @@ def inspect(arguments: argparse.Namespace) -> InspectReport:
         of_ranks.append(Rank(rank, rows["query"] // config.head_dim, rows["key"] // config.head_dim, rows["up"],
                              rows["vocabulary"], held[rank], read[rank]))
     return InspectReport(
-        folder.checkpoint.folder, folder.checkpoint.kind, config, arguments.dtype, arguments.reproducible,
-        len(folder.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
+        folder.checkpoint.folder, folder.checkpoint.kind, config, arguments.dtype, arguments.weights,
+        arguments.reproducible, len(folder.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
         sum(kind.stored_bytes for kind in kinds.values()), of_ranks, list(kinds.values()), folder.other_keys)
 
 
@@ -144,6 +149,7 @@ def lines(found: InspectReport) -> Iterator[str]:
           f"{'' if config.causal else ', attention in both directions'}"
     yield ""
     yield f"Of {tables.count(len(found.ranks), 'rank')}, in {found.dtype}" \
+          f"{', matrices in bfloat16' if found.weights == 'bfloat16' else ''}" \
           f"{', reproducible mode' if found.reproducible else ''}, each would have"
     yield "Look at `holds`: the memory of a rank's weights; keys, values and what is computed come on top."
     yield from tables.table(

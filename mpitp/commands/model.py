@@ -12,6 +12,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_verify_weights(parser)
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add --weights and --activations."""
+    parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16"), help="matrices in memory: "
+                        "widened to --dtype (float32, the default), or as in a BF16 file: half the memory; needs "
+                        "NumKong (pip install 'mpitp[numkong]')")
+    parser.add_argument("--activations", default="float32", choices=("float32", "bfloat16"), help="what bfloat16 "
+                        "weights are multiplied with: as it is (the default), or rounded, which is faster")
+
+
 def add_verify_weights(parser: argparse.ArgumentParser) -> None:
     """Add --verify-weights."""
     parser.add_argument("--verify-weights", action="store_true", help="compare all bytes of the ranks' files before "

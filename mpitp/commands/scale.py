@@ -4,7 +4,7 @@ Start it once, without mpirun: it starts the ranks itself, with `mpirun -n P`, i
 the words of --launcher or MPITP_LAUNCHER.
 
     strong   the same work on more ranks: P times as fast would be 100%
-    weak     as many tokens a rank on any number of ranks: as long as on the smallest number would be 100%
+    weak     as many tokens a rank on more ranks: 100% would be the same time
 
 What each job runs is `bench ffn block decode` with the options given here.
 """
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..comm.launch import THREAD_VARIABLES, usable_cores
 from ..comm.launch import launcher as started_by
 from ..errors import InputError, require, require_positive
 from .bench_page import read_report
+from .progress import Progress
 
 KINDS = ("strong", "weak")
 BENCHES = ("ffn", "block", "decode")
@@ -88,12 +90,13 @@ def run(arguments: argparse.Namespace) -> int:
     words = launcher_words(arguments.launcher)
     points: list[Point] = []
     report: dict[str, Any] = {}
-    for kind in kinds:
-        for size in ranks:
+    with Progress("scale", len(kinds) * len(ranks)) as bar:
+        for kind, size in product(kinds, ranks):
+            bar.what = f"{kind} scaling, {tables.count(size, 'rank')}"
             tokens = arguments.seq_length * (size // ranks[0] if kind == "weak" else 1)
-            print(f"{kind} scaling, {tables.count(size, 'rank')}, {tokens} tokens", file=sys.stderr, flush=True)
             report = run_job(words, size, tokens, arguments)
             points += points_of(report, kind, points)
+            bar.advance()
     study = Study(__version__, report["machine"], report["mpi"], shlex.join(words), arguments.threads,
                   options_of(arguments), points)
     print("\n".join(lines(study)), flush=True)
@@ -187,8 +190,9 @@ def points_of(report: dict, kind: str, before: list[Point]) -> list[Point]:
 def lines(study: Study) -> Iterator[str]:
     """Return the lines that people read."""
     yield f"mpitp {study.mpitp}, {study.mpi}, {study.launcher}; {tables.count(study.threads, 'thread')} a rank"
-    yield f"{study.machine}; {' '.join(study.options)}"
-    yield "Look at `efficiency`: what is missing to 100% is communication, and what does not shrink with the share."
+    yield study.machine
+    yield f"bench {' '.join(study.options)}"
+    yield "Look at `efficiency`: to 100% is missing communication, and what does not shrink with the share."
     for kind in dict.fromkeys(point.kind for point in study.points):
         yield ""
         yield from tables.table((f"{kind} scaling", "ranks", "tokens", "median", "fastest", "slowest", "efficiency"), [

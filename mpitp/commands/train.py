@@ -4,32 +4,36 @@ Checkpoints are step folders of safetensors in --out, which any number of ranks 
 are the same files, byte for byte, for every number of ranks.
 """
 import argparse
-import math
 import os
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Union
 
 from .. import tables
 from ..comm.agreement import same_everywhere
 from ..comm.group import TensorParallelGroup
 from ..config import DecoderConfig
-from ..errors import InputError, require_positive
+from ..errors import InputError, require, require_positive
 from ..checkpoints import steps as step_folders
-from ..training.data import DTYPES, look_like_words, order_2_bits
+from ..training.data import DTYPES, look_like_words
 from ..training.lock import FolderLock
-from ..training.log import read_log
 from ..training.loop import Trainer, TrainingStopped
 from ..training.requests import SIGNALS, Requests
 from ..training.resume import resume
-from ..training.settings import Settings
-from . import device, progress, train_model
+from ..training.settings import SEQUENCE, UNITS, Settings
+from . import ask_plan, device, progress, train_model
+from .train_progress import Progress, opening, print_line
+
+if TYPE_CHECKING:
+    from ..grid import Grid
 
 # What a new decoder has; a checkpoint's says it itself, so options alone are not None.
 NEW_MODEL = dict(vocab_size=256, hidden_size=256, num_layers=4, num_attention_heads=8, hidden_dropout=0.0,
                  attention_dropout=0.0)
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
-            "save_interval", "keep", "lr_decay_iters", "save_minutes", "spike_limit")
+            "save_interval", "keep", "lr_decay_iters", "save_minutes", "spike_limit", "z_loss", "reproducible_unit",
+            "sequence_parallel", "recompute")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("ffn-hidden-size", None, "features of the feed-forward middle (8/3 of the hidden size, gated)"),
             ("num-layers", None, "blocks (4)"), ("num-attention-heads", None, "query heads (8)"),
             ("num-query-groups", None, "key/value heads (as many)"), ("seq-length", 128, "tokens of a window"),
-            ("micro-batch-size", defaults.micro_batch_size, "windows of a forward"),
-            ("gradient-accumulation", 1, "forwards of a step"), ("train-iters", defaults.train_iters, "steps"),
+            ("data-parallel", 1, "copies of the model, each on ranks / N tensor ranks, that share every batch"),
+            ("micro-batch-size", defaults.micro_batch_size, "windows of a forward, at most"),
+            ("gradient-accumulation", 1, "micro-batches of a step: --micro-batch-size times this is the global batch, "
+             "whatever --data-parallel is (Megatron's is a data rank's)"),
+            ("train-iters", defaults.train_iters, "steps"),
             ("lr-warmup-iters", None, "steps until --lr (a tenth of --lr-decay-iters)"),
             ("lr-decay-iters", None, "steps until --min-lr, where it stays (--train-iters)"),
             ("seed", 0, "of weights, windows, dropout"),
@@ -67,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("adam-beta1", 0.9, "decay of the gradient's mean"), ("adam-beta2", 0.95, "decay of its square's mean"),
             ("adam-eps", 1e-8, "added to the root of that"),
             ("label-smoothing", 0.0, "part of a label that all tokens share"),
+            ("z-loss", 0.0, "weight of the squared log-sum-exp, which keeps it near 0 (PaLM: 1e-4)"),
             ("save-minutes", defaults.save_minutes, "a checkpoint so long after the last one, 0 for none"),
             ("spike-limit", None, "stop, saving nothing, where loss or gradient norm is above so many times the "
              "median of the last steps"),
@@ -74,7 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("attention-dropout", None, "probability (0, or the model's)")):
         shown = f" ({number})" if number is not None else ""
         parser.add_argument(f"--{flag}", type=float, default=number, metavar="X", help=(text + shown).strip())
-    device.add_group_arguments(parser, blocks=True, reproducible="the same bytes for any number of ranks")
+    device.add_group_arguments(parser, blocks=True, reproducible="the same bytes for any number of ranks and of data "
+                               "ranks, and any cut of the global batch into micro-batches")
+    parser.add_argument("--reproducible-unit", choices=UNITS, help="what is computed by itself with --reproducible: a "
+                        f"sequence, or, faster, a micro-batch, for the same bytes with this cut alone ({SEQUENCE})")
+    parser.add_argument("--sequence-parallel", action="store_true", help="each tensor rank has some tokens only, where "
+                        "no product needs them all")
+    parser.add_argument("--recompute", choices=("block", "attention"), help="compute again in backward, to keep less: "
+                        "whole blocks, or attention's part (neither)")
     parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
     parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
 
@@ -84,12 +99,15 @@ def run(arguments: argparse.Namespace) -> int:
     train_model.check_arguments(arguments)
     settings = settings_of(arguments)
     requests = Requests(name for name in arguments.stop_on.split(",") if name)
-    with requests, device.group_of(arguments) as group:
-        start = train_model.BeginWith(group, arguments) if arguments.model else None
+    require_positive(data_parallel=arguments.data_parallel)
+    copies = arguments.data_parallel
+    with requests, device.group_of(arguments) if copies == 1 else device.grid_of(arguments, copies) as ranks:
+        world = getattr(ranks, "world", ranks)
+        start = train_model.BeginWith(world, arguments) if arguments.model else None
         config = start.config if start else config_of(arguments)
-        lock = group.on_root(lambda: prepare(arguments, config.vocab_size))
+        lock = world.on_root(lambda: prepare(arguments, config.vocab_size))
         try:
-            return train(arguments, Job(group, config, settings, requests, lock, start))
+            return train(arguments, Job(ranks, world, config, settings, requests, lock, start))
         finally:
             if lock:
                 lock.release()
@@ -97,8 +115,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass
 class Job:
-    """What a training job consists of before it reads its data; the lock is rank 0's."""
-    group: TensorParallelGroup
+    """What a training job consists of before it reads its data: its ranks, all of them, ...; the lock is rank 0's."""
+    ranks: Union[TensorParallelGroup, "Grid"]
+    world: TensorParallelGroup
     config: DecoderConfig
     settings: Settings
     requests: Requests
@@ -108,13 +127,14 @@ class Job:
 
 def train(arguments: argparse.Namespace, job: Job) -> int:
     """Read the data, resume, and train; return the exit status."""
-    group, ids = job.group, job.start.token_ids() if job.start else None
+    group, ids = job.world, job.start.token_ids() if job.start else None
+    ask_plan.training(job.ranks, arguments, job.config, job.settings)
     tokens = same_everywhere(group.comm, lambda: train_model.tokens_of(arguments, job.config.vocab_size, ids),
                              lambda tokens: {"the data": tokens.fingerprint()})
     if group.rank == 0 and arguments.data_dtype is None and look_like_words(tokens.tokens):
         print(f"mpitp: warning: {tokens.name}: found bytes that look like 16-bit integers, expected --data-dtype "
               f"uint16 for token ids; trained on as bytes", file=sys.stderr, flush=True)
-    trainer = Trainer(group, job.config, tokens, job.settings, dtype=arguments.dtype, folder=arguments.out,
+    trainer = Trainer(job.ranks, job.config, tokens, job.settings, dtype=arguments.dtype, folder=arguments.out,
                       say=print_line)
     trainer.lock = job.lock
     if job.start:
@@ -162,6 +182,11 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     arguments.lr_decay_iters, arguments.spike_limit = arguments.lr_decay_iters or 0, arguments.spike_limit or 0.0
     steps = arguments.lr_decay_iters or arguments.train_iters
     warmup = steps // 10 if arguments.lr_warmup_iters is None else arguments.lr_warmup_iters
+    if arguments.reproducible_unit is None:
+        arguments.reproducible_unit = SEQUENCE
+    else:
+        require(arguments.reproducible, f"--reproducible-unit {arguments.reproducible_unit} without --reproducible",
+                "both")
     return Settings(warmup=warmup, **{name: getattr(arguments, name) for name in SETTINGS})
 
 
@@ -213,72 +238,3 @@ def prepare(arguments: argparse.Namespace, vocab_size: int) -> FolderLock | None
         lock.release()
         raise InputError(f"{arguments.out}: found step folders up to {steps[-1]}, expected --resume or another folder")
     return lock
-
-
-def print_line(text: str) -> None:
-    """Print a line at once, whoever reads it."""
-    print(text, flush=True)
-
-
-def opening(trainer: Trainer, arguments: argparse.Namespace) -> str:
-    """Describe the model, the ranks and the data, in two parts with a semicolon between."""
-    count = sum(math.prod(spec.shape) for spec in trainer.model.specs.values())
-    tokens, group = trainer.tokens, trainer.group
-    return f"{count:,} parameters on {group.size} rank{'s' if group.size > 1 else ''}, {trainer.model.dtype}" \
-           f"{', reproducible' if group.reproducible else ''}; {len(tokens.training):,} tokens of {tokens.name}, " \
-           f"{len(tokens.validation):,} held out for validation"
-
-
-class Progress:
-    """What people see: a line that moves in a terminal, some plain lines elsewhere; and the curve."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.curve: list[tuple[int, float]] = []
-        self.validation: list[tuple[int, float]] = []
-        if trainer.step and trainer.folder and trainer.group.rank == 0:
-            for line in read_log(trainer.folder):               # resumed: the curve begins where the run did
-                self.note(line["step"], line)
-        self.is_terminal = trainer.group.rank == 0 and progress.is_watched()
-        self.every = max(1, trainer.settings.train_iters // 20)
-
-    def __call__(self, step: int, figures: dict) -> None:
-        if self.trainer.group.rank != 0:
-            return
-        self.note(step, figures)
-        settings = self.trainer.settings
-        tokens = settings.micro_batch_size * settings.gradient_accumulation * self.trainer.tokens.seq_length
-        text = f"step {step:6d}/{settings.train_iters}  {self.curve[-1][1]:7.4f} bits  " \
-               f"lr {figures['lr']:.2e}  gradient {figures['gradient_norm']:6.3f}  " \
-               f"{tokens / figures['seconds']:6.0f} tokens/s"
-        if "validation_loss" in figures:
-            text += f"  validation {self.validation[-1][1]:.4f}"
-        if self.is_terminal:
-            print(f"\r{text}", end="\n" if "validation" in text else "", flush=True)
-        elif step % self.every == 0 or "validation" in text:
-            print_line(text)
-
-    def note(self, step: int, figures: dict) -> None:
-        """Keep the losses for the curve, in bits."""
-        self.curve.append((step, figures["loss"] / math.log(2)))
-        if "validation_loss" in figures:
-            self.validation.append((step, figures["validation_loss"] / math.log(2)))
-
-    def end_line(self) -> None:
-        """End the line that moves."""
-        if self.is_terminal:
-            print()
-
-    def finish(self, arguments: argparse.Namespace) -> None:
-        """Print the last figures, the baseline's beside them, and draw the curve."""
-        self.end_line()
-        if self.validation:
-            print_line(f"validation: {self.validation[-1][1]:.4f} bits a token after {self.validation[-1][0]} steps")
-        baseline = None
-        if arguments.baseline:
-            tokens = self.trainer.tokens
-            baseline = order_2_bits(tokens.training, tokens.validation)
-            print_line(f"baseline:   {baseline:.4f} bits a token, an order-2 model of the same tokens")
-        if arguments.plot:
-            from .plots import draw_training
-            draw_training(arguments.plot, self.curve, self.validation, baseline, opening(self.trainer, arguments))

@@ -17,6 +17,7 @@ from ..training.data import Tokens, holds_ids, standard_library
 from ..training.initial import begin_with, description_of, keep_model_files
 from ..training.loop import Trainer
 from . import model, text
+from .tokenizer import tokenizer_of
 
 SIZES = ("vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "num_query_groups")
 DROPOUTS = ("hidden_dropout", "attention_dropout")
@@ -73,7 +74,10 @@ class BeginWith:
         if not os.path.isfile(os.path.join(model_files(folder), "tokenizer.json")):
             raise InputError(f"found no tokenizer.json in {folder} for the text {path}, expected it, or token ids: "
                              f"--data-dtype")
-        return np.array(text.encode(text.load_tokenizer(folder), found), np.uint32)
+        tokenizer = tokenizer_of(folder)
+        ids = np.array(tokenizer.encode(found)[0], np.uint32)
+        tokenizer.close()
+        return ids
 
     def begin(self, trainer: Trainer) -> None:
         """Have a new trainer begin with the folder; a run that goes on reads its own weights instead. Collective."""

@@ -17,7 +17,6 @@ from ..ops.alibi import alibi_slopes
 from ..ops.attention import attention_backward, attention_forward
 from ..ops.keys_values import last_query_forward
 from ..ops.linear import add_bias, bias_backward, linear_weight_backward, product
-from ..ops.norm import norm_backward, norm_forward
 from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
 from ..sharding.decoder_specs import attention_specs
 from ..sharding.heads import KeyValueUnit
@@ -25,6 +24,7 @@ from ..sharding.partition import Block
 from ..sharding.specs import join
 from .base import ParallelLayer, require_saved
 from .heads import AttentionCall, Heads, as_heads, as_rows, by_group, require_mask
+from .norm import norm_backward, norm_of_heads
 from .products import (column_parallel_backward, column_parallel_forward, copy_to_ranks_backward, copy_to_ranks_forward,
                        reduce_from_ranks_backward, reduce_from_ranks_forward, row_parallel_backward,
                        row_parallel_forward, rows_of, two_column_parallel_forward)
@@ -69,6 +69,7 @@ class ParallelAttention(ParallelLayer):
     """
 
     norms_over_heads = False        # AttentionNormedOverHeads does
+    attend = staticmethod(attention_forward)
 
     def __init__(self, group: TensorParallelGroup, config: AttentionConfig, *, dtype: str = "float32",
                  seed: int | None = 0, init_std: float | None = None, output_init_std: float | None = None,
@@ -91,7 +92,7 @@ class ParallelAttention(ParallelLayer):
     # --- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Array, *, mask: Array | None = None, step: int | None = None, kv: Any = None,
-                save: bool = True) -> tuple[Array, Any]:
+                rows: Any = None, save: bool = True) -> tuple[Array, Any]:
         """Return y, shaped as x and complete, of x (..., S, D), the same on every rank; and what backward needs.
 
         What backward needs includes x itself, not a copy: do not change x until then.
@@ -107,32 +108,35 @@ class ParallelAttention(ParallelLayer):
             The training step, which the dropout masks depend on. None: no dropout.
         kv : LayerKeyValues, optional
             Keys and values of earlier positions, behind which those of x are written. It needs save=False.
+        rows : Rows, optional
+            Sequence parallelism: x and y are this rank's rows (n, D). mask is that of all positions still.
         save : bool
             False: None in place of what backward needs.
         """
-        call = self.call(x, mask, step, kv)
-        x_ND = copy_to_ranks_forward(self.rows(x, self.hidden_size))                                # f
+        call = self.call(x, mask, step, kv, rows)
+        x_ND = self.rows(copy_to_ranks_forward(x, rows), self.hidden_size)                          # f
         units, kept = self.keys_and_values(x_ND, call), {}
         total = self.group.sum(self.partition, x_ND.shape, self.dtype)
         for block, (y_ND, of_block) in self.group.each(
                 self.block_forward, self.own_blocks, x_ND, units, call, total, save):
             total.add(block, y_ND)
             kept[block.index] = of_block
-        y_ND = reduce_from_ranks_forward(total)                                                     # g
+        y_ND = reduce_from_ranks_forward(total, rows)                                               # g
         self.add_bias(y_ND)
-        return y_ND.reshape(x.shape), ((self, x_ND, units, kept, call) if save else None)
+        return y_ND.reshape(x.shape), \
+            ((self, rows.kept(x, x_ND) if rows else x_ND, units, kept, call) if save else None)
 
-    def call(self, x: Array, mask: Array | None, step: int | None, kv: Any = None) -> AttentionCall:
+    def call(self, x: Array, mask: Array | None, step: int | None, kv: Any = None, rows: Any = None) -> AttentionCall:
         """Return what one forward and its backward share. Raises InputError for shapes that do not fit."""
         require(x.ndim > 1, f"x of shape {x.shape}", "(..., positions, hidden)")
-        B, S = prod(x.shape[:-2]), x.shape[-2]
+        B, S = (prod(x.shape[:-2]), x.shape[-2]) if rows is None else rows.shape
         require_mask(mask, B, S)
         mask = mask if mask is None else self.group.xp.asarray(mask)
         if kv is not None:
-            return AttentionCall(self, B, S, mask, step, kv.tables, kv)
+            return AttentionCall(self, B, S, mask, step, kv.tables, kv, None)
         if self.rotary and not (self.tables and len(self.tables[0]) == S):      # cos and sin, kept as long as S stays
             self.tables = rotary_tables(self.rotary, self.kv_channels, range(S), self.sum_dtype, self.group.xp)
-        return AttentionCall(self, B, S, mask, step, self.tables, None)
+        return AttentionCall(self, B, S, mask, step, self.tables, None, rows)
 
     def keys_and_values(self, x_ND: Array, call: AttentionCall) -> Units:
         """Return keys and values of every unit that this rank's query heads need."""
@@ -147,7 +151,7 @@ class ParallelAttention(ParallelLayer):
             k_BSuK, v_BSuK = call.kv.append(unit, k_BSuK, v_BSuK)
         return k_BSuK, v_BSuK, of_norm
 
-    def block_forward(self, block: Block, x_ND: Array, units: Units, call: AttentionCall, total: Sum,
+    def block_forward(self, block: Block, x_ND: Array, units: Units, call: AttentionCall, total: Sum | None,
                       save: bool) -> tuple[Array, Any]:
         """Return a block's summand of y (N, D), its heads times their columns of out; and what backward needs."""
         rows = self.heads.block_rows(block)
@@ -164,7 +168,7 @@ class ParallelAttention(ParallelLayer):
             for b in range(call.B):
                 q, a = (by_group(array, b, unit, heads, block) for array in (q_BSHK, a_BSHK))
                 k, v = (array[b, :call.positions_of(b)].swapaxes(0, 1) for array in units[unit][:2])
-                statistics.append(attention_forward(q, k, v, self.scale, out=a, **call.options(heads, unit, b)))
+                statistics.append(self.attend(q, k, v, self.scale, out=a, **call.options(heads, unit, b)))
         y_ND = row_parallel_forward(as_rows(a_BSHK), self.own["out.weight"], rows, total)
         return y_ND, ((q_BSHK, of_norm, a_BSHK, statistics) if save else None)
 
@@ -176,7 +180,8 @@ class ParallelAttention(ParallelLayer):
         out : an earlier backward's gradients, whose arrays are used again
         """
         x_ND, units, kept, call = require_saved(saved, self)
-        dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy", len(x_ND)))        # g*
+        x_ND = call.rows.again(x_ND) if call.rows else x_ND
+        dy_ND = self.rows(reduce_from_ranks_backward(dy, call.rows), self.hidden_size, "dy", len(x_ND))         # g*
         gradients = self.gradients(out)
         d_scores = self.scores_backward(dy_ND, units, kept, call, gradients)
         total = self.group.sum(self.partition, x_ND.shape, self.dtype)
@@ -186,7 +191,7 @@ class ParallelAttention(ParallelLayer):
                 self.block_backward, self.own_blocks, d_scores, x_ND, kept, d_units, call, gradients, total):
             total.add(block, dx_ND)
             norms[block.index] = d_norms
-        dx_ND = copy_to_ranks_backward(total)                                                       # f*
+        dx_ND = copy_to_ranks_backward(total, call.rows)                                            # f*
         self.sum_norm_gradients(norms, gradients)
         return dx_ND.reshape(dy.shape), gradients
 
@@ -300,13 +305,12 @@ class ParallelAttention(ParallelLayer):
         """Return query or key heads after norm and rotary positions, in either order; and what norm_backward needs."""
         of_norm, last = None, self.config.qk_norm_after_rotary
         if self.norm and not last:
-            x_BSHK, of_norm = norm_forward(x_BSHK, self.own[f"{part}_norm.weight"], None, *self.norm)
+            x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         if self.rotary:
-            starts = None if call.kv is None else call.kv.starts
             cos, sin = call.tables
-            x_BSHK = rotary_forward(x_BSHK, cos, sin, self.rotary.interleaved, starts)
+            x_BSHK = rotary_forward(x_BSHK, cos, sin, self.rotary.interleaved, None if call.kv is None else call.kv.starts)
         if self.norm and last:
-            x_BSHK, of_norm = norm_forward(x_BSHK, self.own[f"{part}_norm.weight"], None, *self.norm)
+            x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         return x_BSHK, of_norm
 
     def norm_and_rotate_backward(self, part: str, dx_BSHK: Array, of_norm: Any,

@@ -1,5 +1,5 @@
 """What every parallel layer has: parameters that it holds its slices of, and rows that it takes."""
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from math import prod
 from typing import Any
 
@@ -19,10 +19,11 @@ class Weights(dict):
                 f"weights[{name!r}][...] = array, or load_dense, which write into the layer's")
         super().__setitem__(name, array)
 
-    def update(self, *arrays: Any, **named: Any) -> None:
-        """Set each of some arrays."""
-        for name, array in dict(*arrays, **named).items():
-            self[name] = array
+    update = MutableMapping.update              # by __setitem__, which dict's own passes by
+
+    def __ior__(self, arrays: Any) -> "Weights":    # type: ignore[misc]
+        self.update(arrays)
+        return self
 
 
 class ParallelLayer:
@@ -144,7 +145,7 @@ class ParallelLayer:
         for name, w in self.weights.items():
             g = out[name]
             fits = module_of(g) is self.group.xp and g.shape == w.shape and g.dtype == self.sum_dtype
-            if g is w or not (fits and is_writable(g)):
+            if not (fits and is_writable(g)) or self.group.xp.may_share_memory(g, w):
                 raise InputError(f"out[{name!r}]: found {getattr(g, 'dtype', type(g).__name__)} "
                                  f"{getattr(g, 'shape', '')}, expected C-contiguous {self.sum_dtype} {w.shape}, "
                                  f"aligned and writable, beside the weights")

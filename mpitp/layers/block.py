@@ -3,28 +3,36 @@
 Dimension key: B sequences, S positions, N = B S rows (tokens), D hidden.
 """
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..arrays import Array, scaled
 from ..comm.group import TensorParallelGroup
 from ..comm.ledger import Collective
-from ..comm.sums import Sum
 from ..config import DecoderConfig
+from ..errors import require
 from ..ops.activation import add_to
 from ..ops.dropout import dropout_scale
 from ..sharding.decoder_specs import norm_names, output_init_std
-from ..sharding.partition import Block
 from ..sharding.specs import join
 from .attention import ParallelAttention
 from .base import require_saved
-from .composite import Composite
 from .mlp import ParallelMLP
 from .norm import hidden_norm
-from .products import (copy_to_ranks_backward, copy_to_ranks_forward, reduce_from_ranks_backward,
-                       reduce_from_ranks_forward)
+from .side_by_side import SideBySide
 
 
-class ParallelBlock(Composite):
+RECOMPUTED = (None, "block", "attention")
+
+
+class BlockCall(NamedTuple):
+    """What one forward of a block and its backward share: the mask, dropout's step, earlier keys and values, rows."""
+    mask: Any
+    step: int | None
+    kv: Any
+    rows: Any
+
+
+class ParallelBlock(SideBySide):
     """x = x + attention(norm(x)), then x = x + mlp(norm(x)); or one of the other orders that DecoderConfig names.
 
     Norms, residuals and dropout work on the complete x, in the same way on every rank.
@@ -43,22 +51,31 @@ class ParallelBlock(Composite):
         Of the initial weights, the same for any number of ranks, and of dropout; None for zeros.
     name : str
         Prefix of the parameters' names.
+    sequence_parallel : bool
+        Norms, residuals and dropout work on this rank's rows: x and y are (n, D), and forward takes `rows` (see Rows).
+    recompute : str or None
+        What backward computes again instead of keeping it: "block" keeps the block's input alone, "attention"
+        attention's input in place of queries, keys, values and heads; None keeps all.
 
     Raises
     ------
     InputError
-        For an unknown dtype; forward and backward as ParallelAttention's and ParallelMLP's.
+        For an unknown dtype or recomputation, rows without sequence_parallel or none with it; forward and backward as
+        ParallelAttention's and ParallelMLP's.
 
     Notes
     -----
     Collectives, N = tokens: those of ParallelAttention and ParallelMLP. parallel_residual: their partial results are
     added on each rank, so one all-reduce of N x D forward, and backward one of N x D where they share a norm, of
-    2 x N x D where each has its own (Wang and Komatsuzaki, GPT-J, 2021).
+    2 x N x D where each has its own (Wang and Komatsuzaki, GPT-J, 2021). In sequence parallelism reduce-scatters and
+    all-gathers take the place of all-reduces, and backward ends with one all-reduce of the gradients of all norms.
     """
 
     def __init__(self, group: TensorParallelGroup, config: DecoderConfig, layer: int = 0, *, dtype: str = "float32",
-                 seed: int | None = 0, name: str = ""):
+                 seed: int | None = 0, name: str = "", sequence_parallel: bool = False, recompute: str | None = None):
+        require(recompute in RECOMPUTED, f"recompute {recompute!r}", "'block', 'attention' or None")
         self.config, self.seed = config, 0 if seed is None else seed
+        self.sequence_parallel, self.recompute = bool(sequence_parallel), recompute
         common: dict[str, Any] = dict(dtype=dtype, seed=seed, init_std=config.init_method_std,
                                       output_init_std=output_init_std(config))
         kind = ParallelAttention
@@ -73,160 +90,117 @@ class ParallelBlock(Composite):
         self.set_partition(group.partition(group.blocks))
 
     def forward(self, x: Array, *, mask: Array | None = None, step: int | None = None, kv: Any = None,
-                save: bool = True) -> tuple[Array, Any]:
+                rows: Any = None, save: bool = True) -> tuple[Array, Any]:
         """Return y, shaped as x (..., S, D), the same on every rank; and what backward needs (None if not save).
 
-        mask, step, kv : as ParallelAttention's
+        mask, step, kv, rows : as ParallelAttention's
         """
-        if self.config.parallel_residual:
-            return self.parallel_forward(x, mask, step, kv, save)
-        x, first = self.branch_forward("attention", x, dict(mask=mask, step=step, kv=kv), step, save)
-        x, second = self.branch_forward("mlp", x, {}, step, save)
-        return x, ((self, first, second) if save else None)
+        if rows is not None or self.sequence_parallel and kv is None:
+            from ..comm.rows import require_rows
+            require(self.sequence_parallel, "rows without sequence_parallel", "both")
+            require_rows(rows, self.group)
+        call = BlockCall(mask, step, kv, rows)
+        y, first, second = self.forward_parts(x, call, save and self.recompute != "block")
+        if save and self.recompute == "block":
+            return y, (self, x, None, call)
+        return y, ((self, first, second, call) if save else None)
 
-    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:
+    def forward_parts(self, x: Array, call: "BlockCall", save: bool) -> tuple[Array, Any, Any]:
+        """Return y, and what backward needs of attention and of feed-forward."""
+        if self.config.parallel_residual:
+            return self.parallel_forward(x, call, save)
+        x, first = self.branch_forward("attention", x, call, save)
+        x, second = self.branch_forward("mlp", x, call, save)
+        return x, first, second
+
+    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None,
+                 norm_sums: Any = None) -> tuple[Array, dict[str, Array]]:
         """Return dx of dy (shaped as x), and {name: gradient} of this rank's slices.
 
         out : an earlier backward's gradients, whose arrays are used again
+        norm_sums : NormSums of the caller, who adds up the norms' gradients of several blocks; None: done here
         """
-        first, second = require_saved(saved, self)
-        gradients = self.gradients(out)
+        first, second, call = require_saved(saved, self)
+        gradients, sums = self.gradients(out), norm_sums
+        if self.recompute:
+            from .recompute import parts_again
+            first, second, call = parts_again(self, first, second, call)
+        if call.rows is not None and sums is None:
+            from .norm_sums import NormSums
+            sums = NormSums(call.rows)
         if self.config.parallel_residual:
-            return self.parallel_backward(dy, first, second, gradients), gradients
-        dy = self.branch_backward("mlp", dy, second, gradients)
-        return self.branch_backward("attention", dy, first, gradients), gradients
+            dx = self.parallel_backward(dy, first, second, call, gradients, sums)
+        else:
+            dy = self.branch_backward("mlp", dy, second, gradients, sums)
+            dx = self.branch_backward("attention", dy, first, gradients, sums)
+        if sums is not norm_sums:
+            sums.all_reduce()
+        return dx, gradients
 
     # --- one after the other: x + f(x), twice ----------------------------------------------------------------
 
-    def branch_forward(self, part: str, x: Array, options: dict[str, Any], step: int | None,
-                       save: bool) -> tuple[Array, Any]:
+    def branch_forward(self, part: str, x: Array, call: "BlockCall", save: bool) -> tuple[Array, Any]:
         """Return x + f(x), f attention or feed-forward with the norms around it; and what backward needs."""
-        branch = getattr(self, part)
-        h, of_norm = self.norm_forward(f"{part}_norm", x, save)
-        y, of_branch = branch.forward(h, save=save, **options)
-        scale = self.dropout_scale(f"{part}.dropout", x.shape, step)
+        h, of_norm = self.norm_forward(f"{part}_norm", x, call.rows, save)
+        if part == "attention":
+            again = save and self.recompute == "attention"
+            y, of_branch = self.attention.forward(h, save=save and not again, **call._asdict())
+            of_branch = h if again else of_branch
+        else:
+            y, of_branch = self.mlp.forward(h, rows=call.rows, save=save)
+        scale = self.dropout_scale(f"{part}.dropout", x.shape, call)
         y = scaled(y, scale, out=y)
         if self.config.norm_placement == "after_residual":
             add_to(y, x)
-            y, of_post_norm = self.norm_forward(f"{part}_post_norm", y, save)
+            y, of_post_norm = self.norm_forward(f"{part}_post_norm", y, call.rows, save)
         else:
-            y, of_post_norm = self.norm_forward(f"{part}_post_norm", y, save)
+            y, of_post_norm = self.norm_forward(f"{part}_post_norm", y, call.rows, save)
             add_to(y, x)
         return y, (of_norm, of_branch, scale, of_post_norm)
 
-    def branch_backward(self, part: str, dy: Array, saved: Any, gradients: dict[str, Array]) -> Array:
+    def branch_backward(self, part: str, dy: Array, saved: Any, gradients: dict[str, Array], sums: Any) -> Array:
         """Return dx of x + f(x), and write the gradients of the branch and its norms."""
         of_norm, of_branch, scale, of_post_norm = saved
         branch = getattr(self, part)
-        d_branch = self.norm_backward(f"{part}_post_norm", dy, of_post_norm, gradients)
+        d_branch = self.norm_backward(f"{part}_post_norm", dy, of_post_norm, gradients, sums)
         d_residual = d_branch if self.config.norm_placement == "after_residual" else dy
         d_branch = scaled(d_branch, scale)
         dx, _ = branch.backward(d_branch, of_branch, out=self.gradients_of(branch, gradients))
-        dx = self.norm_backward(f"{part}_norm", dx, of_norm, gradients)
+        dx = self.norm_backward(f"{part}_norm", dx, of_norm, gradients, sums)
         add_to(dx, d_residual)
         return dx
 
-    # --- side by side: x + attention(norm(x)) + mlp(norm(x)), one sum for both -----------------------------------
-
-    def parallel_forward(self, x: Array, mask: Array | None, step: int | None, kv: Any,
-                         save: bool) -> tuple[Array, Any]:
-        """Return x + attention(norm(x)) + mlp(norm(x)). Collective: one all-reduce."""
-        call = self.attention.call(x, mask, step, kv)
-        h, of_norm = self.norm_forward("attention_norm", x, save)
-        g, of_mlp_norm = (h, None) if self.config.shared_norm else self.norm_forward("mlp_norm", x, save)
-        h_ND, g_ND = (copy_to_ranks_forward(self.rows(a, self.config.hidden_size)) for a in (h, g))     # f
-        units, kept = self.attention.keys_and_values(h_ND, call), {}
-        total = self.group.sum(self.partition, h_ND.shape, self.dtype)
-        for block, (y_ND, of_block) in self.group.each(
-                self.block_forward, self.own_blocks, h_ND, g_ND, units, call, total, save):
-            total.add(block, y_ND)
-            kept[block.index] = of_block
-        y_ND = reduce_from_ranks_forward(total)                                                         # g
-        self.attention.add_bias(y_ND)
-        self.mlp.add_bias(y_ND)
-        y = y_ND.reshape(x.shape)
-        scale = self.dropout_scale("dropout", x.shape, step)
-        y = scaled(y, scale, out=y)
-        add_to(y, x)
-        return y, ((self, (of_norm, of_mlp_norm, scale), (h_ND, g_ND, units, kept, call)) if save else None)
-
-    def block_forward(self, block: Block, h_ND: Array, g_ND: Array, units: dict, call: Any, total: Sum,
-                      save: bool) -> tuple[Array, Any]:
-        """Return what attention and feed-forward add to y (N, D) in one block; and what backward needs of each."""
-        y_ND = of_attention = of_mlp = None
-        for heads in with_index(block.index, self.attention.own_blocks):
-            y_ND, of_attention = self.attention.block_forward(heads, h_ND, units, call, total, save)
-        for features in with_index(block.index, self.mlp.own_blocks):
-            attention_ND = y_ND
-            y_ND, of_mlp = self.mlp.block_forward(features, g_ND, total, save)
-            if attention_ND is not None:
-                add_to(attention_ND, y_ND)
-                y_ND = attention_ND
-        if y_ND is None:
-            y_ND = self.group.xp.zeros(h_ND.shape, total.summand_dtype)
-        return y_ND, (of_attention, of_mlp)
-
-    def parallel_backward(self, dy: Array, of_hidden: Any, of_branches: Any, gradients: dict[str, Array]) -> Array:
-        """Return dx. Collective: one all-reduce of the gradients of the one norm's output, or of both norms'."""
-        (of_norm, of_mlp_norm, scale), (h_ND, g_ND, units, kept, call) = of_hidden, of_branches
-        attention, shared = self.attention, self.config.shared_norm
-        dy_ND = reduce_from_ranks_backward(self.rows(scaled(dy, scale), self.config.hidden_size, "dy", len(h_ND)))  # g*
-        of_attention = {index: found[0] for index, found in kept.items()}
-        of_mlp = {index: found[1] for index, found in kept.items()}
-        d_scores = attention.scores_backward(dy_ND, units, of_attention, call, gradients)
-        self.mlp.bias_backward(dy_ND, gradients)
-        total = self.group.sum(self.partition, (1 if shared else 2, *h_ND.shape), self.dtype)
-        d_units = attention.keys_and_values_backward(d_scores, h_ND, units, call, gradients, total)
-        norms = {}
-        for block, (d_norms, of_heads) in self.group.each(
-                self.block_backward, self.own_blocks, dy_ND, (h_ND, d_scores, of_attention, d_units, call),
-                (g_ND, of_mlp), gradients, total):
-            total.add(block, d_norms)
-            norms[block.index] = of_heads
-        d_norms = copy_to_ranks_backward(total)                                                         # f*
-        attention.sum_norm_gradients(norms, gradients)
-        dx = self.norm_backward("attention_norm", d_norms[0].reshape(dy.shape), of_norm, gradients)
-        if not shared:
-            dx += self.norm_backward("mlp_norm", d_norms[1].reshape(dy.shape), of_mlp_norm, gradients)
-        add_to(dx, dy)
-        return dx
-
-    def block_backward(self, block: Block, dy_ND: Array, of_attention: tuple, of_mlp: tuple,
-                       gradients: dict[str, Array], total: Sum) -> tuple[Array, Any]:
-        """Return one block's part in the gradient of the one norm's output (1, N, D), or of both norms' (2, N, D)."""
-        d_norms, of_heads = self.group.xp.zeros(total.shape, total.summand_dtype), None
-        h_ND, d_scores, kept, d_units, call = of_attention
-        for heads in with_index(block.index, self.attention.own_blocks):
-            d_ND, of_heads = self.attention.block_backward(heads, d_scores, h_ND, kept, d_units, call, gradients, total)
-            d_norms[0] += d_ND
-        g_ND, kept = of_mlp
-        for features in with_index(block.index, self.mlp.own_blocks):
-            d_norms[-1] += self.mlp.block_backward(features, dy_ND, g_ND, kept, gradients, total)
-        return d_norms, of_heads
-
     # --- what both have ------------------------------------------------------------------------------------------
 
-    def norm_forward(self, name: str, x: Array, save: bool) -> tuple[Array, Any]:
+    def norm_forward(self, name: str, x: Array, rows: Any, save: bool) -> tuple[Array, Any]:
         """Return the norm of that name of x, or x itself where the block has none."""
-        return self.norms[name].forward(x, save=save) if name in self.norms else (x, None)
+        return self.norms[name].forward(x, rows=rows, save=save) if name in self.norms else (x, None)
 
-    def norm_backward(self, name: str, dy: Array, saved: Any, gradients: dict[str, Array]) -> Array:
-        """Return dx of norm_forward, and write the gradients of the norm."""
+    def norm_backward(self, name: str, dy: Array, saved: Any, gradients: dict[str, Array], sums: Any) -> Array:
+        """Return dx of norm_forward, and write the gradients of the norm, or leave them to `sums`."""
         if name not in self.norms:
             return dy
+        if sums is not None:
+            return sums.backward(self.norms[name], dy, saved, gradients)
         return self.norms[name].backward(dy, saved, out=self.gradients_of(self.norms[name], gradients))[0]
 
-    def dropout_scale(self, name: str, shape: tuple[int, ...], step: int | None) -> Array | float | None:
-        """Return what the complete sum is multiplied by, the same on every rank: dropout's scales times the config's
-        residual_multiplier; None for 1."""
-        scale = hidden_dropout(self.group, self.seed, join(self.name, name), step, self.config.hidden_dropout, shape,
-                               self.sum_dtype)
+    def dropout_scale(self, name: str, shape: tuple[int, ...], call: "BlockCall") -> Array | float | None:
+        """Return what the complete sum is multiplied by: dropout's scales times the config's residual_multiplier; None
+        for 1."""
+        scale = hidden_dropout(self.group, self.seed, join(self.name, name), call.step, self.config.hidden_dropout,
+                               shape, self.sum_dtype, call.rows)
         if self.config.residual_multiplier == 1:
             return scale
         return self.config.residual_multiplier * (1 if scale is None else scale)
 
-    def collectives(self, tokens: int) -> tuple[Counter, Counter]:
-        """Return how many collectives forward and backward do, by the formula: two Counters of Collective."""
+    def collectives(self, tokens: int, gather_again: bool = False) -> tuple[Counter, Counter]:
+        """Return how many collectives forward and backward do, by the formula: two Counters of Collective.
+
+        gather_again : as Rows has it, in sequence parallelism
+        """
+        if self.sequence_parallel or self.recompute:
+            from .closed_forms import block_collectives
+            return block_collectives(self, tokens, gather_again)
         if not self.config.parallel_residual:
             (one, two), (three, four) = self.attention.collectives(tokens), self.mlp.collectives(tokens)
             return one + three, two + four
@@ -236,18 +210,15 @@ class ParallelBlock(Composite):
             self.attention.inner_collectives(tokens) + Counter({of_norms: 1})
 
 
-def with_index(index: int, blocks: tuple[Block, ...]) -> list[Block]:
-    """Return the one of a layer's blocks that has this index, in a list; an empty list if it holds nothing."""
-    return [block for block in blocks if block.index == index]
-
-
 def hidden_dropout(group: TensorParallelGroup, seed: int, name: str, step: int | None, probability: float,
-                   shape: tuple[int, ...], dtype: Any) -> Array | None:
-    """Return scales 0 or 1 / (1 - p) for a complete array, the same on every rank; None without dropout.
+                   shape: tuple[int, ...], dtype: Any, rows: Any = None) -> Array | None:
+    """Return scales 0 or 1 / (1 - p) for a complete array, the same on every rank, or for rows; None without dropout.
 
     Of `dtype`, which is float32 for a 16-bit array: 1 / (1 - p) rounded to 8 bits would shift the mean.
     """
     if not probability or step is None:
         return None
     whole = tuple(slice(0, n) for n in shape)
+    if rows is not None:                                # the same words of the stream: those of this rank's rows
+        shape, whole = (rows.partition.size, *shape[1:]), (rows.own, *whole[1:])
     return dropout_scale(seed, name, step, probability, shape, whole, dtype, group.xp)

@@ -20,6 +20,7 @@ from .heads import require_mask
 from .linear import ColumnParallelLinear
 from .loss import vocab_parallel_cross_entropy_backward, vocab_parallel_cross_entropy_forward
 from .norm import hidden_norm
+from .products import reduce_from_ranks_backward
 
 
 class Decoder(Composite):
@@ -35,6 +36,12 @@ class Decoder(Composite):
         "float32" or "float64"; on a GPU "float16" and "bfloat16" too.
     seed : int or None
         Of the initial weights and of dropout, the same for any number of ranks; None for zeros.
+    sequence_parallel : bool
+        Between its products each rank has some rows (tokens) only; ids, targets and logits are as without.
+    gather_again : bool
+        With sequence_parallel: what enters a product is gathered again in backward instead of being kept.
+    recompute : str or None
+        "block" or "attention": what backward computes again, see ParallelBlock.
 
     Attributes
     ----------
@@ -53,14 +60,17 @@ class Decoder(Composite):
     Notes
     -----
     Collectives of forward: one all-reduce of N x D of the embedding, and those of the blocks; of backward: those of the
-    blocks, and one of N x D of the head. See collectives().
+    blocks, and one of N x D of the head. See collectives(). Sequence parallelism: Korthikanti et al., arXiv 2205.05198.
     """
 
     def __init__(self, group: TensorParallelGroup, config: DecoderConfig, *, dtype: str = "float32",
-                 seed: int | None = 0):
+                 seed: int | None = 0, sequence_parallel: bool = False, gather_again: bool = False,
+                 recompute: str | None = None):
         require(isinstance(config, DecoderConfig), f"config {type(config).__name__}", "a DecoderConfig")
+        require(sequence_parallel or not gather_again, "gather_again without sequence_parallel", "both")
         common: dict[str, Any] = dict(dtype=dtype, seed=seed)
         self.config, self.seed = config, 0 if seed is None else seed
+        self.sequence_parallel, self.gather_again = bool(sequence_parallel), bool(gather_again)
         V, D, std = config.vocab_size, config.hidden_size, config.init_method_std
         self.embedding = VocabParallelEmbedding(group, V, D, config.embedding_multiplier, init_std=std,
                                                 name="embedding", **common)
@@ -68,7 +78,9 @@ class Decoder(Composite):
                                           init_std=std, name="position", **common) \
             if config.position_embedding == "learned" else None
         self.embedding_norm = hidden_norm(group, config, dtype, "embedding_norm") if config.embedding_norm else None
-        self.blocks = [ParallelBlock(group, config, i, name=f"layers.{i}", **common) for i in range(config.num_layers)]
+        of_blocks = dict(common, sequence_parallel=sequence_parallel, recompute=recompute)
+        self.blocks = [ParallelBlock(group, config, i, name=f"layers.{i}", **of_blocks)
+                       for i in range(config.num_layers)]
         self.final_norm = hidden_norm(group, config, dtype, "final_norm") if config.final_norm else None
         common.update(tied_to=self.embedding if config.tie_word_embeddings else None, name="head")
         if config.logits_multiplier == 1 and config.logits_softcap is None:
@@ -89,31 +101,38 @@ class Decoder(Composite):
         save : False: None in place of what backward needs
         """
         x, of_hidden = self.hidden(ids, mask=mask, step=step, save=save)
-        logits, of_head = self.head.forward(x, save=save)
+        logits, of_head = self.head.forward(x, rows=of_hidden[-1], save=save)
         return logits, ((self, of_hidden, of_head) if save else None)
 
     def hidden(self, ids: Any, *, mask: Array | None = None, step: int | None = None,
                save: bool = True) -> tuple[Array, Any]:
-        """Return x (..., S, D), complete, of ids (..., S), forward without the head; and what backward needs."""
+        """Return x (..., S, D), complete, of ids (..., S), forward without the head; and what backward needs.
+
+        In sequence parallelism x (n, D) is this rank's rows.
+        """
         ids = ids if hasattr(ids, "ndim") else np.asarray(ids)      # token_ids checks them where they are
         require(ids.ndim > 0, "ids without an axis", "(..., positions)")
         require_mask(mask, prod(ids.shape[:-1]), ids.shape[-1])
         mask = mask if mask is None else self.group.xp.asarray(mask)        # here, not once a layer
-        of_position, of_blocks = None, []
+        of_position, of_blocks, rows = None, [], None
+        if self.sequence_parallel:
+            from ..comm.rows import Rows
+            rows = Rows(self.group, (prod(ids.shape[:-1]), ids.shape[-1]), self.gather_again)
         if self.position:                                   # first, as it may refuse
             positions, of_position = self.position.forward(ids.shape[-1], save=save)
-        x, of_embedding = self.embedding.forward(ids, save=save)
+        x, of_embedding = self.embedding.forward(ids, rows=rows, save=save)
         if self.position:
-            x += positions
-        x, of_embedding_norm = self.embedding_norm.forward(x, save=save) if self.embedding_norm else (x, None)
+            x += positions if rows is None else positions[rows.positions]
+        x, of_embedding_norm = self.embedding_norm.forward(x, rows=rows, save=save) if self.embedding_norm \
+            else (x, None)
         scale = hidden_dropout(self.group, self.seed, "embedding.dropout", step, self.config.hidden_dropout, x.shape,
-                               self.sum_dtype)
+                               self.sum_dtype, rows)
         x = scaled(x, scale, out=x)
         for block in self.blocks:
-            x, of_block = block.forward(x, mask=mask, step=step, save=save)
+            x, of_block = block.forward(x, mask=mask, step=step, rows=rows, save=save)
             of_blocks.append(of_block)
-        x, of_final_norm = self.final_norm.forward(x, save=save) if self.final_norm else (x, None)
-        return x, (of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm)
+        x, of_final_norm = self.final_norm.forward(x, rows=rows, save=save) if self.final_norm else (x, None)
+        return x, (of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm, rows)
 
     def extend(self, ids: Any, kv: Any, counts: Any = None) -> Array:
         """Continue the sequences of kv by ids (B, S); returns logits (B, V p) after the last new token of each.
@@ -164,16 +183,22 @@ class Decoder(Composite):
         out : an earlier backward's gradients, whose arrays are used again
         """
         of_hidden, of_head = require_saved(saved, self)
-        of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm = of_hidden
-        gradients = self.gradients(out)
+        of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm, rows = of_hidden
+        gradients, sums = self.gradients(out), None
+        if rows is not None:
+            from .norm_sums import NormSums
+            sums = NormSums(rows)
         dx = self.layer_backward(self.head, d_logits, of_head, gradients)
         if self.final_norm:
-            dx = self.layer_backward(self.final_norm, dx, of_final_norm, gradients)
+            dx = self.layer_backward(self.final_norm, dx, of_final_norm, gradients, sums)
         for block, of_block in zip(reversed(self.blocks), reversed(of_blocks)):
-            dx = self.layer_backward(block, dx, of_block, gradients)
+            dx, _ = block.backward(dx, of_block, out=self.gradients_of(block, gradients), norm_sums=sums)
         dx = scaled(dx, scale)
         if self.embedding_norm:
-            dx = self.layer_backward(self.embedding_norm, dx, of_embedding_norm, gradients)
+            dx = self.layer_backward(self.embedding_norm, dx, of_embedding_norm, gradients, sums)
+        if sums is not None:
+            sums.all_reduce()                                   # of every norm: not before the last of them
+            dx = reduce_from_ranks_backward(dx, rows).reshape(*rows.shape, dx.shape[-1])        # g* of the embedding
         if self.position:
             self.layer_backward(self.position, dx, of_position, gradients)
         if self.config.tie_word_embeddings:                     # where the head has written its gradient
@@ -182,8 +207,10 @@ class Decoder(Composite):
             self.layer_backward(self.embedding, dx, of_embedding, gradients)
         return gradients
 
-    def layer_backward(self, layer: Any, dy: Array, saved: Any, gradients: dict[str, Array]) -> Any:
-        """Return dx of one of the layers, and write its gradients."""
+    def layer_backward(self, layer: Any, dy: Array, saved: Any, gradients: dict[str, Array], sums: Any = None) -> Any:
+        """Return dx of one of the layers, and write its gradients, or leave a norm's to `sums`."""
+        if sums is not None:
+            return sums.backward(layer, dy, saved, gradients)
         return layer.backward(dy, saved, out=self.gradients_of(layer, gradients))[0]
 
     def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
@@ -203,6 +230,9 @@ class Decoder(Composite):
 
     def collectives(self, tokens: int) -> tuple[Counter, Counter]:
         """Return how many collectives forward and backward do, without the loss: two Counters of Collective."""
+        if self.sequence_parallel or self.blocks[0].recompute:
+            from .closed_forms import decoder_collectives
+            return decoder_collectives(self, tokens)
         forward: Counter = Counter()
         backward: Counter = Counter()
         layers: Any = (self.embedding, *self.blocks, self.head)

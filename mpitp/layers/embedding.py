@@ -61,10 +61,13 @@ class VocabParallelEmbedding(ParallelLayer):
         super().__init__(group, specs, dtype, seed, name)
         self.partition = group.partition(self.vocab_size)
 
-    def forward(self, ids: Any, *, save: bool = True) -> tuple[Array, Any]:
-        """Return y (..., D), complete, of ids (...), the same on every rank; and what backward needs, or None."""
+    def forward(self, ids: Any, *, rows: Any = None, save: bool = True) -> tuple[Array, Any]:
+        """Return y (..., D), complete, of ids (...), the same on every rank; and what backward needs, or None.
+
+        rows: y (n, D) is this rank's rows; backward takes a dy of all of them still. See Rows.
+        """
         ids = self.checked(ids)
-        return self.look_up(ids), ((self, self.local(ids)) if save else None)
+        return self.look_up(ids, rows), ((self, self.local(ids)) if save else None)
 
     def checked(self, ids: Any) -> Array:
         """Return ids where the weights are. Raises InputError as token_ids."""
@@ -74,14 +77,14 @@ class VocabParallelEmbedding(ParallelLayer):
         """Return the rows (N,) of this rank's part that ids mean, outside of it where another rank has them."""
         return ids.reshape(-1) - self.partition.bounds[self.group.rank]
 
-    def look_up(self, ids: Array) -> Array:
-        """Return y of ids that were checked. Collective: one all-reduce of N x D."""
+    def look_up(self, ids: Array, rows: Any = None) -> Array:
+        """Return y of ids that were checked. Collective: one all-reduce of N x D, with rows one reduce-scatter."""
         y_ND = embedding_forward(self.own["weight"], self.local(ids))
         if self.multiplier != 1:
             scaled(y_ND, self.multiplier, out=y_ND)
-        self.group.all_reduce(y_ND, out=y_ND)
+        y_ND = self.group.all_reduce(y_ND, out=y_ND) if rows is None else rows.scatter_array(y_ND, self.dtype)
         y_ND += 0.0                             # -0.0 becomes 0.0 on one rank too, as it does in a sum with zeros
-        return y_ND.reshape(*ids.shape, self.hidden_size)
+        return y_ND.reshape(*ids.shape, self.hidden_size) if rows is None else y_ND
 
     def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[None, dict[str, Array]]:
         """Return None, as ids have no gradient, and {name: gradient} of this rank's rows, of dy (..., D), complete.

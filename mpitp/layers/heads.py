@@ -54,7 +54,7 @@ class Heads:
 
 
 class AttentionCall(NamedTuple):
-    """What one forward of ParallelAttention and its backward share: sizes, mask, dropout step, cos and sin."""
+    """What one forward of ParallelAttention and its backward share: sizes, mask, dropout step, cos and sin, rows."""
     layer: Any
     B: int
     S: int
@@ -62,6 +62,7 @@ class AttentionCall(NamedTuple):
     step: int | None
     tables: tuple
     kv: Any
+    rows: Any
 
     def positions_of(self, b: int) -> int:
         """Return how many positions sequence b has, new ones included."""

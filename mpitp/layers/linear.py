@@ -72,17 +72,19 @@ class ColumnParallelLinear(ParallelLayer):
         self.set_partition(group.partition(out_features))
         self.local_features = self.partition.lengths[group.rank]
 
-    def forward(self, x: Array, *, save: bool = True) -> tuple[Array, Any]:
+    def forward(self, x: Array, *, rows: Any = None, save: bool = True) -> tuple[Array, Any]:
         """Return y (..., out p) of x (..., in), or (..., out) with gather_output; and what backward needs.
 
         What backward needs is x itself, not a copy: do not change x until then. save=False: None in its place.
+        rows: x is this rank's rows, and y (B, S, out p) has all of them; see Rows.
         """
-        x_NI = copy_to_ranks_forward(self.rows(x, self.in_features))                                # f
+        x_NI = self.rows(copy_to_ranks_forward(x, rows), self.in_features)                          # f
         y_NOp = self.group.xp.empty((len(x_NI), self.local_features), self.dtype)
         for _ in self.group.each(self.block_forward, self.own_blocks, x_NI, y_NOp):
             pass                                            # each block writes its columns of y
         y = gather_from_ranks_forward(y_NOp, self.partition, self.group) if self.gather_output else y_NOp
-        return y.reshape(*x.shape[:-1], y.shape[-1]), ((self, x_NI) if save else None)
+        shape = x.shape[:-1] if rows is None else rows.shape
+        return y.reshape(*shape, y.shape[-1]), ((self, rows.kept(x, x_NI) if rows else x_NI, rows) if save else None)
 
     def block_forward(self, block: Block, x_NI: Array, y_NOp: Array) -> None:
         """Write a block's columns of y."""
@@ -95,7 +97,8 @@ class ColumnParallelLinear(ParallelLayer):
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        (x_NI,), gradients = require_saved(saved, self), self.gradients(out)
+        (x_NI, rows), gradients = require_saved(saved, self), self.gradients(out)
+        x_NI = rows.again(x_NI) if rows else x_NI
         if self.gather_output:
             dy_NO = self.rows(dy, self.out_features, "dy", len(x_NI))
             dy_NOp = gather_from_ranks_backward(dy_NO, self.partition, self.group)
@@ -104,8 +107,8 @@ class ColumnParallelLinear(ParallelLayer):
         total = self.group.sum(self.partition, x_NI.shape, self.dtype)
         for block, dx_NI in self.group.each(self.block_backward, self.own_blocks, dy_NOp, x_NI, gradients, total):
             total.add(block, dx_NI)
-        dx_NI = copy_to_ranks_backward(total)                                                       # f*
-        return dx_NI.reshape(*dy.shape[:-1], self.in_features), gradients
+        dx_NI = copy_to_ranks_backward(total, rows)                                                 # f*
+        return (dx_NI.reshape(*dy.shape[:-1], self.in_features) if rows is None else dx_NI), gradients
 
     def block_backward(self, block: Block, dy_NOp: Array, x_NI: Array, gradients: dict[str, Array],
                        total: Sum) -> Array:
@@ -164,10 +167,11 @@ class RowParallelLinear(ParallelLayer):
         self.set_partition(group.partition(in_features))
         self.local_features = self.partition.lengths[group.rank]
 
-    def forward(self, x: Array, *, save: bool = True) -> tuple[Array, Any]:
+    def forward(self, x: Array, *, rows: Any = None, save: bool = True) -> tuple[Array, Any]:
         """Return y (..., out), complete, of x (..., in p), or (..., in) if not input_is_parallel; and x for backward.
 
         What backward needs is x itself, not a copy: do not change x until then. save=False: None in its place.
+        rows: x has the rows of all ranks, and y (n, out) this rank's; see Rows.
         """
         if self.input_is_parallel:
             x_NIp = self.rows(x, self.local_features)
@@ -176,9 +180,10 @@ class RowParallelLinear(ParallelLayer):
         total = self.group.sum(self.partition, (len(x_NIp), self.out_features), self.dtype)
         for block, y_NO in self.group.each(self.block_forward, self.own_blocks, x_NIp, total):
             total.add(block, y_NO)
-        y_NO = reduce_from_ranks_forward(total)                                                     # g
+        y_NO = reduce_from_ranks_forward(total, rows)                                               # g
         add_bias(y_NO, self.own.get("bias"))                # on every rank, but after the sum: once
-        return y_NO.reshape(*x.shape[:-1], self.out_features), ((self, x_NIp) if save else None)
+        y = y_NO.reshape(*x.shape[:-1], self.out_features) if rows is None else y_NO
+        return y, ((self, x_NIp, x.shape, rows) if save else None)
 
     def block_forward(self, block: Block, x_NIp: Array, total: Sum) -> Array:
         """Return a block's summand of y (N, O)."""
@@ -189,15 +194,15 @@ class RowParallelLinear(ParallelLayer):
 
         out : as ColumnParallelLinear's
         """
-        (x_NIp,), gradients = require_saved(saved, self), self.gradients(out)
-        dy_NO = reduce_from_ranks_backward(self.rows(dy, self.out_features, "dy", len(x_NIp)))      # g*
+        (x_NIp, shape, rows), gradients = require_saved(saved, self), self.gradients(out)
+        dy_NO = self.rows(reduce_from_ranks_backward(dy, rows), self.out_features, "dy", len(x_NIp))            # g*
         if "bias" in self.own:
             bias_backward(dy_NO, out=gradients[join(self.name, "bias")])        # dy is complete: so is this
         dx_NIp = self.group.xp.empty_like(x_NIp)
         for block, dx_NIb in self.group.each(self.block_backward, self.own_blocks, dy_NO, x_NIp, gradients):
             dx_NIp[:, block.local] = dx_NIb
         dx = dx_NIp if self.input_is_parallel else scatter_to_ranks_backward(dx_NIp, self.partition, self.group)
-        return dx.reshape(*dy.shape[:-1], dx.shape[-1]), gradients
+        return dx.reshape(shape), gradients
 
     def block_backward(self, block: Block, dy_NO: Array, x_NIp: Array, gradients: dict[str, Array]) -> Array:
         """Return a block's columns of dx, and write the gradient of its weight."""

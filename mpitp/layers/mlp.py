@@ -73,21 +73,21 @@ class ParallelMLP(ParallelLayer):
         self.hidden_size, self.ffn_hidden_size, self.activation, self.gated = D, F, activation, gated
         self.set_partition(group.partition(F))
 
-    def forward(self, x: Array, *, save: bool = True) -> tuple[Array, Any]:
-        """Return y (..., D), complete, of x (..., D), the same on every rank; and what backward needs.
+    def forward(self, x: Array, *, rows: Any = None, save: bool = True) -> tuple[Array, Any]:
+        """Return y of x (..., D), both complete, or with `rows` both this rank's (see Rows); and what backward needs.
 
         What backward needs includes x itself, not a copy: do not change x until then. save=False: None in its place.
         """
-        x_ND = copy_to_ranks_forward(self.rows(x, self.hidden_size))                                # f
+        x_ND = self.rows(copy_to_ranks_forward(x, rows), self.hidden_size)                          # f
         total, kept = self.group.sum(self.partition, x_ND.shape, self.dtype), {}
         for block, (y_ND, of_block) in self.group.each(self.block_forward, self.own_blocks, x_ND, total, save):
             total.add(block, y_ND)
             kept[block.index] = of_block
-        y_ND = reduce_from_ranks_forward(total)                                                     # g
+        y_ND = reduce_from_ranks_forward(total, rows)                                               # g
         self.add_bias(y_ND)
-        return y_ND.reshape(x.shape), ((self, x_ND, kept) if save else None)
+        return y_ND.reshape(x.shape), ((self, rows.kept(x, x_ND) if rows else x_ND, kept, rows) if save else None)
 
-    def block_forward(self, block: Block, x_ND: Array, total: Sum, save: bool) -> tuple[Array, Any]:
+    def block_forward(self, block: Block, x_ND: Array, total: Sum | None, save: bool) -> tuple[Array, Any]:
         """Return a block's summand of y (N, D): product, activation, product; and what backward needs."""
         own, part = self.own, block.local
         of_activation: Any
@@ -112,14 +112,15 @@ class ParallelMLP(ParallelLayer):
 
         out : an earlier backward's gradients, whose arrays are used again
         """
-        x_ND, kept = require_saved(saved, self)
-        dy_ND = reduce_from_ranks_backward(self.rows(dy, self.hidden_size, "dy", len(x_ND)))        # g*
+        x_ND, kept, rows = require_saved(saved, self)
+        x_ND = rows.again(x_ND) if rows else x_ND
+        dy_ND = self.rows(reduce_from_ranks_backward(dy, rows), self.hidden_size, "dy", len(x_ND))  # g*
         gradients = self.gradients(out)
         self.bias_backward(dy_ND, gradients)
         total = self.group.sum(self.partition, x_ND.shape, self.dtype)
         for block, dx_ND in self.group.each(self.block_backward, self.own_blocks, dy_ND, x_ND, kept, gradients, total):
             total.add(block, dx_ND)
-        dx_ND = copy_to_ranks_backward(total)                                                       # f*
+        dx_ND = copy_to_ranks_backward(total, rows)                                                 # f*
         return dx_ND.reshape(dy.shape), gradients
 
     def block_backward(self, block: Block, dy_ND: Array, x_ND: Array, kept: dict, gradients: dict[str, Array],

@@ -20,7 +20,8 @@ from .base import ParallelLayer, require_saved
 class NormOverflow(InputError):
     """The mean square of a row is not a finite number: its norm would be 0, and everything above it blind to the row.
 
-    On a GPU, where asking would cost a wait, it is not seen.
+    On a GPU, where asking would cost a wait, the norm is NaN, and what follows is not finite: in training the check of
+    loss and gradients ends the step.
     """
 
 
@@ -53,7 +54,8 @@ class Norm(ParallelLayer):
 
     Notes
     -----
-    No collectives: x and dy are the same on every rank, and so are y, dx and the gradients, which are complete.
+    No collectives: x and dy are the same on every rank, and so are y, dx and the gradients, which are complete. In
+    sequence parallelism x is this rank's rows; NormSums adds up the gradients then.
     Sources: Ba et al., arXiv 1607.06450; Zhang and Sennrich, arXiv 1910.07467.
     """
 
@@ -67,21 +69,26 @@ class Norm(ParallelLayer):
         bias = kind == "layernorm" if bias is None else bias
         super().__init__(group, norm_specs(self.hidden_size, bias, zero_centered, name), dtype, 0, name)
 
-    def forward(self, x: Array, *, save: bool = True) -> tuple[Array, Any]:
-        """Return y (..., D), a new array, and what backward needs (None if not save). x itself may change."""
+    def forward(self, x: Array, *, rows: Any = None, save: bool = True) -> tuple[Array, Any]:
+        """Return y (..., D), a new array, and what backward needs (None if not save). x itself may change.
+
+        rows: x is this rank's rows. One that overflows becomes NaN then: other ranks would wait for one that raises.
+        """
         y_ND, kept = norm_forward(self.rows(x, self.hidden_size), self.own["weight"], self.own.get("bias"), self.kind,
                                   self.epsilon, self.zero_centered)
-        rstd_N1 = kept[1]
-        if type(rstd_N1) is np.ndarray and not (rstd_N1[0, 0] if len(rstd_N1) == 1 else rstd_N1.all()):
-            raise NormOverflow(f"{self.name or 'norm'}: found a mean square beyond {x.dtype} in "
-                               f"{int((rstd_N1 == 0).sum())} of {len(rstd_N1)} rows, expected finite numbers: weights "
-                               f"that are damaged or diverge")
+        if overflows(kept[1]):
+            if rows is None:
+                raise NormOverflow(overflow_text(self.name or "norm", kept[1], x.dtype))
+            y_ND[kept[1][:, 0] == 0] = np.nan
         return y_ND.reshape(x.shape), ((self, kept) if save else None)
 
     def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:
         """Return dx (..., D) of dy (..., D), and {name: gradient}; out: an earlier backward's gradients, used again."""
         (kept,) = require_saved(saved, self)
         dy_ND, gradients = self.rows(dy, self.hidden_size, "dy", len(kept[0])), self.gradients(out)
+        if self.group.reproducible:             # the gradients' tree does not know which rank has which rows
+            from .norm_sums import backward_of_all_rows
+            return backward_of_all_rows(self, dy_ND, kept, gradients).reshape(dy.shape), gradients
         dx_ND, _, _ = norm_backward(dy_ND, kept, dw_out=gradients[join(self.name, "weight")],
                                     db_out=gradients.get(join(self.name, "bias")))
         return dx_ND.reshape(dy.shape), gradients
@@ -89,6 +96,29 @@ class Norm(ParallelLayer):
     def collectives(self, tokens: int = 0) -> tuple[Counter, Counter]:
         """Return how many collectives forward and backward do: two empty Counters."""
         return Counter(), Counter()
+
+
+def overflows(rstd: Array) -> bool:
+    """Return whether 1 / rms of any row is 0; False on a GPU, where there is a NaN instead."""
+    return type(rstd) is np.ndarray and not (rstd[0, 0] if len(rstd) == 1 else rstd.all())
+
+
+def overflow_text(name: str, rstd: Array, dtype: Any) -> str:
+    """Return the message about a norm of this name that overflows, by 1 / rms of each row."""
+    return f"{name}: found a mean square beyond {dtype} in {int((rstd == 0).sum())} of {len(rstd)} rows, expected " \
+           f"finite numbers: weights that are damaged or diverge"
+
+
+def norm_of_heads(name: str, x_BSHK: Array, w_K: Array, kind: str, epsilon: float,
+                  zero_centered: bool) -> tuple[Array, tuple]:
+    """Compute the norm over the features of each head of this rank's; returns y and what norm_backward takes.
+
+    Raises InputError where it overflows; not NormOverflow, as other ranks have other heads and may know nothing of it.
+    """
+    y_BSHK, kept = norm_forward(x_BSHK, w_K, None, kind, epsilon, zero_centered)
+    if overflows(kept[1]):
+        raise InputError(overflow_text(name, kept[1], x_BSHK.dtype))
+    return y_BSHK, kept
 
 
 def hidden_norm(group: TensorParallelGroup, config: DecoderConfig, dtype: str, name: str) -> Norm:

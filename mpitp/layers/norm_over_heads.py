@@ -17,6 +17,7 @@ from ..sharding.partition import Block
 from ..sharding.specs import join
 from .attention import ParallelAttention, Units
 from .heads import AttentionCall, as_heads, as_rows
+from .norm import NormOverflow, overflow_text, overflows
 from .products import rows_of
 
 
@@ -51,9 +52,9 @@ class AttentionNormedOverHeads(ParallelAttention):
     """
     norms_over_heads = True
 
-    def call(self, x: Array, mask: Array | None, step: int | None, kv: Any = None) -> CallOverHeads:
+    def call(self, x: Array, mask: Array | None, step: int | None, kv: Any = None, rows: Any = None) -> CallOverHeads:
         """Return what one forward and its backward share."""
-        return CallOverHeads(*super().call(x, mask, step, kv))
+        return CallOverHeads(*super().call(x, mask, step, kv, rows))
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
@@ -67,7 +68,11 @@ class AttentionNormedOverHeads(ParallelAttention):
             total.add(block, squares_2N)
         for part, squares_N in zip(("query", "key"), total.all_reduce()):
             mean_N1 = squares_N[:, None] / self.features(part)
-            call.rstd[part] = 1 / np.sqrt(mean_N1 + self.config.norm_epsilon)
+            call.rstd[part] = rstd_N1 = 1 / np.sqrt(mean_N1 + self.config.norm_epsilon)
+            if overflows(rstd_N1):                      # on every rank
+                raise NormOverflow(overflow_text(join(self.name, f"{part}_norm"), rstd_N1, self.sum_dtype))
+            if self.group.device == "gpu":
+                rstd_N1 /= rstd_N1 != 0                 # NaN where it overflows, which is seen later
         return super().keys_and_values(x_ND, call)
 
     def features(self, part: str) -> int:

@@ -7,7 +7,7 @@
 Each stands beside its backward. What the forward pass does not communicate, the backward pass does, and the other way
 round. The names f and g are Megatron-LM's (Shoeybi et al., arXiv 1909.08053, section 3). The adjoint of an all-reduce
 is the identity here, because a replicated tensor is one tensor, however many ranks hold a copy: a second all-reduce
-would make gradients P times too large.
+would make gradients P times too large. `rows` are those of sequence parallelism (comm/rows.py), None without it.
 
 Dimension key: N rows (tokens), I in features, O out features; p marks an axis split over the ranks, b the part of it in
 one block. `part` is the block's slice of that axis in the arrays of its rank, `total` the sum that it belongs to.
@@ -21,24 +21,24 @@ from ..ops.linear import linear_backward, linear_forward, linear_weight_backward
 
 # --- f and g ----------------------------------------------------------------------------------------------------
 
-def copy_to_ranks_forward(x: Array) -> Array:
-    """Apply f: every rank uses x."""
-    return x
+def copy_to_ranks_forward(x: Array, rows: Any = None) -> Array:
+    """Apply f: every rank uses x. With rows, of which each has its own: one all-gather."""
+    return x if rows is None else rows.all_gather(x)
 
 
-def copy_to_ranks_backward(total: Sum) -> Array:
-    """Apply f*: every rank used x, so its gradients add up. Collective: one all-reduce."""
-    return total.all_reduce()
+def copy_to_ranks_backward(total: Sum, rows: Any = None) -> Array:
+    """Apply f*: every rank used x, so its gradients add up. Collective: one all-reduce, or reduce-scatter of rows."""
+    return total.all_reduce() if rows is None else rows.reduce_scatter(total)
 
 
-def reduce_from_ranks_forward(total: Sum) -> Array:
-    """Apply g: the partial results add up. Collective: one all-reduce."""
-    return total.all_reduce()
+def reduce_from_ranks_forward(total: Sum, rows: Any = None) -> Array:
+    """Apply g: the partial results add up. Collective: one all-reduce, or with rows one reduce-scatter."""
+    return total.all_reduce() if rows is None else rows.reduce_scatter(total)
 
 
-def reduce_from_ranks_backward(dy: Array) -> Array:
-    """Apply g*: each partial result counts once."""
-    return dy
+def reduce_from_ranks_backward(dy: Array, rows: Any = None) -> Array:
+    """Apply g*: each partial result counts once. With rows: one all-gather."""
+    return dy if rows is None else rows.all_gather(dy)
 
 
 # --- the column-parallel product ----------------------------------------------------------------------------------
@@ -70,14 +70,14 @@ def column_parallel_backward(dy_NOb: Array, x_NI: Array, w_OpI: Array, part: sli
 
 # --- the row-parallel product -----------------------------------------------------------------------------------------
 
-def row_parallel_forward(x_NIb: Array, w_OIp: Array, part: slice, total: Sum) -> Array:
-    """Return this block's summand of y = sum over b of x_b W_b^T: W is split by columns, as x is.
+def row_parallel_forward(x_NIb: Array, w_OIp: Array, part: slice, total: Sum | None) -> Any:
+    """Return this block's summand of y = sum over b of x_b W_b^T: W is split by columns, as x is. None without a sum.
 
                                [        |        ]
         [ x_0 | x_1 ]  times   [ rank 0 | rank 1 ] ^T  =  y_0 + y_1         every summand has y's full shape
                                [        |        ]
     """
-    return linear_forward(x_NIb, columns_of(w_OIp, part), None, total.summand_dtype)[0]
+    return None if total is None else linear_forward(x_NIb, columns_of(w_OIp, part), None, total.summand_dtype)[0]
 
 
 def row_parallel_backward(dy_NO: Array, x_NIb: Array, w_OIp: Array, part: slice, dw_OIp: Array) -> Array:

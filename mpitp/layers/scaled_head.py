@@ -41,9 +41,9 @@ class ScaledHead(ColumnParallelLinear):
                          init_std=config.init_method_std, tied_to=tied_to, name=name)
         self.multiplier, self.softcap = config.logits_multiplier, config.logits_softcap
 
-    def forward(self, x: Array, *, save: bool = True) -> tuple[Array, Any]:
+    def forward(self, x: Array, *, rows: Any = None, save: bool = True) -> tuple[Array, Any]:
         """Return z (..., V p), and what backward needs, z itself among it: do not change it until then."""
-        z, of_linear = super().forward(x, save=save)
+        z, of_linear = super().forward(x, rows=rows, save=save)
         scaled(z, self.multiplier, out=z)
         if self.softcap is not None:
             softcap_forward(z, self.softcap)

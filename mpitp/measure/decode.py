@@ -1,4 +1,4 @@
-"""Cases of generation: one token after the other, and the matrix-vector products that it cannot do without."""
+"""Cases of generation: one token after the other, and the matrix products that it cannot do without."""
 from __future__ import annotations
 
 import numpy as np
@@ -42,25 +42,31 @@ def decode_cases(group: TensorParallelGroup, tokens: int, hidden: int, heads: in
 
 def matrix_vector_products(model: Decoder) -> Case:
     """Return a case that multiplies every matrix of this rank by a vector, the head's once: the limit of decoding."""
-    return MatrixVectorProducts(model).run
+    return MatrixProducts(model, 1).run
 
 
-class MatrixVectorProducts:
-    """Every matrix of a decoder that decoding reads as a whole, times a vector."""
+def prefill_products(model: Decoder, tokens: int) -> Case:
+    """Return a case that multiplies every matrix of this rank by a prompt, the head's by its last token alone."""
+    return MatrixProducts(model, tokens).run
 
-    def __init__(self, model: Decoder) -> None:
-        self.weights = [w for name, w in model.weights.items() if w.ndim == 2 and not name.startswith("position")]
-        if not model.config.tie_word_embeddings:                # a lookup reads one row of it
-            self.weights = [w for w in self.weights if w is not model.weights["embedding.weight"]]
+
+class MatrixProducts:
+    """Every matrix of a decoder that a pass reads as a whole, times so many rows; the head's times one."""
+
+    def __init__(self, model: Decoder, rows: int) -> None:
+        head = model.weights[model.head.weight_name]
+        self.weights = [(w, 1 if w is head else rows) for name, w in model.weights.items()
+                        if w.ndim == 2 and not name.startswith("position") and
+                        (w is head or name != "embedding.weight")]     # a lookup reads one row of it
         xp = model.group.xp
-        self.x = {w.shape[1]: xp.ones((1, w.shape[1]), w.dtype) for w in self.weights}
-        self.y = {w.shape[0]: xp.empty((1, w.shape[0]), w.dtype) for w in self.weights}
+        self.x = {(rows, w.shape[1]): xp.ones((rows, w.shape[1]), w.dtype) for w, rows in self.weights}
+        self.y = {(rows, w.shape[0]): xp.empty((rows, w.shape[0]), w.dtype) for w, rows in self.weights}
         self.multiply = multiply if xp is np else linear_forward
 
     def run(self) -> None:
         """Multiply each."""
-        for w in self.weights:
-            self.multiply(self.x[w.shape[1]], w, self.y[w.shape[0]])
+        for w, rows in self.weights:
+            self.multiply(self.x[rows, w.shape[1]], w, self.y[rows, w.shape[0]])
 
 
 def multiply(x: Array, w: Array, y: Array) -> None:

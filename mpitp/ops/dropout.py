@@ -5,6 +5,7 @@ step). Every rank draws the part that it holds: together they have the same mask
 """
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
@@ -18,8 +19,40 @@ PIECE = 1 << 15     # words at a time: the temporaries stay in cache
 NEAR = 1 << 11      # to draw so many words in vain takes as long as to start a stream anew (measured)
 
 
+@dataclass(frozen=True)
+class PartOfStep:
+    """Some sequences of a step's micro-batch, which drop what they drop in the whole of it.
+
+    Parameters
+    ----------
+    number : int
+        Of the step.
+    first, own : int
+        The sequences first..first + own - 1 of the micro-batch.
+    sequences : int
+        How many the whole micro-batch has.
+    """
+    number: int
+    first: int
+    own: int
+    sequences: int
+
+
+def in_step(step: int | PartOfStep, shape: Sequence[int], window: Sequence[slice | int]
+            ) -> tuple[int, tuple[int, ...], tuple[slice | int, ...]]:
+    """Return the number of a step, and shape and window in the whole micro-batch, whose sequences are along axis 0."""
+    shape = tuple(map(int, shape))              # NumPy's integers would overflow
+    if not isinstance(step, PartOfStep):
+        return step, shape, tuple(window)
+    rows, at = shape[0] // step.own, window[0]
+    first = rows * step.first
+    start, stop = at.indices(shape[0])[:2] if isinstance(at, slice) else (int(at), 0)
+    moved = slice(first + start, first + stop) if isinstance(at, slice) else first + start
+    return step.number, (rows * step.sequences, *shape[1:]), (moved, *window[1:])
+
+
 @cuda_twin(by="xp")
-def dropout_scale(seed: int, name: str, step: int, probability: float, shape: Sequence[int],
+def dropout_scale(seed: int, name: str, step: int | PartOfStep, probability: float, shape: Sequence[int],
                   window: Sequence[slice | int], dtype: DTypeLike, xp: ModuleType = np) -> Array:
     """Draw what dropout multiplies by, forward and backward: 0 where an element drops, else 1 / (1 - probability).
 
@@ -28,7 +61,7 @@ def dropout_scale(seed: int, name: str, step: int, probability: float, shape: Se
     Parameters
     ----------
     seed, name, step : int, str, int
-        The address of the stream, such as 0, "layers.3.mlp.dropout", 17.
+        The address of the stream, such as 0, "layers.3.mlp.dropout", 17; or a PartOfStep.
     probability : float
         From 0 to below 1.
     shape : sequence of int
@@ -45,7 +78,7 @@ def dropout_scale(seed: int, name: str, step: int, probability: float, shape: Se
     scale : array
         Of the window's shape.
     """
-    shape = tuple(map(int, shape))              # NumPy's integers would overflow
+    step, shape, window = in_step(step, shape, window)
     ends = [at.indices(n)[:2] if isinstance(at, slice) else (int(at), int(at) + 1) for at, n in zip(window, shape)]
     lengths = [max(0, stop - start) for start, stop in ends]
     out = np.empty([n for n, at in zip(lengths, window) if isinstance(at, slice)], dtype)

@@ -12,7 +12,7 @@ FEW = 64        # rows up to which y = (w x^T)^T is faster: 2 to 3 times up to 1
 NARROW = 16     # rows or columns: up to here a product is computed on arrays without gaps
 
 
-@cuda_twin(by="x_NI")
+@cuda_twin(by="w_OI")
 def linear_forward(x_NI: Array, w_OI: Array, out: Array | None = None,
                    dtype: DTypeLike | None = None) -> tuple[Array, tuple[Array, Array]]:
     """Compute y = x w^T (N, O); also return what linear_backward takes: x and w themselves, not copies.

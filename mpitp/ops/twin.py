@@ -1,4 +1,4 @@
-"""The one place where an operation asks whether it was given a NumPy or a CuPy array."""
+"""The one place where an operation asks whether it was given a NumPy or a CuPy array, or a packed weight."""
 import importlib
 import sys
 from collections.abc import Callable
@@ -38,8 +38,8 @@ def cuda_twin(by: str) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
         @wraps(operation)
         def dispatch(*args: P.args, **kwargs: P.kwargs) -> Result:
             decisive = args[position] if len(args) > position else kwargs.get(by)
-            if type(decisive) is np.ndarray or not is_cupy(decisive):
-                return operation(*args, **kwargs)
-            return getattr(twin(module), name)(*args, **kwargs)
+            others = None if type(decisive) is np.ndarray else twin(module) if is_cupy(decisive) else \
+                getattr(decisive, "operations", None)           # those of a PackedWeight
+            return (getattr(others, name) if others else operation)(*args, **kwargs)
         return dispatch
     return decorate

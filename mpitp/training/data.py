@@ -13,11 +13,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..checkpoints.json_files import require_file
 from ..errors import InputError, require, require_positive
 from ..sharding import rng
+from .token_file import TokenFile, pieces, windows
 
 STANDARD_BYTES = 1 << 22        # of the standard library's sources
 HELD_OUT = 20                   # one part in so many, at the end, is for validation
+IGNORED = -100                  # a target that does not count
 DTYPES = ("uint8", "uint16", "uint32")
 # llm.c's files (github.com/karpathy/llm.c, dev/data/data_common.py): (magic number, version) of a header of 256 int32.
 HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
@@ -60,26 +63,32 @@ class Tokens:
                  ids: np.ndarray | None = None):
         require_positive(seq_length=seq_length)
         self.name = "the standard library's sources" if path is None else os.fspath(path)
-        if ids is None:
-            ids = standard_library() if path is None else read(path, dtype)
-        self.tokens = ids
-        self.are_bytes = type(ids) is np.ndarray and ids.dtype == np.uint8      # a .npy file is mapped into memory
+        self.tokens: np.ndarray | TokenFile = ids if ids is not None else read_tokens(path, dtype)
+        self.are_bytes = ids is None and self.tokens.dtype == np.uint8 and not self.name.endswith(".npy")
         self.seq_length, self.seed = seq_length, seed
         self.held_out = max(len(self.tokens) // HELD_OUT, seq_length + 1)
         needed = 2 * (seq_length + 1)
         if len(self.tokens) < needed:
             raise InputError(f"{self.name}: found {len(self.tokens)} tokens, expected at least {needed}: a window of "
                              f"{seq_length} + 1 to train on and one to validate on")
-        largest, smallest = int(self.tokens.max()), int(self.tokens.min())
-        if largest >= vocab_size or smallest < 0:
-            wrong = largest if largest >= vocab_size else smallest
-            at = int(np.argmax(self.tokens == wrong))
-            raise InputError(f"{self.name}: found token {wrong} at position {at}, expected 0 to {vocab_size - 1}, "
-                             f"below the vocabulary's size")
+        self.require_below(vocab_size)
         self.training, self.validation = self.tokens[:-self.held_out], self.tokens[-self.held_out:]
 
+    def require_below(self, vocab_size: int) -> None:
+        """Raise InputError for the first token outside of the vocabulary."""
+        at = 0
+        for piece in pieces(self.tokens):
+            if int(piece.max()) >= vocab_size or int(piece.min()) < 0:
+                first = int(np.argmax((piece >= vocab_size) | (piece < 0)))
+                raise InputError(f"{self.name}: found token {piece[first]} at position {at + first}, expected 0 to "
+                                 f"{vocab_size - 1}, below the vocabulary's size")
+            at += len(piece)
+
     def batch(self, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return inputs and targets (size, S) of micro-batch `number`: windows anywhere in the training part."""
+        """Return inputs and targets (size, S) of batch `number`: windows anywhere in the training part.
+
+        A batch is those of the smaller ones that it consists of: what a step sees does not depend on how it is cut.
+        """
         words = rng.words(rng.key(self.seed, "training.windows"), number * size, (number + 1) * size)
         starts = words % np.uint64(len(self.training) - self.seq_length)
         return self.windows(self.training, starts.astype(np.int64))
@@ -92,26 +101,37 @@ class Tokens:
         for at in range(0, count, size):
             yield self.windows(self.validation, starts[at:at + size])
 
-    def windows(self, tokens: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets (windows, S) of the windows that begin there."""
-        found = tokens[starts[:, None] + np.arange(self.seq_length + 1)].astype(np.int64)
+    def windows(self, tokens: np.ndarray | TokenFile, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return inputs and targets (windows, S) of the windows that begin there."""
+        found = windows(tokens, starts, self.seq_length + 1)
         return found[:, :-1], found[:, 1:]
 
     def fingerprint(self) -> str:
         """Return what tells these tokens from others."""
-        return f"{len(self.tokens)} tokens, CRC-32 {zlib.crc32(np.ascontiguousarray(self.tokens).data):08x}"
+        checksum = 0
+        for piece in pieces(self.tokens):
+            checksum = zlib.crc32(piece.data, checksum)
+        return f"{len(self.tokens)} tokens, CRC-32 {checksum:08x}"
 
 
-def read(path: str, dtype: str | None = None) -> np.ndarray:
-    """Read the tokens of a file, as Tokens describes it. Raises InputError where they cannot be read."""
+def read_tokens(path: str | None, dtype: str | None) -> np.ndarray | TokenFile:
+    """Return the tokens of a file, or the standard library's sources."""
+    return standard_library() if path is None else read(path, dtype)
+
+
+def read(path: str, dtype: str | None = None) -> TokenFile:
+    """Return the tokens of a file, as Tokens describes it. Raises InputError where they cannot be read."""
     require(dtype is None or dtype in DTYPES, f"data dtype {dtype!r}", f"one of {', '.join(DTYPES)}, or None")
+    require_file(path, "a file to train on")
     try:
         if os.fspath(path).endswith(".npy"):
             require(dtype is None, f"data dtype {dtype!r} for {path}", "none: a .npy file says its own")
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(tokens, np.memmap):
+                raise InputError(f"{path}: found an archive of arrays, expected a .npy file of integers")
             if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
                 raise InputError(f"{path}: found {tokens.dtype} of shape {tokens.shape}, expected integers in one axis")
-            return tokens
+            return TokenFile(path, tokens.dtype, tokens.offset, len(tokens))    # no byte of the map is touched
         header = np.fromfile(path, "<i4", HEADER_WORDS)
         if dtype != "uint8" and len(header) == HEADER_WORDS and tuple(header[:2]) in HEADERS:
             return with_header(path, header, dtype)
@@ -135,7 +155,7 @@ def holds_ids(path: str, dtype: str | None) -> bool:
     return len(header) == HEADER_WORDS and tuple(header[:2]) in HEADERS
 
 
-def with_header(path: str, header: np.ndarray, dtype: str | None) -> np.ndarray:
+def with_header(path: str, header: np.ndarray, dtype: str | None) -> TokenFile:
     """Return the tokens behind the 256 words of a header: magic number, version, how many tokens follow."""
     found = HEADERS[tuple(header[:2])]
     require(dtype in (None, found), f"data dtype {dtype!r} for {path}",
@@ -146,18 +166,16 @@ def with_header(path: str, header: np.ndarray, dtype: str | None) -> np.ndarray:
     return tokens
 
 
-def words(path: str, dtype: np.dtype, start: int = 0) -> np.ndarray:
-    """Return the rest of a file as little-endian integers; those of more than a byte are read when they are used."""
+def words(path: str, dtype: np.dtype, start: int = 0) -> TokenFile:
+    """Return the rest of a file as little-endian integers."""
     size = os.path.getsize(path) - start
     if size % dtype.itemsize:
         raise InputError(f"{path}: found {size} bytes of tokens, expected a multiple of {dtype.itemsize}, as "
                          f"{dtype} has")
-    if size == 0 or dtype == np.uint8:
-        return np.fromfile(path, dtype, offset=start)
-    return np.memmap(path, dtype.newbyteorder("<"), "r", start)
+    return TokenFile(path, dtype.newbyteorder("<"), start, size // dtype.itemsize)
 
 
-def look_like_words(tokens: np.ndarray) -> bool:
+def look_like_words(tokens: np.ndarray | TokenFile) -> bool:
     """Return whether bytes look like halves of 16-bit integers: those at even and odd places differ in kind.
 
     Half the sum of the differences between the two histograms is 1 where they have no byte in common, and near what
@@ -195,13 +213,14 @@ def standard_library() -> np.ndarray:
     return np.concatenate(parts)
 
 
-def order_2_bits(training: np.ndarray, validation: np.ndarray, vocab_size: int = 256) -> float:
+def order_2_bits(training: np.ndarray | TokenFile, validation: np.ndarray | TokenFile,
+                 vocab_size: int = 256) -> float:
     """Bits a token of a model that counts which token follows each pair: the baseline that a network must beat.
 
     P(c | a b) = (count(a b c) + alpha P(c | b)) / (count(a b) + alpha), and P(c | b) in the same way from P(c); alpha
     is the best of a few for the validation part itself, which is generous to the baseline.
     """
-    V, best = vocab_size, math.inf
+    V, best, training, validation = vocab_size, math.inf, np.asarray(training), np.asarray(validation)
     a, b, c = (training[i:len(training) - 2 + i].astype(np.int64) for i in range(3))
     x, y, z = (validation[i:len(validation) - 2 + i].astype(np.int64) for i in range(3))
     of_three, of_pair = np.bincount((a * V + b) * V + c, minlength=V ** 3), np.bincount(a * V + b, minlength=V ** 2)

@@ -29,7 +29,7 @@ def begin_with(trainer: Trainer, folder: ModelFolder) -> None:
     """
     if isinstance(folder.checkpoint, StepCheckpoint):
         require_whole(trainer.group, folder.checkpoint, folder.specs)
-    require_everywhere(trainer.group.comm, "whether the checkpoint could be read", lambda: read_all(trainer, folder))
+    require_everywhere(trainer.world.comm, "whether the checkpoint could be read", lambda: read_all(trainer, folder))
     trainer.optimizer.round_weights()
 
 

@@ -1,28 +1,37 @@
 """The loop: batches, gradients, clipping, AdamW, validation, checkpoints, and what ends a run early."""
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import Array, on_host
+from ..arrays import Array
 from ..checkpoints import steps as step_folders
+from ..comm.agreement import disagreement
 from ..comm.group import TensorParallelGroup
+from ..comm.launch import machine
 from ..config import DecoderConfig
 from ..layers.decoder import Decoder
 from ..layers.norm import NormOverflow
-from .data import Tokens
+from ..sharding.partition import Block
+from .copies import different_copies
+from .data import IGNORED, Tokens
+from .dealing import Dealing
+from .gradients import GradientSum, GradientTreeSum
 from .lock import FolderLock
 from .log import append_log
 from .optimizer import AdamW, gradient_norm, learning_rate, non_finite
 from .requests import NOTHING, SAVE, STOP, Requests
 from .settings import Settings
 from .spikes import Spikes
+
+if TYPE_CHECKING:
+    from ..grid import Grid
 
 
 class TrainingStopped(RuntimeError):
@@ -34,7 +43,8 @@ class Trainer:
 
     Parameters
     ----------
-    group : TensorParallelGroup
+    ranks : TensorParallelGroup or Grid
+        Of one copy of the decoder, or of several, each of which computes some sequences of a batch.
     config : DecoderConfig
     tokens : Tokens
         The same on every rank.
@@ -48,34 +58,45 @@ class Trainer:
 
     Attributes
     ----------
+    group, world : TensorParallelGroup
+        The ranks of this copy of the decoder, and all ranks.
+    data : TensorParallelGroup or None
+        The ranks that hold the same slices of other copies; None where there is one copy.
     lock : FolderLock or None
         Of the folder, where rank 0 has one: no checkpoint is written once another job has taken it.
     began_with : dict or None
         The family and the config.json of the checkpoint that the run began with (initial.py); None: random weights.
     """
 
-    def __init__(self, group: TensorParallelGroup, config: DecoderConfig, tokens: Tokens, settings: Settings, *,
+    def __init__(self, ranks: TensorParallelGroup | Grid, config: DecoderConfig, tokens: Tokens, settings: Settings, *,
                  dtype: str = "float32", folder: str | None = None, say: Callable[[str], None] = print):
-        self.group, self.config, self.tokens, self.settings = group, config, tokens, settings
+        whole: Any = ranks
+        self.group: TensorParallelGroup = getattr(whole, "tensor", whole)       # a group of one copy is both
+        self.world: TensorParallelGroup = getattr(whole, "world", whole)
+        data = getattr(whole, "data", None)
+        self.data: TensorParallelGroup | None = data if data and data.size > 1 else None
+        self.config, self.tokens, self.settings = config, tokens, settings
         self.folder, self.say = folder, say
         self.lock: FolderLock | None = None
         self.began_with: dict | None = None
-        self.model = Decoder(group, config, dtype=dtype, seed=settings.seed)
+        self.model = Decoder(self.group, config, dtype=dtype, seed=settings.seed, recompute=settings.recompute,
+                             sequence_parallel=settings.sequence_parallel)
         self.optimizer = AdamW(self.model, settings.adam_beta1, settings.adam_beta2, settings.adam_eps,
                                settings.weight_decay)
+        self.dealing = Dealing(settings, self.data.rank if self.data else 0, self.data.size if self.data else 1,
+                               self.group.reproducible)
+        kind = GradientTreeSum if self.group.reproducible else GradientSum
+        self.sum = kind(self.model, self.data, self.dealing.partition)
         self.step = 0                           # steps done
         self.gradients: dict[str, Array] = {}   # of the last step, whose arrays the next one uses again
-        self.more: dict[str, Array] = {}        # of its last micro-batch
         self.spikes = Spikes(settings.spike_limit)
         self.last_saved = time.monotonic()
 
     # --- one step -----------------------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
-        """Take one optimizer step on gradient_accumulation micro-batches. Returns {"loss", "gradient_norm", "lr"}."""
-        settings, loss = self.settings, 0.0
-        for micro in range(settings.gradient_accumulation):
-            loss += self.add_gradients(micro) / settings.gradient_accumulation
+        """Take one optimizer step on a global batch. Returns {"loss", "gradient_norm", "lr"}."""
+        settings, loss = self.settings, self.sum_gradients()
         norm = gradient_norm(self.model, self.gradients)
         self.require_finite(loss, norm)
         spike = self.spikes.find({"loss": loss, "gradient_norm": norm})
@@ -87,59 +108,71 @@ class Trainer:
         self.optimizer.step(self.gradients, lr, self.step, scale)
         return {"loss": loss, "gradient_norm": norm, "lr": lr}
 
-    def finite_step(self) -> dict[str, float]:
-        """Take a step; raise TrainingStopped, before anything moves, where a norm in it overflows."""
-        try:
-            return self.train_step()
-        except NormOverflow as overflow:
-            said = f"step {self.step + 1}: {overflow}; the weights of the last checkpoint stay"
-            raise TrainingStopped(said) from None
+    def sum_gradients(self) -> float:
+        """Compute the gradients of a global batch, whose loss is the mean over its counted tokens; returns the loss.
 
-    def add_gradients(self, micro: int) -> float:
-        """Add the gradients of one micro-batch to those of the step. Returns its loss."""
-        number = self.step * self.settings.gradient_accumulation + micro
-        ids, targets = self.tokens.batch(number, self.settings.micro_batch_size)
-        logits, saved = self.model.forward(ids, step=number)
-        loss, saved_loss = self.model.loss(logits, targets, label_smoothing=self.settings.label_smoothing)
-        d_logits = self.model.loss_backward(saved_loss, 1 / self.settings.gradient_accumulation)
-        if micro == 0:
-            self.gradients = self.model.backward(d_logits, saved, out=self.gradients or None)
-        else:
-            self.more = self.model.backward(d_logits, saved, out=self.more or None)
-            for name, g in self.gradients.items():
-                g += self.more[name]
+        Raises TrainingStopped on every rank, before anything moves, where a norm overflows on any.
+        """
+        ids, targets = self.tokens.batch(self.step, self.settings.global_batch_size)
+        counted, problem = counted_tokens(targets), ""
+        self.sum.begin()
+        try:
+            for piece in self.dealing.pieces:
+                self.add_gradients(piece, ids[piece.start:piece.stop], targets[piece.start:piece.stop], counted)
+        except NormOverflow as overflow:        # on all ranks of this copy of the model, or on none
+            problem = str(overflow)
+        if self.data:
+            with self.world.ledger.record_control("overflow"):
+                problem = max(self.world.comm.allgather(problem))
+        if problem:
+            raise TrainingStopped(f"step {self.step + 1}: {problem}; the weights of the last checkpoint stay")
+        loss, self.gradients = self.sum.finish()
         return loss
+
+    def add_gradients(self, piece: Block, ids: Array, targets: Array, counted: int) -> None:
+        """Add what a piece of the global batch, in which so many tokens count, adds to loss and gradients."""
+        own = counted_tokens(targets)
+        times = counted / own if own else math.inf          # the loss of a piece is the mean over its own tokens
+        logits, saved = self.model.forward(ids, step=self.dealing.address(self.step, piece))
+        loss, saved_loss = self.model.loss(logits, targets, label_smoothing=self.settings.label_smoothing,
+                                           z_loss=self.settings.z_loss, ignore_index=IGNORED)
+        self.model.backward(self.model.loss_backward(saved_loss, 1 / times), saved, out=self.sum.room())
+        self.sum.add(piece, loss / times)
 
     def require_finite(self, loss: float, norm: float) -> None:
         """Raise TrainingStopped, before anything moves, where loss or gradients are not finite."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        found = non_finite(self.model, self.gradients)
+        found = non_finite(self.model, self.gradients, self.world)
         where = "every gradient is finite, their squares are not"
         if found:
             name, ranks = next(iter(found.items()))
             where = f"{len(found)} gradients are not finite, {name} first, on rank{'s' if len(ranks) > 1 else ''} " \
                     f"{', '.join(map(str, ranks))}"
-        where = self.group.comm.bcast(where)
+        where = self.world.comm.bcast(where)
         raise TrainingStopped(f"step {self.step + 1}: found loss {loss} and gradient norm {norm}, expected finite "
                               f"numbers ({where}); the weights of the last checkpoint stay")
 
     def require_finite_weights(self) -> None:
         """Raise TrainingStopped where a step has left weights that are not finite, so that no checkpoint holds them."""
-        found = non_finite(self.model, self.model.weights)
-        names = self.group.comm.bcast(list(found) if found else [])
+        found = non_finite(self.model, self.model.weights, self.world)
+        names = self.world.comm.bcast(list(found) if found else [])
         if names:
             raise TrainingStopped(f"step {self.step}: found {len(names)} parameters that are not finite, {names[0]} "
                                   f"first, expected finite ones; the last checkpoint stays")
 
     def validate(self) -> float:
-        """Return the mean loss over the validation windows, without dropout."""
-        total, count = 0.0, 0
-        for ids, targets in self.tokens.validation_batches(self.settings.micro_batch_size, self.settings.eval_batches):
-            logits, _ = self.model.forward(ids, save=False)
-            total += self.model.loss(logits, targets)[0] * ids.size
-            count += ids.size
-        return total / count
+        """Return the mean loss over the validation windows, without dropout; each data rank computes some of them."""
+        totals, counts = [], []
+        for number, (ids, targets) in enumerate(self.tokens.validation_batches(*self.dealing.windows())):
+            counts.append(counted_tokens(targets))
+            totals.append(0.0)
+            if self.data is None or number % self.data.size == self.data.rank:
+                logits, _ = self.model.forward(ids, save=False)
+                totals[-1] = self.model.loss(logits, targets, ignore_index=IGNORED)[0] * counts[-1]
+        if self.data:                           # x + 0 is x: the same numbers, whoever has them
+            totals = self.data.all_reduce(self.data.xp.asarray(totals)).tolist()
+        return sum(totals, 0.0) / max(1, sum(counts))
 
     # --- the run --------------------------------------------------------------------------------------------------
 
@@ -161,7 +194,7 @@ class Trainer:
             while self.step < settings.train_iters:
                 start = time.perf_counter()
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # require_finite reports it
-                    figures = self.finite_step()
+                    figures = self.train_step()
                 figures["seconds"] = time.perf_counter() - start
                 last = self.step == settings.train_iters
                 if last or settings.eval_interval and self.step % settings.eval_interval == 0:
@@ -171,7 +204,7 @@ class Trainer:
                 save = bool(self.folder and (due or wish != NOTHING))
                 if self.step % settings.check_interval == 0 or last or save:    # no checkpoint of copies that differ
                     self.require_equal_copies()
-                self.group.on_root(lambda: self.log(figures))
+                self.world.on_root(lambda: self.log(figures))
                 if progress:
                     progress(self.step, figures)
                 if save:
@@ -184,9 +217,9 @@ class Trainer:
     def agreed_wish(self, requests: Requests) -> tuple[int, str]:
         """Return the strongest wish of all ranks; --save-minutes is a wish of rank 0. Collective."""
         wish, minutes = requests.take(), self.settings.save_minutes
-        if self.group.rank == 0 and minutes and time.monotonic() - self.last_saved > 60 * minutes:
+        if self.world.rank == 0 and minutes and time.monotonic() - self.last_saved > 60 * minutes:
             wish = max(wish, (SAVE, "time"))
-        return max(self.group.comm.allgather(wish))
+        return max(self.world.comm.allgather(wish))
 
     def log(self, figures: dict) -> None:
         """Add this step's line to the log, where there is a folder for it."""
@@ -195,25 +228,13 @@ class Trainer:
 
     def require_equal_copies(self) -> None:
         """Raise TrainingStopped where ranks that hold the same weights hold different ones."""
-        of_ranks = self.group.comm.allgather(self.copies())
-        different = [label for label in set().union(*of_ranks)
-                     if len({copies[label] for copies in of_ranks if label in copies}) > 1]
+        different = different_copies(self.model, self.world, self.data is not None)
         if different:
-            raise TrainingStopped(f"step {self.step}: found different weights of {min(different)} on the ranks, "
-                                  f"expected equal copies: memory or library errors; the last checkpoint stays")
-
-    def copies(self) -> dict[str, str]:
-        """Return {parameter or key/value head: SHA-256} of everything of which other ranks have a copy."""
-        found = {}
-        for name, spec in self.model.specs.items():
-            w = self.model.weights[name]
-            if spec.axis is None:
-                found[name] = digest(w)
-            elif spec.share > 1:
-                first = spec.window(self.group.place)[0].start // spec.multiple
-                for head in range(len(w) // spec.multiple):
-                    found[f"{name}, head {first + head}"] = digest(w[head * spec.multiple:(head + 1) * spec.multiple])
-        return found
+            machines = disagreement(self.world.comm, machine())
+            why = f"the ranks run on different kinds of machine ({machines})" if machines else \
+                "errors of memory or of a library"
+            raise TrainingStopped(f"step {self.step}: found different weights of {different[0]} on the ranks, "
+                                  f"expected equal copies: {why}; the last checkpoint stays")
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -227,21 +248,30 @@ class Trainer:
 
     def state(self) -> dict:
         """Return what a run is resumed with: nothing that depends on ranks, time or host."""
+        unit = self.dealing.unit
         tokens = {"vocabulary": "bytes" if self.tokens.are_bytes else "ids"} if self.began_with is None else \
             {"model": self.began_with}
-        return json.loads(json.dumps({**tokens, "config": asdict(self.config),
-                                      "settings": self.settings.of_the_result(), "data": self.tokens.fingerprint(),
+        return json.loads(json.dumps({**tokens, "config": asdict(self.config), "unit": unit,
+                                      "settings": self.settings.of_the_result(unit), "data": self.tokens.fingerprint(),
                                       "seq_length": self.tokens.seq_length, "dtype": self.model.dtype.name,
                                       "blocks": self.group.blocks if self.group.reproducible else None}))
 
     def save(self) -> None:
-        """Write a step folder. Collective."""
-        assert self.folder, "there is a time to save with a folder alone"
-        self.group.on_root(self.require_lock)
-        path = step_folders.save(self.group, self.folder, self.step, self.files(), self.state(), self.settings.keep)
-        if self.group.rank == 0:
-            self.say(f"saved {path}")
+        """Write a step folder; the ranks of the first copy of the model write it. Collective."""
+        self.world.on_root(self.require_lock)
+        if self.data is None:
+            self.write()
+        else:
+            from ..grid import on_first_copy
+            on_first_copy(self.world, self.data, self.write)
         self.last_saved = time.monotonic()
+
+    def write(self) -> None:
+        """Write a step folder from one copy of the model. Collective over its ranks."""
+        assert self.folder, "there is a time to save with a folder alone"
+        path = step_folders.save(self.group, self.folder, self.step, self.files(), self.state(), self.settings.keep)
+        if self.world.rank == 0:
+            self.say(f"saved {path}")
 
     def require_lock(self) -> None:
         """Raise InputError where another job writes into the folder."""
@@ -249,6 +279,6 @@ class Trainer:
             self.lock.require_own()
 
 
-def digest(w: Array) -> str:
-    """Return the SHA-256 of an array's bytes."""
-    return hashlib.sha256(on_host(w).tobytes()).hexdigest()
+def counted_tokens(targets: Any) -> int:
+    """Return how many targets count: those that are not IGNORED."""
+    return int((targets != IGNORED).sum())

@@ -7,6 +7,7 @@ from types import ModuleType
 import numpy as np
 
 from ..arrays import Array, module_of, sum_dtype
+from ..comm.group import TensorParallelGroup
 from ..errors import require
 from ..layers.base import ParallelLayer
 from ..ops.adamw import adamw_step
@@ -128,13 +129,15 @@ def square_sum(xp: ModuleType, x: Array) -> Array:
     return (flat @ flat).astype(np.float64)
 
 
-def non_finite(layer: ParallelLayer, arrays: dict[str, Array]) -> dict[str, list[int]] | None:
+def non_finite(layer: ParallelLayer, arrays: dict[str, Array],
+               world: TensorParallelGroup | None = None) -> dict[str, list[int]] | None:
     """Find the parameters whose arrays hold NaN or infinity: on rank 0 {name: [ranks]}, elsewhere None. Collective.
 
     arrays : {name: array}, gradients or weights
+    world : the ranks that are asked, where they are more than the layer's
     """
     mine = [name for name, g in arrays.items() if not bool(layer.group.xp.isfinite(g).all())]
-    of_ranks = layer.group.report(mine)
+    of_ranks = (world or layer.group).report(mine)
     if of_ranks is None:
         return None
     return {name: [rank for rank, names in enumerate(of_ranks) if name in names]

@@ -12,9 +12,9 @@ from ..errors import InputError, require
 from .log import cut_log, read_log
 from .loop import Trainer
 from .optimizer import learning_rate
-from .settings import Settings
+from .settings import MICRO_BATCH, UNITS, Settings
 
-COMPARED = ("config", "settings", "data", "seq_length", "dtype", "blocks", "model")
+COMPARED = ("config", "unit", "settings", "data", "seq_length", "dtype", "blocks", "model")
 SCHEDULE = ("train_iters", "lr_decay_iters", "warmup")      # these may differ where no step that was taken would
 
 
@@ -52,7 +52,7 @@ def resume(trainer: Trainer, step: int | None = None, auto: bool = False) -> boo
     -----
     Collective, no data: see steps.read_state and steps.load.
     """
-    group, folder = trainer.group, trainer.folder
+    group, folder = trainer.world, trainer.folder
     if not folder:
         raise InputError("found no folder, expected the one to resume from")
     found = group.comm.bcast(group.on_root(lambda: find(folder)))
@@ -96,7 +96,7 @@ def read(trainer: Trainer, folder: str, step: int) -> tuple[dict, list[str]]:
 
     Raises DamagedStep where the state is damaged, another InputError where it is another run's.
     """
-    state = step_folders.read_state(trainer.group, folder, step)
+    state = step_folders.read_state(trainer.world, folder, step)
     return state, require_same_run(folder, state, trainer.state())
 
 
@@ -107,10 +107,10 @@ def load(trainer: Trainer, folder: str, step: int, state: dict) -> list[str]:
     """
     steps = trainer.settings.train_iters
     require(step < steps, f"step {step} in {folder}", f"a run that is not at its end, --train-iters {steps}")
-    step_folders.load(trainer.group, folder, step, trainer.files(), state.get("checksums"))
+    step_folders.load(trainer.group, folder, step, trainer.files(), state.get("checksums"), trainer.world)
     if "checksums" in state:
         return [f"{sum(map(len, state['checksums'].values()))} tensors verified"]
-    if trainer.group.rank == 0:
+    if trainer.world.rank == 0:
         print(f"mpitp: note: {step_folders.step_folder(folder, step)}: found no checksums, as mpitp 0.2.0 and older "
               f"wrote it, expected them: not verified", file=sys.stderr, flush=True)
     return []
@@ -143,6 +143,7 @@ def require_same_run(folder: str, state: dict, mine: dict) -> list[str]:
     for key, kind in (("config", DecoderConfig), ("settings", Settings)):       # fields that are younger than the state
         if isinstance(state.get(key), dict):
             state[key] = {**defaults(kind, mine[key]), **state[key]}
+    state.setdefault("unit", older_unit(state))
     for key in COMPARED:
         if state.get(key) == mine.get(key):
             continue
@@ -151,9 +152,20 @@ def require_same_run(folder: str, state: dict, mine: dict) -> list[str]:
                         f"of the steps taken being the same")
             continue
         differs = difference(key, state.get(key), mine.get(key))
-        raise InputError(f"{folder}: found {differs}: a run is resumed with what it began with"
-                         f"{hint(state, mine) if key == 'settings' else ''}")
+        raise InputError(f"{folder}: found {differs}: a run is resumed with what it began with{hint(key, state, mine)}")
     return said
+
+
+def older_unit(state: dict) -> str | None:
+    """Return the unit of a reproducible run of mpitp 0.2.0 or older, which added micro-batches one after the other.
+
+    For up to three of them the tree does the same additions.
+    """
+    if state.get("blocks") is None:
+        return None
+    settings = state.get("settings")
+    few = isinstance(settings, dict) and settings.get("gradient_accumulation") in (1, 2, 3)
+    return MICRO_BATCH if few else f"{MICRO_BATCH} of mpitp 0.2.0, more than 3 in a row"
 
 
 def defaults(kind: type, mine: dict) -> dict:
@@ -176,8 +188,12 @@ def is_prolonged(found: object, mine: dict, step: int) -> bool:
         return False
 
 
-def hint(state: dict, mine: dict) -> str:
-    """Return what lets a run that is at its end, or on its way there, become longer."""
+def hint(key: str, state: dict, mine: dict) -> str:
+    """Return what lets a run go on as it began; or become longer, where it is at its end or on its way there."""
+    if key == "unit" and state["unit"] in UNITS and mine["unit"] in UNITS:
+        return f" (--reproducible-unit {state['unit']})"
+    if key != "settings":
+        return ""
     found, now = state["settings"], mine["settings"]
     if not isinstance(found, dict) or found.get("train_iters") == now["train_iters"]:
         return ""

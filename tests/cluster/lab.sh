@@ -5,14 +5,16 @@
 #   hosts   each with a name, network, processes, /tmp, /run and /dev/shm of its own; everything else they share, as a
 #           cluster shares its file systems. 1 Gbit/s links where the kernel can slow them down
 #   Slurm   slurmctld on h0, slurmd on h1 and h2, without a default MPI, as Debian ships it
+#   Grid Engine   sge_qmaster on h0, sge_execd on h1 and h2, a queue of two slots each, a parallel environment mpi
 # and runs tests/cluster/checks.py there. Status 77: something could not be had, and one line says what.
 set -Eeuo pipefail
 checkout=$1
 hosts="h0 h1 h2"
-packages="slurmctld slurmd slurm-client munge openssh-server openssh-client libpmix-dev python3-venv"
+packages="slurmctld slurmd slurm-client munge gridengine-master gridengine-exec gridengine-client openssh-server
+    openssh-client libpmix-dev python3-venv"
 cd "$checkout"
 exec 3> /dev/null 4> build/cluster.log
-[ $# -gt 1 ] || exec 3> build/cluster.json
+case ${2:---all} in --all) exec 3> build/cluster.json ;; esac       # else it is not the whole of it
 
 cannot() { echo "cluster: left out, $*"; exit 77; }
 in_root() { chroot /mnt/copy "$@"; }
@@ -36,7 +38,7 @@ install_packages() {
     chmod +x /mnt/copy/usr/sbin/policy-rc.d
     in_root timeout 60 apt-get update -q -o Acquire::Retries=1 >&4 2>&1 ||
         cannot "Debian's package server does not answer"
-    in_root env DEBIAN_FRONTEND=noninteractive timeout 120 apt-get install -yq --no-install-recommends \
+    in_root env DEBIAN_FRONTEND=noninteractive timeout 200 apt-get install -yq --no-install-recommends \
         -o Dpkg::Options::=--force-unsafe-io -o Acquire::Retries=1 $packages >&4 2>&1 ||
         cannot "apt-get could not install $packages (build/cluster.log)"
 }
@@ -103,6 +105,28 @@ start_slurm() {
     cannot "found a Slurm whose nodes are not idle after 30 s (build/cluster.log)"
 }
 
+start_grid_engine() {
+    export SGE_ROOT=/var/lib/gridengine         # where Debian's package has made a cell of its own
+    cp tests/cluster/grid_engine_pe.conf /mnt/copy/lab/
+    echo h0 > /mnt/copy$SGE_ROOT/default/common/act_qmaster
+    on h0 setpriv --reuid sgeadmin --regid sgeadmin --clear-groups sge_qmaster
+    for host in h0 h1 h2; do
+        on h0 qconf -ah $host || true           # h0 is there already
+        on h0 qconf -as $host
+    done >&4 2>&1
+    on h0 bash -ec 'qconf -Ap /lab/grid_engine_pe.conf
+        printf "group_name @allhosts\nhostlist h1 h2\n" > /tmp/hosts
+        qconf -Ahgrp /tmp/hosts
+        qconf -sq | sed "s/^qname.*/qname main.q/; s/^hostlist.*/hostlist @allhosts/; s/^slots.*/slots 2/
+            s/^pe_list.*/pe_list mpi/; s/^load_thresholds.*/load_thresholds NONE/; s,^shell .*,shell /bin/bash," > /tmp/queue
+        qconf -Aq /tmp/queue
+        qconf -ssconf | sed "s/^flush_\(.*\)_sec.*/flush_\1_sec 1/" > /tmp/scheduler      # else it looks every 15 s
+        qconf -Msconf /tmp/scheduler' >&4 2>&1
+    install -d /mnt/copy/var/spool/gridengine/execd
+    in_root chown sgeadmin /var/spool/gridengine/execd
+    for host in h1 h2; do on $host sge_execd >&4 2>&1; done
+}
+
 say() { echo "cluster: ${SECONDS} s, $*"; }
 
 # A machine on which hosts or Slurm cannot be set up says nothing about this project.
@@ -118,10 +142,11 @@ fi
 say "packages"
 install_packages
 make_user
-say "hosts and Slurm"
+say "hosts, Slurm and Grid Engine"
 for host in $hosts; do make_host $host ${host#h}; done
 start_sshd
 start_slurm
+start_grid_engine
 trap - ERR
 say "checks"
-chroot /mnt/copy /usr/bin/python3 /lab/checks.py "${@:3}" >&3
+chroot /mnt/copy /usr/bin/python3 /lab/checks.py "${@:2}" >&3

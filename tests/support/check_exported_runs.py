@@ -20,14 +20,13 @@ NEW = 12
 def make(folder):
     """Train, export, and keep what mpitp computes from the step folder."""
     import mpitp
-    from mpitp.checkpoints.byte_vocabulary import ByteTokenizer
     from mpitp.commands import export, run_command
     if run_command(["train", "--hidden-size", "40", "--num-layers", "3", "--num-attention-heads", "5",
                     "--num-query-groups", "1", "--seq-length", "64", "--train-iters", "60", "--out", f"{folder}/run"]):
         raise SystemExit("the run ended early")
     with mpitp.TensorParallelGroup() as group:
         model = mpitp.load_model(f"{folder}/run/step-00000060", group)
-        ids = ByteTokenizer(256).encode(TEXT).ids
+        ids = list(TEXT.encode())
         logits = model.gather_logits(model.forward(np.array([ids]), save=False)[0])[0]
         new = [int(tokens[0]) for tokens in mpitp.generate(model, [ids], max_new_tokens=NEW)]
         if group.rank == 0:

@@ -53,8 +53,11 @@ def mpirun(ranks):
     return [str(beside) if beside.exists() else "mpirun", "-n", str(ranks)]
 
 
-def job(ranks, *arguments, timeout=60, environment=None, cwd=ROOT):
-    """Run `mpirun -n ranks python arguments...`. Returns subprocess.CompletedProcess with text output."""
+def job(ranks, *arguments, timeout=300, environment=None, cwd=ROOT):
+    """Run `mpirun -n ranks python arguments...`. Returns subprocess.CompletedProcess with text output.
+
+    A job of a few seconds takes a minute on a busy machine; `timeout` is there for one that hangs.
+    """
     clean = job_environment(MPIEXEC_TIMEOUT=str(timeout), **(environment or {}))
     return subprocess.run([*mpirun(ranks), sys.executable, *map(str, arguments)], env=clean, cwd=cwd, text=True,
                           capture_output=True, timeout=timeout + 30)

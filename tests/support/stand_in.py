@@ -231,7 +231,7 @@ def function_of(name, found):
         if isinstance(found, np.ufunc) and options.keys() - {"out", "dtype", "casting"}:
             raise TypeError(f"Wrong arguments {set(options)}")              # as CuPy's say
         result = found(*host(arguments), **{key: host(value) for key, value in options.items()})
-        streams[-1].kernels_pending |= name not in (*VIEWS, "moveaxis")
+        streams[-1].kernels_pending |= name not in (*VIEWS, "moveaxis", "may_share_memory")
         return device(result) if options.get("out") is None else options["out"]
     return function
 
@@ -400,9 +400,19 @@ class Kernels(ModuleType):
             refuse_host([*arguments, *options.values()], name)
             arguments, options = map(unwrap, arguments), {key: unwrap(value) for key, value in options.items()}
             found = in_float32(operation, name, list(arguments), options)
+            if name == "norm_forward":
+                overflow_as_kernels(*found)
             streams[-1].kernels_pending = True
             return device(found)
         return kernel
+
+
+def overflow_as_kernels(y, saved):
+    """Rows whose mean square overflows are NaN there; NumPy's are 0, and Norm says so."""
+    xhat, rstd, *_ = saved
+    rows = (rstd == 0)[:, 0]
+    for array in (xhat, rstd, y.reshape(xhat.shape)):
+        array[rows] = np.nan
 
 
 def unwrap(x):

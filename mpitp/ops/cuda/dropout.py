@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 
 from ...arrays import DeviceArray
 from ...sharding.rng import key
+from ..dropout import PartOfStep, in_step
 
 ROUND = """
 __device__ unsigned long long philox_word(unsigned long long index, unsigned long long k0, unsigned long long k1) {
@@ -39,10 +40,10 @@ KERNEL = cupy.ElementwiseKernel(
     "uint64 k0, uint64 k1, uint64 limit, T keep", "T y", BODY, "mpitp_dropout", preamble=ROUND)
 
 
-def dropout_scale(seed: int, name: str, step: int, probability: float, shape: Sequence[int],
+def dropout_scale(seed: int, name: str, step: int | PartOfStep, probability: float, shape: Sequence[int],
                   window: Sequence[slice | int], dtype: DTypeLike, xp: ModuleType = cupy) -> DeviceArray:
     """Compute as mpitp.ops.dropout.dropout_scale: the same zeros, on the device."""
-    shape = tuple(map(int, shape))              # NumPy's integers would overflow
+    step, shape, window = in_step(step, shape, window)
     ends = [(at, at + 1) if not isinstance(at, slice) else at.indices(n)[:2] for n, at in zip(shape, window)]
     lengths = [max(0, stop - start) for start, stop in ends]
     out = cupy.empty([n for n, at in zip(lengths, window) if isinstance(at, slice)], dtype)

@@ -52,6 +52,7 @@ extern "C" __global__ void norm_forward(const T* x, const T* w, const T* b, T* x
         squares += d * d;
     }
     A r = 1 / sqrt(block_sum(squares) / K + epsilon);
+    if (r == 0) r /= r;                                         // squares that overflow: NaN, which is seen later
     if (!threadIdx.x) rstd[blockIdx.x] = r;
     #pragma unroll
     for (int m = 0; m < TIMES; m++) {
