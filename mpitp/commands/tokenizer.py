@@ -30,8 +30,19 @@ def begin(argv: Sequence[str]) -> None:
 
 
 def tokenizer_of(folder: str) -> Tokenizer:
-    """Return the tokenizer of a folder: the one that begin() has begun to load, else a new one."""
-    return _begun.pop(folder, None) or Tokenizer(folder)
+    """Return the tokenizer of a folder: the one that begin() has begun to load, else a new one.
+
+    That of a step folder is one of bytes, or lies in the folder of its run.
+    """
+    begun = _begun.pop(folder, None)
+    if begun is not None:
+        return begun
+    from ..checkpoints.step_models import byte_vocabulary, model_files      # late: begin() waits for no NumPy
+    size = byte_vocabulary(folder)
+    if size is None:
+        return Tokenizer(model_files(folder))
+    from .byte_tokenizer import ByteTokenizer
+    return ByteTokenizer(size)
 
 
 class Tokenizer:
