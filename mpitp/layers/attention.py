@@ -309,7 +309,7 @@ class ParallelAttention(ParallelLayer):
             x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         if self.rotary:
             starts = None if call.kv is None else call.kv.starts
-            x_BSHK = rotary_forward(x_BSHK, *call.tables, interleaved=self.rotary.interleaved, starts=starts)
+            x_BSHK = rotary_forward(x_BSHK, call.tables[0], call.tables[1], self.rotary.interleaved, starts)
         if self.norm and last:
             x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         return x_BSHK, of_norm
@@ -321,7 +321,7 @@ class ParallelAttention(ParallelLayer):
         if self.norm and last:
             dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         if self.rotary:
-            dx_BSHK = rotary_backward(dx_BSHK, *call.tables, interleaved=self.rotary.interleaved)
+            dx_BSHK = rotary_backward(dx_BSHK, call.tables[0], call.tables[1], self.rotary.interleaved)
         if self.norm and not last:
             dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         return as_rows(dx_BSHK), dw_K
