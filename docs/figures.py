@@ -234,7 +234,8 @@ def two_hosts() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "ffn": lambda: interleaved("ffn-h2048-n2"), "block-512": lambda: interleaved("block-h512-n2"),
     "block-1024": lambda: interleaved("block-h1024-n2"), "train": lambda: interleaved("train-h256-n2"),
-    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions, "runs": runs, "pythons": pythons,
+    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions,
+    "runs": runs, "pythons": pythons,
     "walk": walk.table, "families": families_table.table, "clusters": clusters,
     "two-hosts": two_hosts}
 

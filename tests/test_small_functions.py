@@ -89,7 +89,8 @@ def test_the_worst_rank_of_a_tensor_is_shown():
 
 @pytest.mark.parametrize("phase, name, how, parts, summands", [
     ("backward", "attention.key", "split", [[0, 1], [1, 2]], True),
-    ("backward", "value", "split", [[0, 1], [2]], False), ("backward", "attention.key", "copied", [[0, 1], [1, 2]], False),
+    ("backward", "value", "split", [[0, 1], [2]], False),
+    ("backward", "attention.key", "copied", [[0, 1], [1, 2]], False),
     ("forward", "key", "split", [[0, 1], [1, 2]], False),
     ("backward", "attention.query", "split", [[0, 1], [1, 2]], False)])
 def test_which_gradients_are_summands_of_shared_heads(phase, name, how, parts, summands):
