@@ -76,7 +76,8 @@ class Trainer:
         self.config, self.tokens, self.settings = config, tokens, settings
         self.folder, self.say = folder, say
         self.lock: FolderLock | None = None
-        self.model = Decoder(self.group, config, dtype=dtype, seed=settings.seed)
+        self.model = Decoder(self.group, config, dtype=dtype, seed=settings.seed, recompute=settings.recompute,
+                             sequence_parallel=settings.sequence_parallel)
         self.optimizer = AdamW(self.model, settings.adam_beta1, settings.adam_beta2, settings.adam_eps,
                                settings.weight_decay)
         self.dealing = Dealing(settings, self.data.rank if self.data else 0, self.data.size if self.data else 1,
