@@ -106,3 +106,11 @@ def test_orders_in_which_tokens_may_be_gathered(ranks, orders):
                            with_faults=dict)
     planted = list(left_out.gathered(case))
     assert len(planted) == 3 * orders and sum("in the order" in text for text, _ in planted) == 3 * orders
+
+
+@pytest.mark.parametrize("kind, position, mistakes", [
+    ("attention", "rotary", 2), ("decoder", "rotary", 2), ("mlp", None, 0), ("block", "alibi", 0),
+    ("embedding", "rotary", 0)])
+def test_gradients_are_turned_back_where_positions_are_rotary(kind, position, mistakes):
+    case = SimpleNamespace(kind=kind, config=SimpleNamespace(position_embedding=position), with_faults=dict)
+    assert len(list(left_out.rotary_back(case))) == mistakes
