@@ -301,7 +301,7 @@ open_mpi_environment() {    # what Open MPI needs as root, on one node, and to l
 
 other_hosts() {     # Open MPI's mpirun gives the ranks of other hosts no variables but its own (measured)
     [ -n "$site" ] || has_settings '[a-z_]*hostfile' || return 0
-    # Where a link is cut, it would end the job after 8 minutes, with status 0, before mpitp can say who is missing.
+    # Where a link is cut, its keepalive would end the job with status 0 before mpitp says who is missing (measured).
     export PRTE_MCA_oob_tcp_keepalive_time=${PRTE_MCA_oob_tcp_keepalive_time:-7200}
     export OMPI_MCA_oob_tcp_keepalive_time=${OMPI_MCA_oob_tcp_keepalive_time:-7200}
     local name

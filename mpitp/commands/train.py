@@ -21,7 +21,7 @@ from ..training.loop import Trainer, TrainingStopped
 from ..training.requests import SIGNALS, Requests
 from ..training.resume import resume
 from ..training.settings import SEQUENCE, UNITS, Settings
-from . import device, progress
+from . import ask_plan, device, progress
 from .train_progress import Progress, opening, print_line
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ class Job:
 def train(arguments: argparse.Namespace, job: Job) -> int:
     """Read the data, resume, and train; return the exit status."""
     group = job.world
+    ask_plan.training(job.ranks, arguments, job.config, job.settings)
     tokens = same_everywhere(group.comm, lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
                                                         arguments.seed, arguments.data_dtype),
                              lambda tokens: {"the data": tokens.fingerprint()})

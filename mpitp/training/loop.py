@@ -132,7 +132,7 @@ class Trainer:
         times = counted / own if own else math.inf          # the loss of a piece is the mean over its own tokens
         logits, saved = self.model.forward(ids, step=self.dealing.address(self.step, piece))
         loss, saved_loss = self.model.loss(logits, targets, label_smoothing=self.settings.label_smoothing,
-                                           ignore_index=IGNORED)
+                                           z_loss=self.settings.z_loss, ignore_index=IGNORED)
         self.model.backward(self.model.loss_backward(saved_loss, 1 / times), saved, out=self.sum.room())
         self.sum.add(piece, loss / times)
 

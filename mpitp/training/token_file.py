@@ -63,7 +63,7 @@ class TokenFile:
         begin = self.start + first * self.dtype.itemsize
         while at < found.nbytes:
             try:
-                count = os.preadv(self.descriptor, [content[at:]], begin + at)
+                count = os.preadv(self.descriptor, [content[at:].data], begin + at)
             except OSError as error:
                 raise InputError(f"{self.path}: found {error.strerror} at byte {begin + at}, expected tokens to train "
                                  f"on") from None
