@@ -63,6 +63,9 @@ def run() -> int:
     # Before anything imports NumPy, whose BLAS reads the number of threads once.
     launch.set_blas_threads(MPI.COMM_WORLD, reproducible="--reproducible" in sys.argv)
     launch.keep_freed_memory()
+    if sys.argv[1:2] in (["generate"], ["score"]) and MPI.COMM_WORLD.rank == 0:
+        from .commands.tokenizer import begin
+        begin(sys.argv[2:])
     from .commands import run_command
     return run_command(sys.argv[1:])
 

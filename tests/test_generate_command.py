@@ -10,7 +10,7 @@ import pytest
 
 import make_tiny_checkpoints as tiny
 import mpitp
-from mpitp.commands import text
+from mpitp.commands import text, tokenizer, tokenizing
 from spmd import ROOT, SUPPORT, job, job_environment
 
 GOLDEN = tiny.load("gemma3_text")
@@ -92,6 +92,54 @@ def test_drawn_ids_do_not_depend_on_the_ranks(folder):
     def first_line(ranks, seed):
         return command(ranks, folder, "--ids", IDS, *options, "--seed", seed).stdout.splitlines()[0]
     assert first_line(1, 5) == first_line(2, 5) == first_line(3, 5) != first_line(1, 6)
+
+
+@pytest.mark.launcher
+def test_log_probabilities(folder, tmp_path):
+    """In reproducible mode the same bits on any number of ranks; printed with the tokens."""
+    found = []
+    for ranks in (1, 2, 3):
+        done = command(ranks, folder, "--ids", IDS, "--ids", "3,1", "--max-new-tokens", 4, "--logprobs",
+                       "--reproducible", "--json", tmp_path / "r.json")
+        found.append([one["logprobs"] for one in json.loads((tmp_path / "r.json").read_text())["sequences"]])
+    assert found[0] == found[1] == found[2] and [len(row) for row in found[0]] == [4, 4] and max(map(max, found[0])) < 0
+    printed = done.stdout.splitlines()
+    total = sum(found[0][1])
+    at = printed.index(f"[1] natural logarithms of the probabilities of 4 new tokens: sum {total:.6f}, "
+                       f"mean {total / 4:.6f}")
+    assert [line.split()[1] for line in printed[at + 1:at + 6]] == ["log", *(f"{one:.6f}" for one in found[0][1])]
+    assert max(map(len, printed)) <= 100
+
+
+def test_a_tokenizer_that_begins_to_load_early(folder):
+    pytest.importorskip("tokenizers")
+    for words in (["--ids", "1", "--model", str(folder)], ["--model=/gone", "--prompt", "x"], ["--prompt", "x"],
+                  ["--model", str(folder), "--ids=1"], ["--help", "--model", str(folder)], ["--model"]):
+        tokenizer.begin(words)
+        assert not tokenizer._begun
+    tokenizer.begin(["--prompt", "x", "--model", str(folder)])
+    begun = tokenizer._begun[str(folder)]
+    assert tokenizer.tokenizer_of(str(folder)) is begun and not tokenizer._begun
+    other = tokenizer.tokenizer_of(str(folder))
+    assert other is not begun and list(begun.encode("ab")[0]) == list(other.encode("ab")[0]) == [0, 1]
+    assert begun.decode([7, 8]) == "hi" and begun.find("a") is None
+    for one in (begun, other):
+        one.close()
+        assert one.child.process.returncode is not None
+
+
+@pytest.mark.launcher
+def test_a_tokenizer_that_takes_too_much_memory(tmp_path):
+    """One line, and no rank waits: it takes it in a process of its own, which has a limit."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tiny.write(tmp_path, GOLDEN)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    grows = tokenizers.normalizers.Replace("a", "a" * 1000)
+    tokenizer.normalizer = tokenizers.normalizers.Sequence([grows] * 3)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    done = command(2, tmp_path, "--prompt", "a")
+    assert done.returncode == 2 and done.stderr.count("mpitp: ") == 1 and not done.stdout, done.stderr
+    assert "tokenizer.json: found what ends its process by SIGABRT, expected a tokenizer that needs " in done.stderr
 
 
 # --- text ------------------------------------------------------------------------------------------------------
@@ -299,11 +347,11 @@ def test_a_tokenizer_has_no_truncation_and_no_padding(folder):
     tokenizer.enable_truncation(6)
     tokenizer.enable_padding(length=40)
     (other / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + tokenizer.to_str().encode())
-    assert text.load_tokenizer(other).encode("hello world").ids == \
-        text.load_tokenizer(folder).encode("hello world").ids
+    assert tokenizing.load_tokenizer(other).encode("hello world").ids == \
+        tokenizing.load_tokenizer(folder).encode("hello world").ids
     (other / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(mpitp.InputError, match="found a Git LFS pointer"):
-        text.load_tokenizer(other)
+        tokenizing.load_tokenizer(other)
 
 
 @pytest.mark.launcher

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import mpitp
 from decoder_cases import KINDS, config
 from mpitp.inference import generation
+from mpitp.commands.score import score
 from mpitp.comm.ledger import Collective
 from mpitp.config import DecoderConfig
 from spmd import everywhere, job
@@ -51,6 +52,24 @@ def test_prompts_are_not_changed_and_may_be_lists(group):
     model, ids = decoder(group, "olmo2"), PADDED.copy()
     assert texts(model, ids=ids) == texts(model, ids=ids.tolist(), lengths=[4, 2])
     assert (ids == PADDED).all()
+
+
+@pytest.mark.parametrize("kind, options", [("gemma3", {}), ("olmo2", {}), ("gpt2", dict(temperature=2.0, top_k=9)),
+                                           ("gemma2", dict(temperature=0.5, top_p=0.9))])
+def test_log_probabilities_are_those_of_the_whole_pass(group, kind, options):
+    """Whatever the tokens are drawn by; and the tokens are the same ones. score() of the text sums up to them."""
+    model, logprobs = decoder(group, kind), []
+    found = texts(model, logprobs=logprobs, **options)
+    assert found == texts(model, **options) and len(logprobs) == 5 and logprobs[0].dtype == np.float64
+    for b, (prompt, new) in enumerate(zip(PROMPTS, found)):
+        for step in range(5):
+            logits = whole(model, [prompt + new[:step]])[0]
+            expected = logits[new[step]] - np.log(np.exp(logits).sum())
+            assert logprobs[step][b] == pytest.approx(expected, rel=1e-12)
+        both, counted, _ = score(model, np.array(prompt + new), 100, 1)
+        before = score(model, np.array(prompt), 100, 1)[0] * (len(prompt) - 1)
+        assert -sum(step[b] for step in logprobs) == pytest.approx(both * counted - before, rel=1e-12)
+    assert everywhere(np.array(logprobs).tobytes() == group.comm.bcast(np.array(logprobs).tobytes()))
 
 
 def test_stop(group):

@@ -185,10 +185,10 @@ def test_a_log_without_end(tmp_path):
 
 @alone
 def test_a_tokenizer_that_does_not_work():
-    from mpitp.commands.text import encode
+    from mpitp.commands.tokenizing import encode
 
     class Panics:
-        def encode(self, text):
+        def encode(self, text, add_special_tokens):
             raise type("PanicException", (BaseException,), {})("index out of bounds\nmore")
     with pytest.raises(InputError, match="^tokenizer.json: found index out of bounds in a text, expected"):
         encode(Panics(), "x")

@@ -1,14 +1,19 @@
 """Scoring: the mean of -log p, each token but the first counted once, whatever window, stride and ranks."""
 import json
 import math
+from types import SimpleNamespace
+import tracemalloc
 
 import numpy as np
 import pytest
 
 import make_tiny_checkpoints as tiny
 from decoder_cases import KINDS
-from mpitp.commands.score import score
-from spmd import job
+import mpitp
+from mpitp import InputError
+from mpitp.commands import text
+from mpitp.commands.score import Given, score, tokens_of
+from spmd import everywhere, job
 from test_kv import decoder
 
 IDS = np.random.default_rng(3).integers(0, 27, 23)
@@ -49,6 +54,36 @@ def test_every_kind(group, kind):
     assert score(model, IDS, 8, 3)[0] == pytest.approx(by_definition(model, IDS, 8, 3), rel=1e-12)
 
 
+def test_memory_does_not_grow_with_the_text(group):
+    """But for the ids, which are made before; garbage that waits to be collected counts."""
+    model, peaks = decoder(group, "gemma3"), []
+    for windows in (6, 6, 90):                              # the first one fills caches
+        ids = np.random.default_rng(5).integers(0, 27, 16 * windows + 1).astype(np.int32)
+        tracemalloc.start()
+        loss, _, found = score(model, ids, 32, 16)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found == windows - 1 and math.isfinite(loss)
+    assert peaks[2] < 2 * peaks[1]
+
+
+def test_ids_of_a_file_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 5)
+    (tmp_path / "ids").write_text("1,22, 333\n4444 , 55555\n\n6,")
+    found = text.read_ids(tmp_path / "ids")
+    assert found.tolist() == [1, 22, 333, 4444, 55555, 6] and found.dtype == np.int32
+    (tmp_path / "ids").write_text(f"1,2,3,{2 ** 31}")
+    with pytest.raises(mpitp.InputError, match="found token id 2147483648, expected one below 2147483648"):
+        text.read_ids(tmp_path / "ids")
+
+
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_ids_are_given_to_all_ranks(group, size):
+    ids = np.arange(size, dtype=np.int32)
+    found = text.give_ids(group, ids if group.rank == 0 else None)
+    assert everywhere(found.tolist() == ids.tolist() and found.dtype == np.int32)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
@@ -71,6 +106,7 @@ def test_the_loss_of_transformers(folder, ranks, tmp_path):
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["schema"] == "mpitp.score/1" and report["ranks"] == ranks and report["counted"] == len(ids) - 1
     assert report["loss"] == pytest.approx(loss, rel=1e-10) and report["perplexity"] == pytest.approx(math.exp(loss))
+    assert report["bits_per_token"] == pytest.approx(loss / math.log(2))
     assert f"loss {loss:.6f} nats a token, perplexity {math.exp(loss):.6g}\n" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
 
@@ -83,6 +119,16 @@ def test_same_loss_on_any_number_of_ranks(folder):
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("ids", [[3], [3, 4]])
+def test_two_tokens_are_enough(ids):
+    arguments = SimpleNamespace(text=None, ids_file="ids")
+    if len(ids) == 1:
+        with pytest.raises(InputError, match="found 1 tokens in ids, expected at least 2"):
+            tokens_of(arguments, Given(ids))
+    else:
+        assert tokens_of(arguments, Given(ids)) is ids
+
+
 @pytest.mark.launcher
 def test_text(folder):
     tokenizers = pytest.importorskip("tokenizers")
@@ -91,10 +137,10 @@ def test_text(folder):
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "text").write_text("a b b a", encoding="utf-8")
     (folder / "same").write_text("3 4 4 3")
-    text, ids = (command(2, folder, *what).stdout.splitlines()[0] for what in (("--text", folder / "text"),
-                                                                               ("--ids-file", folder / "same")))
+    of_text, ids = (command(2, folder, *what).stdout.splitlines()[0] for what in (("--text", folder / "text"),
+                                                                                  ("--ids-file", folder / "same")))
     loss = float(ids.split()[1])
-    assert text == f"{ids}, {loss * 3 / math.log(2) / len('a b b a'):.4f} bits a byte"     # of 3 tokens that count
+    assert of_text == f"{ids}, {loss * 3 / math.log(2) / len('a b b a'):.4f} bits a byte"  # of 3 tokens that count
 
 
 @pytest.mark.launcher

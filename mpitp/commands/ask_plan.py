@@ -14,30 +14,31 @@ from ..config import DecoderConfig
 from ..errors import InputError
 from ..plan.job import Job
 from ..training.settings import Settings
+from .prompts import Prompts
 
 BYTES_OF_A_TOKEN = 8        # of text, more than there are: nothing is refused for a prompt that is shorter
 
 
-def generation(group: TensorParallelGroup, arguments: argparse.Namespace,
-               given: tuple[list[str] | None, list[list[int]] | None] | None) -> None:
+def generation(group: TensorParallelGroup, arguments: argparse.Namespace, given: Prompts | None) -> None:
     """Refuse a generation for which there is no memory. Collective.
 
-    given : on rank 0 the prompts, as texts or ids; None elsewhere
+    given : on rank 0 the prompts, as texts or ids, or none where they are typed; None elsewhere
     """
-    texts, ids = given or (None, None)
-    lengths = [len(prompt) for prompt in ids or []] or [len(text.encode()) // BYTES_OF_A_TOKEN for text in texts or []]
-    batch, longest = group.comm.bcast((len(lengths), max([1, *lengths])))
+    ids, texts = (given.ids or [], given.texts or []) if given else ([], [])
+    lengths = [len(prompt) for prompt in ids] + [len(text.encode()) // BYTES_OF_A_TOKEN for text in texts]
+    batch, longest = group.comm.bcast((max(1, len(lengths)), max([1, *lengths])))
     ask(group, arguments, "decode", batch, longest, arguments.max_new_tokens)
 
 
-def scoring(group: TensorParallelGroup, arguments: argparse.Namespace, given: str | list[int] | None,
-            window: int) -> None:
+def scoring(group: TensorParallelGroup, arguments: argparse.Namespace, given: Any, window: int) -> None:
     """Refuse to score a text for which there is no memory. Collective.
 
-    given : on rank 0 the text or its ids; None elsewhere
+    given : on rank 0 what is scored, with its ids or its content; None elsewhere
     window : tokens seen at once, where --window does not say it
     """
-    length = len(given or ()) if isinstance(given, list) else len((given or "").encode()) // BYTES_OF_A_TOKEN
+    length = 0
+    if given is not None:
+        length = len((given.content or "").encode()) // BYTES_OF_A_TOKEN if given.ids is None else len(given.ids)
     ask(group, arguments, "score", 1, max(1, min(arguments.window or window, group.comm.bcast(length))))
 
 

@@ -2,33 +2,33 @@
 
 Text needs `tokenizers` (pip install 'mpitp[text]'); --ids works without. One prompt streams; several (--prompt or --ids
 more than once, --batch-file) are continued together and printed at the end. Greedy unless --temperature says otherwise.
+--chat answers by the folder's chat template (pip install 'mpitp[chat]'); without a prompt, what is typed.
 Then the figures: a share of communication is the mean of the ranks, waiting for each other included.
 """
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
 from .. import tables
-from ..checkpoints.loading import load_model
-from ..comm.group import TensorParallelGroup
+from ..arrays import on_host
+from ..checkpoints.loading import LoadedDecoder, load_model
+from ..comm.patience import on_root_in_its_time
 from ..errors import require, require_positive
 from ..inference.generation import ENDED, generate
-from . import ask_plan, device, model, report, text
+from . import ask_plan, device, model, prompts, report, stops, text
+from .continuations import Continuations, Row, Stops
 from .progress import Progress, progress
+from .step_times import DECODE, PREFILL, StepTimes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_arguments(parser)
-    parser.add_argument("--prompt", metavar="TEXT", action="append", help="a text to continue")
-    parser.add_argument("--ids", metavar="1,2,3", action="append", help="token ids to continue; prints ids")
-    parser.add_argument("--batch-file", metavar="FILE", help="texts to continue, one a line")
+    prompts.add_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (64)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="draw from softmax(logits / T); 0: "
                         "take the most probable token (the default)")
@@ -36,17 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that make up P")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on behind an end token")
+    parser.add_argument("--stop", metavar="TEXT|ID", action="append", default=[], help=stops.HELP)
+    parser.add_argument("--logprobs", action="store_true", help="print the natural logarithm of each new token's "
+                        "probability, before --temperature, --top-k and --top-p")
     model.add_weights(parser)
     device.add_group_arguments(parser, dtypes=f"to compute in: {device.DTYPES}")
     parser.add_argument("--json", metavar="FILE", help="write text, ids and figures there")
-
-
-@dataclass
-class Sequence:
-    prompt_ids: list
-    new_ids: list
-    prompt: str | None          # None where ids were given
-    text: str | None
 
 
 @dataclass
@@ -71,169 +66,145 @@ class GenerateReport(report.Report):
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command on this rank; return 0."""
-    check_arguments(arguments)
+    prompts.check_arguments(arguments)
+    require_positive(max_new_tokens=arguments.max_new_tokens)
+    stops.parse(arguments.stop, not arguments.ids)
     text.print_any_character()
     with device.group_of(arguments) as group:
-        given = group.on_root(lambda: look_first(arguments))
+        given = group.on_root(lambda: prompts.Prompts(arguments))
         ask_plan.generation(group, arguments, given)
-        stop = group.root_first(lambda: text.end_tokens(arguments.model))
+        ends = group.root_first(lambda: text.end_tokens(arguments.model))
         started = time.perf_counter()
         with Progress(f"loading {arguments.model}"):
             decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
                                  verify_weights=arguments.verify_weights, weights=arguments.weights,
                                  activations=arguments.activations)
         load_seconds = time.perf_counter() - started
-        continued = group.root_first(lambda: None if given is None else Continuations(arguments, *given))
-        ids, lengths = text.give_to_all(group, None if continued is None else continued.prompts)
-        steps = generate(decoder, ids, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
-                         top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
-                         stop=() if arguments.ignore_eos else stop, lengths=lengths)
-        if continued is not None and not continued.alone:       # one prompt shows its tokens itself
-            steps = progress(steps, arguments.max_new_tokens, "tokens")
-        run = Run(group)
-        for tokens in steps:
-            run.add(tokens)
-            if continued is not None:               # on rank 0
-                continued.push(tokens)
-        run.end()
-        opening, of_ranks = report.opening(group), group.report((decoder.bytes_read, run.shares))
-        if continued is not None and of_ranks is not None:      # on rank 0
-            continued.finish()
-            result = summary(arguments, group, opening, continued, run, load_seconds, of_ranks)
-            report.publish(["", *lines(result)], result, "mpitp.generate/1", arguments.json)
+        generation = Generation(arguments, decoder, ends, given)
+        if prompts.is_typed(arguments):
+            generation.answer_what_is_typed()
+        else:
+            generation.continue_prompts()
+        opening = report.opening(group)
+        of_ranks = group.report((decoder.bytes_read, generation.times.shares()))
+        if of_ranks is not None:                    # on rank 0
+            result = summary(arguments, generation, opening, load_seconds, of_ranks)
+            tables_of_logprobs = logprob_lines(generation) if arguments.logprobs else ()
+            report.publish([*tables_of_logprobs, "", *lines(result)], result, "mpitp.generate/1", arguments.json)
     return 0
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise InputError unless there is one kind of prompt."""
-    kinds = {"--prompt": arguments.prompt, "--ids": arguments.ids, "--batch-file": arguments.batch_file}
-    given = [flag for flag, value in kinds.items() if value is not None]
-    require(len(given) == 1, " and ".join(given) or "no prompt", f"one of {', '.join(kinds)}")
-    require_positive(max_new_tokens=arguments.max_new_tokens)
+class Generation:
+    """A Generation continues prompts on all ranks; rank 0 prints what continues them.
+
+    Parameters
+    ----------
+    arguments : argparse.Namespace
+    model : LoadedDecoder
+    ends : list of int
+        The tokens that end a text, by the folder.
+    given : Prompts or None
+        On rank 0, what is to be continued.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, model: LoadedDecoder, ends: list[int],
+                 given: prompts.Prompts | None):
+        self.arguments, self.model, self.group, self.given = arguments, model, model.group, given
+        ids, texts = stops.parse(arguments.stop, not arguments.ids)
+        most = model.config.vocab_size - 1
+        for token in ids:
+            require(token <= most, f"--stop {token}", f"a token id, 0 to {most}, or a text")
+        self.stops = Stops(ids, texts)
+        self.ends = [*(() if arguments.ignore_eos else ends), *ids]
+        self.times = StepTimes(model.group)
+        self.done: list[Continuations] = []         # on rank 0
+
+    def continue_prompts(self) -> None:
+        """Continue the prompts that the options give. Collective."""
+        texts = None if self.given is None else self.given.texts
+        self.run(self.group.on_root(lambda: continuations_of(self.arguments, self.given, texts, self.stops)))
+
+    def answer_what_is_typed(self) -> None:
+        """Answer what is typed, a line a turn, until the input ends. Collective."""
+        while True:
+            continued = on_root_in_its_time(self.group, self.typed)
+            if not self.group.any(continued is not None):
+                return
+            self.run(continued)
+            if continued is not None and self.given is not None and self.given.conversation is not None:
+                self.given.conversation.answered(continued.rows[0].text())
+
+    def typed(self) -> Continuations | None:
+        """Read what is typed next, on rank 0; return None where nothing more is."""
+        assert self.given is not None and self.given.conversation is not None
+        said = self.given.conversation.next_text()
+        return None if said is None else continuations_of(self.arguments, self.given, [said], self.stops)
+
+    def run(self, continued: Continuations | None) -> None:
+        """Continue all rows, which rank 0 has, until each has ended. Collective."""
+        arguments, group = self.arguments, self.group
+        ids, lengths = text.give_to_all(group, None if continued is None else continued.prompts)
+        logprobs: list | None = [] if arguments.logprobs else None
+        steps = generate(self.model, ids, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
+                         top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed, stop=self.ends,
+                         lengths=lengths, logprobs=logprobs)
+        if continued is not None and not continued.alone:       # one prompt shows its tokens itself
+            steps = progress(steps, arguments.max_new_tokens, "tokens")
+        self.times.begin(int(lengths.sum()))
+        running_B = np.ones(len(ids), bool)
+        for tokens_B in steps:
+            tokens_B = np.where(running_B, tokens_B, ENDED)
+            self.times.add(tokens_B)
+            if continued is not None:               # on rank 0
+                continued.push(tokens_B, logprobs[-1] if logprobs else None)
+            if self.stops.texts:                    # which rank 0 alone sees
+                running_B &= ~self.from_root(None if continued is None else continued.stopped(), len(ids))
+                if not (running_B & (tokens_B != ENDED) & ~np.isin(tokens_B, self.ends)).any():
+                    break
+        del steps                                   # and with it the bar
+        if continued is not None:
+            continued.finish()
+            self.done.append(continued)
+
+    def from_root(self, flags_B: np.ndarray | None, batch: int) -> np.ndarray:
+        """Return rank 0's flags. Collective: a broadcast of B int64."""
+        mine_B = np.zeros(batch, np.int64) if flags_B is None else flags_B.astype(np.int64)
+        return on_host(self.group.broadcast(self.group.xp.asarray(mine_B))).astype(bool)
 
 
-def look_first(arguments: argparse.Namespace) -> tuple[list[str] | None, list[list[int]] | None]:
-    """Read the prompts before anything is loaded: (texts, ids) as they were given, one of them None."""
-    if arguments.json:
-        tables.require_writable(arguments.json)
-    if arguments.ids:
-        found = [text.parse_ids(ids) for ids in arguments.ids]
-        require(all(found), f"--ids {arguments.ids}", "at least one token id in each")
-        return None, found
-    if arguments.batch_file is None:
-        return [text.text_of_argument(prompt, "--prompt") for prompt in arguments.prompt], None
-    texts = [line for line in text.lines_of(text.read_text(arguments.batch_file)) if line.strip()]
-    require(texts, f"no text in {arguments.batch_file}", "a text a line")
-    return texts, None
+def continuations_of(arguments: argparse.Namespace, given: prompts.Prompts | None, texts: list[str] | None,
+                     stops: Stops) -> Continuations:
+    """Return a row for each prompt: for these texts, or for the ids that were given."""
+    assert given is not None
+    if texts is None:
+        return Continuations([Row(ids, None, None, stops) for ids in given.ids or ()], False)
+    tokenizer = given.tokenizer
+    assert tokenizer is not None
+    # Special tokens have no text in what is decoded: a stop that is the text of one is an id.
+    special = {stop: tokenizer.find(stop) for stop in stops.texts}
+    stops = Stops([*stops.ids, *(id for id in special.values() if id is not None)],
+                  [stop for stop, id in special.items() if id is None])
+    rows = [Row(ids, said, tokenizer.decode, stops) for said, ids in zip(texts, given.encode(texts))]
+    return Continuations(rows, not arguments.chat)
 
 
-class Continuations:
-    """Continuations holds prompts and what continues them, on rank 0: one is printed as it comes, others at the end."""
-
-    def __init__(self, arguments: argparse.Namespace, texts: list[str] | None, ids: list[list[int]] | None):
-        self.texts, self.prompts = texts, ids or []
-        self.streams: list[text.TextStream] = []
-        if texts is not None:
-            tokenizer = text.load_tokenizer(arguments.model)
-            self.prompts = [text.encode(tokenizer, prompt) for prompt in texts]
-            empty = [prompt for prompt, ids in zip(texts, self.prompts) if not ids]
-            require(not empty, f"prompt {empty[:1]}, which is no token", "text")
-            decode = partial(tokenizer.decode, skip_special_tokens=True)
-            self.streams = [text.TextStream(decode, prompt) for prompt in self.prompts]
-        self.new_ids: list[list[int]] = [[] for _ in self.prompts]
-        self.new_texts: list[list[str]] = [[] for _ in self.prompts]
-        self.alone, self.begun = len(self.prompts) == 1, False
-
-    def push(self, tokens: np.ndarray) -> None:
-        """Add the tokens of a step."""
-        for b, token in enumerate(tokens.tolist()):
-            if token != ENDED:
-                self.new_ids[b].append(token)
-                self.add(b, str(token) if self.texts is None else self.streams[b].push(token))
-
-    def add(self, b: int, new_text: str) -> None:
-        """Add the text of a token, or its id, to sequence b."""
-        self.new_texts[b].append(new_text)
-        if self.alone:
-            between = "," if self.texts is None and self.begun else "" if self.begun or self.texts is None else \
-                self.texts[0]
-            print(between + new_text, end="", flush=True)
-            self.begun = True
-
-    def text(self, b: int) -> str | None:
-        """Return the new text, None where ids were given."""
-        return None if self.texts is None else "".join(self.new_texts[b])
-
-    def finish(self) -> None:
-        """Print the rest."""
-        if self.texts is not None:
-            for b, stream in enumerate(self.streams):
-                self.add(b, stream.rest())
-        if self.alone:
-            print()
-        else:
-            for b, texts in enumerate(self.new_texts):
-                print(f"[{b}] " + (",".join(texts) if self.texts is None else self.texts[b] + "".join(texts)))
-
-
-class Run:
-    """The times of the steps on this rank, and the share of them that was communication: [prefill, decode]."""
-
-    def __init__(self, group: TensorParallelGroup):
-        self.group, self.times, self.tokens = group, [time.perf_counter()], 0
-        self.shares: list[float | None] = []
-        self.first_token_seconds: float | None = None
-        group.ledger.clear()
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Note that a step is done."""
-        self.times.append(time.perf_counter())
-        if len(self.times) == 2:
-            self.first_token_seconds = age_of_process()
-            self.part(self.prefill_seconds)
-        else:
-            self.tokens += int((tokens != ENDED).sum())
-
-    def end(self) -> None:
-        """Note that the last step is done."""
-        self.part(self.decode_seconds)
-
-    def part(self, seconds: float) -> None:
-        """Note the share of communication since the last call."""
-        self.shares.append(self.group.ledger.seconds() / seconds if seconds else None)
-        self.group.ledger.clear()
-
-    @property
-    def prefill_seconds(self) -> float:
-        """The time of the first step, which takes the prompts in."""
-        return self.times[1] - self.times[0]
-
-    @property
-    def decode_seconds(self) -> float:
-        """Return the time of all other steps."""
-        return self.times[-1] - self.times[1]
-
-
-def age_of_process() -> float | None:
-    """Seconds since this process started, its interpreter's start included; None where the system does not say."""
-    try:
-        with open("/proc/self/stat") as file:           # field 22, after the name, which may hold spaces
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, AttributeError, IndexError):
-        return None
-
-
-def summary(arguments: argparse.Namespace, group: TensorParallelGroup, opening: report.Opening,
-            continued: Continuations, run: Run, load_seconds: float, of_ranks: list) -> GenerateReport:
+def summary(arguments: argparse.Namespace, generation: Generation, opening: report.Opening, load_seconds: float,
+            of_ranks: list) -> GenerateReport:
     """Return the Report, from each rank's (bytes read, shares of communication)."""
-    sequences = [Sequence(prompt, new, continued.texts[b] if continued.texts else None, continued.text(b))
-                 for b, (prompt, new) in enumerate(zip(continued.prompts, continued.new_ids))]
+    times, rows = generation.times, [row for continued in generation.done for row in continued.rows]
     return GenerateReport(
-        *opening, arguments.model, arguments.dtype, arguments.weights, arguments.activations, group.reproducible,
-        sequences, run.first_token_seconds, load_seconds, [bytes_read for bytes_read, _ in of_ranks],
-        sum(map(len, continued.prompts)), run.prefill_seconds, run.tokens, run.decode_seconds,
-        *(mean([shares[part] for _, shares in of_ranks]) for part in (0, 1)))
+        *opening, arguments.model, arguments.dtype, arguments.weights, arguments.activations,
+        generation.group.reproducible, [row.report() for row in rows], times.first_token_seconds,
+        load_seconds, [bytes_read for bytes_read, _ in of_ranks], times.prompt_tokens, times.seconds[PREFILL],
+        times.decode_tokens, times.seconds[DECODE],
+        *(mean([shares[part] for _, shares in of_ranks]) for part in (PREFILL, DECODE)))
+
+
+def logprob_lines(generation: Generation) -> Iterator[str]:
+    """Yield the tables of log-probabilities of everything that was generated, on rank 0."""
+    tokenizer = generation.given and generation.given.tokenizer
+    for continued in generation.done:
+        yield from continued.logprob_lines(tokenizer.decode if tokenizer else None)
 
 
 def mean(shares: list[float | None]) -> float | None:

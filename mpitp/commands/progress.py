@@ -39,11 +39,11 @@ def launcher_process() -> int | None:
     return None
 
 
-def are_terminals(process: int) -> bool:
-    """Return whether standard output and standard error of a process of this host are terminals."""
+def are_terminals(process: int, streams: Iterable[int] = (1, 2)) -> bool:
+    """Return whether these standard streams, by number, of a process of this host are terminals."""
     try:
         return all(os.readlink(f"/proc/{process}/fd/{stream}").startswith(("/dev/pts/", "/dev/tty", "/dev/console"))
-                   for stream in (1, 2))
+                   for stream in streams)
     except OSError:
         return False
 

@@ -3,6 +3,7 @@
 A window of --window tokens moves by --stride. Each token but the first counts once, in the first window that sees the
 one before it: so all but those of the first window are predicted from at least window - stride others. The loss is the
 mean of -log p over the tokens that count, the perplexity e^loss. Text needs `tokenizers` (pip install 'mpitp[text]').
+A file may have any length: a rank holds 4 bytes for each of its tokens, and what one window needs.
 """
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ from .. import tables
 from ..checkpoints.loading import load_model
 from ..errors import require, require_positive
 from ..layers.decoder import Decoder
-from . import ask_plan, device, model, report, text
+from . import ask_plan, device, model, prompts, report, text
 from .progress import Progress
+from .tokenizer import Tokenizer, tokenizer_of
 
 WINDOW = 1024
 LOGITS = 1 << 24        # that are made at a time: a long window's would take gigabytes
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ids-file", metavar="FILE", help="token ids, with commas, spaces or lines between")
     parser.add_argument("--window", type=int, metavar="W", help=f"tokens seen at once ({WINDOW}, or fewer where the "
                         "model has fewer positions)")
+    prompts.add_no_bos(parser)
     parser.add_argument("--stride", type=int, metavar="S", help="by which the window moves, up to W (W / 2)")
     model.add_weights(parser)
     device.add_group_arguments(parser, dtypes=f"to compute in: {device.DTYPES}")
@@ -54,8 +57,17 @@ class ScoreReport(report.Report):
     loss: float                     # nats a token
     perplexity: float | None        # null beyond what a float holds
     bits_per_byte: float | None
+    bits_per_token: float
     seconds: float
     bytes_read_of_ranks: list
+
+
+@dataclass
+class Given:
+    """What is to be scored, on rank 0: token ids, or a text, whose tokenizer loads meanwhile."""
+    ids: np.ndarray | None
+    content: str | None = None
+    tokenizer: Tokenizer | None = None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,20 +81,20 @@ def run(arguments: argparse.Namespace) -> int:
             decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
                                  verify_weights=arguments.verify_weights, weights=arguments.weights,
                                  activations=arguments.activations)
-        given_ids = group.root_first(lambda: None if given is None else tokens_of(arguments, given))
-        ids = text.give_to_all(group, None if given_ids is None else [given_ids])[0][0]
+        ids = text.give_ids(group, group.on_root(lambda: tokens_of(arguments, given)))
         window, stride = sizes(arguments, decoder)
         started = time.perf_counter()
         with Progress("windows", 1 + max(0, -(-(len(ids) - 1 - window) // stride))) as bar:
             loss, counted, windows = score(decoder, ids, window, stride, bar)
         seconds = time.perf_counter() - started
         opening, bytes_read = report.opening(group), group.report(decoder.bytes_read)
-        if bytes_read is not None:                  # on rank 0
-            utf8 = len(given.encode()) if isinstance(given, str) else None
+        if given is not None and bytes_read is not None:        # on rank 0
+            utf8 = None if given.content is None else len(given.content.encode())
+            bits = loss / math.log(2)
             result = ScoreReport(*opening, arguments.model, arguments.dtype, arguments.weights, arguments.activations,
                                  group.reproducible, len(ids), counted, utf8, window, stride, windows, loss,
-                                 math.exp(loss) if loss < 700 else None,
-                                 loss * counted / math.log(2) / utf8 if utf8 else None, seconds, bytes_read)
+                                 math.exp(loss) if loss < 700 else None, bits * counted / utf8 if utf8 else None, bits,
+                                 seconds, bytes_read)
             report.publish(lines(result), result, "mpitp.score/1", arguments.json)
     return 0
 
@@ -91,24 +103,31 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise InputError unless there is one kind of text, and for a window or stride that is no size."""
     require((arguments.text is None) != (arguments.ids_file is None),
             "neither --text nor --ids-file" if arguments.text is None else "--text and --ids-file", "one of them")
+    require(not arguments.no_bos or arguments.text is not None, "--no-bos with --ids-file", "--text: a tokenizer's "
+            "tokens are left out")
     if arguments.window is not None:
         require_positive(window=arguments.window)
     if arguments.stride is not None:
         require_positive(stride=arguments.stride)
 
 
-def look_first(arguments: argparse.Namespace) -> str | list[int]:
+def look_first(arguments: argparse.Namespace) -> Given:
     """Read the text, or the ids, before anything is loaded."""
     if arguments.json:
         tables.require_writable(arguments.json)
-    if arguments.text is not None:
-        return text.read_text(arguments.text)
-    return text.parse_ids(text.read_text(arguments.ids_file))
+    if arguments.text is None:
+        return Given(text.read_ids(arguments.ids_file))
+    return Given(None, text.read_text(arguments.text), tokenizer_of(arguments.model))
 
 
-def tokens_of(arguments: argparse.Namespace, given: str | list[int]) -> list[int]:
-    """Return the ids of the text. Raises InputError for fewer than two."""
-    ids = given if isinstance(given, list) else text.encode(text.load_tokenizer(arguments.model), given)
+def tokens_of(arguments: argparse.Namespace, given: Given | None) -> np.ndarray:
+    """Return the ids of the text, on rank 0. Raises InputError for fewer than two."""
+    assert given is not None
+    ids = given.ids
+    if given.tokenizer is not None and given.content is not None:
+        ids = np.array(text.encode(given.tokenizer, given.content, arguments.no_bos, arguments.text), np.int32)
+        given.tokenizer.close()                 # and its memory is free
+    assert ids is not None
     require(len(ids) > 1, f"{len(ids)} tokens in {arguments.text or arguments.ids_file}", "at least 2: the first has "
             "nothing before it")
     return ids

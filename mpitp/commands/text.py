@@ -1,61 +1,48 @@
-"""Between text and token ids: the tokenizer of a checkpoint folder, prompts on every rank, text as it comes."""
+"""Between text and token ids: texts as users give them, prompts on every rank, text as it comes."""
 from __future__ import annotations
 
 import codecs
 import os
 import re
 import sys
+from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..checkpoints.json_files import read_json, require_no_pointer
+from ..arrays import on_host
+from ..checkpoints.json_files import read_json
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require
+from .tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-NEWLINE = "\n"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"        # what decodes from the first bytes of a character alone
 MOST_BYTES = 4                                  # of a character in UTF-8, each of which may be a token
+MOST_IDS = 1 << 31                              # an id is an int32
+PIECE = 1 << 20                                 # characters of a file of ids that are parsed at a time
+BETWEEN_IDS = re.compile(r"[\s,]")
 CONTEXT = 8                                     # tokens of a prompt that the first new one is decoded behind
 
 
-def load_tokenizer(folder: str) -> Tokenizer:
-    """Load tokenizer.json. Raises InputError without that file, or without the library.
+def encode(tokenizer: Tokenizer, content: str, no_bos: bool, what: str, special: bool = True) -> array:
+    """Return the ids of a text. Warns where it begins with the token that the tokenizer adds, too.
 
-    Truncation and padding that the file may ask for are switched off, as transformers does: a text has all its tokens.
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    content : str
+    no_bos : bool
+        Whether to leave out what the tokenizer adds in front.
+    what : str
+        The text's name, for the warning.
+    special : bool, optional
+        Whether the tokenizer adds anything.
     """
-    path = os.path.join(folder, "tokenizer.json")
-    require(os.path.isfile(path), f"no {path}", "the tokenizer of the checkpoint, or ids in place of text: --ids")
-    try:
-        from tokenizers import Tokenizer        # late: a large vocabulary takes a second
-    except ImportError:
-        raise InputError("found no tokenizers, expected it for text: pip install 'mpitp[text]', or ids") from None
-    content = read_bytes(path).removeprefix(codecs.BOM_UTF8)
-    require_no_pointer(path, content)
-    try:
-        tokenizer = Tokenizer.from_buffer(content)              # a path may have bytes that the library does not take
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:              # the library raises nothing narrower, and panics by a class of its own
-        raise InputError(f"{path}: found {str(error).partition(NEWLINE)[0]}, expected a tokenizer") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text. Raises InputError for a tokenizer that loads and does not work."""
-    try:
-        return tokenizer.encode(text).ids
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise InputError(f"tokenizer.json: found {str(error).partition(NEWLINE)[0]} in a text, expected a tokenizer "
-                         f"that encodes it") from None
+    ids, added = tokenizer.encode(content, special)
+    if added and not no_bos and ids[added:added + 1] == ids[added - 1:added]:
+        warn(f"{what} begins with token {ids[added]} twice: the text has one, and the tokenizer adds one; --no-bos "
+             f"leaves out the tokenizer's")
+    return ids[added:] if no_bos else ids
 
 
 def end_tokens(folder: str) -> list[int]:
@@ -75,9 +62,23 @@ def end_tokens(folder: str) -> list[int]:
 def parse_ids(text: str) -> list[int]:
     """Parse "1,2,3", or with spaces or lines between, as a list of integers."""
     try:
-        return [int(word) for word in text.replace(",", " ").split()]
+        found = [int(word) for word in text.replace(",", " ").split()]
     except ValueError:
         raise InputError(f"found ids {text[:60]!r}, expected integers with commas between") from None
+    for token in found:
+        require(abs(token) < MOST_IDS, f"token id {token!s:.60}", f"one below {MOST_IDS}")
+    return found
+
+
+def read_ids(path: str) -> np.ndarray:
+    """Read the ids of a file as parse_ids does, piece by piece, as int32."""
+    content, start, pieces = read_text(path), 0, [np.empty(0, np.int32)]
+    while start < len(content):
+        gap = BETWEEN_IDS.search(content, start + PIECE)
+        end = gap.end() if gap else len(content)
+        pieces.append(np.array(parse_ids(content[start:end]), np.int32))
+        start = end
+    return np.concatenate(pieces)
 
 
 def read_text(path: str) -> str:
@@ -119,6 +120,11 @@ def print_any_character() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def warn(message: str) -> None:
+    """Write a warning to standard error."""
+    print(f"mpitp: warning: {message}", file=sys.stderr, flush=True)
+
+
 def give_to_all(group: TensorParallelGroup, prompts: list[list[int]] | None) -> tuple[np.ndarray, np.ndarray]:
     """Give rank 0's prompts to every rank: ids (B, S), padded with 0, and lengths (B,). Two broadcasts."""
     xp = group.xp
@@ -127,9 +133,15 @@ def give_to_all(group: TensorParallelGroup, prompts: list[list[int]] | None) -> 
     rows = np.zeros((B, width), np.int64)                       # the first column: lengths
     for row, prompt in zip(rows, prompts or ()):
         row[0], row[1:1 + len(prompt)] = len(prompt), prompt
-    rows = group.broadcast(xp.asarray(rows))
-    rows = rows if isinstance(rows, np.ndarray) else rows.get()
+    rows = on_host(group.broadcast(xp.asarray(rows)))
     return rows[:, 1:], rows[:, 0]
+
+
+def give_ids(group: TensorParallelGroup, ids: np.ndarray | None) -> np.ndarray:
+    """Give rank 0's ids (S,) to every rank, as int32. Two broadcasts, of 8 bytes and of 4 S."""
+    xp = group.xp
+    size = int(group.broadcast(xp.asarray(np.array([0 if ids is None else len(ids)]))).tolist()[0])
+    return on_host(group.broadcast(xp.asarray(np.empty(size, np.int32) if ids is None else ids)))
 
 
 class TextStream:

@@ -24,7 +24,7 @@ ENDED = -1      # generate yields it for a sequence that has come to its end; no
 
 def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temperature: float = 0.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: int | Sequence[int] = (),
-             lengths: Array | Sequence[int] | None = None) -> Iterator[np.ndarray]:
+             lengths: Array | Sequence[int] | None = None, logprobs: list | None = None) -> Iterator[np.ndarray]:
     """Continue the prompts: iterate over the new tokens, one of every sequence a step.
 
     Parameters
@@ -50,6 +50,9 @@ def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temp
         The ids that end a sequence.
     lengths : (B,) integers, optional
         How many tokens of each row are the prompt. None: all.
+    logprobs : list, optional
+        Where given, gets one more (B,) float64 array before each step is yielded: the natural logarithms of the
+        probabilities that softmax(logits) gives to its tokens, whatever temperature, top_k and top_p are.
 
     Returns
     -------
@@ -67,7 +70,8 @@ def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temp
     -----
     Collectives of a step beside those of Decoder.extend: temperature 0 one all-gather of P x B x 2 float64 (the
     largest logit of each rank, and its id); else one gather on rank 0, of B x V logits or, with top_k, of
-    P x B x k x 2 float64, and one broadcast of B int64, the tokens that rank 0 drew.
+    P x B x k x 2 float64, and one broadcast of B int64, the tokens that rank 0 drew. With logprobs those of
+    Decoder.loss for one token, B times.
     On GPUs a step of one sequence, or of a few in float32, is a CUDA graph, unless MPI carries what the ranks add up:
     recorded once, then replayed; with temperature 0 the choice is in it, and the token goes on without the host.
     Keys and values: 2 x layers x B x (S + max_new_tokens - 1) x (key/value heads of the rank) x (features of a head).
@@ -82,6 +86,7 @@ def generate(model: Decoder, ids: Array | Sequence, *, max_new_tokens: int, temp
     ends = np.atleast_1d(np.asarray(stop, None if np.size(stop) else np.int64))
     require(ends.ndim == 1 and ends.dtype.kind in "iu", f"stop {ends.tolist()}", "token ids")
     choose = Choice(model, len(prompts), temperature, top_k, top_p, seed)
+    choose = choose if logprobs is None else ScoredChoice(choose, model, logprobs)
     return steps(model, prompts, counts, choose, KeyValues(model, len(prompts), capacity), max_new_tokens, ends)
 
 
@@ -103,7 +108,7 @@ def next_tokens(model: Decoder, kv: KeyValues, choose: Choice, tokens: int) -> C
 
     Where the token is recorded and the choice is the largest logit, the graph holds that too.
     """
-    if not choose.temperature and records(model, kv, tokens):
+    if not choose.temperature and not isinstance(choose, ScoredChoice) and records(model, kv, tokens):
         return CapturedChoice(model, kv, choose)
     extend = one_token(model, kv, tokens)
     return lambda tokens_B, step: choose(extend(tokens_B[:, None]), step)
@@ -207,6 +212,29 @@ class Choice:
             local_C = logits_V.argmax().reshape(1) if k == 1 else largest(xp, logits_V, k)
             best_BC2[0, b, :k, 0], best_BC2[0, b, :k, 1] = logits_V[local_C], local_C + first
         return best_BC2
+
+
+class ScoredChoice(Choice):
+    """A ScoredChoice chooses as another one does, and keeps the log-probabilities of the chosen tokens.
+
+    Parameters
+    ----------
+    choice : Choice
+    model : Decoder
+    logprobs : list
+        Gets the (B,) float64 log-probabilities of each step.
+    """
+
+    def __init__(self, choice: Choice, model: Decoder, logprobs: list):
+        vars(self).update(vars(choice))
+        self.model, self.logprobs = model, logprobs
+
+    def __call__(self, logits_BVp: Array, step: int) -> np.ndarray:
+        """Choose the (B,) tokens of a step. Collective; see generate."""
+        tokens_B = super().__call__(logits_BVp, step)
+        self.logprobs.append(np.array([-self.model.loss(logits_BVp[b:b + 1], tokens_B[b:b + 1])[0]
+                                       for b in range(len(tokens_B))]))
+        return tokens_B
 
 
 def largest(xp: ModuleType, x: Array, k: int) -> Array:
