@@ -5,7 +5,8 @@
 
 Forward, loss, backward, clipping and AdamW of a decoder of Llama's kind (RMS norm, rotary, gated SiLU, no biases),
 float32, vocabulary 256. A time is the slowest rank's. Rows:
-  mpitp          Trainer.train_step over the ranks; reproducible: with the same bits for any number of them
+  mpitp          Trainer.train_step over the ranks; reproducible: with the same bits for any number of them, for one cut
+                 into micro-batches (reproducible_unit="micro-batch"); any cut: for every cut and every grid
   torch eager    one process with all the cores, while the other ranks sleep; torch.optim.AdamW as it comes
   torch fused    the same with AdamW(fused=True)
   AdamW          the optimizer alone, of each: torch's fused one is one compiled loop, NumPy's a dozen
@@ -79,9 +80,9 @@ def torch_cases(model, tokens, batch, name, **how):
     return {f"{name} step": step, f"{name} AdamW": optimizer.step}
 
 
-def mpitp_cases(group, config, tokens, batch, name):
+def mpitp_cases(group, config, tokens, batch, name, unit="micro-batch"):
     trainer = Trainer(group, config, tokens, Settings(micro_batch_size=batch, train_iters=1 << 30, lr=LR, warmup=0,
-                                                      clip_grad=CLIP))
+                                                      clip_grad=CLIP, reproducible_unit=unit))
     loss = trainer.train_step()["loss"]
     trainer.step = 0
     return {f"{name} step": trainer.train_step,
@@ -107,6 +108,7 @@ def main():
             tokens = Tokens(None, 256, arguments.seq_length, 0)
             cases, loss = mpitp_cases(group, config, tokens, batch, "mpitp")
             cases |= mpitp_cases(fixed, config, tokens, batch, "reproducible")[0]
+            cases["any cut step"] = mpitp_cases(fixed, config, tokens, batch, "any cut", "sequence")[0]["any cut step"]
             whole = mpitp.Decoder(single, config)
             of_torch = torch_cases(whole, tokens, batch, "torch eager")
             found = torch_cases(whole, tokens, batch, "check")["check step"]().item()

@@ -23,7 +23,7 @@ from spmd import ROOT, job_environment
 PAGE, BEGIN, END = ROOT / "docs" / "same_bits.md", "<!-- layouts -->", "<!-- end of layouts -->"
 SEQUENCES = 5           # of a global batch, which no number of data ranks but 5 divides
 RUN = ("--hidden-size", 20, "--num-layers", 1, "--num-attention-heads", 5, "--num-query-groups", 1,
-       "--seq-length", 16, "--hidden-dropout", 0.1, "--attention-dropout", 0.1, "--eval-interval", 15,
+       "--seq-length", 16, "--hidden-dropout", 0.1, "--attention-dropout", 0.1, "--eval-interval", 0,
        "--eval-batches", 1, "--data", ROOT / "tests" / "data" / "golden_decoder.json", "--reproducible")
 
 
@@ -50,8 +50,13 @@ class Layout(NamedTuple):
 
 GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (4, 1), (1, 4), (3, 2), (2, 3), (6, 1), (1, 6), (2, 4), (4, 2),
          (8, 1), (1, 8)]
-LAYOUTS = [Layout(data, tensor, size) for data, tensor in GRIDS for size in (SEQUENCES, 1)]
-FEW = [Layout(1, 1), Layout(2, 1, 1), Layout(2, 2)]
+ROWS, BLOCK, HEADS = ("--sequence-parallel",), ("--recompute", "block"), ("--recompute", "attention")
+OTHERS = [Layout(1, 1, 1, BLOCK), Layout(1, 2, SEQUENCES, ROWS), Layout(1, 3, 1, ROWS + BLOCK),
+          Layout(2, 2, SEQUENCES, ROWS), Layout(2, 2, 1, BLOCK), Layout(2, 3, 1, ROWS + HEADS),
+          Layout(3, 2, SEQUENCES, HEADS), Layout(1, 8, SEQUENCES, ROWS)]
+LAYOUTS = [Layout(data, tensor, (SEQUENCES, 1)[number % 2]) for number, (data, tensor) in enumerate(GRIDS)] + [
+    Layout(1, 1, 1), Layout(2, 2, 1), Layout(2, 3, SEQUENCES)] + OTHERS
+FEW = [Layout(1, 1), Layout(2, 1, 1), Layout(2, 2), Layout(1, 3, SEQUENCES, ROWS + BLOCK)]
 
 
 def digest(folder, steps):

@@ -20,6 +20,7 @@ FLOORS = {
     "comm": 4,
     "grid": 4.5,
     "layers": 5,
+    "plan": 5.5,
     "inference": 6, "checkpoints": 6,
     "training": 7,
     "court": 8, "measure": 8, "timeline": 8, "verification": 8,

@@ -139,6 +139,16 @@ def test_more_data_ranks_than_sequences(text, reproducible):
     assert everywhere(far(found, exact) == []) and (not reproducible or everywhere(digest(found) == digest(exact)))
 
 
+def test_on_the_device(group, text):
+    """Over what carries arrays between GPUs, too: the losses are those of the tensor group."""
+    expected = trainer(group, text)
+    with mpitp.Grid(data=group.size, reproducible=group.reproducible) as grid:
+        made = trainer(grid, text)
+        for _ in range(2):
+            loss = made.train_step()["loss"]
+            assert everywhere(loss == pytest.approx(expected.train_step()["loss"], rel=1e-9))
+
+
 def test_groups_of_a_grid():
     for data in GRIDS:
         with mpitp.Grid(data=data, tensor=WORLD.size // data) as grid:
@@ -383,7 +393,7 @@ def test_one_hash_over_a_few_layouts():
     """The whole of layouts.py makes the table of docs/same_bits.md."""
     done = subprocess.run([sys.executable, ROOT / "tests" / "layouts.py", "--few", "--steps", "3"], text=True,
                           capture_output=True, timeout=200)
-    assert done.returncode == 0 and done.stdout.endswith("3 layouts, 1 hash\n"), done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.endswith("4 layouts, 1 hash\n"), done.stdout + done.stderr
 
 
 # --- how sequences are dealt ----------------------------------------------------------------------------------------

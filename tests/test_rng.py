@@ -1,5 +1,6 @@
 """Numbers with an address: known answers, any window, the same for any number of ranks."""
 import hashlib
+import math
 
 import numpy as np
 import pytest
@@ -50,6 +51,17 @@ def test_runs_longer_than_a_piece():
     whole = np.empty(shape)
     rng.fill_normal(whole, 0, "w", shape, (slice(0, 3), slice(0, shape[1])), 1.0)
     assert whole.ravel().tobytes() == rng.normals(rng.key(0, "w"), 0, whole.size).tobytes()
+
+
+def test_normals_by_definition():
+    """Box-Muller of pairs of words: 53 bits of each, u1 in (0, 1] and u2 in [0, 1)."""
+    key = rng.key(3, "w")
+    expected = []
+    for first, second in rng.words(key, 0, 40).reshape(-1, 2).tolist():
+        radius = math.sqrt(-2 * math.log(((first >> 11) + 1) / 2 ** 53))
+        angle = 2 * math.pi * ((second >> 11) / 2 ** 53)
+        expected += [radius * math.cos(angle), radius * math.sin(angle)]
+    np.testing.assert_allclose(rng.normals(key, 0, 40), expected, rtol=1e-14)
 
 
 def test_they_are_normal():

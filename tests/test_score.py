@@ -1,6 +1,7 @@
 """Scoring: the mean of -log p, each token but the first counted once, whatever window, stride and ranks."""
 import json
 import math
+from types import SimpleNamespace
 import tracemalloc
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import make_tiny_checkpoints as tiny
 from decoder_cases import KINDS
 import mpitp
+from mpitp import InputError
 from mpitp.commands import text
-from mpitp.commands.score import score
+from mpitp.commands.score import Given, score, tokens_of
 from spmd import everywhere, job
 from test_kv import decoder
 
@@ -115,6 +117,16 @@ def test_same_loss_on_any_number_of_ranks(folder):
                      "--reproducible").stdout.splitlines()[0]
              for ranks in (1, 2, 3)}
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("ids", [[3], [3, 4]])
+def test_two_tokens_are_enough(ids):
+    arguments = SimpleNamespace(text=None, ids_file="ids")
+    if len(ids) == 1:
+        with pytest.raises(InputError, match="found 1 tokens in ids, expected at least 2"):
+            tokens_of(arguments, Given(ids))
+    else:
+        assert tokens_of(arguments, Given(ids)) is ids
 
 
 @pytest.mark.launcher

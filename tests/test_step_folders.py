@@ -224,6 +224,15 @@ def test_auto(group, run):
     assert (run / "out" / "log.jsonl").read_text() == ""    # those steps are taken again
 
 
+def test_spikes_of_a_log_whose_lines_are_not_whole():
+    """Figures of a killed run may be missing: such a line counts for none of them."""
+    spikes = Spikes(3.0)
+    spikes.replay([{"loss": 2.0, "gradient_norm": 1.0}, {"loss": 5.0}, {"gradient_norm": 1},
+                   {"loss": 3.0, "gradient_norm": 4.0}])
+    assert {name: list(recent) for name, recent in spikes.recent.items()} == {"loss": [2.0, 3.0],
+                                                                              "gradient_norm": [1.0, 4.0]}
+
+
 def test_spikes_stop_before_a_save(group, run):
     made = trainer(group, run, train_iters=14, lr_decay_iters=6, spike_limit=3)
     resume(made)

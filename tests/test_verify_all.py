@@ -28,7 +28,7 @@ def test_every_check_holds(ranks, tmp_path):
     assert lines[-1].startswith("every check holds") and "FAILED" not in done.stdout and max(map(len, lines)) <= 100
     report = json.loads((tmp_path / "all.json").read_text())
     assert report["schema"] == "mpitp.verify_all/1" and report["good"] and report["ranks"] == ranks
-    assert len(report["layers"]) == 22 and sum(line.endswith("  ok") for line in lines) == 22
+    assert len(report["layers"]) == 25 and sum(line.endswith("  ok") for line in lines) == 25
     names = {ratio["name"] for layer in report["layers"] for ratio in layer["ratios"]}
     assert {"logits", "loss", "dx", "embedding.weight", "layers.1.attention.key_norm.weight", "head.weight"} <= names
     assert all(layer["as_closed_form"] for layer in report["layers"])
@@ -37,7 +37,7 @@ def test_every_check_holds(ranks, tmp_path):
 def test_same_bits():
     found = [job(ranks, "-m", "mpitp", "verify", "--all", "--reproducible").stdout for ranks in (1, 2, 3)]
     hashes = [re.findall(r"[0-9a-f]{64} .*", text) for text in found]
-    assert len(hashes[0]) == 22 and hashes[0] == hashes[1] == hashes[2]
+    assert len(hashes[0]) == 25 and hashes[0] == hashes[1] == hashes[2]
 
 
 @pytest.mark.parametrize("fault, complaint", [

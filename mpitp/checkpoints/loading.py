@@ -13,6 +13,7 @@ from ..comm.group import TensorParallelGroup
 from ..comm.launch import is_first_rank
 from ..errors import InputError, one_of, require
 from ..layers.decoder import Decoder
+from ..plan.job import Job
 from .families.layout import View
 from .fingerprint import fingerprint
 from .model_folder import ModelFolder, examine, open_folder
@@ -50,7 +51,8 @@ class LoadedDecoder(Decoder):
         if weights == "bfloat16":
             from .packing import require_packable           # where it is asked for
             require_packable(group, folder, dtype, activations)
-        require_room(group, folder, dtype, weights)
+        require_room(group, folder.checkpoint.folder, Job(folder.config, "load", batch=1, tokens=1, dtype=dtype,
+                                                          weights=weights, device=group.device))
         super().__init__(group, folder.config, dtype=dtype, seed=None)
         self.folder = folder
         require_everywhere(group.comm, "whether the checkpoint could be read",

@@ -1,4 +1,4 @@
-"""Is there memory for what is to be loaded? Asked before anything of its size is made."""
+"""Is there memory for a job? The plan is asked before anything of its size is made."""
 from __future__ import annotations
 
 import contextlib
@@ -6,40 +6,51 @@ import platform
 
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError
-from ..sharding.parameters import ParameterSpec
-from .model_folder import ModelFolder
+from ..plan.job import Job, Layout
+from ..plan.outcome import memory, smallest_that_fits
 
 CGROUP = "/sys/fs/cgroup/memory.max"
+GIB = 2 ** 30
+NEEDED_FOR = {"load": "weights", "train": "weights, gradients, optimizer and activations",
+              "decode": "weights, keys, values and activations", "score": "weights and activations"}
 
 
-def require_room(group: TensorParallelGroup, folder: ModelFolder, dtype: str, weights: str) -> None:
-    """Raise InputError on every rank where a host's memory cannot hold the slices of its ranks. Collective.
+def require_room(group: TensorParallelGroup, subject: str, job: Job, tensor: TensorParallelGroup | None = None) -> None:
+    """Raise InputError on every rank where a host's memory cannot hold what its ranks need. Collective.
 
     The page cache counts as free, as the kernel gives it up. On a GPU, whose memory is another one, nothing is asked.
+
+    Parameters
+    ----------
+    group : TensorParallelGroup
+        All ranks.
+    subject : str
+        What begins the message.
+    job : Job
+        What they are about to do.
+    tensor : TensorParallelGroup, optional
+        The ranks that share a copy of the model; None: all.
+
+    Raises
+    ------
+    InputError
+        With the smallest number of ranks, as many on a host as now, that such hosts have the memory for.
     """
     if group.device != "cpu":
         return
-    mine = sum(spec.local_bytes(group.place, kept_in(name, spec, dtype, weights)) for name, spec in
-               folder.specs.items())
-    of_ranks = group.comm.allgather((platform.node(), mine, free_bytes()))
+    tensor = tensor or group
+    layout = Layout(tensor.size, group.size // tensor.size, tensor.blocks if tensor.reproducible else None)
+    of_ranks = group.comm.allgather((platform.node(), memory(job, layout)[1][tensor.rank], free_bytes()))
     for host in dict.fromkeys(host for host, _, _ in of_ranks):
         needed = [size for other, size, _ in of_ranks if other == host]
         free = min((free for other, _, free in of_ranks if other == host and free is not None), default=None)
         if free is not None and sum(needed) > free:
-            kept = dtype if weights == "float32" else weights
-            raise InputError(f"{folder.checkpoint.folder}: found {free / 2 ** 30:.1f} GiB of memory free on {host}, "
-                             f"expected {sum(needed) / 2 ** 30:.1f} GiB for the {kept} weights of the "
-                             f"{len(needed)} rank{'s' if len(needed) > 1 else ''} there")
-
-
-def kept_in(name: str, spec: ParameterSpec, dtype: str, weights: str) -> str:
-    """Return the dtype of a parameter in memory, "float16" for any of 16 bits: matrices alone stay in bfloat16."""
-    return "float16" if weights == "bfloat16" and is_matrix(name, spec) else dtype
-
-
-def is_matrix(name: str, spec: ParameterSpec) -> bool:
-    """Return whether a parameter is a matrix that layers multiply with, or look rows up in by vocabulary."""
-    return len(spec.shape) == 2 and not name.startswith("position.")
+            here, kept = len(needed), job.dtype if job.weights == "float32" else job.weights
+            enough = smallest_that_fits(job, free, here, layout)
+            remedy = f"{enough} ranks, {here} a host, would do" if enough else "no number of ranks needs as little"
+            raise InputError(f"{subject}: found {free / GIB:.1f} GiB of memory free on {host}, expected "
+                             f"{sum(needed) / GIB:.1f} GiB for the {kept} {NEEDED_FOR[job.kind]} of the "
+                             f"{here} rank{'s' if here > 1 else ''} there ({remedy})")
 
 
 def free_bytes() -> int | None:

@@ -15,7 +15,7 @@ from ..errors import InputError
 WIDTH = 100         # columns that help and tables have at most
 # Options that name a file or folder, which may lie elsewhere on another host: whether they are given is compared.
 PATHS = ("model", "dump", "data", "out", "resume_from", "json", "csv", "plot", "text", "ids_file", "batch_file",
-         "messages", "reports", "timeline")
+         "messages", "reports", "timeline", "config", "machine", "calibrate")
 # Variables that change what the ranks do together.
 VARIABLES = ("MPITP_TRANSPORT", "MPITP_SHARE_GPU", "MPITP_CUDA_AWARE")
 Parsed = tuple[ModuleType, argparse.Namespace] | SystemExit
@@ -56,6 +56,12 @@ COMMANDS = {
              "Time the collectives for messages of up to 64 KiB."),
             ("mpirun -n 2 python -m mpitp bench ffn block --hidden-size 256 --rounds 3 --csv bench.csv",
              "Time a small feed-forward block and a small decoder block, and write the figures to a table."))),
+    "plan": Command(
+        "tell before a job runs whether it fits, how long it takes, and on how many ranks", (
+            ("python -m mpitp plan --model my-model -n 1,2,4 --decode",
+             "Plan generation with a checkpoint, of which only config.json is read; needs no MPI."),
+            ("python -m mpitp plan --hidden-size 1024 --train --machine infiniband --json plan.json",
+             "Plan the training of a model on a cluster, and write every array and every message."))),
     "scale": Command(
         "time the blocks on growing numbers of ranks, each in a job of its own", (
             ("python -m mpitp scale --ranks 1,2 ffn --hidden-size 128 --rounds 3",

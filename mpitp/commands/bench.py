@@ -16,6 +16,7 @@ from .. import measure, tables
 from ..arrays import compute_dtype
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require_positive
+from ..plan.machine_file import default_path
 from . import device, report
 from .bench_page import BenchReport, Fit, Row, draw, lines, read_report, write_csv
 from .progress import Progress
@@ -36,12 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--csv", metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them (needs matplotlib: pip install 'mpitp[plot]')")
+    parser.add_argument("--calibrate", nargs="?", const=default_path(), metavar="FILE", help="measure this machine for "
+                        "`plan`, and write it there (where `plan` looks by itself)")
     parser.add_argument("--from", dest="reports", nargs="+", metavar="FILE",
                         help="draw these reports (--json of several numbers of ranks) with --plot, run nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command on this rank; returns 0."""
+    if arguments.calibrate:
+        from .bench_calibrate import run_calibration        # where it is used
+        return run_calibration(arguments)
     check_arguments(arguments)
     if arguments.reports:
         with TensorParallelGroup() as group:

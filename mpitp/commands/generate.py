@@ -20,7 +20,7 @@ from ..checkpoints.loading import LoadedDecoder, load_model
 from ..comm.patience import on_root_in_its_time
 from ..errors import require, require_positive
 from ..inference.generation import ENDED, generate
-from . import device, model, prompts, report, stops, text
+from . import ask_plan, device, model, prompts, report, stops, text
 from .continuations import Continuations, Row, Stops
 from .progress import Progress, progress
 from .step_times import DECODE, PREFILL, StepTimes
@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     text.print_any_character()
     with device.group_of(arguments) as group:
         given = group.on_root(lambda: prompts.Prompts(arguments))
+        ask_plan.generation(group, arguments, given)
         ends = group.root_first(lambda: text.end_tokens(arguments.model))
         started = time.perf_counter()
         with Progress(f"loading {arguments.model}"):

@@ -15,11 +15,11 @@ import numpy as np
 
 from .. import tables
 from ..checkpoints.model_folder import open_folder
-from ..checkpoints.room import kept_in
 from ..checkpoints.safetensors import STORED
 from ..comm.launch import is_first_rank
 from ..config import DecoderConfig
 from ..errors import printable, require, require_positive
+from ..plan.tensors import kept_in
 from ..sharding.parameters import Place
 from . import device, model, text
 

@@ -19,7 +19,7 @@ from .. import tables
 from ..checkpoints.loading import load_model
 from ..errors import require, require_positive
 from ..layers.decoder import Decoder
-from . import device, model, prompts, report, text
+from . import ask_plan, device, model, prompts, report, text
 from .progress import Progress
 from .tokenizer import Tokenizer, tokenizer_of
 
@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     text.print_any_character()
     with device.group_of(arguments) as group:
         given = group.on_root(lambda: look_first(arguments))
+        ask_plan.scoring(group, arguments, given, WINDOW)
         with Progress(f"loading {arguments.model}"):
             decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
                                  verify_weights=arguments.verify_weights, weights=arguments.weights,

@@ -21,7 +21,7 @@ from ..training.loop import Trainer, TrainingStopped
 from ..training.requests import SIGNALS, Requests
 from ..training.resume import resume
 from ..training.settings import SEQUENCE, UNITS, Settings
-from . import device, progress
+from . import ask_plan, device, progress
 from .train_progress import Progress, opening, print_line
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
-            "save_interval", "keep", "lr_decay_iters", "save_minutes", "spike_limit", "z_loss", "reproducible_unit")
+            "save_interval", "keep", "lr_decay_iters", "save_minutes", "spike_limit", "z_loss", "reproducible_unit",
+            "sequence_parallel", "recompute")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                "ranks, and any cut of the global batch into micro-batches")
     parser.add_argument("--reproducible-unit", choices=UNITS, help="what is computed by itself with --reproducible: a "
                         f"sequence, or, faster, a micro-batch, for the same bytes with this cut alone ({SEQUENCE})")
+    parser.add_argument("--sequence-parallel", action="store_true", help="each tensor rank has some tokens only, where "
+                        "no product needs them all")
+    parser.add_argument("--recompute", choices=("block", "attention"), help="compute again in backward, to keep less: "
+                        "whole blocks, or attention's part (neither)")
     parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
     parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
 
@@ -114,6 +119,7 @@ class Job:
 def train(arguments: argparse.Namespace, job: Job) -> int:
     """Read the data, resume, and train; return the exit status."""
     group = job.world
+    ask_plan.training(job.ranks, arguments, job.config, job.settings)
     tokens = same_everywhere(group.comm, lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
                                                         arguments.seed, arguments.data_dtype),
                              lambda tokens: {"the data": tokens.fingerprint()})

@@ -17,7 +17,6 @@ from ..ops.alibi import alibi_slopes
 from ..ops.attention import attention_backward, attention_forward
 from ..ops.keys_values import last_query_forward
 from ..ops.linear import add_bias, bias_backward, linear_weight_backward, product
-from ..ops.norm import norm_backward
 from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
 from ..sharding.decoder_specs import attention_specs
 from ..sharding.heads import KeyValueUnit
@@ -25,7 +24,7 @@ from ..sharding.partition import Block
 from ..sharding.specs import join
 from .base import ParallelLayer, require_saved
 from .heads import AttentionCall, Heads, as_heads, as_rows, by_group, require_mask
-from .norm import norm_of_heads
+from .norm import norm_backward, norm_of_heads
 from .products import (column_parallel_backward, column_parallel_forward, copy_to_ranks_backward, copy_to_ranks_forward,
                        reduce_from_ranks_backward, reduce_from_ranks_forward, row_parallel_backward,
                        row_parallel_forward, rows_of, two_column_parallel_forward)
@@ -308,9 +307,8 @@ class ParallelAttention(ParallelLayer):
         if self.norm and not last:
             x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         if self.rotary:
-            starts = None if call.kv is None else call.kv.starts
             cos, sin = call.tables
-            x_BSHK = rotary_forward(x_BSHK, cos, sin, self.rotary.interleaved, starts)
+            x_BSHK = rotary_forward(x_BSHK, cos, sin, self.rotary.interleaved, None if call.kv is None else call.kv.starts)
         if self.norm and last:
             x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         return x_BSHK, of_norm

@@ -5,8 +5,8 @@ step). Every rank draws the part that it holds: together they have the same mask
 """
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -19,7 +19,8 @@ PIECE = 1 << 15     # words at a time: the temporaries stay in cache
 NEAR = 1 << 11      # to draw so many words in vain takes as long as to start a stream anew (measured)
 
 
-class PartOfStep(NamedTuple):
+@dataclass(frozen=True)
+class PartOfStep:
     """Some sequences of a step's micro-batch, which drop what they drop in the whole of it.
 
     Parameters

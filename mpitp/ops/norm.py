@@ -52,6 +52,8 @@ def norm_forward(x: Array, w: Array, b: Array | None, kind: str, epsilon: float,
         raise InputError(f"found norm kind {kind!r}, expected one of {', '.join(KINDS)}")
     K = x.shape[-1]
     x_NK, g_K = x.reshape(-1, K), (1 + w if zero_centered else w)
+    if len(x_NK) == 1 and kind == "rmsnorm" and b is None:
+        return norm_of_row(x_NK, g_K, epsilon, x.shape)
     xhat_NK, y_NK = np.empty(x_NK.shape, x.dtype), np.empty(x_NK.shape, x.dtype)
     rstd_N1 = np.empty((len(x_NK), 1), x.dtype)
     if x.size <= FEW:                           # a token of generation: to cut pieces would cost as much as the norm
@@ -64,6 +66,14 @@ def norm_forward(x: Array, w: Array, b: Array | None, kind: str, epsilon: float,
             normalise(x_nK, g_nK[:len(x_nK)], None if b_nK is None else b_nK[:len(x_nK)], kind, epsilon,
                       xhat_NK[piece], rstd_N1[piece], y_NK[piece])
     return y_NK.reshape(x.shape), (xhat_NK, rstd_N1, g_K, kind, b is not None)
+
+
+def norm_of_row(x_1K: Array, g_K: Array, epsilon: float, shape: tuple[int, ...]) -> tuple[Array, tuple]:
+    """Do the rmsnorm of one row, as a token has it, with the same bits in half the time: one number is no array."""
+    x_K = np.ascontiguousarray(x_1K[0])
+    rstd = 1 / np.sqrt(x_K.dot(x_K) / len(x_K) + epsilon)
+    xhat_1K = x_1K * rstd
+    return (xhat_1K * g_K).reshape(shape), (xhat_1K, rstd.reshape(1, 1), g_K, "rmsnorm", False)
 
 
 def normalise(x_nK: Array, g: Array, b: Array | None, kind: str, epsilon: float, xhat_nK: Array, rstd_n1: Array,

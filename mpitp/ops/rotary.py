@@ -117,11 +117,13 @@ def rotary_forward(x: Array, cos: Array, sin: Array, interleaved: bool, starts: 
     first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else \
         (slice(0, half), slice(half, 2 * half))
     u, v, out = x[..., first], x[..., second], np.empty(x.shape, x.dtype)
-    np.multiply(u, cos, out=out[..., first])
-    out[..., first] -= v * sin
-    np.multiply(v, cos, out=out[..., second])
-    out[..., second] += u * sin
-    out[..., 2 * half:] = x[..., 2 * half:]
+    turned_u, turned_v = out[..., first], out[..., second]
+    np.multiply(u, cos, out=turned_u)
+    turned_u -= v * sin
+    np.multiply(v, cos, out=turned_v)
+    turned_v += u * sin
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half:] = x[..., 2 * half:]
     return out
 
 

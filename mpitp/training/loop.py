@@ -76,7 +76,8 @@ class Trainer:
         self.config, self.tokens, self.settings = config, tokens, settings
         self.folder, self.say = folder, say
         self.lock: FolderLock | None = None
-        self.model = Decoder(self.group, config, dtype=dtype, seed=settings.seed)
+        self.model = Decoder(self.group, config, dtype=dtype, seed=settings.seed, recompute=settings.recompute,
+                             sequence_parallel=settings.sequence_parallel)
         self.optimizer = AdamW(self.model, settings.adam_beta1, settings.adam_beta2, settings.adam_eps,
                                settings.weight_decay)
         self.dealing = Dealing(settings, self.data.rank if self.data else 0, self.data.size if self.data else 1,
@@ -131,7 +132,7 @@ class Trainer:
         times = counted / own if own else math.inf          # the loss of a piece is the mean over its own tokens
         logits, saved = self.model.forward(ids, step=self.dealing.address(self.step, piece))
         loss, saved_loss = self.model.loss(logits, targets, label_smoothing=self.settings.label_smoothing,
-                                           ignore_index=IGNORED)
+                                           z_loss=self.settings.z_loss, ignore_index=IGNORED)
         self.model.backward(self.model.loss_backward(saved_loss, 1 / times), saved, out=self.sum.room())
         self.sum.add(piece, loss / times)
 

@@ -31,6 +31,7 @@ class Settings:
     check_interval : every so many steps the copies that several ranks hold are compared
     reproducible_unit : what is computed by itself in reproducible mode. "sequence": the bits depend on the global batch
         alone. "micro-batch": faster, and the bits depend on the cut into micro-batches, too
+    sequence_parallel, recompute : of the decoder, see Decoder; they change nothing in what is computed
 
     Raises
     ------
@@ -60,6 +61,8 @@ class Settings:
     spike_limit: float = 0.0
     z_loss: float = 0.0
     reproducible_unit: str = SEQUENCE
+    sequence_parallel: bool = False
+    recompute: str | None = None
 
     def __post_init__(self) -> None:
         require_positive(micro_batch_size=self.micro_batch_size, gradient_accumulation=self.gradient_accumulation,
@@ -88,7 +91,7 @@ class Settings:
         """
         own = asdict(self)
         for name in ("eval_interval", "eval_batches", "save_interval", "keep", "check_interval", "save_minutes",
-                     "spike_limit", "reproducible_unit"):
+                     "spike_limit", "reproducible_unit", "sequence_parallel", "recompute"):
             del own[name]
         if unit == SEQUENCE:
             own |= dict(micro_batch_size=self.global_batch_size, gradient_accumulation=1)

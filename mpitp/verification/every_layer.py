@@ -49,6 +49,11 @@ PARTS_OF_BLOCK = (              # title, part of a block (None: the whole), kind
     ("block", None, GPT), ("block, parallel residual", None, NEOX), ("block, norms before and after", None, GEMMA))
 DECODERS = (("decoder, GPT-2's kind", GPT), ("decoder, Llama's kind", LLAMA), ("decoder, Gemma 3's kind", GEMMA),
             ("decoder, GPT-NeoX's kind", NEOX), ("decoder, BLOOM's kind", BLOOM))
+OF_ROWS: tuple[tuple[str, dict, dict[str, bool | str]], ...] = (          # title, kind, options of Decoder
+    ("decoder, sequence parallel", GEMMA, dict(sequence_parallel=True)),
+    ("decoder, rows gathered again, recomputed", NEOX, dict(sequence_parallel=True, gather_again=True,
+                                                            recompute="block")),
+    ("decoder, attention recomputed", GEMMA, dict(recompute="attention")))
 
 Results = dict[str, Any]        # by name: outputs, and gradients by the names of their weights
 
@@ -102,6 +107,7 @@ class EveryLayerCheck:
         steps += [(title, partial(self.part_of_block, title, name, options)) for title, name, options in PARTS_OF_BLOCK]
         steps += [("embedding", self.embedding), ("cross entropy, label smoothing", self.cross_entropy)]
         steps += [(title, partial(self.decoder, title, options)) for title, options in DECODERS]
+        steps += [(title, partial(self.decoder, title, options, **more)) for title, options, more in OF_ROWS]
         return steps + [(title, partial(grid.check, self, title, data, LLAMA))
                         for title, data in grid.grids(self.group)]
 
@@ -166,10 +172,10 @@ class EveryLayerCheck:
         return self.judge("cross entropy, label smoothing", counts, [expected], found, partial(dense_loss, targets), {},
                           logits)
 
-    def decoder(self, title: str, options: dict[str, Any]) -> LayerResult | None:
-        """Check a whole decoder with its loss."""
+    def decoder(self, title: str, options: dict[str, Any], **more: Any) -> LayerResult | None:
+        """Check a whole decoder with its loss; more: options of Decoder."""
         config = DecoderConfig(**options)
-        model = Decoder(self.group, config, dtype=self.dtype)
+        model = Decoder(self.group, config, dtype=self.dtype, **more)
         weights, ids, targets = self.load(model), self.ids("ids"), self.ids("targets")
         self.group.ledger.clear()
         logits, saved = model.forward(self.on_device(ids))

@@ -6,6 +6,7 @@ from student import MPICH, Done, good, hold, steps_of, student, wait_for
 TINY = "--hidden-size 32 --num-layers 1 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2"
 TRAIN = "train --hidden-size 512 --num-layers 8 --save-minutes 30"      # as the script; TINY comes behind it
 LONGEST = 900               # seconds of the whole of it
+ENDS = ("FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED", "OUT_OF_MEMORY")
 
 
 def seconds_a_step(mpi: str) -> float:
@@ -21,7 +22,7 @@ def seconds_a_step(mpi: str) -> float:
 def real_time_limits(mpi: str) -> None:
     """A job whose limit ends it by TERM, then one that USR1 tells of its limit and that queues itself until the end."""
     name = f"limits-{mpi.split()[0].lower()}"
-    steps = int(190 / seconds_a_step(mpi))              # a minute, then half a minute a job, of which two start
+    steps = int(240 / seconds_a_step(mpi))              # a minute, then half a minute a job, of which two start
     submit = f"OUT=$HOME/{name} STEPS={steps} sbatch --parsable -N 2 -n 2 --cpus-per-task=1 --time=1"
     good("h0", f"rm -rf ~/{name}*", mpi)
     first = good("h0", f"{submit} -o ~/{name}.1 --signal=CONT@1 examples/slurm_train.sh {TINY}", mpi).split()[-1]
@@ -38,7 +39,7 @@ def real_time_limits(mpi: str) -> None:
             student("h0", f"scontrol update job={job} StartTime=now+3")
         state = found
         log = student("h0", f"tail -n 20 ~/{name}.2")
-        hold(state in ("PENDING", "RUNNING", "COMPLETING", "COMPLETED") and time.monotonic() < until, log)
+        hold(state not in ENDS and time.monotonic() < until, Done(requeued, f"{log.text}\n{state}"))
         time.sleep(0.5)
     text = good("h0", f"cat ~/{name}.2")
     hold(requeued >= 3 and text.count("stopped by SIGUSR1 after step") == requeued, Done(requeued, text))

@@ -29,17 +29,19 @@ def mean_loss(w, configuration, batches, **options):
 def dense_steps(made, weights, steps):
     """The steps of a Trainer on one process: (weights, exp_avg, exp_avg_sq, figures of each step)."""
     s, configuration, figures = made.settings, made.config, []
+    size, count = s.micro_batch_size, s.gradient_accumulation
+    if made.group.reproducible:                 # each sequence has dropout masks of its own number
+        size, count = 1, size * count
     w = {name: array.copy() for name, array in weights.items()}
     m, v = ({name: np.zeros_like(array) for name, array in w.items()} for _ in range(2))
     for step in range(steps):
         g, losses = {name: np.zeros_like(array) for name, array in w.items()}, []
-        for micro in range(s.gradient_accumulation):
-            number = step * s.gradient_accumulation + micro
-            ids, targets = made.tokens.batch(number, s.micro_batch_size)
+        for number in range(step * count, (step + 1) * count):
+            ids, targets = made.tokens.batch(number, size)
             dropout = masks(configuration, s.seed, number)
             logits, saved = oracle.decoder.forward(ids, w, configuration, None, dropout)
             loss, saved_loss = oracle.cross_entropy.forward(logits, targets, s.label_smoothing, z_loss=s.z_loss)
-            d_logits = oracle.cross_entropy.backward(saved_loss, 1 / s.gradient_accumulation)
+            d_logits = oracle.cross_entropy.backward(saved_loss, 1 / count)
             found = oracle.decoder.backward(d_logits, saved)
             g = {name: g[name] + found[name] for name in g}
             losses.append(float(loss))

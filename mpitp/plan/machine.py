@@ -1,0 +1,246 @@
+"""A machine, and the time that it takes for an Item of work: from tables that were measured, else from a few rates."""
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+
+from ..errors import InputError
+from .work import Item
+
+# How many numbers an operation reads and writes for each of its elements; arithmetic that costs as much counts as such.
+TRAFFIC = {"add": 3, "zero": 1, "bias": 2, "bias backward": 1, "embedding": 3, "embedding backward": 4, "append": 2,
+           "rotary": 4, "activation backward": 3, "gated backward": 7, "loss": 3, "loss backward": 4, "greatest": 1,
+           "adamw": 10,
+           "sum of squares": 1, "layernorm forward": 5, "rmsnorm forward": 4, "layernorm backward": 7,
+           "rmsnorm backward": 6}
+OF_ACTIVATIONS = 5                  # where a name of the table above is none of the item's
+# Operations that Python starts for each item: of "python" those of a layer beside its items.
+STARTS = {"product": 1, "pass": 1, "scores": 3, "message": 1, "python": 8}
+PARTS = ("products", "memory", "messages", "python")
+TILE = 64                           # queries of attention that see the same keys
+FEW = 16                            # rows up to which a product is one pass over its weight
+
+
+@dataclass(frozen=True)
+class Link:
+    """How ranks reach each other: seconds of one hop, and bytes a second out of one rank, or of one host."""
+    alpha_seconds: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A Machine is hosts of one kind, and what one rank of them does in a second while all of them work.
+
+    Parameters
+    ----------
+    name, source : str
+        What it is called, and where the numbers come from.
+    device : str
+        "cpu" or "gpu".
+    ranks_per_host : int
+        Ranks that share a host.
+    memory_bytes : int
+        Of a host.
+    flops_per_second : dict
+        {dtype: rate of a rank's large products}.
+    read_bytes_per_second, pass_bytes_per_second : float
+        Of a rank: reading a weight once, and passing over arrays.
+    python_seconds : float
+        Until one operation is started.
+    inside, outside : Link
+        Between ranks of a host (bytes a second of a rank), and between hosts (of a host).
+    tables : Tables or None
+        What was measured; None: times follow from the rates alone.
+    """
+    name: str
+    source: str
+    device: str
+    ranks_per_host: int
+    memory_bytes: int
+    flops_per_second: dict[str, float]
+    read_bytes_per_second: float
+    pass_bytes_per_second: float
+    python_seconds: float
+    inside: Link
+    outside: Link | None = None
+    tables: Tables | None = None
+
+    def seconds(self, item: Item, dtype: str, itemsize: int, read_bytes: int = 0) -> float:
+        """Return the time of an item.
+
+        Parameters
+        ----------
+        item : Item
+        dtype : str
+            A key of flops_per_second.
+        itemsize : int
+            Bytes of a number.
+        read_bytes : int
+            Of all weights that the phase reads: where they fit into a cache, they are read faster.
+        """
+        if item.kind == "message":
+            return item.count * self.message_seconds(*item.size)
+        if self.tables is not None:
+            return item.count * self.tables.seconds(item, itemsize, read_bytes)
+        return item.count * (self.least_seconds(item, dtype, itemsize) + STARTS[item.kind] * self.python_seconds)
+
+    def least_seconds(self, item: Item, dtype: str, itemsize: int) -> float:
+        """Return the time of an item by the rates: that of its flops, or of its bytes where that is longer."""
+        if item.kind in ("product", "scores"):
+            flops, numbers = effort(item)
+            return max(flops / self.flops_per_second[dtype], numbers * itemsize / self.read_bytes_per_second)
+        if item.kind == "pass":
+            return item.size[0] * itemsize * TRAFFIC.get(item.what, OF_ACTIVATIONS) / self.pass_bytes_per_second
+        return 0.0
+
+    def message_seconds(self, sent_bytes: int, ranks: int, sharing: int = 1) -> float:
+        """Return the time of one collective in which a rank sends so many bytes.
+
+        Parameters
+        ----------
+        sent_bytes, ranks : int
+            Of a rank; how many take part.
+        sharing : int
+            Ranks of a host whose messages leave it at the same time, each in a collective of its own.
+        """
+        if ranks == 1:
+            return self.tables.message(0) if self.tables else 0.0
+        hops = math.ceil(math.log2(ranks))
+        if ranks * sharing <= self.ranks_per_host:
+            if self.tables is not None:
+                return self.tables.message(sent_bytes) + (hops - math.ceil(math.log2(max(2, self.ranks_per_host)))) * \
+                    self.inside.alpha_seconds
+            return hops * self.inside.alpha_seconds + sent_bytes / self.inside.bytes_per_second
+        link, sharing = self.outside, min(sharing, self.ranks_per_host)
+        if link is None:
+            raise InputError(f"found {ranks} ranks that add up on machine {self.name!r}, expected at most "
+                             f"{self.ranks_per_host}: it is one host")
+        return hops * link.alpha_seconds + max(sharing * sent_bytes / link.bytes_per_second,
+                                               sent_bytes / self.inside.bytes_per_second)
+
+    def part(self, item: Item, dtype: str, itemsize: int) -> str:
+        """Return which part of the time an item belongs to: one of PARTS."""
+        if item.kind == "product":
+            flops, numbers = effort(item)
+            bound_by_flops = flops / self.flops_per_second[dtype] > numbers * itemsize / self.read_bytes_per_second
+            return "products" if bound_by_flops else "memory"
+        return {"scores": "memory" if item.what == "token" else "products", "pass": "memory", "message": "messages",
+                "python": "python"}[item.kind]
+
+    def hosts(self, ranks: int) -> int:
+        """Return how many hosts so many ranks need."""
+        return -(-ranks // self.ranks_per_host)
+
+
+def effort(item: Item) -> tuple[int, int]:
+    """Return the flops of a product, or of one sequence's scores, and the numbers that are read and written."""
+    if item.kind == "product":
+        rows, out_features, in_features = item.size
+        return 2 * rows * out_features * in_features, \
+            out_features * in_features + rows * (out_features + in_features)
+    if item.what == "token":
+        heads, held, keys, features = item.size
+        return 4 * heads * keys * features, 2 * held * keys * features
+    heads, queries, keys, features = item.size
+    seen = queries * (keys + min(TILE, queries)) // 2           # causal, by tiles
+    products = 7 if item.what == "backward" else 2
+    return 2 * products * heads * seen * features + 8 * heads * seen, 4 * heads * keys * features
+
+
+# --- what was measured -------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Tables:
+    """Times that were measured, as points between which they are interpolated, in logarithms.
+
+    Parameters
+    ----------
+    products : dict
+        {"forward", "dx", "dw": {(rows, out features, in features): seconds}}, on a grid.
+    scores : dict
+        {"forward", "backward": {(tokens, features of a head): seconds of a head}, "token": {numbers read: seconds}}.
+    passes : dict
+        {operation: {elements: seconds}}.
+    reads : dict
+        {bytes: seconds of reading them once}.
+    messages : dict
+        {bytes that a rank sends: seconds}.
+    python : dict
+        {layer and phase: seconds beside its items}.
+    """
+    products: dict[str, dict[tuple[int, ...], float]]
+    scores: dict[str, dict[tuple[int, ...], float]]
+    passes: dict[str, dict[tuple[int, ...], float]]
+    reads: dict[tuple[int, ...], float]
+    messages: dict[tuple[int, ...], float]
+    python: dict[str, float] = field(default_factory=dict)
+
+    def seconds(self, item: Item, itemsize: int, read_bytes: int) -> float:
+        """Return the time of one item that is no message."""
+        if item.kind == "python":
+            return self.python.get(item.what, 0.0)
+        if item.kind == "pass":
+            return self.grids["pass", item.what].seconds(item.size) if ("pass", item.what) in self.grids else \
+                self.grids["pass", "add"].seconds(item.size)
+        if item.kind == "scores":
+            heads, second, keys, features = item.size
+            if item.what == "token":
+                return self.grids["scores", "token"].seconds((2 * second * keys * features,))
+            return heads * self.grids["scores", item.what].seconds((keys, features))
+        found = self.grids["product", item.what].seconds(item.size)
+        weight_bytes = item.size[1] * item.size[2] * itemsize
+        return found + weight_bytes * max(0.0, self.seconds_per_byte(read_bytes) - self.seconds_per_byte(weight_bytes))
+
+    def seconds_per_byte(self, size: int) -> float:
+        """Return the time of one byte where so many are read again and again."""
+        return self.grids["read", ""].seconds((size,)) / size if size else 0.0
+
+    def message(self, sent_bytes: int) -> float:
+        """Return the time of one all-reduce in which a rank sends so many bytes."""
+        return self.grids["message", ""].seconds((sent_bytes,))
+
+    @cached_property
+    def grids(self) -> dict[tuple[str, str], Grid]:
+        """Return the Grid of each table."""
+        found = {("product", what): Grid(points) for what, points in self.products.items()}
+        found |= {("scores", what): Grid(points) for what, points in self.scores.items()}
+        found |= {("pass", what): Grid(points) for what, points in self.passes.items()}
+        return found | {("read", ""): Grid(self.reads), ("message", ""): Grid(self.messages)}
+
+
+class Grid:
+    """Times on a grid of sizes. Between its points the logarithm of the time is linear in those of the sizes.
+
+    Beyond its last point the time grows as the size, before its first one it stays.
+
+    Parameters
+    ----------
+    points : {(size, ...): seconds}
+        Every combination of the sizes of each axis.
+    """
+
+    def __init__(self, points: dict[tuple[int, ...], float]):
+        self.points = points
+        self.axes = [sorted(set(axis)) for axis in zip(*points)]
+
+    def seconds(self, size: Sequence[int]) -> float:
+        """Return the time of a size, of as many numbers as the grid has axes."""
+        places, beyond = [], 1.0
+        for axis, value in zip(self.axes, size):
+            inside = min(max(value, axis[0]), axis[-1])
+            beyond *= max(1.0, value / axis[-1]) if axis[-1] else 1.0
+            at = max(0, min(bisect_right(axis, inside) - 1, len(axis) - 2))
+            low, high = axis[at], axis[min(at + 1, len(axis) - 1)]
+            share = 0.0 if low == high else math.log((inside + 1) / (low + 1)) / math.log((high + 1) / (low + 1))
+            places.append(((low, 1 - share), (high, share)))
+        total = 0.0
+        for corner in product(*places):
+            weight = math.prod(share for _, share in corner)
+            if weight:
+                total += weight * math.log(self.points[tuple(value for value, _ in corner)])
+        return beyond * math.exp(total)

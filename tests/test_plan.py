@@ -1,0 +1,385 @@
+"""The plan against what runs: what stays to the byte, the peak within 2%, messages as the ledger counts them."""
+import gc
+import json
+import math
+import re
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import make_tiny_checkpoints as tiny
+import mpitp
+from decoder_cases import KINDS, NEWER_KINDS, config
+from mpitp.checkpoints import room
+from mpitp.comm import launch
+from mpitp.commands import Parser, bench
+from mpitp.commands import plan as plan_command
+from mpitp.commands.bench_calibrate import run_calibration
+from mpitp.errors import InputError
+from mpitp.inference.kv import KeyValues
+from mpitp.measure.calibrate import Calibration, Sizes
+from mpitp.measure.calibrate_python import calibrate
+from mpitp.ops.greatest import greatest_of_rank
+from mpitp.plan import messages, outcome, tensors
+from mpitp.plan.job import Job, Layout, pieces
+from mpitp.plan.machine import Grid
+from mpitp.plan.machine_file import calibrated_here, read_machine, write_machine
+from mpitp.plan.machines import MACHINES
+from mpitp.plan.work import work
+from mpitp.training.data import Tokens
+from mpitp.training.loop import Settings, Trainer
+from spmd import everywhere, job, job_environment
+
+ALL_KINDS = {**KINDS, **NEWER_KINDS}
+LLAMA = dict(vocab_size=256, hidden_size=256, num_layers=2, num_attention_heads=8, num_query_groups=4,
+             ffn_hidden_size=704, activation="silu", gated=True, normalization="rmsnorm", qkv_bias=False,
+             attention_bias=False, mlp_bias=False)
+OF_MEMORY = {
+    "llama": LLAMA,
+    "gpt": dict(LLAMA, gated=False, activation="gelu_tanh", normalization="layernorm", mlp_bias=True, qkv_bias=True,
+                attention_bias=True, position_embedding="learned", max_position_embeddings=300, num_query_groups=8),
+    "tied, norms around": dict(LLAMA, vocab_size=2048, tie_word_embeddings=True, norm_placement="both", qk_norm=True,
+                               hidden_dropout=0.1),
+    "side by side": dict(LLAMA, parallel_residual=True, gated=False, qk_norm=True),
+}
+
+
+def layout_of(group):
+    return Layout(group.size, 1, group.blocks if group.reproducible else None)
+
+
+def planned(plan, layout, rank):
+    """{(kind, name): (shape, bytes)} of every array that stays."""
+    return {(t.kind, t.name): (t.shape, t.nbytes) for t in tensors.persistent(plan, layout, rank)}
+
+
+def found(**arrays):
+    return {(kind, name): (array.shape, array.nbytes) for kind, named in arrays.items()
+            for name, array in named.items()}
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_training_keeps_what_the_plan_names(group, kind, tmp_path):
+    (tmp_path / "text").write_bytes(bytes(i * i % 27 for i in range(300)))
+    made = Trainer(group, config(kind), Tokens(tmp_path / "text", 27, 7, 0),
+                   Settings(micro_batch_size=2, gradient_accumulation=2, label_smoothing=0.1))
+    group.ledger.clear()
+    made.train_step()
+    plan, layout = Job(config(kind), "train", 2, 7, accumulation=2, label_smoothing=0.1), layout_of(group)
+    optimizer, attentions = made.optimizer, {block.attention.name: block.attention for block in made.model.blocks}
+    expected = found(weights=made.model.weights, exp_avg=optimizer.exp_avg, exp_avg_sq=optimizer.exp_avg_sq,
+                     cos={name: a.tables[0] for name, a in attentions.items() if a.rotary},
+                     sin={name: a.tables[1] for name, a in attentions.items() if a.rotary},
+                     slopes={name: a.slopes for name, a in attentions.items() if a.slopes is not None})
+    of_plan = planned(plan, layout, group.rank)
+    assert everywhere({key: of for key, of in of_plan.items() if "gradients" not in key[0]} == expected)
+    flats = made.sum.flats if group.reproducible else [made.sum.total, made.sum.more]
+    for kind_of, flat in zip(("gradients", "more gradients", "more gradients 2"), flats):       # each in one array
+        of_kind = {name: of for (kind, name), of in of_plan.items() if kind == kind_of}
+        assert everywhere({name: shape for name, (shape, _) in of_kind.items()} ==
+                          {name: view.shape for name, view in flat.named.items()})
+        assert everywhere(sum(nbytes for _, nbytes in of_kind.values()) == flat.array.nbytes)
+    assert len(flats) == len({kind for kind, _ in of_plan if "gradients" in kind})
+    of_ranks = tensors.bytes_of_ranks(plan, layout)
+    assert everywhere(sum(sizes[group.rank] for sizes in of_ranks.values()) == sum(n for _, n in of_plan.values()))
+    step = messages.messages(plan, layout, "step")
+    assert everywhere(messages.counts(step) == group.ledger.counts())
+    if not group.reproducible:                      # where the tree may send more
+        assert everywhere(abs(messages.totals(step)[1] - group.ledger.wire_bytes()) <= len(group.ledger.data))
+
+
+@pytest.mark.parametrize("batch, accumulation", [(4, 3), (3, 1), (1, 1)])
+def test_a_grid(world, batch, accumulation, tmp_path):
+    """Each data rank has its part of the global batch; what the data group sums is in its own ledger."""
+    (tmp_path / "text").write_bytes(bytes(i * i % 27 for i in range(300)))
+    data = 2 if world.size % 2 == 0 else world.size
+    with mpitp.Grid(data=data) as grid:
+        made = Trainer(grid, config("llama, one kv head"), Tokens(tmp_path / "text", 27, 7, 0),
+                       Settings(micro_batch_size=batch, gradient_accumulation=accumulation))
+        grid.tensor.ledger.clear()
+        made.train_step()
+        plan = Job(made.config, "train", batch, 7, accumulation=accumulation)
+        layout, rank = Layout(grid.tensor.size, data), grid.tensor.rank
+        sizes = [piece.stop - piece.start for piece in made.dealing.pieces]
+        of_data = grid.data.comm.allgather(sizes)
+        assert pieces(plan, layout) == max(of_data, key=lambda sizes: (sum(sizes), len(sizes)))
+        found = messages.messages(plan, layout, "step", rank)
+        if data > 1:
+            assert everywhere(messages.counts(found, "data") == grid.data.ledger.counts() == made.sum.collectives())
+        if sizes == pieces(plan, layout):
+            assert messages.counts(found) == grid.tensor.ledger.counts()
+            assert tensors.bytes_of_ranks(plan, layout)["gradients"][rank] == made.sum.total.array.nbytes
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_generation_keeps_what_the_plan_names(group, kind):
+    model = mpitp.Decoder(group, config(kind))
+    plan, layout = Job(config(kind), "decode", 2, 5, 3), layout_of(group)
+    kv = KeyValues(model, 2, 7)
+    assert plan.positions == 7
+    layers = {block.attention.name: of for block, of in zip(model.blocks, kv.layers)}
+    units = [list(of.units.values()) for of in layers.values()]
+    assert everywhere({key: n for key, (_, n) in planned(plan, layout, group.rank).items()} == {
+        **{("weights", name): w.nbytes for name, w in model.weights.items()},
+        **{(part, name): sum(unit[i].nbytes for unit in of) for name, of in zip(layers, units)
+           for i, part in enumerate(("keys", "values"))},
+        **{(part, name): of.tables[i].nbytes for name, of in layers.items() for i, part in enumerate(("cos", "sin"))
+           if of.tables},
+        **{("slopes", block.attention.name): block.attention.slopes.nbytes for block in model.blocks
+           if block.attention.slopes is not None}})
+    for phase, ids in (("prefill", np.ones((2, 5), int)), ("token", np.ones((2, 1), int))):
+        group.ledger.clear()
+        best = greatest_of_rank(model.extend(ids, kv), 0)[None]
+        group.all_gather(best, mpitp.Partition(group.size, group.size, group.size), axis=0)
+        assert everywhere(messages.counts(messages.messages(plan, layout, phase)) == group.ledger.counts())
+
+
+def traced_peak(make, run):
+    """What run(make()) has at most of memory, in bytes, without what it imports the first time."""
+    run(make())
+    gc.collect()
+    tracemalloc.start()
+    try:
+        made = make()
+        run(made)
+        tracemalloc.reset_peak()
+        run(made)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", OF_MEMORY)
+def test_the_peak_of_training(world, kind):
+    with mpitp.TensorParallelGroup() as group:
+        plan = Job(mpitp.DecoderConfig(**OF_MEMORY[kind]), "train", 4, 256)
+        tokens = Tokens(None, 256, 256, 0)
+        tokens.vocab_size = plan.config.vocab_size
+        peak = traced_peak(lambda: Trainer(group, plan.config, tokens, Settings(micro_batch_size=4)),
+                           Trainer.train_step)
+        said = outcome.memory(plan, layout_of(group))[1][group.rank]
+        assert everywhere(abs(said / peak - 1) < 0.02), said / peak
+
+
+@pytest.mark.parametrize("kind", ["llama", "side by side"])
+def test_the_peak_of_generation(world, kind):
+    with mpitp.TensorParallelGroup() as group:
+        ids = np.ones((4, 256), int)
+        plan = Job(mpitp.DecoderConfig(**OF_MEMORY[kind]), "decode", *ids.shape, 5)
+        peak = traced_peak(lambda: mpitp.Decoder(group, plan.config),
+                           lambda model: model.extend(ids, KeyValues(model, 4, plan.positions)))
+        said = outcome.memory(plan, layout_of(group))[1][group.rank]
+        assert everywhere(abs(said / peak - 1) < 0.02), said / peak
+
+
+# --- on one process --------------------------------------------------------------------------------------------------
+
+def test_a_large_model_on_many_ranks():
+    """405 billion parameters on 1,024 ranks: nothing of their size is made, and no rank is counted twice."""
+    big = mpitp.DecoderConfig(128256, 16384, 126, 128, 8, ffn_hidden_size=53248, activation="silu", gated=True,
+                              normalization="rmsnorm", qkv_bias=False, attention_bias=False, mlp_bias=False)
+    tracemalloc.start()
+    of, = outcome.plan(Job(big, "train", 1, 4096, dtype="bfloat16", device="gpu"), MACHINES["h100x8"], [1024], 8)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
+    assert (of.tensor, of.data, of.hosts) == (128, 8, 128) and 405e9 < outcome.parameters(big) < 407e9
+    assert of.bytes_of["gradients"] == 2 * of.bytes_of["weights"]
+    assert of.phases[0].seconds > 0 and not math.isnan(of.phases[0].seconds)
+
+
+def test_more_ranks_hold_less_and_the_smallest_that_fits_is_found():
+    plan = Job(mpitp.DecoderConfig(**OF_MEMORY["llama"]), "train", 1, 32)
+    of_ranks = [max(outcome.memory(plan, Layout(ranks))[1]) for ranks in (1, 2, 3, 4, 8)]
+    assert sorted(of_ranks, reverse=True) == of_ranks
+    assert outcome.smallest_that_fits(plan, of_ranks[0], 1, Layout(1)) == 1
+    assert outcome.smallest_that_fits(plan, of_ranks[0] - 1, 1, Layout(1)) == 2
+    assert outcome.smallest_that_fits(plan, of_ranks[2], 1, Layout(1)) == 3
+    assert outcome.smallest_that_fits(plan, 2 * of_ranks[2], 2, Layout(1)) <= 4
+    assert outcome.smallest_that_fits(plan, 1000, 1, Layout(1)) is None        # what every rank holds whole
+
+
+def test_the_verdict():
+    plan = Job(mpitp.DecoderConfig(**OF_MEMORY["llama"]), "decode", 1, 32)
+    of = outcome.plan(plan, MACHINES["ethernet-10g"], [1, 2, 16, 32])
+    assert outcome.fastest(of).ranks == 16                          # beyond 16 cores there is the network
+    assert "From 16 to 32 ranks a token saves" in outcome.why(of) and "of messages" in outcome.why(of)
+    assert outcome.cheapest(of).ranks == 1
+    for one in of:
+        assert math.isclose(sum(one.phases[1].seconds_of.values()), one.phases[1].seconds)
+
+
+def test_times_between_points():
+    grid = Grid({(rows, n): 1e-6 * rows * n ** 0.5 for rows in (1, 64, 1024) for n in (256, 4096)})
+    assert math.isclose(grid.seconds((64, 256)), 64e-6 * 16)
+    assert math.isclose(grid.seconds((2048, 256)), 2 * grid.seconds((1024, 256)))       # beyond the last point
+    assert grid.seconds((1, 16)) == grid.seconds((1, 256))                              # before the first one
+    assert 200e-6 * 30 < grid.seconds((200, 1024)) < 200e-6 * 34
+
+
+WITHOUT_MPI = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("mpi4py"):
+            raise ImportError("no mpi4py here")
+
+sys.meta_path.insert(0, Absent())
+from mpitp.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.launcher
+def test_it_needs_no_mpi():
+    """And what it prints is the same."""
+    words = "plan", "--hidden-size", "64", "-n", "1,2", "--machine", "laptop"
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MPI, *words], text=True, capture_output=True, timeout=60,
+                          env=job_environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == job(1, "-m", "mpitp", *words).stdout and "fastest: " in done.stdout
+
+
+@pytest.mark.launcher
+def test_the_command(tmp_path):
+    tiny.write(tmp_path, tiny.load("llama"))
+    done = job(1, "-m", "mpitp", "plan", "--model", tmp_path, "-n", "1,2,3", "--tokens", 16, "--json",
+               tmp_path / "plan.json", "--plot", tmp_path / "plan.png")
+    assert done.returncode == 0, done.stderr
+    assert "fastest: " in done.stdout and all(len(line) <= 100 for line in done.stdout.splitlines()[2:])
+    said = json.loads((tmp_path / "plan.json").read_text())
+    assert said["schema"] == "mpitp.plan/1" and [found["kind"] for found in said["jobs"]] == ["train", "decode"]
+    names = {(t["kind"], t["name"]) for t in said["jobs"][0]["of_ranks"][1]["tensors"]}
+    assert ("exp_avg", "layers.1.mlp.up.weight") in names
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_command(*words):
+    parser = Parser()
+    plan_command.add_arguments(parser)
+    return plan_command.run(parser.parse_args(list(map(str, words))))
+
+
+def test_what_it_refuses(tmp_path):
+    tiny.write(tmp_path, {**tiny.load("llama")})
+    said = json.loads((tmp_path / "config.json").read_text())
+    del said["hidden_size"]
+    (tmp_path / "lacks.json").write_text(json.dumps(said))
+    (tmp_path / "machine.json").write_text('{"schema": "mpitp.machine/1", "name": "x"}')
+    for words, message in (
+            (("--machine", "cray-1"), "found machine 'cray-1', expected a file"),
+            (("--machine", tmp_path / "machine.json"), "machine.json: found no device, expected 'cpu' or 'gpu'"),
+            (("--machine", tmp_path / "config.json"), "expected a machine file"),
+            (("--train", "--decode"), "found --train and --decode"),
+            (("--model", tmp_path, "--hidden-size", 64), "found --model and --hidden-size"),
+            (("--config", tmp_path / "lacks.json"), "lacks.json: found no hidden_size, expected it there"),
+            (("--config", tmp_path / "gone.json"), "gone.json: found No such file"),
+            (("-n", "2,0"), "found -n 2,0"), (("-n", 7, "--data-parallel", 2), "found 7 ranks with --data-parallel 2"),
+            (("--dtype", "bfloat16"), "found dtype 'bfloat16'"), (("--batch", 0), "batch = 0"),
+            (("--plot", tmp_path / "no" / "plan.png"), "expected a file in an existing")):
+        with pytest.raises(InputError) as refused:
+            run_command(*words)
+        assert message in str(refused.value)
+
+
+# --- the question before the work ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_has_no_memory_is_refused_with_the_number_that_has(world, ranks, monkeypatch):
+    """So many ranks a host; what all of them need together counts, and one number less would not do."""
+    with mpitp.TensorParallelGroup() as group:
+        plan = Job(mpitp.DecoderConfig(**OF_MEMORY["llama"]), "train", 1, 64)
+        needed = sum(outcome.memory(plan, layout_of(group))[1])
+        monkeypatch.setattr(room, "free_bytes", lambda: needed)
+        room.require_room(group, "it", plan)
+        free = max(outcome.memory(plan, Layout(6 * group.size))[1]) * group.size + 1000
+        monkeypatch.setattr(room, "free_bytes", lambda: free)
+        with pytest.raises(InputError) as refused:
+            room.require_room(group, "it", plan)
+        number = int(re.search(r"there \((\d+) ranks", str(refused.value))[1])
+        assert group.size < number <= 6 * group.size
+        assert outcome.fits(plan, Layout(number), free, group.size)
+        assert not outcome.fits(plan, Layout(number - 1), free, group.size)
+        monkeypatch.setattr(room, "free_bytes", lambda: 1000)
+        with pytest.raises(InputError, match="no number of ranks needs as little"):
+            room.require_room(group, "it", plan)
+
+
+@pytest.mark.launcher
+def test_commands_ask_before_they_load(tmp_path):
+    """One line, before a weight is read or made: the folder has none."""
+    tiny.write(tmp_path, tiny.load("llama"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 1 << 23, "hidden_size": 20000,
+                                                      "num_attention_heads": 5, "num_key_value_heads": 1}))
+    for words, needed in ((("generate", "--model", tmp_path, "--ids", "1,2"), "weights, keys, values and activations"),
+                          (("score", "--model", tmp_path, "--ids-file", tmp_path / "ids"), "weights and activations"),
+                          (("train", "--hidden-size", 8192, "--num-layers", 16), "optimizer and activations")):
+        (tmp_path / "ids").write_text("1,2,3")
+        done = job(2, "-m", "mpitp", *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "GiB of memory free on " in done.stderr and f"{needed} of the 2 ranks there (" in done.stderr
+        assert "ranks, 2 a host, would do)" in done.stderr
+
+
+# --- a machine that is measured --------------------------------------------------------------------------------------
+
+FEW = Sizes(rows=(1, 2), sides=(16, 64), tokens=(4, 16), features=(16, 32), keys=(4, 16), elements=(64, 512),
+            reads=(1 << 12, 1 << 14), messages=(8, 64))
+
+
+def test_a_measured_machine_is_read_as_it_was_written(world, tmp_path):
+    """Every operation that a plan asks for has a time, and what the file lacks is named."""
+    with mpitp.TensorParallelGroup() as group:
+        machine = calibrate(Calibration(group, sizes=FEW), 1)
+        assert machine.ranks_per_host == group.size and machine.source == launch.machine()
+    write_machine(tmp_path / "machine.json", machine, "float32")
+    assert read_machine(tmp_path / "machine.json") == machine
+    tables = machine.tables
+    for kind in ALL_KINDS:
+        for how, phases in outcome.PHASES.items():
+            for item in (item for phase in phases
+                         for item in work(Job(config(kind), how, 1, 7), Layout(group.size), phase)):
+                known = {"product": tables.products, "scores": tables.scores, "pass": tables.passes,
+                         "python": tables.python}.get(item.kind, [item.what])
+                assert item.what in known, item
+                assert machine.seconds(item, "float32", 4) >= 0
+    of, = outcome.plan(Job(config("gpt2"), "train", 1, 7), machine, [group.size])
+    assert of.fits and of.seconds > 0
+    with pytest.raises(InputError, match="found float64 on machine"):
+        outcome.plan(Job(config("gpt2"), "train", 1, 7, dtype="float64"), machine, [1])
+    with pytest.raises(InputError, match="it is one host"):
+        outcome.plan(Job(config("gpt2"), "train", 1, 7), machine, [2 * group.size])
+    good = json.loads((tmp_path / "machine.json").read_text())
+    for change, message in (({"device": "tpu"}, "found device = tpu, expected 'cpu' or 'gpu'"),
+                            ({"inside": {"alpha_seconds": 0}}, "inside: found alpha_seconds = 0, expected a positive"),
+                            ({"memory_bytes": "much"}, "found memory_bytes = much"),
+                            ({"tables": {**good["tables"], "reads": [[1, -1.0]]}}, "tables: found reads = "),
+                            ({"tables": {**good["tables"], "products": {"forward": [[1, 2, 3, 1.0], [2, 2, 4, 1.0]]}}},
+                             "found 2 points of forward, expected 4, a grid's"),
+                            ({"tables": {**good["tables"], "passes": {"bias": [[1, 1.0]]}}}, "passes: found no add")):
+        (tmp_path / "bad.json").write_text(json.dumps({**good, **change}))
+        with pytest.raises(InputError) as refused:
+            read_machine(tmp_path / "bad.json")
+        assert message in str(refused.value)
+
+
+def test_the_machine_at_hand_is_used_where_it_was_calibrated(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found, note = calibrated_here()
+    assert found is None and "none calibrated" in note
+    parser = Parser()
+    bench.add_arguments(parser)
+    arguments = parser.parse_args(["--calibrate"])
+    assert arguments.calibrate == str(tmp_path / "mpitp" / "machine.json")
+    run_calibration(arguments, FEW)
+    found, note = calibrated_here()
+    assert found.tables is not None and note.startswith("calibrated here")
+    monkeypatch.setattr(launch, "machine", lambda: "another processor")
+    found, note = calibrated_here()
+    assert found is None and "is of another one" in note
+    with pytest.raises(InputError, match="expected it alone"):
+        run_calibration(parser.parse_args(["ffn", "--calibrate", str(tmp_path / "x.json")]))
