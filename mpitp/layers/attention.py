@@ -156,8 +156,7 @@ class ParallelAttention(ParallelLayer):
         """Return a block's summand of y (N, D), its heads times their columns of out; and what backward needs."""
         rows = self.heads.block_rows(block)
         q_BSHK, of_norm = self.norm_and_rotate("query", self.project("query", x_ND, rows, call), call)
-        a_BSHK = self.group.xp.empty_like(q_BSHK)
-        statistics = []
+        a_BSHK, statistics = self.group.xp.empty_like(q_BSHK), []
         for unit, heads in self.heads.heads_by_unit(block):
             if call.kv is not None and call.S == 1 and call.mask is None:
                 q, a = (array[:, 0, heads.start - block.start:heads.stop - block.start] for array in (q_BSHK, a_BSHK))
@@ -280,16 +279,14 @@ class ParallelAttention(ParallelLayer):
         for block in self.own_blocks:
             dq_norm, dk_norms = norms[block.index]
             total.add(block, xp.stack([dq_norm, sum(dk_norms, xp.zeros(self.kv_channels, self.sum_dtype))]))
-        d_query, d_key = total.all_reduce()
-        gradients[join(self.name, "query_norm.weight")][...] = d_query
-        gradients[join(self.name, "key_norm.weight")][...] = d_key
+        for part, d_K in zip(("query", "key"), total.all_reduce()):
+            gradients[join(self.name, f"{part}_norm.weight")][...] = d_K
 
     # --- what both have ---------------------------------------------------------------------------------------------
 
     def project(self, part: str, x_ND: Array, rows: slice, call: AttentionCall) -> Array:
         """Return x times these rows of a projection, plus its bias, as (B, S, heads, K)."""
-        y_NHK = column_parallel_forward(x_ND, self.own[f"{part}.weight"], rows)
-        return self.with_bias(part, y_NHK, rows, call)
+        return self.with_bias(part, column_parallel_forward(x_ND, self.own[f"{part}.weight"], rows), rows, call)
 
     def project_key_value(self, x_ND: Array, rows: slice, call: AttentionCall) -> tuple[Array, Array]:
         """Return the projections of keys and of values, as project() does, but at once."""
