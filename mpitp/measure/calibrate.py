@@ -55,7 +55,7 @@ class Sizes:
     reads, messages : tuple of int
         Bytes.
     """
-    rows: tuple[int, ...] = (1, 2, 8, 64, 96, 256, 1024)
+    rows: tuple[int, ...] = (1, 2, 8, 16, 64, 96, 256, 1024)
     sides: tuple[int, ...] = (64, 256, 1024, 4096)
     tokens: tuple[int, ...] = (16, 64, 256, 1024)
     features: tuple[int, ...] = (16, 64, 512)
