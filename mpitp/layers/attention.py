@@ -17,6 +17,7 @@ from ..ops.alibi import alibi_slopes
 from ..ops.attention import attention_backward, attention_forward
 from ..ops.keys_values import last_query_forward
 from ..ops.linear import add_bias, bias_backward, linear_weight_backward, product
+from ..ops.norm import norm_backward, norm_of_heads
 from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
 from ..sharding.decoder_specs import attention_specs
 from ..sharding.heads import KeyValueUnit
@@ -24,7 +25,6 @@ from ..sharding.partition import Block
 from ..sharding.specs import join
 from .base import ParallelLayer, require_saved
 from .heads import AttentionCall, Heads, as_heads, as_rows, by_group, require_mask
-from .norm import norm_backward, norm_of_heads
 from .products import (column_parallel_backward, column_parallel_forward, copy_to_ranks_backward, copy_to_ranks_forward,
                        reduce_from_ranks_backward, reduce_from_ranks_forward, row_parallel_backward,
                        row_parallel_forward, rows_of, two_column_parallel_forward)
@@ -307,8 +307,8 @@ class ParallelAttention(ParallelLayer):
         if self.norm and not last:
             x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         if self.rotary:
-            cos, sin = call.tables
-            x_BSHK = rotary_forward(x_BSHK, cos, sin, self.rotary.interleaved, None if call.kv is None else call.kv.starts)
+            starts = None if call.kv is None else call.kv.starts
+            x_BSHK = rotary_forward(x_BSHK, call.tables[0], call.tables[1], self.rotary.interleaved, starts)
         if self.norm and last:
             x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         return x_BSHK, of_norm
@@ -320,8 +320,7 @@ class ParallelAttention(ParallelLayer):
         if self.norm and last:
             dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         if self.rotary:
-            cos, sin = call.tables
-            dx_BSHK = rotary_backward(dx_BSHK, cos, sin, self.rotary.interleaved)
+            dx_BSHK = rotary_backward(dx_BSHK, call.tables[0], call.tables[1], self.rotary.interleaved)
         if self.norm and not last:
             dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         return as_rows(dx_BSHK), dw_K
