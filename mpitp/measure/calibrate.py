@@ -133,7 +133,8 @@ class Calibration:
                 for ins in self.sizes.sides:
                     size = rows, outs, ins
                     x, w = self.view(0, rows, ins), self.view(1, outs, ins)
-                    dy, dw = self.view(0, rows, outs), self.view(2, outs, ins)
+                    # Not x's buffer: NumPy multiplies an array by its own transpose with another kernel of BLAS.
+                    dy, dw = self.view(3, rows, outs), self.view(2, outs, ins)
                     yield ("products", "forward", size), partial(linear_forward, x, w)
                     yield ("products", "dx", size), partial(product, dy, w)
                     yield ("products", "dw", size), partial(product, dy.T, x, dw)
