@@ -14,7 +14,7 @@ from mpitp.checkpoints import packing
 from mpitp.inference.kv import KeyValues
 from mpitp.ops import bfloat16, packed
 from mpitp.ops.embedding import embedding_forward
-from mpitp.ops.linear import linear_forward
+from mpitp.ops.linear import linear_forward, two_linears_forward
 from spmd import draw, everywhere, job, same_bytes
 
 HAS_NUMKONG = importlib.util.find_spec("numkong") is not None
@@ -92,6 +92,16 @@ def test_bits_of_a_product_depend_on_its_row_and_its_weight_alone():
     for ends in ([8], [1], [4, 20], [16, 17, 18]):
         assert same_bytes(linear_forward(x, weight_of(bits, ends=ends))[0], whole)
     packed.require_fixed_bits()
+
+
+@with_numkong
+@pytest.mark.parametrize("activations", packed.FASTER_ROWS)
+@pytest.mark.parametrize("rows", [1, 13])
+def test_two_products_of_one_x(activations, rows):
+    x = draw(1, rows, 70, dtype=np.float32)
+    both = [weight_of(bits_of(seed, 24, 70), activations, 12) for seed in (2, 3)]
+    for found, weight in zip(two_linears_forward(x, *both), both):
+        assert same_bytes(found, linear_forward(x, weight)[0])
 
 
 @with_numkong

@@ -33,13 +33,12 @@ class Numbers:
                       (self.numbers_KNI[1:], self.beyond.view(np.uint16)[..., UPPER_HALF]))
         self.minuends, self.subtrahends = self.upto_KNI[1:], self.upto_KNI[:-1]
 
-    def put(self, x_NI: Array) -> int:
-        """Put those of x there, and return the address."""
+    def put(self, x_NI: Array) -> None:
+        """Put those of x there."""
         np.bitwise_and(x_NI.view(np.uint32), FIRST_BITS, out=self.bits_KNI)
         np.subtract(self.minuends, self.subtrahends, out=self.beyond)
         for out, upper_half in self.moves:
             out[...] = upper_half
-        return self.address
 
 
 class RoundedNumbers:
@@ -53,13 +52,12 @@ class RoundedNumbers:
         self.numbers_NI = np.empty((rows, depth), np.uint16)
         self.address = self.numbers_NI.ctypes.data
 
-    def put(self, x_NI: Array) -> int:
-        """Put those of x there, and return the address. Dekker's split: 2^16 x + x swallows the lower bits of x."""
+    def put(self, x_NI: Array) -> None:
+        """Put those of x there. Dekker's split: 2^16 x + x swallows the lower bits of x."""
         np.multiply(x_NI, 65537, out=self.swollen_NI)
         np.subtract(self.swollen_NI, x_NI, out=self.x_NI)
         np.subtract(self.swollen_NI, self.x_NI, out=self.x_NI)
         self.numbers_NI[...] = self.upper_half
-        return self.address
 
 
 class Products:

@@ -130,20 +130,42 @@ def linear_forward(x_NI: Array, w_OI: PackedWeight, out: Array | None = None,
                    dtype: Any = None) -> tuple[Array, tuple[Array, PackedWeight]]:
     """Compute as mpitp.ops.linear.linear_forward: y = x w^T (N, O), float32."""
     y_NO = np.empty((len(x_NI), len(w_OI)), np.float32) if out is None else out
-    multiply = packed_product if len(x_NI) <= w_OI.faster_rows else widened_product
-    multiply(x_NI, w_OI, y_NO)
+    write = packed_product if len(x_NI) <= w_OI.faster_rows else widened_product
+    write(x_NI, w_OI, y_NO)
     return y_NO, (x_NI, w_OI)
+
+
+def two_linears_forward(x_NI: Array, v_OI: PackedWeight, w_OI: PackedWeight) -> tuple[Array, Array]:
+    """Compute as mpitp.ops.linear.two_linears_forward: x v^T and x w^T (N, O), with the numbers of x made once."""
+    if len(x_NI) > w_OI.faster_rows:
+        return linear_forward(x_NI, v_OI)[0], linear_forward(x_NI, w_OI)[0]
+    first_NO, second_NO = (np.empty((len(x_NI), len(weight)), np.float32) for weight in (v_OI, w_OI))
+    numbers = numbers_of(x_NI, v_OI)
+    multiply(numbers, v_OI, first_NO)
+    multiply(numbers, w_OI, second_NO)
+    return first_NO, second_NO
 
 
 def packed_product(x_NI: Array, w_OI: PackedWeight, y_NO: Array) -> None:
     """Write y = x w^T by NumKong."""
-    N, (outputs, depth) = len(x_NI), w_OI.shape
-    numbers = room(Numbers if w_OI.activations == "float32" else RoundedNumbers, N, depth)
+    multiply(numbers_of(x_NI, w_OI), w_OI, y_NO)
+
+
+def numbers_of(x_NI: Array, w_OI: PackedWeight) -> Numbers | RoundedNumbers:
+    """Return the bfloat16 numbers of x that the weight is multiplied with."""
+    numbers = room(Numbers if w_OI.activations == "float32" else RoundedNumbers, *x_NI.shape)
+    numbers.put(x_NI)
+    return numbers
+
+
+def multiply(numbers: Numbers | RoundedNumbers, w_OI: PackedWeight, y_NO: Array) -> None:
+    """Write the sum of the products of the numbers and the weight."""
+    N, (outputs, depth) = len(y_NO), w_OI.shape
     products = room(Products if numbers.count == 3 else Product, N, outputs)
-    multiply, x_address, y_address = library().nk_dots_packed_bf16, numbers.put(x_NI), products.address
+    dots, x_address, y_address = library().nk_dots_packed_bf16, numbers.address, products.address
     rows, x_pitch, y_pitch = numbers.count * N, 2 * depth, 4 * outputs
     for start, stop, _, address, _ in w_OI.buffers:
-        multiply(x_address, address, y_address + 4 * start, rows, stop - start, depth, x_pitch, y_pitch)
+        dots(x_address, address, y_address + 4 * start, rows, stop - start, depth, x_pitch, y_pitch)
     products.add_up(y_NO)
 
 
