@@ -45,7 +45,7 @@ def attention_forward(q_GHQK: Array, k_GSK: Array, v_GSK: Array, scale: float, *
     causal : bool
         Whether a query attends to no later key.
     window : int or None
-        A query attends to keys less than `window` positions before it; None for all.
+        A query attends to keys less than `window` positions away from it; None for all.
     softcap : float or None
         c: scores are c tanh(score / c), before ALiBi's are added.
     slopes : (G, H) array or None
@@ -201,11 +201,17 @@ class Tiles:
         """Yield the first query of each tile, the one after its last, and the slice of the keys that it sees."""
         for first in range(0, self.Q, TILE):
             stop = min(first + TILE, self.Q)
-            yield first, stop, slice(max(0, self.start(first)), self.S - self.Q + stop if self.causal else self.S)
+            yield first, stop, slice(max(0, self.start(first)), min(self.S, self.end(stop - 1)))
 
     def start(self, query: int) -> int:
         """Find the first position in the query's window, which is negative if it lies before the first key."""
         return 0 if self.window is None else self.S - self.Q + query - self.window + 1
+
+    def end(self, query: int) -> int:
+        """Find the position behind the last one that the query sees, which may lie behind the last key."""
+        if self.causal:
+            return self.S - self.Q + query + 1
+        return self.S if self.window is None else self.S - self.Q + query + self.window
 
     def heads(self, queries: int, seen: slice) -> Iterator[tuple[slice, slice]]:
         """Yield slices of G and of H: the heads that are computed at once."""
@@ -235,6 +241,9 @@ class Tiles:
         if self.start(stop - 1) > 0:                        # where the windows begin: hide below the diagonal
             before = seen.start - self.start(first)         # columns of the diagonal that lie before the first key
             np.copyto(s_ghTV[..., :T - before], -inf, where=self.above_TT.T[:T, before:T])
+        if not self.causal and self.window is not None:     # where the windows end: hide above the diagonal
+            behind_T1 = np.arange(self.end(first), self.end(stop))[:, None]
+            np.copyto(s_ghTV, -inf, where=np.arange(seen.start, seen.stop) >= behind_T1)
         if self.mask is not None:
             mask_TS = self.mask[first:stop] if self.mask.ndim == 2 else self.mask
             np.copyto(s_ghTV, -inf, where=~mask_TS[..., seen])
