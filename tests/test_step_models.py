@@ -256,7 +256,9 @@ def test_which_models_have_bytes(alone, state, expected, tmp_path):
     copy = tmp_path / step.name
     shutil.copytree(step, copy)
     edit(copy, **state)
-    assert byte_vocabulary(str(copy)) == expected and byte_vocabulary(str(tmp_path)) is None
+    assert byte_vocabulary(str(copy)) == expected and byte_vocabulary(str(step.parents[1] / "a")) is None
+    with pytest.raises(InputError, match="found the folder of a training run"):
+        byte_vocabulary(str(tmp_path))
     if expected is None:
         with pytest.raises(InputError, match="found no .*model-files/tokenizer.json, expected the tokenizer"):
             tokenizer_of(str(copy))
