@@ -222,7 +222,7 @@ def two_hosts() -> str:
     lines = []
     for one in found["faults"]:
         line = re.sub(r"\b\d\d:\d\d:\d\d\b", "12:00:00", one["line"].removeprefix("mpitp: ").replace("|", "/"))
-        line = re.sub(r"PID \d+", "PID N", line)
+        line = re.sub(r"PID \d+", "PID N", re.sub(r" ?\^+|/home/student/mpitp/", "", line))
         line = line if len(line) <= 200 else f"{line[:90]} ... {line[-105:]}"
         lines.append([one["fault"], one["command"], f"{one['rank']} on h{one['rank'] + 1}", one["mpi"],
                       f"{one['seconds']:.1f} of {one['limit']}", "; ".join([*one["problems"], line])])
