@@ -205,7 +205,7 @@ STUBS = (       # launchers that nobody had at hand, as the tests write them; te
 def clusters() -> str:
     """Return the table of launchers, MPIs and what ran: of .ci/cluster, and the stubs of the tests."""
     found = result("cluster")
-    names = {"Slurm": f"Slurm {found['slurm']}", "Grid Engine": f"Grid Engine {found.get('grid_engine', '')}"}
+    names = {"Slurm": f"Slurm {found['slurm']}", "Grid Engine": f"Grid Engine {found['grid_engine']}"}
     rows: dict[tuple[str, str], list[str]] = {}
     for ran in found["ran"]:
         if ran["ok"]:
@@ -220,13 +220,13 @@ def two_hosts() -> str:
     """Return the table of faults of one of two hosts, as .ci/cluster tried them."""
     found = result("cluster")
     lines = []
-    for one in found.get("faults", []):
+    for one in found["faults"]:
         line = re.sub(r"\b\d\d:\d\d:\d\d\b", "12:00:00", one["line"].removeprefix("mpitp: ").replace("|", "/"))
-        line = re.sub(r"PID \d+", "PID N", line)
+        line = re.sub(r"PID \d+", "PID N", re.sub(r" ?\^+|/home/student/mpitp/", "", line))
         line = line if len(line) <= 200 else f"{line[:90]} ... {line[-105:]}"
         lines.append([one["fault"], one["command"], f"{one['rank']} on h{one['rank'] + 1}", one["mpi"],
                       f"{one['seconds']:.1f} of {one['limit']}", "; ".join([*one["problems"], line])])
-    good = sum(not one["problems"] for one in found.get("faults", []))
+    good = sum(not one["problems"] for one in found["faults"])
     return f"{len(lines)} rows, of which {good} end as they must.\n\n" + \
         table(["fault", "in", "rank", "MPI", "seconds", "what is said"], lines, left=6)
 

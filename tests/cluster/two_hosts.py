@@ -104,7 +104,7 @@ def cut_link_of(rank: int, mpi: str) -> None:
 
 def ranks_on(host: str) -> str:
     """Return the numbers of the processes that train on a host."""
-    return run(on(host, "pgrep", "-f", "[p]ython -m mpitp train")).text
+    return run(on(host, "pgrep", "-f", "[p]ython -m mpitp train .*--train-iters 1000000")).text
 
 
 def wait(condition, seconds: float, said) -> None:
