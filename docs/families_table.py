@@ -11,9 +11,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import make_tiny_checkpoints as tiny
 
-from mpitp.checkpoints.families import MODULES, family_named
+from mpitp.checkpoints.families import MODULES, config_json, family_named
+from mpitp.checkpoints.families.family import Family
 from mpitp.checkpoints.families.keys import Keys
+from mpitp.commands import Parser, train
 from mpitp.config import DecoderConfig
+from mpitp.errors import InputError
 
 PLACES = {"before": "before", "after": "after", "both": "before and after", "after_residual": "after the residual"}
 
@@ -57,6 +60,29 @@ def factors(config: DecoderConfig) -> list[str]:
             if factor != 1]
 
 
+def directions(family: Family, case: dict) -> str:
+    """Return the keys that have attention see later positions, too."""
+    found = []
+    for key, value in (("is_causal", False), (family.both_directions, True)):
+        try:
+            if key and not family.config(Keys({**case, key: value})).causal:
+                found.append(f"`{key}`")
+        except InputError:
+            pass
+    return ", ".join(found)
+
+
+def exports(family: Family) -> str:
+    """Return whether a run of `train` can be exported as this family."""
+    parser = Parser()
+    train.add_arguments(parser)
+    try:
+        config_json(train.config_of(parser.parse_args([])), family)
+    except InputError:
+        return ""
+    return "" if family.saved_as else "yes"
+
+
 def either(found: list[str]) -> str:
     """Return the different ones, in their order."""
     return " or ".join(dict.fromkeys(found))
@@ -64,7 +90,8 @@ def either(found: list[str]) -> str:
 
 def table() -> str:
     """Return the table, a row for each family."""
-    lines = ["| model_type | norms | positions | attention | feed-forward | factors of |", "| --- " * 6 + "|"]
+    lines = ["| model_type | norms | positions | attention | feed-forward | factors of | in both directions by | "
+             "`train` exports as |", "| --- " * 8 + "|"]
     for model_type in MODULES:
         family = family_named(model_type)
         cases = [tiny.load(case)["config"] for case, (of_case, _) in tiny.CASES.items() if of_case == model_type]
@@ -73,6 +100,7 @@ def table() -> str:
         columns += [", ".join(dict.fromkeys(one for config in configs for one in attention(config)))]
         columns += [either(list(map(feed_forward, configs)))]
         columns += [", ".join(dict.fromkeys(one for config in configs for one in factors(config)))]
+        columns += [directions(family, cases[0]), exports(family)]
         lines.append(f"| {' | '.join([model_type, *columns])} |")
     return "\n".join(lines)
 

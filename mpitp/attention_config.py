@@ -145,7 +145,7 @@ class AttentionConfig(HeadSizes):
     causal : bool
         A query sees no later position.
     sliding_window : int or None
-        A query sees itself and the window - 1 positions before it. None: all.
+        A query sees itself and the window - 1 positions before it, and behind it unless causal. None: all.
     rotary : Rotary or None
         Rotary positions.
     alibi : bool

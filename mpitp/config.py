@@ -34,8 +34,11 @@ class DecoderConfig(HeadSizes):
         Rows of a learned embedding's table before that of position 0, which nothing uses.
     rotary : Rotary or tuple of Rotary or None
         One for all layers (None: Rotary()), or a tuple, one a layer, None for layers that rotate nothing.
+    causal : bool
+        A query sees no later position; else in both directions, as models that embed texts do, which generate nothing.
     sliding_window : int or tuple of int or None
-        A query sees itself and the window - 1 positions before it; None: all; or a tuple, one a layer.
+        A query sees itself and the window - 1 positions before it (and behind it, unless causal); None: all; or a
+        tuple, one a layer.
     attention_scale : float or None
         Of the scores (None: kv_channels^-0.5).
     attention_softcap : float or None
@@ -91,6 +94,7 @@ class DecoderConfig(HeadSizes):
     max_position_embeddings: int | None = None
     position_offset: int = 0
     rotary: Rotary | tuple | None = None
+    causal: bool = True
     sliding_window: int | tuple | None = None
     attention_scale: float | None = None
     attention_softcap: float | None = None
@@ -171,7 +175,7 @@ class DecoderConfig(HeadSizes):
         """Return the architecture of one layer's attention."""
         return AttentionConfig(
             self.hidden_size, self.num_attention_heads, self.query_groups, self.head_dim,
-            sliding_window=self.window(layer), rotary=self.rotary_of(layer),
+            causal=self.causal, sliding_window=self.window(layer), rotary=self.rotary_of(layer),
             alibi=self.position_embedding == "alibi", softcap=self.attention_softcap,
             qk_norm=self.normalization if self.qk_norm else None, qk_norm_after_rotary=self.qk_norm_after_rotary,
             qk_norm_over_heads=self.qk_norm_over_heads,

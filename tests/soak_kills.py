@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from mpitp.checkpoints.checksums import window_sum
-from mpitp.checkpoints.steps import checked_state
+from mpitp.checkpoints.steps import checked_state, step_folder
 from spmd import ROOT, job_environment, mpirun
 
 SMALL = ("--hidden-size", 20, "--num-layers", 1, "--num-attention-heads", 5, "--seq-length", 16,
@@ -59,7 +59,7 @@ def steps_in(out):
 
 def require_whole(out, step):
     """Raise where a step folder is not what its state.json says, each tensor read by the format's own library."""
-    state = checked_state(str(out), step)
+    state = checked_state(step_folder(str(out), step), step)
     for name, tensors in state["checksums"].items():
         with safe_open(out / f"step-{step:08d}" / name, "np") as file:
             assert set(file.keys()) == set(tensors), name

@@ -47,7 +47,7 @@ def literal(q, k, v, dout, scale, keep=None, causal=True, window=None, slopes=No
     if causal:
         seen &= key <= query
     if window is not None:
-        seen &= query - key < window
+        seen &= abs(query - key) < window
     if mask is not None:
         seen &= mask
     score = np.where(seen, scale * q @ k.swapaxes(2, 3) + bias, -1e30)

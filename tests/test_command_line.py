@@ -48,11 +48,14 @@ def test_help_fits_and_ends_with_two_examples(name):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the examples name: a tiny checkpoint, a text, token ids, and a dump of a right run."""
+    """What the examples name: a tiny checkpoint, a text, token ids, a dump of a right run, a trained one."""
     folder = tmp_path_factory.mktemp("examples")
     tiny.write(folder / "my-model", tiny.load("gemma3_text"))
     (folder / "book.txt").write_text(400 * "once upon a time there was a row of a matrix ")
     (folder / "ids.txt").write_text(" ".join(str(i % 37) for i in range(60)))
+    done = job(1, "-m", "mpitp", "train", "--hidden-size", 24, "--num-attention-heads", 3, "--num-layers", 1,
+               "--seq-length", 8, "--train-iters", 3, "--out", folder / "my-run")
+    assert done.returncode == 0, done.stderr
     Host(folder / "my-dump", 2, "mlp", {"activation": "relu"}).mlp(6, 9)
     return folder
 
@@ -76,7 +79,7 @@ def test_examples_run_and_their_tables_fit(folder, tmp_path, name, line, ranks):
     words = shlex.split(line)
     words = words[words.index("-m"):]
     assert words[:3] == ["-m", "mpitp", name]
-    for given in ("my-model", "my-dump", "book.txt", "ids.txt"):
+    for given in ("my-model", "my-dump", "my-run", "book.txt", "ids.txt"):
         (tmp_path / given).symlink_to(folder / given)
     done = job(ranks, *words, cwd=tmp_path, timeout=300)
     assert done.returncode == 0 or name == "doctor", done.stdout + done.stderr

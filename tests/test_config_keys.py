@@ -32,7 +32,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 @pytest.mark.parametrize("case, changes, said", [
     *[(case, dict(is_causal=False), "found is_causal = False, expected True: it changes the results")
-      for case in ("llama", "mistral", "qwen2", "gpt2", "gpt_neox", "falcon_7b", "bloom", "gemma3_text")],
+      for case in ("stablelm", "nemotron", "gemma3")],
     ("llama", dict(per_layer_config={"0": {"num_attention_heads": 2}}), "found per_layer_config"),
     ("llama", dict(sliding_window=3), "found sliding_window = 3, expected none"),
     ("llama", dict(layer_types=[SLIDING, FULL]), "found layer_types = 'sliding_attention', expected full_attention in"),
@@ -55,6 +55,20 @@ def test_refused_by_name(case, changes, said, tmp_path):
     with pytest.raises(InputError) as caught:
         open_folder(tmp_path)
     assert said in str(caught.value) and str(caught.value).startswith("config.json: "), caught.value
+
+
+@pytest.mark.parametrize("case, changes, window", [
+    ("mistral", dict(is_causal=False), 4), ("gpt2", dict(is_causal=False), None),
+    ("gemma3_text", dict(use_bidirectional_attention=True, sliding_window=7), (4, None, 4)),
+    ("gemma3_text", dict(use_bidirectional_attention=True, is_causal=False), (3, None, 3)),
+    ("gemma3_text", dict(use_bidirectional_attention=None), None)])
+def test_both_directions(case, changes, window, tmp_path):
+    """Ours count the query itself: |query - key| <= sliding_window, and in Gemma 3 half of it, in transformers."""
+    golden = tiny.load(case)
+    keys = Keys({**golden["config"], **changes})
+    found = family_named(golden["config"]["model_type"]).config(keys)
+    assert found.causal == (changes.get("use_bidirectional_attention", 0) is None)
+    assert (found.sliding_window == window or found.causal) and keys.unknown() == []
 
 
 @pytest.mark.parametrize("case, changes", [

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import make_tiny_checkpoints as tiny
 import mpitp
 from mpitp import DecoderConfig, InputError, Rotary
-from mpitp.checkpoints.families import config_json, described, family_named
+from mpitp.checkpoints.families import MODULES, config_json, described, family_named
 from mpitp.checkpoints.families.keys import Keys
 from mpitp.checkpoints.loading import feed_forward
 from mpitp.checkpoints.model_folder import CheckpointWarning, open_folder
@@ -35,6 +35,13 @@ def test_what_a_family_writes_it_reads(case, tmp_path):
     family = family_named(folder.family.saved_as or folder.family.model_type)
     again = Keys(json.loads(json.dumps(config_json(folder.config, family))))
     assert described(family.config(again)) == described(folder.config) and again.unknown() == []
+
+
+def test_a_family_is_at_most_60_lines():
+    """What families share is data of the files beside them."""
+    folder = Path(mpitp.__file__).parent / "checkpoints" / "families"
+    lengths = {name: len((folder / f"{name}.py").read_text().splitlines()) for name in set(MODULES.values())}
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
 
 
 def test_a_window_that_is_not_used_is_no_unknown_key():

@@ -389,6 +389,21 @@ def test_the_command():
 
 
 @pytest.mark.launcher
+def test_a_rank_that_fails_ends_the_job(tmp_path):
+    """While the other ranks wait for it in their tensor and data groups."""
+    (tmp_path / "fails.py").write_text("""
+import numpy as np, mpitp
+with mpitp.Grid(data=2) as grid:
+    if grid.world.rank == 3:
+        raise RuntimeError("planted")
+    (grid.data if grid.tensor.rank else grid.tensor).all_reduce(np.ones(3))
+    grid.world.on_root(lambda: None)
+""")
+    done = job(4, tmp_path / "fails.py")
+    assert done.returncode != 0 and "rank 3 of 4 ends the job" in done.stderr and "planted" in done.stderr, done.stderr
+
+
+@pytest.mark.launcher
 def test_one_hash_over_a_few_layouts():
     """The whole of layouts.py makes the table of docs/same_bits.md."""
     done = subprocess.run([sys.executable, ROOT / "tests" / "layouts.py", "--few", "--steps", "3"], text=True,

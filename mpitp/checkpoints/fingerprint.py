@@ -7,7 +7,7 @@ import os
 
 from .safetensors import Checkpoint, SafetensorsFile
 
-DOCUMENTS = ("config.json", "generation_config.json", "model.safetensors.index.json")
+DOCUMENTS = ("config.json", "generation_config.json", "model.safetensors.index.json", "state.json")
 SAMPLES, SAMPLE = 2048, 64      # pieces of a folder, and bytes of each, that are compared unless all bytes are
 PIECE = 1 << 20                 # bytes that are read at a time where all are
 

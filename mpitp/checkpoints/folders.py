@@ -154,11 +154,16 @@ def finish(partial: str, path: str, replace: bool) -> None:
         sync_folder(partial)
         if replace:
             shutil.rmtree(path, ignore_errors=True)
-        require(not os.path.lexists(path), path, "a path where nothing is")
-        os.rename(partial, path)
+        require(not os.path.lexists(path) or is_empty(path), path, "a path where nothing is")
+        os.rename(partial, path)                # which an empty folder gives way to, and no other one
         sync_folder(os.path.dirname(path))
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}, expected to write it") from None
+
+
+def is_empty(path: str) -> bool:
+    """Return whether a path is an empty folder, not a link to one."""
+    return os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path)
 
 
 def sync_folder(folder: str) -> None:

@@ -19,6 +19,7 @@ from .fingerprint import fingerprint
 from .model_folder import ModelFolder, examine, open_folder
 from .room import require_room
 from .safetensors import Checkpoint
+from .step_models import StepCheckpoint, require_whole
 
 WEIGHTS = ("float32", "bfloat16")
 PIECE = 1 << 22         # elements that go to a device, or change their dtype, at a time
@@ -53,6 +54,8 @@ class LoadedDecoder(Decoder):
             require_packable(group, folder, dtype, activations)
         require_room(group, folder.checkpoint.folder, Job(folder.config, "load", batch=1, tokens=1, dtype=dtype,
                                                           weights=weights, device=group.device))
+        if isinstance(folder.checkpoint, StepCheckpoint):
+            require_whole(group, folder.checkpoint, folder.specs)
         super().__init__(group, folder.config, dtype=dtype, seed=None)
         self.folder = folder
         require_everywhere(group.comm, "whether the checkpoint could be read",
@@ -71,7 +74,8 @@ def load_model(path: str | os.PathLike, group: TensorParallelGroup, dtype: str |
     Parameters
     ----------
     path : str or path
-        A folder with config.json and model.safetensors, or shards and their index; F32, F16, BF16 or F64.
+        A folder with config.json and model.safetensors, or shards and their index; F32, F16, BF16 or F64. Or a step
+        folder of a training run, which is verified by its checksums.
     group : TensorParallelGroup
         The ranks.
     dtype : str, optional

@@ -17,6 +17,7 @@ from .families.keys import Keys, short
 from .families.layout import Layout, View
 from .left_out import differ, is_computed
 from .safetensors import Checkpoint
+from .step_models import StepCheckpoint, open_checkpoint
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 MOST_LAYERS = 1 << 12          # of a folder that claims more, the parameters' names alone would cost seconds
@@ -31,8 +32,8 @@ class CheckpointWarning(UserWarning):
 class ModelFolder:
     """A checkpoint folder whose headers and config.json fit: every tensor of the decoder exists, in its shape.
 
-    checkpoint : Checkpoint
-    family : Family
+    checkpoint : Checkpoint, or the StepCheckpoint of a step folder
+    family : Family, None of a training run that began with random weights
     config : DecoderConfig
     specs, layouts, views : {name of a parameter: ParameterSpec, Layout, View}
     own_head : whether the head is the stored one although config.json says that it is tied, because the two differ
@@ -41,7 +42,7 @@ class ModelFolder:
     other_parts : stored tensors of parts of the model that are left out
     """
     checkpoint: Checkpoint
-    family: Family
+    family: Family | None
     config: DecoderConfig
     specs: dict[str, ParameterSpec]
     layouts: dict[str, Layout]
@@ -53,7 +54,9 @@ class ModelFolder:
 
     def warnings(self) -> list[str]:
         """Return a line for each kind of thing in the folder that the model leaves out or that contradicts the rest."""
-        found = []
+        found: list[str] = []
+        if self.family is None:
+            return found
         if self.other_keys:
             found.append(f"found {', '.join(map(short, self.other_keys))}, expected keys that model_type "
                          f"{self.family.model_type} has: left out")
@@ -92,7 +95,7 @@ def open_folder(path: str | os.PathLike, *, strict: bool = False, own_head: bool
     InputError
         For anything that is not as it should be.
     """
-    folder = examine(Checkpoint(path), own_head)
+    folder = examine(open_checkpoint(path), own_head)
     if strict and folder.other_keys:
         raise InputError(f"{os.path.join(folder.checkpoint.folder, 'config.json')}: {folder.warnings()[0]}")
     return folder
@@ -103,6 +106,8 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
 
     own_head : as open_folder's
     """
+    if isinstance(checkpoint, StepCheckpoint):
+        return examine_step(checkpoint)
     names = checkpoint.names()
     sizes = [n for file in checkpoint.files.values() for _, shape, begin, end in file.tensors.values()
              if begin < end for n in shape]             # those of an empty tensor claim what no file holds
@@ -135,6 +140,22 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
     buffers = {name for name in beside if family.is_buffer(name)}
     require_tensors(checkpoint, needed, beside - buffers - other_parts)
     left_out = sorted(name for name in buffers if look and not is_computed(checkpoint[name], config))
+    return ModelFolder(checkpoint, family, config, specs, layouts, views_of(checkpoint, layouts), bool(own_head),
+                       keys.unknown(), left_out, sorted(other_parts))
+
+
+def examine_step(checkpoint: StepCheckpoint) -> ModelFolder:
+    """Check a step folder against its state.json: its tensors are the parameters, under their own names."""
+    config = checkpoint.decoder_config()
+    specs = decoder_specs(config)
+    require_tensors(checkpoint, set(specs), set(checkpoint.names()) - set(specs))
+    layouts = {name: Layout(name, spec.shape) for name, spec in specs.items()}
+    return ModelFolder(checkpoint, checkpoint.family(), config, specs, layouts, views_of(checkpoint, layouts), False,
+                       [], [], [])
+
+
+def views_of(checkpoint: Checkpoint, layouts: dict[str, Layout]) -> dict[str, View]:
+    """Return the View of each parameter. Raises InputError for a tensor of another shape, or of no float dtype."""
     views = {}
     for name, layout in layouts.items():
         tensor = checkpoint[layout.name]
@@ -143,15 +164,14 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
                              f"are out of scope)")
         require_shape(checkpoint, layout.name, layout.stored_shape)
         views[name] = View(tensor, layout)
-    return ModelFolder(checkpoint, family, config, specs, layouts, views, bool(own_head), keys.unknown(), left_out,
-                       sorted(other_parts))
+    return views
 
 
 def require_shape(checkpoint: Checkpoint, name: str, shape: tuple) -> None:
     """Raise InputError unless the stored tensor has this shape."""
     found = checkpoint[name].shape
     if found != shape:
-        raise InputError(f"{name}: found shape {found}, expected {shape} by config.json")
+        raise InputError(f"{name}: found shape {found}, expected {shape} by {checkpoint.document}")
 
 
 def require_tensors(checkpoint: Checkpoint, needed: set[str], unexpected: set[str]) -> None:
@@ -161,7 +181,7 @@ def require_tensors(checkpoint: Checkpoint, needed: set[str], unexpected: set[st
         faults = [f"no {summary(missing)}"] if missing else []
         faults += [f"the unexpected {summary(unexpected)}"] if unexpected else []
         raise InputError(f"{checkpoint.folder}: found {' and '.join(faults)}, expected the {len(needed)} tensors that "
-                         f"config.json describes")
+                         f"{checkpoint.document} describes")
 
 
 def parts_of(names: Iterable[str]) -> str:

@@ -221,7 +221,10 @@ class Checkpoint:
 
     Opening reads headers only. Raises InputError for a folder, a file or a tensor that is missing or damaged, and
     for an index that points outside of its folder.
+
+    document : the file of the folder that describes the model
     """
+    document = "config.json"
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = os.fspath(folder)
@@ -250,6 +253,11 @@ class Checkpoint:
                                  f"index")
             file = SafetensorsFile(path)
             self.files, self.where = {"model.safetensors": file}, dict.fromkeys(file.tensors, "model.safetensors")
+
+    @property
+    def kind(self) -> str:
+        """What the checkpoint is, for people: its model_type."""
+        return str(self.config.get("model_type", "nameless"))
 
     def names(self) -> list[str]:
         """Return the names of all stored tensors."""

@@ -130,19 +130,19 @@ def read_state(group: TensorParallelGroup, folder: str, step: int) -> dict:
     Raises DamagedStep where its schema, its step and the folder's name, or its digest do not agree.
     """
     try:
-        return group.comm.bcast(group.on_root(lambda: checked_state(folder, step)))
+        return group.comm.bcast(group.on_root(lambda: checked_state(step_folder(folder, step), step)))
     except InputError as error:
         raise DamagedStep(str(error)) from None
 
 
-def checked_state(folder: str, step: int) -> dict:
-    """Read and check a state.json, on one rank."""
-    path = os.path.join(step_folder(folder, step), "state.json")
+def checked_state(folder: str, step: int | None = None) -> dict:
+    """Read and check the state.json of a step folder, on one rank; step None: whatever its folder is named."""
+    path = os.path.join(folder, "state.json")
     state = read_json(path)
     schema, digest = state.get("schema"), state.pop("digest", None)
     if schema not in (SCHEMA, WITHOUT_CHECKSUMS):
         raise InputError(f"{path}: found schema {str(schema)[:80]!r}, expected {SCHEMA!r} or {WITHOUT_CHECKSUMS!r}")
-    if state.get("step") != step:
+    if step is not None and state.get("step") != step:
         raise InputError(f"{path}: found step {str(state.get('step'))[:80]}, expected {step}, as the folder is named")
     if (schema == SCHEMA) != (digest is not None) or digest is not None and sealed(state)["digest"] != digest:
         raise InputError(f"{path}: found contents that do not fit their digest, expected what was saved")

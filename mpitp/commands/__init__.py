@@ -15,7 +15,7 @@ from ..errors import InputError
 WIDTH = 100         # columns that help and tables have at most
 # Options that name a file or folder, which may lie elsewhere on another host: whether they are given is compared.
 PATHS = ("model", "dump", "data", "out", "resume_from", "json", "csv", "plot", "text", "ids_file", "batch_file",
-         "messages", "reports", "timeline", "config", "machine", "calibrate")
+         "messages", "reports", "timeline", "config", "machine", "calibrate", "source", "target")
 # Variables that change what the ranks do together.
 VARIABLES = ("MPITP_TRANSPORT", "MPITP_SHARE_GPU", "MPITP_CUDA_AWARE")
 Parsed = tuple[ModuleType, argparse.Namespace] | SystemExit
@@ -74,6 +74,12 @@ COMMANDS = {
              "Train a small decoder on Python's own sources, and keep the last step in the folder run."),
             ("mpirun -n 2 python -m mpitp train --data book.txt --hidden-size 64 --train-iters 20 --reproducible",
              "Train on a text of your own, with the same bits for any number of ranks."))),
+    "export": Command(
+        "write a trained run as a checkpoint folder that transformers loads", (
+            ("python -m mpitp export my-run my-export --family llama",
+             "Write the newest step of a run that is whole, with the names and the config.json of a Llama."),
+            ("mpirun -n 2 python -m mpitp export my-run/step-00000003 16-bit --family phi3 --dtype bfloat16",
+             "Write one step, in 16 bits, each rank its slices."))),
     "generate": Command(
         "continue prompts with the model of a checkpoint folder", (
             ("mpirun -n 2 python -m mpitp generate --model my-model --prompt 'once upon a time'",

@@ -1,4 +1,4 @@
-"""What each of P ranks would hold and read of a Hugging Face checkpoint folder. Needs no mpirun.
+"""What each of P ranks would hold and read of a Hugging Face checkpoint folder, or of a step folder. Needs no mpirun.
 
 All that loading checks is checked: headers, names, shapes, config.json. Weights are not read, but for a head that is
 stored beside tied embeddings and stored buffers, which are compared. Exits with 2 where a fault is found.
@@ -27,7 +27,8 @@ MOST = 1 << 14
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="checkpoint folder: config.json, model.safetensors or its shards")
+    parser.add_argument("model", metavar="DIR", help="checkpoint folder: config.json, model.safetensors or its shards; "
+                        "or a step folder of train")
     parser.add_argument("-n", "--ranks", type=int, default=1, metavar="P", help="how many ranks (1)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="computed in (float32)")
     parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16"), help="kept as generate's")
@@ -129,7 +130,7 @@ def inspect(arguments: argparse.Namespace) -> InspectReport:
         of_ranks.append(Rank(rank, rows["query"] // config.head_dim, rows["key"] // config.head_dim, rows["up"],
                              rows["vocabulary"], held[rank], read[rank]))
     return InspectReport(
-        folder.checkpoint.folder, folder.family.model_type, config, arguments.dtype, arguments.weights,
+        folder.checkpoint.folder, folder.checkpoint.kind, config, arguments.dtype, arguments.weights,
         arguments.reproducible, len(folder.checkpoint.files), sum(prod(spec.shape) for spec in specs.values()),
         sum(kind.stored_bytes for kind in kinds.values()), of_ranks, list(kinds.values()), folder.other_keys)
 
@@ -144,7 +145,8 @@ def lines(found: InspectReport) -> Iterator[str]:
           f"{tables.count(config.num_attention_heads, 'query head')} and " \
           f"{tables.count(config.query_groups, 'key/value head')} of {config.head_dim}"
     yield f"  {'gated ' if config.gated else ''}{config.activation} of {config.ffn_size} features, vocabulary " \
-          f"{count(config.vocab_size)}{', tied head' if config.tie_word_embeddings else ''}"
+          f"{count(config.vocab_size)}{', tied head' if config.tie_word_embeddings else ''}" \
+          f"{'' if config.causal else ', attention in both directions'}"
     yield ""
     yield f"Of {tables.count(len(found.ranks), 'rank')}, in {found.dtype}" \
           f"{', matrices in bfloat16' if found.weights == 'bfloat16' else ''}" \

@@ -6,7 +6,8 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --model, --strict and --verify-weights."""
-    parser.add_argument("--model", metavar="DIR", required=True, help="a folder with config.json and safetensors")
+    parser.add_argument("--model", metavar="DIR", required=True, help="a folder with config.json and "
+                        "safetensors, or a step folder of train")
     add_strict(parser)
     add_verify_weights(parser)
 

@@ -5,6 +5,7 @@ import argparse
 import sys
 
 from .. import tables
+from ..checkpoints.step_models import model_files
 from ..comm.launch import launcher
 from ..errors import require
 from . import text
@@ -78,7 +79,7 @@ class Prompts:
             return
         texts = given_texts(arguments)
         messages = read_messages(arguments.messages) if arguments.messages else None
-        template = ChatTemplate(arguments.model) if arguments.chat else None
+        template = ChatTemplate(model_files(arguments.model)) if arguments.chat else None
         self.tokenizer = tokenizer_of(arguments.model)
         if template is None:
             self.texts = texts

@@ -82,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
                                  verify_weights=arguments.verify_weights, weights=arguments.weights,
                                  activations=arguments.activations)
         ids = text.give_ids(group, group.on_root(lambda: tokens_of(arguments, given)))
+        require(decoder.config.causal, f"attention in both directions in {arguments.model}",
+                "a causal model, whose tokens do not see those that they are to predict")
         window, stride = sizes(arguments, decoder)
         started = time.perf_counter()
         with Progress("windows", 1 + max(0, -(-(len(ids) - 1 - window) // stride))) as bar:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..arrays import on_host
 from ..checkpoints.json_files import read_json
+from ..checkpoints.step_models import model_files
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require
 from .tokenizer import Tokenizer
@@ -48,7 +49,7 @@ def encode(tokenizer: Tokenizer, content: str, no_bos: bool, what: str, special:
 def end_tokens(folder: str) -> list[int]:
     """Return the ids that end a text: eos_token_id, one or several, of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
-        path = os.path.join(folder, name)
+        path = os.path.join(model_files(folder), name)
         if os.path.isfile(path):
             found = read_json(path).get("eos_token_id")
             if found is not None:

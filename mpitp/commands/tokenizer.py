@@ -25,13 +25,24 @@ def begin(argv: Sequence[str]) -> None:
         elif word.startswith("--model="):
             folder = word.partition("=")[2]
     if folder is not None and not any(word.startswith("--ids") or word in ("-h", "--help") for word in argv):
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(InputError, OSError):
             _begun[folder] = Tokenizer(folder)
 
 
 def tokenizer_of(folder: str) -> Tokenizer:
-    """Return the tokenizer of a folder: the one that begin() has begun to load, else a new one."""
-    return _begun.pop(folder, None) or Tokenizer(folder)
+    """Return the tokenizer of a folder: the one that begin() has begun to load, else a new one.
+
+    That of a step folder is one of bytes, or lies in the folder of its run.
+    """
+    begun = _begun.pop(folder, None)
+    if begun is not None:
+        return begun
+    from ..checkpoints.step_models import byte_vocabulary, model_files      # late: begin() waits for no NumPy
+    size = byte_vocabulary(folder)
+    if size is None:
+        return Tokenizer(model_files(folder))
+    from .byte_tokenizer import ByteTokenizer
+    return ByteTokenizer(size)
 
 
 class Tokenizer:
@@ -56,8 +67,8 @@ class Tokenizer:
     def load(self) -> None:
         """Wait until the tokenizer is loaded."""
         if not self.is_loaded:
+            self.is_loaded = True               # or found not to be: the answer comes once
             self.child.finish()
-            self.is_loaded = True
 
     def encode(self, text: str, special: bool = True) -> tuple[array, int]:
         """Return the ids of a text, and how many of them the tokenizer adds in front of it.

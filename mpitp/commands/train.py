@@ -15,18 +15,21 @@ from ..comm.group import TensorParallelGroup
 from ..config import DecoderConfig
 from ..errors import InputError, require, require_positive
 from ..checkpoints import steps as step_folders
-from ..training.data import DTYPES, Tokens, look_like_words
+from ..training.data import DTYPES, look_like_words
 from ..training.lock import FolderLock
 from ..training.loop import Trainer, TrainingStopped
 from ..training.requests import SIGNALS, Requests
 from ..training.resume import resume
 from ..training.settings import SEQUENCE, UNITS, Settings
-from . import ask_plan, device, progress
+from . import ask_plan, device, progress, train_model
 from .train_progress import Progress, opening, print_line
 
 if TYPE_CHECKING:
     from ..grid import Grid
 
+# What a new decoder has; a checkpoint's says it itself, so options alone are not None.
+NEW_MODEL = dict(vocab_size=256, hidden_size=256, num_layers=4, num_attention_heads=8, hidden_dropout=0.0,
+                 attention_dropout=0.0)
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
             "save_interval", "keep", "lr_decay_iters", "save_minutes", "spike_limit", "z_loss", "reproducible_unit",
@@ -39,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "library's sources)")
     parser.add_argument("--data-dtype", choices=DTYPES, help="of token ids without a header, such as nanoGPT's uint16 "
                         "(bytes)")
+    train_model.add_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="step folders and log.jsonl go there (nowhere)")
     parser.add_argument("--resume", nargs="?", const="newest", choices=("newest", "auto"), help="go on from the newest "
                         "step folder of --out; auto: begin where there is none, and end well where no step is left")
@@ -47,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop-on", metavar="NAMES", default="TERM", help=f"signals of {', '.join(SIGNALS)} to save "
                         "and stop on, with commas between; the others save and go on (TERM)")
     for flag, default, text in (
-            ("vocab-size", 256, "tokens of the vocabulary"), ("hidden-size", 256, "features"),
+            ("vocab-size", None, "tokens of the vocabulary (256)"), ("hidden-size", None, "features (256)"),
             ("ffn-hidden-size", None, "features of the feed-forward middle (8/3 of the hidden size, gated)"),
-            ("num-layers", 4, "blocks"), ("num-attention-heads", 8, "query heads"),
+            ("num-layers", None, "blocks (4)"), ("num-attention-heads", None, "query heads (8)"),
             ("num-query-groups", None, "key/value heads (as many)"), ("seq-length", 128, "tokens of a window"),
             ("data-parallel", 1, "copies of the model, each on ranks / N tensor ranks, that share every batch"),
             ("micro-batch-size", defaults.micro_batch_size, "windows of a forward, at most"),
@@ -74,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("save-minutes", defaults.save_minutes, "a checkpoint so long after the last one, 0 for none"),
             ("spike-limit", None, "stop, saving nothing, where loss or gradient norm is above so many times the "
              "median of the last steps"),
-            ("hidden-dropout", 0.0, "probability"), ("attention-dropout", 0.0, "probability")):
+            ("hidden-dropout", None, "probability (0, or the model's)"),
+            ("attention-dropout", None, "probability (0, or the model's)")):
         shown = f" ({number})" if number is not None else ""
         parser.add_argument(f"--{flag}", type=float, default=number, metavar="X", help=(text + shown).strip())
     device.add_group_arguments(parser, blocks=True, reproducible="the same bytes for any number of ranks and of data "
@@ -91,15 +96,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command on this rank; return 0, or 1 when the run had to stop."""
-    settings, config = settings_of(arguments), config_of(arguments)
+    train_model.check_arguments(arguments)
+    settings = settings_of(arguments)
     requests = Requests(name for name in arguments.stop_on.split(",") if name)
     require_positive(data_parallel=arguments.data_parallel)
     copies = arguments.data_parallel
     with requests, device.group_of(arguments) if copies == 1 else device.grid_of(arguments, copies) as ranks:
         world = getattr(ranks, "world", ranks)
-        lock = world.on_root(lambda: prepare(arguments))
+        start = train_model.BeginWith(world, arguments) if arguments.model else None
+        config = start.config if start else config_of(arguments)
+        lock = world.on_root(lambda: prepare(arguments, config.vocab_size))
         try:
-            return train(arguments, Job(ranks, world, config, settings, requests, lock))
+            return train(arguments, Job(ranks, world, config, settings, requests, lock, start))
         finally:
             if lock:
                 lock.release()
@@ -114,14 +122,14 @@ class Job:
     settings: Settings
     requests: Requests
     lock: FolderLock | None
+    start: train_model.BeginWith | None
 
 
 def train(arguments: argparse.Namespace, job: Job) -> int:
     """Read the data, resume, and train; return the exit status."""
-    group = job.world
+    group, ids = job.world, job.start.token_ids() if job.start else None
     ask_plan.training(job.ranks, arguments, job.config, job.settings)
-    tokens = same_everywhere(group.comm, lambda: Tokens(arguments.data, arguments.vocab_size, arguments.seq_length,
-                                                        arguments.seed, arguments.data_dtype),
+    tokens = same_everywhere(group.comm, lambda: train_model.tokens_of(arguments, job.config.vocab_size, ids),
                              lambda tokens: {"the data": tokens.fingerprint()})
     if group.rank == 0 and arguments.data_dtype is None and look_like_words(tokens.tokens):
         print(f"mpitp: warning: {tokens.name}: found bytes that look like 16-bit integers, expected --data-dtype "
@@ -129,6 +137,8 @@ def train(arguments: argparse.Namespace, job: Job) -> int:
     trainer = Trainer(job.ranks, job.config, tokens, job.settings, dtype=arguments.dtype, folder=arguments.out,
                       say=print_line)
     trainer.lock = job.lock
+    if job.start:
+        job.start.begin(trainer)
     if arguments.resume or arguments.resume_from:
         with progress.Progress("reading and verifying the checkpoint"):
             steps_left = resume(trainer, step_of(arguments), auto=arguments.resume == "auto")
@@ -182,6 +192,9 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 def config_of(arguments: argparse.Namespace) -> DecoderConfig:
     """Return a config of Llama's kind: rotary positions, RMS norms, gated SiLU, no biases."""
+    for name, value in NEW_MODEL.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     require_positive(hidden_size=arguments.hidden_size)
     ffn = arguments.ffn_hidden_size or -(-arguments.hidden_size * 8 // 3)
     return DecoderConfig(
@@ -191,10 +204,10 @@ def config_of(arguments: argparse.Namespace) -> DecoderConfig:
         attention_dropout=arguments.attention_dropout)
 
 
-def prepare(arguments: argparse.Namespace) -> FolderLock | None:
+def prepare(arguments: argparse.Namespace, vocab_size: int) -> FolderLock | None:
     """Rank 0, before anything else: can the results be written, and is nothing in their way? Returns --out's lock."""
-    if arguments.baseline and arguments.vocab_size > 256:
-        raise InputError(f"found --baseline with --vocab-size {arguments.vocab_size}, expected at most 256: it counts "
+    if arguments.baseline and vocab_size > 256:
+        raise InputError(f"found --baseline with a vocabulary of {vocab_size}, expected at most 256: it counts "
                          f"what follows each pair of bytes")
     if arguments.plot:
         tables.require_writable(arguments.plot)

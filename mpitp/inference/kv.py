@@ -76,12 +76,14 @@ class KeyValues:
     Raises
     ------
     InputError
-        For a batch or capacity that is not positive; for a capacity beyond the positions that a model was trained on
-        whose rotary frequencies depend on the length of the sequence.
+        For a batch or capacity that is not positive; for a model that is not causal; for a capacity beyond the
+        positions that a model was trained on whose rotary frequencies depend on the length of the sequence.
     """
 
     def __init__(self, model: Decoder, batch: int, capacity: int):
         require_positive(batch=batch, capacity=capacity)
+        require(model.config.causal, "a model whose attention goes in both directions", "a causal one: a token of the "
+                "first has other keys and values once more of them follow")
         for rotary in filter(None, model.config.rotaries):
             longest = rotary.longest
             require(longest is None or capacity <= longest, f"keys and values of {capacity} positions",

@@ -45,7 +45,7 @@ def attention_forward(q_GHQK: Array, k_GSK: Array, v_GSK: Array, scale: float, *
     causal : bool
         Whether a query attends to no later key.
     window : int or None
-        A query attends to keys less than `window` positions before it; None for all.
+        A query attends to keys less than `window` positions away from it; None for all.
     softcap : float or None
         c: scores are c tanh(score / c), before ALiBi's are added.
     slopes : (G, H) array or None
@@ -94,9 +94,8 @@ def attention_forward(q_GHQK: Array, k_GSK: Array, v_GSK: Array, scale: float, *
 def attend_last_query(q_GH1K: Array, k_GSK: Array, v_GSK: Array, scale: float, out: Array, window: int | None,
                       softcap: float | None, slopes: Array | None) -> Array:
     """Do attention_forward for Q = 1, a token of generation: the same steps, without tiles and hidden keys."""
-    first = 0 if window is None else max(0, k_GSK.shape[1] - window)
-    k_GVK, v_GVK = k_GSK[:, first:], v_GSK[:, first:]
-    V = k_GVK.shape[1]
+    V = k_GSK.shape[1] if window is None else min(window, k_GSK.shape[1])
+    k_GVK, v_GVK = k_GSK[:, -V:], v_GSK[:, -V:]
     s_GH1V = np.matmul(q_GH1K * float(scale), transposed(k_GVK)[:, None])
     if softcap is not None:
         softcap_forward(s_GH1V, softcap)
@@ -193,7 +192,7 @@ class Tiles:
         self.G, self.H, self.Q = q_GHQK.shape[:3]
         self.S, self.causal, self.window = k_GSK.shape[1], causal, window
         self.slopes_GH = None if slopes is None else np.asarray(slopes, self.dtype)
-        self.mask = mask
+        self.mask = None if mask is None else np.broadcast_to(mask, (self.Q, self.S))
         self.above_TT = np.arange(min(TILE, self.Q)) > np.arange(min(TILE, self.Q))[:, None]
         self.buffers: dict[int, Array] = {}
 
@@ -201,11 +200,16 @@ class Tiles:
         """Yield the first query of each tile, the one after its last, and the slice of the keys that it sees."""
         for first in range(0, self.Q, TILE):
             stop = min(first + TILE, self.Q)
-            yield first, stop, slice(max(0, self.start(first)), self.S - self.Q + stop if self.causal else self.S)
+            yield first, stop, slice(max(0, self.start(first)), min(self.S, self.end(stop - 1)))
 
     def start(self, query: int) -> int:
         """Find the first position in the query's window, which is negative if it lies before the first key."""
         return 0 if self.window is None else self.S - self.Q + query - self.window + 1
+
+    def end(self, query: int) -> int:
+        """Find the position behind the last one that the query sees, which may lie behind the last key."""
+        ahead = 1 if self.causal else self.window or self.S
+        return self.S - self.Q + query + ahead
 
     def heads(self, queries: int, seen: slice) -> Iterator[tuple[slice, slice]]:
         """Yield slices of G and of H: the heads that are computed at once."""
@@ -235,9 +239,11 @@ class Tiles:
         if self.start(stop - 1) > 0:                        # where the windows begin: hide below the diagonal
             before = seen.start - self.start(first)         # columns of the diagonal that lie before the first key
             np.copyto(s_ghTV[..., :T - before], -inf, where=self.above_TT.T[:T, before:T])
+        if not self.causal and self.window is not None:     # where the windows end: hide above the diagonal
+            behind_T1 = np.arange(self.end(first), self.end(stop))[:, None]
+            np.copyto(s_ghTV, -inf, where=np.arange(seen.start, seen.stop) >= behind_T1)
         if self.mask is not None:
-            mask_TS = self.mask[first:stop] if self.mask.ndim == 2 else self.mask
-            np.copyto(s_ghTV, -inf, where=~mask_TS[..., seen])
+            np.copyto(s_ghTV, -inf, where=~self.mask[first:stop, seen])
 
 
 def transposed(x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Causal self-attention on one process: grouped queries, rotary positions or ALiBi, query/key norm, sliding windows.
+"""Self-attention on one process: grouped queries, rotary positions or ALiBi, query/key norm, sliding windows.
 
 Dimension key: B sequences, S positions, D hidden, H query heads, G key/value heads, K features of a head; the last two
 axes of scores are queries and keys.
@@ -64,19 +64,22 @@ def softcap_forward(z: Array, cap: float) -> tuple[Array, Array]:
     return t * cap, 1 - t * t
 
 
-def allowed_pairs(B: int, S: int, window: int | None, mask: Array | None) -> Array:
+def allowed_pairs(B: int, S: int, window: int | None, mask: Array | None, causal: bool = True) -> Array:
     """Return whether each query may attend to each key: (B, 1, S, S).
 
     Parameters
     ----------
     B, S : int
     window : int or None
-        How many positions a query sees, itself the last of them; None: all up to itself.
+        How many positions a query sees up to itself, and in both directions from itself on; None: all.
     mask : array of bool or None
         Keys that may be attended to, (B, S); or a choice for each query, (B, S, S).
+    causal : bool
+        Whether no later key may be.
     """
     query, key = np.arange(S)[:, None], np.arange(S)
-    allowed = np.broadcast_to((key <= query) & (query - key < (window or S)), (B, S, S))
+    within = np.abs(query - key) < (window or S)
+    allowed = np.broadcast_to(within & (key <= query) if causal else within, (B, S, S))
     if mask is not None:
         allowed = allowed & (mask if mask.ndim == 3 else mask[:, None, :])
     return allowed[:, None]
@@ -140,7 +143,7 @@ def forward(x_BSD: Array, w: Weights, config: DecoderConfig, layer: int = 0, mas
     layer : int
         Which layer of the decoder it is, as windows and rotary positions may differ by layer.
     mask : array of bool, optional
-        Keys that may be attended to, (B, S) or (B, S, S); the future may not in any case.
+        Keys that may be attended to, (B, S) or (B, S, S), beside what the config allows.
     dropout : (B, H, S, S) array or 1
         What the attention weights are multiplied by, 0 or 1 / (1 - p).
 
@@ -163,7 +166,7 @@ def forward(x_BSD: Array, w: Weights, config: DecoderConfig, layer: int = 0, mas
         z_BHSS, slope = softcap_forward(z_BHSS, config.attention_softcap)
     if config.position_embedding == "alibi":
         z_BHSS = z_BHSS + alibi(H, S, x_BSD.dtype)
-    p_BHSS = softmax_forward(z_BHSS, allowed_pairs(B, S, config.window(layer), mask))
+    p_BHSS = softmax_forward(z_BHSS, allowed_pairs(B, S, config.window(layer), mask, config.causal))
     a_BHSK = (p_BHSS * dropout) @ v_BHSK
     y_BSD, saved_out = linear.forward(a_BHSK.transpose(0, 2, 1, 3).reshape(B, S, -1), part(w, "out"))
     saved_projections = (saved_query, saved_key, saved_value, saved_out)

@@ -45,6 +45,13 @@ class Tokens:
         Of the windows.
     dtype : str, optional
         Of a file without a header, such as nanoGPT's: "uint8" (None), "uint16" or "uint32", little-endian.
+    ids : (N,) array of int, optional
+        What a tokenizer made of the file, which is not read then.
+
+    Attributes
+    ----------
+    are_bytes : bool
+        Whether token i is byte i, as far as is known: not of a .npy file, whatever its integers are.
 
     Raises
     ------
@@ -52,10 +59,12 @@ class Tokens:
         For a file that cannot be read or is too short, and for a token outside of the vocabulary.
     """
 
-    def __init__(self, path: str | None, vocab_size: int, seq_length: int, seed: int, dtype: str | None = None):
+    def __init__(self, path: str | None, vocab_size: int, seq_length: int, seed: int, dtype: str | None = None,
+                 ids: np.ndarray | None = None):
         require_positive(seq_length=seq_length)
         self.name = "the standard library's sources" if path is None else os.fspath(path)
-        self.tokens = standard_library() if path is None else read(path, dtype)
+        self.tokens: np.ndarray | TokenFile = ids if ids is not None else read_tokens(path, dtype)
+        self.are_bytes = ids is None and self.tokens.dtype == np.uint8 and not self.name.endswith(".npy")
         self.seq_length, self.seed = seq_length, seed
         self.held_out = max(len(self.tokens) // HELD_OUT, seq_length + 1)
         needed = 2 * (seq_length + 1)
@@ -105,6 +114,11 @@ class Tokens:
         return f"{len(self.tokens)} tokens, CRC-32 {checksum:08x}"
 
 
+def read_tokens(path: str | None, dtype: str | None) -> np.ndarray | TokenFile:
+    """Return the tokens of a file, or the standard library's sources."""
+    return standard_library() if path is None else read(path, dtype)
+
+
 def read(path: str, dtype: str | None = None) -> TokenFile:
     """Return the tokens of a file, as Tokens describes it. Raises InputError where they cannot be read."""
     require(dtype is None or dtype in DTYPES, f"data dtype {dtype!r}", f"one of {', '.join(DTYPES)}, or None")
@@ -128,6 +142,17 @@ def read(path: str, dtype: str | None = None) -> TokenFile:
         raise
     except (ValueError, EOFError) as error:
         raise InputError(f"{path}: found {error}, expected a .npy file of integers") from None
+
+
+def holds_ids(path: str, dtype: str | None) -> bool:
+    """Return whether a file has token ids in place of text: by the dtype that is named, its ending, or its header."""
+    if dtype is not None or os.fspath(path).endswith(".npy"):
+        return True
+    try:
+        header = np.fromfile(path, "<i4", HEADER_WORDS)
+    except OSError:                             # whoever reads it says so
+        return False
+    return len(header) == HEADER_WORDS and tuple(header[:2]) in HEADERS
 
 
 def with_header(path: str, header: np.ndarray, dtype: str | None) -> TokenFile:

@@ -64,6 +64,8 @@ class Trainer:
         The ranks that hold the same slices of other copies; None where there is one copy.
     lock : FolderLock or None
         Of the folder, where rank 0 has one: no checkpoint is written once another job has taken it.
+    began_with : dict or None
+        The family and the config.json of the checkpoint that the run began with (initial.py); None: random weights.
     """
 
     def __init__(self, ranks: TensorParallelGroup | Grid, config: DecoderConfig, tokens: Tokens, settings: Settings, *,
@@ -76,6 +78,7 @@ class Trainer:
         self.config, self.tokens, self.settings = config, tokens, settings
         self.folder, self.say = folder, say
         self.lock: FolderLock | None = None
+        self.began_with: dict | None = None
         self.model = Decoder(self.group, config, dtype=dtype, seed=settings.seed, recompute=settings.recompute,
                              sequence_parallel=settings.sequence_parallel)
         self.optimizer = AdamW(self.model, settings.adam_beta1, settings.adam_beta2, settings.adam_eps,
@@ -246,7 +249,9 @@ class Trainer:
     def state(self) -> dict:
         """Return what a run is resumed with: nothing that depends on ranks, time or host."""
         unit = self.dealing.unit
-        return json.loads(json.dumps({"config": asdict(self.config), "unit": unit,
+        tokens = {"vocabulary": "bytes" if self.tokens.are_bytes else "ids"} if self.began_with is None else \
+            {"model": self.began_with}
+        return json.loads(json.dumps({**tokens, "config": asdict(self.config), "unit": unit,
                                       "settings": self.settings.of_the_result(unit), "data": self.tokens.fingerprint(),
                                       "seq_length": self.tokens.seq_length, "dtype": self.model.dtype.name,
                                       "blocks": self.group.blocks if self.group.reproducible else None}))

@@ -14,7 +14,7 @@ from .loop import Trainer
 from .optimizer import learning_rate
 from .settings import MICRO_BATCH, UNITS, Settings
 
-COMPARED = ("config", "unit", "settings", "data", "seq_length", "dtype", "blocks")
+COMPARED = ("config", "unit", "settings", "data", "seq_length", "dtype", "blocks", "model")
 SCHEDULE = ("train_iters", "lr_decay_iters", "warmup")      # these may differ where no step that was taken would
 
 
@@ -145,14 +145,14 @@ def require_same_run(folder: str, state: dict, mine: dict) -> list[str]:
             state[key] = {**defaults(kind, mine[key]), **state[key]}
     state.setdefault("unit", older_unit(state))
     for key in COMPARED:
-        if state.get(key) == mine[key]:
+        if state.get(key) == mine.get(key):
             continue
         if key == "settings" and is_prolonged(state[key], mine[key], state["step"]):
             said.append(f"train_iters {state[key]['train_iters']} -> {mine[key]['train_iters']}, the learning rates "
                         f"of the steps taken being the same")
             continue
-        raise InputError(f"{folder}: found {difference(key, state.get(key), mine[key])}: a run is resumed with what it "
-                         f"began with{hint(key, state, mine)}")
+        differs = difference(key, state.get(key), mine.get(key))
+        raise InputError(f"{folder}: found {differs}: a run is resumed with what it began with{hint(key, state, mine)}")
     return said
 
 
@@ -207,5 +207,5 @@ def difference(key: str, found: object, expected: object) -> str:
     if isinstance(found, dict) and isinstance(expected, dict):
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
-                return f"{name} = {found.get(name)}, expected {expected.get(name)}"
-    return f"{key} = {found}, expected {expected}"
+                return difference(name, found.get(name), expected.get(name))
+    return f"{key} = {found!s:.200}, expected {expected!s:.200}"

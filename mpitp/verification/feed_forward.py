@@ -238,16 +238,15 @@ def checkpoint_layer(group: TensorParallelGroup, folder: str, layer: int, dtype:
                       dtype=dtype, seed=None)
     mlp.load_dense(block.weights)
     stored = sorted({str(weight.dtype) for weight in block.weights.values()})
-    kind = checkpoint.config.get("model_type", "nameless")
-    what = f"layer {layer} of a {kind} checkpoint ({'/'.join(stored)} on disk)"
+    what = f"layer {layer} of a {checkpoint.kind} checkpoint ({'/'.join(stored)} on disk)"
     return mlp, what, group.report(checkpoint.bytes_read)
 
 
 def open_layer(folder: str, layer: int) -> tuple[Any, Any]:
     """Return the checkpoint of a folder, and what it holds of one feed-forward block."""
     from ..checkpoints.loading import feed_forward
-    from ..checkpoints.safetensors import Checkpoint
-    checkpoint = Checkpoint(folder)
+    from ..checkpoints.step_models import open_checkpoint
+    checkpoint = open_checkpoint(folder)
     return checkpoint, feed_forward(checkpoint, layer)
 
 

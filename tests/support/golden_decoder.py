@@ -22,7 +22,8 @@ RAMPS = {                                   # with frequencies that are kept, th
 }
 MASKED = ("gemma3", "bloom", "gpt2")
 CASES = {**{kind: config(kind) for kind in KINDS}, **{f"{kind}, mask": config(kind) for kind in MASKED},
-         **{name: config("llama, one kv head", rotary=rotary) for name, rotary in RAMPS.items()}}
+         **{name: config("llama, one kv head", rotary=rotary) for name, rotary in RAMPS.items()},
+         **{f"{kind} in both directions, mask": config(kind, causal=False) for kind in ("gemma3", "bloom")}}
 
 
 def fractions(size, number):

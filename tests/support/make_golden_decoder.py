@@ -91,7 +91,8 @@ class Model:
             found[part] = z
         position = torch.arange(S)
         distance = position[:, None] - position
-        allowed = (distance >= 0) & (distance < (config.window(layer) or S))
+        allowed = distance.abs() < (config.window(layer) or S)
+        allowed = allowed & (distance >= 0) if config.causal else allowed
         allowed = allowed if mask is None else allowed & torch.tensor(mask)[:, None, None, :]
         bias = torch.zeros(distance.shape, dtype=torch.float64).masked_fill(~allowed, -math.inf)
         if config.position_embedding == "alibi":

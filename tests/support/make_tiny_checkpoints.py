@@ -144,6 +144,13 @@ CASES = {       # name: (model_type, what its configuration class is called with
         LONGROPE, factor=5.0, original_max_position_embeddings=6))),
     "llama_dynamic": ("llama", dict(SIZES, num_key_value_heads=1, head_dim=6, max_position_embeddings=7,
                                     rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=3.0))),
+    "llama_both": ("llama", dict(SIZES, num_key_value_heads=1, head_dim=6, is_causal=False)),
+    "ministral_both": ("ministral", dict(SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+                                         is_causal=False, sliding_window=2, layer_types=[SLIDING, FULL])),
+    "bloom_both": ("bloom", dict(vocab_size=37, hidden_size=20, n_layer=2, n_head=5, is_causal=False)),
+    "gemma3_both": ("gemma3_text", dict(
+        SIZES, num_key_value_heads=1, head_dim=6, sliding_window=5, query_pre_attn_scalar=11, tie_word_embeddings=True,
+        layer_types=[SLIDING, FULL], use_bidirectional_attention=True)),
     "opt_no_last_norm": ("opt", dict(OPT, ffn_dim=23, _remove_final_layer_norm=True)),
 }
 ZERO_CENTERED = ("gemma", "gemma2", "gemma3_text", "gemma3", "nemotron")

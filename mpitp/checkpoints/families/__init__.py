@@ -7,13 +7,14 @@ from math import isclose
 
 from ...config import DecoderConfig
 from ...errors import InputError
+from .directions import causal_form
 from .family import Family
 from .keys import Keys, short
 
 MODULES = {     # model_type: the file of its table
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "ministral": "llama", "qwen2": "llama", "qwen3": "llama",
-    "seed_oss": "llama", "helium": "llama", "gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma",
-    "gemma3": "gemma", "phi": "phi", "phi3": "phi", "glm": "glm", "glm4": "glm", "stablelm": "stablelm",
+    "seed_oss": "llama", "helium": "llama", "gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma3",
+    "gemma3": "gemma3", "phi": "phi", "phi3": "phi3", "glm": "glm", "glm4": "glm", "stablelm": "stablelm",
     "starcoder2": "starcoder2",
     "gpt_neox": "gpt_neox", "gptj": "gptj", "gpt_bigcode": "gpt_bigcode", "opt": "opt", "falcon": "falcon",
     "bloom": "bloom", "arcee": "arcee", "nemotron": "nemotron", "granite": "granite", "cohere": "cohere",
@@ -37,11 +38,13 @@ def config_json(config: DecoderConfig, family: Family) -> dict:
 
     Raises InputError naming the first choice that the family cannot express: what is written is read again.
     """
+    in_one_direction, direction = causal_form(config)
     # A family's own padding token may be outside of this vocabulary, which transformers refuses.
     keys = {"architectures": [family.architecture], "model_type": family.model_type, "pad_token_id": None,
-            **family.write(config)}
-    if keys.get("max_position_embeddings") is None and "n_positions" not in keys:
-        keys["max_position_embeddings"] = config.max_position_embeddings or 2048
+            **family.write(in_one_direction), **direction}
+    positions = "n_positions" if "n_positions" in keys else "max_position_embeddings"
+    if keys.get(positions) is None:
+        keys[positions] = config.max_position_embeddings or 2048
     written, wanted = described(family.config(Keys(keys))), described(config)
     for name, value in wanted.items():
         if written[name] != value and not (isinstance(value, float) and isclose(written[name], value, rel_tol=1e-12)):

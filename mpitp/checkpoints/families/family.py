@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...config import DecoderConfig
 from ...errors import InputError
 from ...sharding.parameters import ParameterSpec
+from .directions import read_directions
 from .keys import REFUSED, WITHOUT_EFFECT, Keys
 from .layout import Fused, Layout
 
@@ -37,6 +38,7 @@ class Family:
     other_prefixes : those that are read as well
     other_parts : pattern of stored tensors of other parts of the model, such as one that sees images: left out
     saved_as : the family that a model is saved as, "" for this one
+    both_directions : a key beside is_causal that has attention see later positions, too, "" for none
     """
     model_type: str
     architecture: str
@@ -53,6 +55,7 @@ class Family:
     other_prefixes: tuple = ()
     other_parts: str = "(?!)"
     saved_as: str = ""
+    both_directions: str = ""
 
     def config(self, keys: Keys) -> DecoderConfig:
         """Read the config.json. Raises InputError for a value that is not supported."""
@@ -61,7 +64,7 @@ class Family:
         keys.ignore(WITHOUT_EFFECT)
         keys.ignore(self.without_effect)
         try:
-            return self.read(keys)
+            return read_directions(keys, self.read(keys), self.both_directions)
         except InputError as error:
             text = str(error)                   # DecoderConfig's own checks do not name the file
             raise error if text.startswith(keys.where) else InputError(f"{keys.where}: {text}") from None

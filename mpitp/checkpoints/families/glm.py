@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .fused import gate_then_up
 from .llama import TENSORS
-from .phi import gate_then_up
 from .rope import Rope
 from .tables import ABOVE_0, COMMON, FLAG, HEADS, SIZE, Key, Table
 

@@ -15,7 +15,7 @@ MOST = 1 << 40                  # no model has as many of anything
 # {} change nothing anywhere.
 REFUSED = {
     "quantization_config": (), "is_encoder_decoder": (False,), "pruned_heads": (), "add_cross_attention": (False,),
-    "is_causal": (True,), "per_layer_config": (), "attn_logit_softcapping": (), "final_logit_softcapping": (),
+    "per_layer_config": (), "attn_logit_softcapping": (), "final_logit_softcapping": (),
     "attention_multiplier": (), "residual_multiplier": (1,), "embedding_multiplier": (1,), "logits_scaling": (1,),
     "logit_scale": (1,), "clip_qkv": (), "num_experts": (0,), "num_local_experts": (0,), "n_routed_experts": (0,),
 }

@@ -1,7 +1,6 @@
 """Llama (arXiv 2302.13971), and those that differ from it in what their config.json says, not in what they compute.
 
-Mistral (2310.06825), Ministral, Qwen2 (2407.10671), Qwen3 (2505.09388), Seed-OSS, and Helium, whose rotary pairs are
-neighbours.
+Mistral (2310.06825), Ministral, Qwen2 (2407.10671), Qwen3 (2505.09388), Seed-OSS; Helium's rotary pairs are neighbours.
 """
 from __future__ import annotations
 

@@ -11,4 +11,5 @@ TABLE = Table({**COMMON, **ATTENTION_BIAS, **MLP_BIAS, "activation": Key(ACTIVAT
               dict(zero_centered_gamma=True), rope=Rope(part=0.5, part_key="partial_rotary_factor"))
 
 # hidden_dropout is read by none of theirs.
-FAMILIES = [TABLE.family("nemotron", "NemotronForCausalLM", TENSORS, without_effect=("hidden_dropout",))]
+FAMILIES = [TABLE.family("nemotron", "NemotronForCausalLM", TENSORS, without_effect=("hidden_dropout",),
+                         refused=(("is_causal", (True,)),))]        # as in stablelm.py

@@ -39,6 +39,7 @@ class Rope:
 
     theta, part : where config.json does not say them; part: the share of a head's features that are rotated
     part_key : the name of that share in the old style, None where all of a head turns in this family
+    theta_key : the name of theta in the old style
     interleaved : as Rotary has it
     sliding_alone : whether layers without a window rotate nothing
     """
@@ -47,17 +48,18 @@ class Rope:
     part_key: str | None = None
     interleaved: bool = False
     sliding_alone: bool = False
+    theta_key: str = "rope_theta"
 
     def read(self, keys: Keys, head_dim: int, windows: Windows) -> Rotary | tuple[Rotary | None, ...]:
         """Return the Rotary of all layers, or of each. Raises InputError for a value that is not supported."""
-        found = rotary(keys, head_dim, self.theta, part=self.part, part_key=self.part_key)
+        found = rotary(keys, head_dim, self.theta, self.theta_key, self.part, self.part_key)
         found = replace(found, interleaved=self.interleaved)
         return tuple(found if window else None for window in windows) if self.sliding_alone else found
 
     def write(self, config: DecoderConfig) -> dict:
         """Return the keys, in the old style."""
         found = next(filter(None, config.rotaries), None)
-        said = rope_keys(found)
+        said = rope_keys(found, self.theta_key)
         if found and self.part_key:
             said[self.part_key] = (found.dim or config.head_dim) / config.head_dim
         return said

@@ -14,6 +14,7 @@ TABLE = Table({
     "shared_norm": Key(FLAG, "use_parallel_residual", False),
 }, dict(gated=True, attention_bias=False, mlp_bias=False), rope=Rope(part=0.25, part_key="partial_rotary_factor"))
 
+# is_causal: in transformers what it does depends on the implementation of attention that is chosen there.
 # hidden_dropout is of training, and theirs drops the feed-forward branch alone.
 FAMILIES = [TABLE.family("stablelm", "StableLmForCausalLM", TENSORS, without_effect=("hidden_dropout",),
-                         refused=(("qk_layernorm", (False,)), ("head_dim", ())))]
+                         refused=(("qk_layernorm", (False,)), ("head_dim", ()), ("is_causal", (True,))))]

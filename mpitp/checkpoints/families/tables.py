@@ -67,6 +67,11 @@ def key_value_heads(keys: Keys, name: str, default: Any = None) -> Any:
     return keys.size(name, default=None if name in keys.values else default)
 
 
+def cap(keys: Keys, name: str, default: Any = None) -> Any:
+    """Return a number above 0: none where the key is null, the default where it is absent."""
+    return keys.number(name, default=None if name in keys.values else default, above=0)
+
+
 def one_of_two(yes: Any, no: Any, keys: Keys, name: str, default: bool) -> Any:
     """Return what a flag of config.json stands for."""
     return yes if keys.flag(name, default=default) else no
@@ -78,7 +83,7 @@ def flag_of(yes: Any, no: Any) -> Kind:
 
 
 SIZE, LAYERS, FLAG, NUMBER = Kind(Keys.size), Kind(Keys.layers), Kind(Keys.flag), Kind(Keys.number)
-ABOVE_0, HEADS = Kind(above_0), Kind(key_value_heads)
+ABOVE_0, HEADS, CAP = Kind(above_0), Kind(key_value_heads), Kind(cap)
 ACTIVATION = Kind(Keys.activation, THEIR_ACTIVATIONS.__getitem__)
 
 # What nearly all families since Llama have in common.
@@ -111,8 +116,8 @@ OF_GPT = {
 }
 
 
-def nothing(found: dict) -> dict:
-    """Return no more fields."""
+def nothing(found: Any) -> dict:
+    """Return no more fields, or no more keys."""
     return {}
 
 
@@ -125,12 +130,14 @@ class Table:
     derived : function of the fields so far -> more fields
     rope : of rotary positions, None where there are none
     windows : of the layers' sliding windows
+    more : function of the config -> keys that are written beside those
     """
     keys: Mapping[str, Key]
     fixed: Mapping[str, Any]
     derived: Callable[[dict], dict] = nothing
     rope: RopeKeys | None = Rope()
     windows: WindowKeys = NoWindow()
+    more: Callable[[DecoderConfig], dict] = nothing
 
     def read(self, keys: Keys) -> DecoderConfig:
         """Return the config. Raises InputError for a value that is not supported."""
@@ -150,9 +157,10 @@ class Table:
         said.update(self.windows.write(config))
         for name, key in self.keys.items():
             said[key.names[0]] = key.kind.write(getattr(config, FILLED_IN.get(name, name)))
-        return said
+        return {**said, **self.more(config)}
 
-    def family(self, model_type: str, architecture: str, tensors: Mapping[str, str], prefix: str = "model.",
+    def family(self, model_type: str, architecture: str,
+               tensors: Mapping[str, str] | Callable[[DecoderConfig], Mapping[str, str]], prefix: str = "model.",
                **more: Any) -> Family:
         """Return the Family of the table: more as Family has it."""
         reads = {name for key in self.keys.values() for name in key.names}

@@ -35,7 +35,7 @@ __device__ A score(A s, int gh, int t, int v, long long query, long long key, in
     const long long distance = (key + v) - (query + t);                 // key - query
     if (slopes) s += slopes[gh] * (A)distance;
     if (causal && distance > 0) return -INF;
-    if (window > 0 && -distance >= window) return -INF;
+    if (window > 0 && (distance >= window || -distance >= window)) return -INF;
     if (mask && !mask[t * mask_pitch + v]) return -INF;
     return s;
 }
