@@ -106,25 +106,26 @@ CASES = [("gpt2", "kept"), ("gpt2", "rows, block"), ("llama, one kv head", "gath
 
 
 @pytest.mark.parametrize("kind, mode", CASES)
-def test_decoder_against_dense(group, kind, mode):
+def test_decoder_against_dense(world, kind, mode):
     """With dropout, a mask, label smoothing; 7 rows, or 14. The ledger is that of the closed form."""
-    make = functools.partial(mpitp.Decoder, **MODES[mode])
-    shape = (2, 7) if group.reproducible else (1, 7)
-    assert decoder_problems(group, config(kind, **DROPOUT), shape, make=make, dropout=True, mask=True,
-                            label_smoothing=0.1) == []
+    make, is_odd = functools.partial(mpitp.Decoder, **MODES[mode]), CASES.index((kind, mode)) % 2 == 1
+    with mpitp.TensorParallelGroup(reproducible=is_odd, check=True) as group:
+        assert decoder_problems(group, config(kind, **DROPOUT), (1 + is_odd, 7), make=make, dropout=True, mask=True,
+                                label_smoothing=0.1) == []
 
 
 @pytest.mark.parametrize("kind, mode", [("gpt2", "kept"), ("gemma3", "rows, block"), ("bloom", "gathered again"),
                                         ("falcon", "kept"), ("llama, one kv head", "rows, attention"),
                                         ("gpt_neox", "block"), ("olmo2", "attention")])
-def test_decoder_against_pytorch(group, kind, mode):
+def test_decoder_against_pytorch(world, kind, mode):
     configuration, weights, ids, targets, mask, expected = GOLDEN[kind]
-    model = mpitp.Decoder(group, configuration, dtype="float64", seed=None, **MODES[mode])
-    model.load_dense(weights)
-    logits, saved = model.forward(ids, mask=mask)
-    loss, saved_loss = model.loss(logits, targets, label_smoothing=SMOOTHING)
-    gradients = group.comm.bcast(model.gather(model.backward(model.loss_backward(saved_loss), saved)))
-    assert differences(summary(model.gather_logits(logits), loss, gradients), expected) == []
+    with mpitp.TensorParallelGroup() as group:
+        model = mpitp.Decoder(group, configuration, dtype="float64", seed=None, **MODES[mode])
+        model.load_dense(weights)
+        logits, saved = model.forward(ids, mask=mask)
+        loss, saved_loss = model.loss(logits, targets, label_smoothing=SMOOTHING)
+        gradients = group.comm.bcast(model.gather(model.backward(model.loss_backward(saved_loss), saved)))
+        assert differences(summary(model.gather_logits(logits), loss, gradients), expected) == []
 
 
 # --- the same bits ----------------------------------------------------------------------------------------------------
@@ -200,26 +201,31 @@ def test_uneven_rows_are_counted_exactly(world):
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("mode", [*FORMS, "attention"])
-def test_the_bytes_that_blocks_keep(world, mode):
-    """Measured by tracemalloc over two blocks, against the formula of the paper's kind: within 2%."""
+def kept_over_formula(mode):
+    """The bytes that a block keeps, by tracemalloc, over those of the formula of the paper's kind."""
     options, gather_again, _ = FORMS.get(mode, (dict(recompute="attention"), False, 0))
     size = dict(PLAIN, hidden_size=128, num_attention_heads=4, num_query_groups=4, kv_channels=32)
     with mpitp.TensorParallelGroup() as group:
-        shape, found = (1, 960), []
-        blocks = [mpitp.ParallelBlock(group, config("gpt2", **size), seed=None, **options) for _ in range(4)]
-        rows = mpitp.Rows(group, shape, gather_again) if "sequence_parallel" in options else None
-        x = draw(1, *shape, 128, dtype="f")
+        blocks = [mpitp.ParallelBlock(group, config("gpt2", **size), seed=None, **options) for _ in range(5)]
+        rows = mpitp.Rows(group, (1, 960), gather_again) if "sequence_parallel" in options else None
+        x, found, kept = draw(1, 1, 960, 128, dtype="f"), [], []
         x = rows.split(x) if rows else x
         tracemalloc.start()
         try:
-            for block in blocks:                    # the first two allocate what is used again
+            for block in blocks:
                 x, saved = block.forward(x, rows=rows)
-                found.append((tracemalloc.get_traced_memory()[0], saved))
+                kept.append(saved)
+                found.append(tracemalloc.get_traced_memory()[0])
         finally:
             tracemalloc.stop()
-        measured = (found[-1][0] - found[1][0]) / 2
-        assert abs(measured / activation_bytes(blocks[0], 960, gather_again) - 1) < 0.02
+        # The first blocks allocate what is used again, and so do other threads now and then.
+        return min(np.diff(found)) / activation_bytes(blocks[0], 960, gather_again)
+
+
+@pytest.mark.parametrize("mode", [*FORMS, "attention"])
+def test_the_bytes_that_blocks_keep(world, monkeypatch, mode):
+    monkeypatch.setenv("MPITP_STALL_LIMIT", "0")    # no thread that watches
+    assert abs(kept_over_formula(mode) - 1) < 0.02
 
 
 # --- generation, overflow, refusals -----------------------------------------------------------------------------------
@@ -357,8 +363,7 @@ def test_gathered_arrays_that_are_kept(mistakes):
     from mpitp.comm.rows import Rows
     monkeypatch.setattr(Rows, "kept", lambda rows, x, x_ND: x_ND)
     monkeypatch.setattr(Rows, "again", lambda rows, kept: kept)
-    with pytest.raises(AssertionError):
-        test_the_bytes_that_blocks_keep(group.comm, "gathered again")
+    assert kept_over_formula("gathered again") > 1.02
 
 
 @pytest.mark.host
