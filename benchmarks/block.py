@@ -2,6 +2,7 @@
 
     pip install '.[mpi,plot,threads]' torch
     env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE mpirun -n 2 python benchmarks/block.py [--rounds 9] [--out FOLDER]
+    env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE mpirun -n 2 python benchmarks/block.py --modes [--out FOLDER]
 
 Every row does the same mathematics: layer norm, causal attention of 8 heads, layer norm, tanh-GELU feed-forward of
 4 h, biases everywhere, residuals, float32; backward makes dx and all gradients. A time is the slowest rank's. Rows:
@@ -9,11 +10,15 @@ Every row does the same mathematics: layer norm, causal attention of 8 heads, la
   mpitp         ParallelBlock; reproducible: the same with the same bits for any number of ranks
   torch gloo    the same on the same ranks: Megatron's f and g by autograd functions, all_reduce over gloo
   dense torch   one process with all the cores, while the other ranks sleep
+--modes: mpitp's block with sequence parallelism and recomputation, its times over those without, and what it keeps.
 """
 import argparse
 import functools
+import json
+import os
 import statistics
 import sys
+import tracemalloc
 
 import common                                       # before NumPy
 
@@ -25,6 +30,7 @@ import torch.nn.functional as functional
 import mpitp
 from mpitp import measure, tables
 from mpitp.comm.guard import guarded
+from mpitp.layers.closed_forms import activation_bytes
 from mpitp.ops.activation import activation_backward, activation_forward
 from mpitp.ops.attention import attention_backward, attention_forward
 from mpitp.ops.linear import bias_backward
@@ -32,6 +38,12 @@ from mpitp.ops.norm import norm_backward, norm_forward
 
 HEADS = measure.BLOCK_HEADS
 KINDS = ("forward", "forward+backward")
+MODES = {                       # options of ParallelBlock, and whether rows are gathered again
+    "whole x": ({}, False), "rows": (dict(sequence_parallel=True), False),
+    "rows, gathered again": (dict(sequence_parallel=True), True),
+    "attention again": (dict(recompute="attention"), False),
+    "block again": (dict(recompute="block"), False),
+    "rows, block again": (dict(sequence_parallel=True, recompute="block"), True)}
 
 
 # --- torch ---------------------------------------------------------------------------------------------------
@@ -190,12 +202,57 @@ def show_parts(group, tokens, hidden, rounds):
             for name in names])), flush=True)
 
 
+# --- sequence parallelism and recomputation ---------------------------------------------------------------------------
+
+def kept_bytes(group, tokens, hidden, options, gather_again):
+    """(what a rank keeps of a block for backward, by tracemalloc; by the formula)"""
+    blocks = [mpitp.ParallelBlock(group, measure.block_config(hidden), seed=None, **options) for _ in range(3)]
+    rows = mpitp.Rows(group, (1, tokens), gather_again) if options.get("sequence_parallel") else None
+    x, _ = measure.block_data(tokens, hidden)
+    x, found = rows.split(x) if rows else x, []
+    tracemalloc.start()
+    for block in blocks:                        # the first two allocate what is used again
+        x, saved = block.forward(x, rows=rows)
+        found.append((tracemalloc.get_traced_memory()[0], saved))
+    tracemalloc.stop()
+    return found[2][0] - found[1][0], activation_bytes(blocks[0], tokens, gather_again)
+
+
+def run_modes(group, hidden, arguments):
+    tokens, cases = arguments.seq_length, {}
+    for name, (options, gather_again) in MODES.items():
+        cases |= measure.block_cases(group, tokens, hidden, prefix=f"{name} ", gather_again=gather_again, **options)
+    seconds = measure.interleave(group, cases, arguments.rounds, 5e-2)
+    kept = {name: group.comm.allgather(kept_bytes(group, tokens, hidden, *mode)) for name, mode in MODES.items()}
+    if group.rank != 0:
+        return
+    rows = {name: dict({f"{kind} median_seconds": measure.timing(seconds[f"{name} {kind}"]).median for kind in KINDS},
+                       **{f"{kind} over_whole_x": measure.ratio(seconds[f"{name} {kind}"], seconds[f"whole x {kind}"])
+                          for kind in KINDS},
+                       kept_bytes=max(of_rank[0] for of_rank in kept[name]),
+                       formula_bytes=max(of_rank[1] for of_rank in kept[name])) for name in MODES}
+    print(f"decoder block, h = {hidden}, {tokens} tokens, {group.size} ranks, medians of {arguments.rounds} rounds, "
+          f"interleaved; what is kept is the largest rank's")
+    print("\n".join(tables.table(("", *KINDS, "over whole x", "kept MiB", "by formula"), [
+        (name, *(tables.seconds(row[f"{kind} median_seconds"]) for kind in KINDS),
+         f"{row['forward+backward over_whole_x']:.3f}", f"{row['kept_bytes'] / 2 ** 20:.2f}",
+         f"{row['formula_bytes'] / 2 ** 20:.2f}") for name, row in rows.items()])), flush=True)
+    if arguments.out:
+        os.makedirs(arguments.out, exist_ok=True)
+        with open(os.path.join(arguments.out, f"block-modes-h{hidden}-n{group.size}.json"), "w") as out:
+            json.dump({"schema": "mpitp.benchmark.block_modes/1", "ranks": group.size, "hidden_size": hidden,
+                       "tokens": tokens, "rounds": arguments.rounds, "dtype": "float32",
+                       "machine": common.launch.machine(), "mpi": common.launch.library_name(), "rows": rows}, out,
+                      indent=1)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--hidden-size", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--parts", action="store_true", help="time mpitp's parts instead")
+    parser.add_argument("--modes", action="store_true", help="time sequence parallelism and recomputation instead")
     parser.add_argument("--out", metavar="FOLDER")
     arguments = parser.parse_args()
     torch.set_num_threads(common.SHARE)
@@ -208,6 +265,8 @@ def main():
 
 def run(group, fixed, single, hidden, arguments):
     tokens, config = arguments.seq_length, measure.block_config(hidden)
+    if arguments.modes:
+        return run_modes(group, hidden, arguments)
     if arguments.parts:
         return show_parts(group, tokens, hidden, arguments.rounds)
     cases = measure.block_product_cases(group, tokens, hidden)

@@ -34,8 +34,8 @@ from mpitp.measure.calibrate_python import Tiny     # noqa: E402
 from mpitp.measure.decode import Decode             # noqa: E402
 from mpitp.measure.feed_forward import LayerCases   # noqa: E402
 from mpitp.plan.job import Job, Layout              # noqa: E402
-from mpitp.plan.layer_work import block_work, mlp_work      # noqa: E402
-from mpitp.plan.work import read_bytes, work        # noqa: E402
+from mpitp.plan.layer_work import block_bytes, block_work, mlp_bytes, mlp_work      # noqa: E402
+from mpitp.plan.work import work, working_bytes        # noqa: E402
 from mpitp.training.data import Tokens              # noqa: E402
 from mpitp.training.loop import Settings, Trainer   # noqa: E402
 
@@ -62,19 +62,20 @@ def layer_cases(layer, tokens, hidden, shape):
 
 
 def feed_forward(group, hidden, tokens):
-    """Yield (name, case, items, bytes of the weights)."""
+    """Yield (name, case, items, bytes that the case works on)."""
     layer = mpitp.ParallelMLP(group, hidden, 4 * hidden, bias=False, seed=None)
     cases = layer_cases(layer, tokens, hidden, lambda tokens, hidden: (tokens, hidden))
     for name, case in (("forward", cases.forward), ("forward+backward", cases.forward_backward)):
-        yield name, case, mlp_work(tokens, hidden, 4 * hidden, group.size, name != "forward"), layer.local_bytes()
+        sizes = tokens, hidden, 4 * hidden, group.size, name != "forward"
+        yield name, case, mlp_work(*sizes), mlp_bytes(*sizes)
 
 
 def block(group, hidden, tokens):
     layer = ParallelBlock(group, block_config(hidden), seed=None)
     cases = layer_cases(layer, tokens, hidden, lambda tokens, hidden: (1, tokens, hidden))
     for name, case in (("forward", cases.forward), ("forward+backward", cases.forward_backward)):
-        items = block_work(block_config(hidden), tokens, group.size, name != "forward")
-        yield name, case, items, layer.local_bytes()
+        sizes = block_config(hidden), tokens, group.size, name != "forward"
+        yield name, case, block_work(*sizes), block_bytes(*sizes)
 
 
 def llama(hidden, layers, vocabulary):
@@ -88,7 +89,7 @@ def decode(group, hidden, tokens):
     items = [item for item in work(job, Layout(group.size), "token")
              if item.what not in ("greatest", "all_gather")]        # extend() alone
     yield "token", Decode(filled(mpitp.Decoder(group, config, seed=None)), tokens).run, items, \
-        read_bytes(job, Layout(group.size))
+        working_bytes(job, Layout(group.size), "token")
 
 
 def step(group, hidden, layers, batch, tokens):
@@ -97,7 +98,7 @@ def step(group, hidden, layers, batch, tokens):
     trainer = Trainer(group, config, Tokens(None, 256, tokens, 0),
                       Settings(micro_batch_size=batch, train_iters=1 << 30))
     yield "training step", trainer.train_step, work(job, Layout(group.size), "step"), \
-        read_bytes(job, Layout(group.size))
+        working_bytes(job, Layout(group.size), "step")
 
 
 def cases(group):
@@ -122,15 +123,15 @@ def seconds_of(group, case):
 
 
 def measure(group, rounds):
-    """The machine, and {(kind, size, name): ([seconds of each round], items, bytes of weights)}."""
+    """The machine, and {(kind, size, name): ([seconds of each round], items, bytes worked on)}."""
     calibration, found = Calibration(group), {}
     tiny = Tiny(calibration)
     for number in range(rounds):
         calibration.run_pass()
         tiny.run_pass()
         for kind, size, make in cases(group):
-            for name, case, items, weight_bytes in make():
-                row = found.setdefault((kind, size, name), ([], items, weight_bytes))
+            for name, case, items, working in make():
+                row = found.setdefault((kind, size, name), ([], items, working))
                 row[0].append(seconds_of(group, case))
         if group.rank == 0:
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
@@ -140,9 +141,9 @@ def measure(group, rounds):
 def compare(machine, found):
     """[{kind, size, case, measured, planned, error}]."""
     rows = []
-    for (kind, size, name), (times, items, weight_bytes) in found.items():
+    for (kind, size, name), (times, items, working) in found.items():
         measured = statistics.median(times)
-        planned = sum(machine.seconds(item, "float32", 4, weight_bytes) for item in items)
+        planned = sum(machine.seconds(item, "float32", 4, working) for item in items)
         rows.append({"kind": kind, "size": list(size), "case": name, "measured_seconds": measured,
                      "planned_seconds": planned, "error": abs(planned - measured) / measured,
                      "spread": max(times) / min(times)})

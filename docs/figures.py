@@ -143,6 +143,14 @@ def versions() -> str:
         f"\n\n{found['ranks']} ranks, {found['dtype']}, medians of {found['pairs']} pairs; {where(found)}"
 
 
+def pythons() -> str:
+    """Return the table of the Pythons that .ci/versions has run the tests with."""
+    rows = [[one["python"], one["numpy"], one["mpi4py"], f"MPICH {one['mpich']}",
+             f"without those that start jobs, on {' and '.join(map(str, one['ranks']))} "
+             f"rank{'' if one['ranks'] == [1] else 's'}"] for one in result("pythons")["ran"]]
+    return table(["Python", "NumPy", "mpi4py", "MPI", "tests"], rows, left=5)
+
+
 def runs() -> str:
     """Return the table of all runs of version 0.1.0, ratio by ratio."""
     rows = []
@@ -226,7 +234,8 @@ def two_hosts() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "ffn": lambda: interleaved("ffn-h2048-n2"), "block-512": lambda: interleaved("block-h512-n2"),
     "block-1024": lambda: interleaved("block-h1024-n2"), "train": lambda: interleaved("train-h256-n2"),
-    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions, "runs": runs,
+    "decode": decode, "gpu": gpu, "accuracy": accuracy, "ratios": ratios, "versions": versions,
+    "runs": runs, "pythons": pythons,
     "walk": walk.table, "families": families_table.table, "clusters": clusters,
     "two-hosts": two_hosts}
 

@@ -32,39 +32,42 @@ class Mistake:
 
 
 LOOP, DATA, SCORE = "mpitp/training/loop.py", "mpitp/training/data.py", "mpitp/commands/score.py"
+SHOWN = "mpitp/commands/train_progress.py"
+FORWARD = "self.model.forward(ids, step=self.dealing.address(self.step, piece))"
 SEED = "self.config, self.seed = config, 0 if seed is None else seed"
 FIGURES = "tests/test_train_figures.py::test_what_is_printed_and_logged"
 DENSE = "tests/test_train.py::test_weights_and_state_against_dense"
 MISTAKES = [
     # --- training ---------------------------------------------------------------------------------------------------
-    Mistake("no dropout in training", LOOP, "self.model.forward(ids, step=number)", "self.model.forward(ids)", DENSE),
-    Mistake("one dropout mask for all micro-batches", LOOP, "self.model.forward(ids, step=number)",
+    Mistake("no dropout in training", LOOP, FORWARD, "self.model.forward(ids)", DENSE),
+    Mistake("one dropout mask for all micro-batches", LOOP, FORWARD,
             "self.model.forward(ids, step=self.step)", DENSE),
     Mistake("validation with dropout", LOOP, "self.model.forward(ids, save=False)",
             "self.model.forward(ids, step=self.step, save=False)", DENSE),
     Mistake("reported loss not divided by the accumulation", LOOP,
-            "loss += self.add_gradients(micro) / settings.gradient_accumulation", "loss += self.add_gradients(micro)",
+            "        return loss\n", "        return loss * self.settings.gradient_accumulation\n",
             DENSE),
     Mistake("gradients not divided by the accumulation", LOOP,
-            "self.model.loss_backward(saved_loss, 1 / self.settings.gradient_accumulation)",
-            "self.model.loss_backward(saved_loss)", DENSE),
-    Mistake("validate() with its sign turned", LOOP, "return total / count", "return -total / count", DENSE),
-    Mistake("validation smooths labels, as training does", LOOP, "self.model.loss(logits, targets)[0] * ids.size",
-            "self.model.loss(logits, targets, label_smoothing=self.settings.label_smoothing)[0] * ids.size", DENSE),
+            "self.model.loss_backward(saved_loss, 1 / times)", "self.model.loss_backward(saved_loss)", DENSE),
+    Mistake("validate() with its sign turned", LOOP, "return sum(totals, 0.0)", "return -sum(totals, 0.0)", DENSE),
+    Mistake("validation smooths labels, as training does", LOOP,
+            "self.model.loss(logits, targets, ignore_index=IGNORED)",
+            "self.model.loss(logits, targets, label_smoothing=0.1, ignore_index=IGNORED)", DENSE),
     Mistake("gradient norm after clipping", LOOP, '"gradient_norm": norm, "lr"', '"gradient_norm": norm * scale, "lr"',
             DENSE),
     Mistake("z-loss of --z-loss not given to the loss", LOOP, "z_loss=self.settings.z_loss", "z_loss=0.0", DENSE),
-    Mistake("--z-loss that the command drops", "mpitp/commands/train.py", '"spike_limit", "z_loss")', '"spike_limit")',
+    Mistake("--z-loss that the command drops", "mpitp/commands/train.py", '"spike_limit", "z_loss", "repro',
+            '"spike_limit", "repro',
             "tests/test_train_figures.py::test_flags_reach_the_settings"),
-    Mistake("nats printed as bits by train", "mpitp/commands/train.py", 'figures["loss"] / math.log(2)',
+    Mistake("nats printed as bits by train", SHOWN, 'figures["loss"] / math.log(2)',
             'figures["loss"]', FIGURES),
-    Mistake("validation in nats printed as bits by train", "mpitp/commands/train.py",
+    Mistake("validation in nats printed as bits by train", SHOWN,
             'figures["validation_loss"] / math.log(2)', 'figures["validation_loss"]',
             FIGURES),
-    Mistake("tokens a second without the accumulation", "mpitp/commands/train.py",
-            "settings.micro_batch_size * settings.gradient_accumulation *", "settings.micro_batch_size *",
+    Mistake("tokens a second without the accumulation", SHOWN,
+            "settings.global_batch_size *", "settings.micro_batch_size *",
             FIGURES),
-    Mistake("nats printed as bits by score", SCORE, "loss * counted / math.log(2) / utf8", "loss * counted / utf8",
+    Mistake("nats printed as bits by score", SCORE, "bits * counted / utf8", "loss * counted / utf8",
             "tests/test_score.py::test_text"),
     Mistake("bits printed as nats by score", SCORE, 'f"loss {result.loss:.6f} nats',
             'f"loss {result.loss / math.log(2):.6f} nats',

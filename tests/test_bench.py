@@ -67,7 +67,8 @@ def test_every_bench_on_the_groups_device(group):
     for dtype in ("float32", "bfloat16") if has_half else ("float32",):
         options = argparse.Namespace(what=[], hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, seq_length=8,
                                      dtype=dtype, max_bytes=64, rounds=1, reproducible=True, device=group.device,
-                                     transport="auto", share_gpu=True, tf32=group.tf32, stall_limit=None)
+                                     transport="auto", share_gpu=True, tf32=group.tf32, stall_limit=None,
+                                     timeline=None)
         for run in (bench.collectives, bench.products, bench.feed_forward, bench.decoder_block, bench.one_token):
             assert all(row.median_seconds > 0 for row in run(group, options))
 

@@ -1,9 +1,12 @@
 """Chat templates: the texts of transformers, from each place of a folder; hostile ones end with one line."""
+import fcntl
 import json
 import os
 import pty
 import subprocess
 import sys
+import termios
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -205,24 +208,25 @@ def test_a_chat(folder, tmp_path):
 @pytest.mark.launcher
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_is_typed(folder, ranks, tmp_path):
-    """At a pseudo-terminal: each line is answered, with all that was said before; the end of the input ends it."""
+    """At a pseudo-terminal: each line is answered, with all that was said before; an empty line ends it, or the end."""
     ours, theirs = pty.openpty()
     starter = mpirun(ranks) if ranks > 1 else []
     running = subprocess.Popen([*starter, sys.executable, "-m", "mpitp", "generate", "--model", folder, "--chat",
                                 "--max-new-tokens", "3", "--json", str(tmp_path / "r.json"), "--stall-limit", "1"],
-                               env=job_environment(MPIEXEC_TIMEOUT="60"), cwd=ROOT, stdin=theirs,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               env=job_environment(MPIEXEC_TIMEOUT="120"), cwd=ROOT, stdin=theirs,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0))   # Open MPI reads no other
     os.close(theirs)
     seen = b""
-    for line in (b"hi\n", b"\n", b"why\n", b"\x04"):
-        while not seen.endswith(b"> "):
+    for line in (b"hi\n", b"why\n", b"\n" if ranks > 1 else b"\x04"):
+        while not seen.rstrip().endswith(b">"):
             seen += os.read(running.stdout.fileno(), 1000) or pytest.fail(running.stderr.read().decode())
         seen = b""
         if line == b"why\n":
             with pytest.raises(subprocess.TimeoutExpired):                     # a pause is longer than --stall-limit
                 running.wait(2.5)
         os.write(ours, line)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=120)
     os.close(ours)
     assert running.returncode == 0 and not err, err
     first, second = json.loads((tmp_path / "r.json").read_text())["sequences"]

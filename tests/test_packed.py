@@ -12,9 +12,9 @@ import mpitp
 from mpitp import InputError
 from mpitp.checkpoints import packing
 from mpitp.inference.kv import KeyValues
-from mpitp.ops import packed
+from mpitp.ops import bfloat16, packed
 from mpitp.ops.embedding import embedding_forward
-from mpitp.ops.linear import linear_forward
+from mpitp.ops.linear import linear_forward, two_linears_forward
 from spmd import draw, everywhere, job, same_bytes
 
 HAS_NUMKONG = importlib.util.find_spec("numkong") is not None
@@ -23,7 +23,7 @@ with_numkong = pytest.mark.skipif(not HAS_NUMKONG, reason="NumKong is not instal
 CASES = ["llama3_biases", "gpt2", "falcon_40b", "gemma3_text", "gemma2", "olmo2", "bloom", "phi_grouped"]
 
 
-def weight_of(bits, activations="float32", faster_rows=packing.EVERY_BATCH, ends=()):
+def weight_of(bits, activations="float32", faster_rows=packed.EVERY_BATCH, ends=()):
     """A PackedWeight of bfloat16 bits in the buffers that end there."""
     ends = [0, *ends, len(bits)]
     buffers = [packed.pack(bits[start:stop], start) for start, stop in zip(ends, ends[1:])]
@@ -31,7 +31,7 @@ def weight_of(bits, activations="float32", faster_rows=packing.EVERY_BATCH, ends
 
 
 def bits_of(seed, *shape):
-    return packed.upper_halves(draw(seed, *shape, dtype=np.float32))
+    return bfloat16.upper_halves(draw(seed, *shape, dtype=np.float32))
 
 
 def any_numbers(seed, *shape):
@@ -46,9 +46,9 @@ def any_numbers(seed, *shape):
 
 def test_three_numbers_add_up_to_x():
     x = any_numbers(0, 40, 50)
-    numbers = packed.Numbers(*x.shape)
+    numbers = bfloat16.Numbers(*x.shape)
     numbers.put(x)
-    parts = packed.widened(numbers.numbers_KNI)
+    parts = bfloat16.widened(numbers.numbers_KNI)
     assert same_bytes(parts.astype(np.float64).sum(0) + 0.0, x.astype(np.float64) + 0.0)
     assert (np.abs(parts[1:]) <= np.abs(parts[0]) * 2.0 ** -7).all()
 
@@ -56,8 +56,8 @@ def test_three_numbers_add_up_to_x():
 def test_rounded_is_the_nearest():
     x = any_numbers(1, 40, 50)
     x = x[np.abs(x) < 1e30].reshape(1, -1)              # 2^16 times as much must be finite
-    found = packed.rounded(x)
-    assert same_bytes(packed.widened(packed.upper_halves(found)), found)
+    found = bfloat16.rounded(x)
+    assert same_bytes(bfloat16.widened(bfloat16.upper_halves(found)), found)
     error, nearest = np.abs(found - x), x.astype(ml_dtypes.bfloat16).astype(np.float32)
     assert same_bytes(error, np.abs(nearest - x))
 
@@ -68,11 +68,11 @@ def test_rounded_is_the_nearest():
 def test_products(activations, rows, outputs, depth):
     """By NumKong and by BLAS, as exact as BLAS alone on the same numbers, also into a gap of another array."""
     x, bits = draw(1, rows, depth, dtype=np.float32), bits_of(2, outputs, depth)
-    w, exact_x = packed.widened(bits), x if activations == "float32" else packed.rounded(x)
+    w, exact_x = bfloat16.widened(bits), x if activations == "float32" else bfloat16.rounded(x)
     exact = exact_x.astype(np.float64) @ w.T.astype(np.float64)
     magnitude = np.abs(exact_x.astype(np.float64)) @ np.abs(w.T.astype(np.float64))
     limit = 4 * np.finfo(np.float32).eps * magnitude
-    for faster_rows in (0, packing.EVERY_BATCH):
+    for faster_rows in (0, packed.EVERY_BATCH):
         weight = weight_of(bits, activations, faster_rows, ends=range(8, outputs, 8))
         assert (np.abs(linear_forward(x, weight)[0] - exact) <= limit).all()
         out = np.full((rows, outputs + 2), 7, np.float32)
@@ -95,8 +95,18 @@ def test_bits_of_a_product_depend_on_its_row_and_its_weight_alone():
 
 
 @with_numkong
+@pytest.mark.parametrize("activations", packed.FASTER_ROWS)
+@pytest.mark.parametrize("rows", [1, 13])
+def test_two_products_of_one_x(activations, rows):
+    x = draw(1, rows, 70, dtype=np.float32)
+    both = [weight_of(bits_of(seed, 24, 70), activations, 12) for seed in (2, 3)]
+    for found, weight in zip(two_linears_forward(x, *both), both):
+        assert same_bytes(found, linear_forward(x, weight)[0])
+
+
+@with_numkong
 def test_kernels_whose_bits_depend_on_the_batch_are_refused(monkeypatch):
-    monkeypatch.setattr(packed, "packed_product", lambda x, w, y: np.add(x @ packed.widened(w.buffers[0].rows).T,
+    monkeypatch.setattr(packed, "packed_product", lambda x, w, y: np.add(x @ bfloat16.widened(w.buffers[0].rows).T,
                                                                          1e-6 * len(x), out=y))
     with pytest.raises(InputError, match="found NumKong .*whose bits depend on the batch, expected reproducible"):
         packed.require_fixed_bits()
@@ -111,7 +121,7 @@ def test_what_is_not_finite_stays_so(activations, rows):
     for value in (np.nan, np.inf, -np.inf, np.uint32(0xFFFFFFFF).view(np.float32), np.uint32(0x7F800001).view("f")):
         x, bits = np.ones((rows, 40), np.float32), bits_of(2, 16, 40)
         x[-1, 3] = value
-        for faster_rows in (0, packing.EVERY_BATCH):
+        for faster_rows in (0, packed.EVERY_BATCH):
             assert not np.isfinite(linear_forward(x, weight_of(bits, activations, faster_rows))[0][-1]).any()
     bits[5, 7] = 0x7F80                                 # an infinite weight
     y = linear_forward(np.ones((rows, 40), np.float32), weight_of(bits, activations))[0]
@@ -123,7 +133,7 @@ def test_rows_are_looked_up_as_they_are():
     bits = bits_of(1, 30, 65)                           # 65: NumKong pads its rows
     bits[4], ids = 0x8000, np.array([29, 0, 4, -1, 30, 17, 4])
     weight = weight_of(bits, ends=[8, 24])
-    assert same_bytes(embedding_forward(weight, ids), embedding_forward(packed.widened(bits), ids))
+    assert same_bytes(embedding_forward(weight, ids), embedding_forward(bfloat16.widened(bits), ids))
     assert np.signbit(embedding_forward(weight, ids)[2]).all()
 
 

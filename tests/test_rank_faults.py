@@ -242,7 +242,7 @@ def test_where_a_thread_stands():
 def test_the_state_of_a_process():
     assert stand.is_there(os.getpid()) and stand.state(os.getpid()) == ""
     gone = subprocess.Popen([sys.executable, "-c", ""])
-    time.sleep(0.5)
+    os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)      # it has ended; what is left of it stays
     assert not stand.is_there(gone.pid) and stand.state(gone.pid) == " (dead)"
     gone.wait()
     assert not stand.is_there(gone.pid) and stand.state(gone.pid) == " (there is no such process)"

@@ -3,13 +3,15 @@ import inspect as python
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from mpitp import InputError
 from mpitp.commands import inspect, progress
 from mpitp.comm import mpi, stand, watchdog
 from mpitp.comm.workers import Workers
-from mpitp.court.mistakes import vocabulary
+from mpitp.court import verdict
+from mpitp.court.mistakes import left_out, vocabulary
 
 
 def test_blocks_are_computed_by_this_thread_or_by_others():
@@ -73,3 +75,42 @@ def test_only_terminals_are_watched(monkeypatch, out, err, watched):
         stream = None if terminal is None else SimpleNamespace(isatty=lambda terminal=terminal: terminal)
         monkeypatch.setattr(progress.sys, name, stream)
     assert progress.is_watched() is watched
+
+
+def test_the_worst_rank_of_a_tensor_is_shown():
+    """Infinite and NaN are worse than any number."""
+    tensor = SimpleNamespace(phase="forward", name="y", title="y", layout=SimpleNamespace(how="split"), dtype="F32")
+    for excesses, worst in (([1.0, 5.0, 2.0], 1), ([9.0, 5.0, float("nan")], 2)):
+        yard = SimpleNamespace(dump=SimpleNamespace(ranks=3), read=lambda tensor, rank, excesses=excesses:
+                               SimpleNamespace(rank=rank, excess=excesses[rank], good=excesses[rank] < 4))
+        row = verdict.judged(tensor, yard)
+        assert row.reading.rank == worst and row.verdict == "wrong"
+
+
+@pytest.mark.parametrize("phase, name, how, parts, summands", [
+    ("backward", "attention.key", "split", [[0, 1], [1, 2]], True),
+    ("backward", "value", "split", [[0, 1], [2]], False),
+    ("backward", "attention.key", "copied", [[0, 1], [1, 2]], False),
+    ("forward", "key", "split", [[0, 1], [1, 2]], False),
+    ("backward", "attention.query", "split", [[0, 1], [1, 2]], False)])
+def test_which_gradients_are_summands_of_shared_heads(phase, name, how, parts, summands):
+    layout = SimpleNamespace(how=how, parts=parts, shape=(3,), axis=0)
+    assert verdict.holds_summands(SimpleNamespace(phase=phase, name=name, layout=layout)) is summands
+
+
+@pytest.mark.parametrize("ranks, orders", [(2, 1), (3, 5), (4, 23), (5, 1)])
+def test_orders_in_which_tokens_may_be_gathered(ranks, orders):
+    """All but the right one, and of many ranks the reversed one alone."""
+    parts = [np.arange(2) + 2 * rank for rank in range(ranks)]
+    case = SimpleNamespace(tokens=SimpleNamespace(parts=parts, axis=0), by_tokens=False, ranks=ranks, kind="mlp",
+                           with_faults=dict)
+    planted = list(left_out.gathered(case))
+    assert len(planted) == 3 * orders and sum("in the order" in text for text, _ in planted) == 3 * orders
+
+
+@pytest.mark.parametrize("kind, position, mistakes", [
+    ("attention", "rotary", 2), ("decoder", "rotary", 2), ("mlp", None, 0), ("block", "alibi", 0),
+    ("embedding", "rotary", 0)])
+def test_gradients_are_turned_back_where_positions_are_rotary(kind, position, mistakes):
+    case = SimpleNamespace(kind=kind, config=SimpleNamespace(position_embedding=position), with_faults=dict)
+    assert len(list(left_out.rotary_back(case))) == mistakes

@@ -11,13 +11,11 @@ from ..errors import one_of, require
 from ..layers.base import ParallelLayer, Weights
 from ..layers.decoder import Decoder
 from ..ops.attention_by_query import attention_by_query
-from ..ops.packed import (FASTER_ROWS, Buffer, PackedWeight, description, pack, require_fixed_bits,
+from ..ops.packed import (EVERY_BATCH, FASTER_ROWS, Buffer, PackedWeight, description, pack, require_fixed_bits,
                           rows_together)
 from ..plan.tensors import is_matrix
 from .families.layout import View
 from .model_folder import ModelFolder, summary
-
-EVERY_BATCH = 1 << 60       # rows of x that NumKong multiplies where bits must not depend on how many there are
 
 
 def require_packable(group: TensorParallelGroup, folder: ModelFolder, dtype: str, activations: str) -> None:

@@ -11,8 +11,8 @@ from ..plan.outcome import memory, smallest_that_fits
 
 CGROUP = "/sys/fs/cgroup/memory.max"
 GIB = 2 ** 30
-NEEDED_FOR = {"load": "weights", "train": "weights, gradients, optimizer and activations",
-              "decode": "weights, keys, values and activations", "score": "weights and activations"}
+NEEDED_FOR = {"load": ["weights"], "train": ["weights", "gradients", "optimizer"],
+              "decode": ["weights", "keys", "values"], "score": ["weights"]}
 
 
 def require_room(group: TensorParallelGroup, subject: str, job: Job, tensor: TensorParallelGroup | None = None) -> None:
@@ -49,8 +49,14 @@ def require_room(group: TensorParallelGroup, subject: str, job: Job, tensor: Ten
             enough = smallest_that_fits(job, free, here, layout)
             remedy = f"{enough} ranks, {here} a host, would do" if enough else "no number of ranks needs as little"
             raise InputError(f"{subject}: found {free / GIB:.1f} GiB of memory free on {host}, expected "
-                             f"{sum(needed) / GIB:.1f} GiB for the {kept} {NEEDED_FOR[job.kind]} of the "
+                             f"{sum(needed) / GIB:.1f} GiB for the {kept} {needed_for(job)} of the "
                              f"{here} rank{'s' if here > 1 else ''} there ({remedy})")
+
+
+def needed_for(job: Job) -> str:
+    """Return what a job needs memory for, in words."""
+    words = NEEDED_FOR[job.kind] + (["activations"] if job.activations and job.kind != "load" else [])
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def free_bytes() -> int | None:

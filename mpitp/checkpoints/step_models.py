@@ -42,11 +42,15 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     """Open a checkpoint of the hub's kind, or a step folder. Raises InputError for the folder of a whole run."""
     if is_step_folder(folder):
         return StepCheckpoint(folder)
-    if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "config.json")) and steps(os.fspath(folder)):
-        newest = step_folder(os.fspath(folder), steps(os.fspath(folder))[-1])
-        raise InputError(f"{os.fspath(folder)}: found the folder of a training run, expected one of its step folders, "
-                         f"such as {newest}")
+    require_no_run(os.fspath(folder))
     return Checkpoint(folder)
+
+
+def require_no_run(folder: str) -> None:
+    """Raise InputError for the folder of a training run, which has several models."""
+    if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "config.json")) and steps(folder):
+        raise InputError(f"{folder}: found the folder of a training run, expected one of its step folders, such as "
+                         f"{step_folder(folder, steps(folder)[-1])}")
 
 
 class StepCheckpoint(Checkpoint):
@@ -126,6 +130,7 @@ def byte_vocabulary(folder: str) -> int | None:
     Folders of mpitp 0.2.0 and before do not say it: of a vocabulary of 256 tokens they are.
     """
     if not is_step_folder(folder):
+        require_no_run(folder)
         return None
     state = checked_state(folder)
     size = config_of(state.get("config"), MOST_LAYERS, os.path.join(folder, "state.json")).vocab_size

@@ -61,10 +61,12 @@ def ask(group: TensorParallelGroup, arguments: argparse.Namespace, kind: str, ba
 def training(ranks: Any, arguments: argparse.Namespace, config: DecoderConfig, settings: Settings) -> None:
     """Refuse a training for which there is no memory. Collective.
 
+    Of sequence parallelism and recomputation, which are there to keep less, only what stays is asked for.
+
     ranks : a TensorParallelGroup, or a Grid of them
     """
     world, tensor = getattr(ranks, "world", ranks), getattr(ranks, "tensor", ranks)
     job = Job(config, "train", settings.micro_batch_size, arguments.seq_length,
               accumulation=settings.gradient_accumulation, unit=settings.reproducible_unit, dtype=arguments.dtype,
-              device=world.device)
+              activations=not (settings.sequence_parallel or settings.recompute), device=world.device)
     require_room(world, "the model", job, tensor)

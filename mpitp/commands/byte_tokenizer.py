@@ -30,7 +30,7 @@ class ByteTokenizer(Tokenizer):
             if byte >= self.vocab_size:
                 raise InputError(f"found byte {byte} at position {at} of a text, expected 0 to {self.vocab_size - 1}, "
                                  f"below the vocabulary's size")
-        return array("i", content), 0
+        return array("i", list(content)), 0
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of bytes; U+FFFD for what is no UTF-8, and for a token that is no byte."""

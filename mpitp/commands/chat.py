@@ -161,15 +161,14 @@ class Conversation:
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")
 
     def next_text(self) -> str | None:
-        """Read a line and return the text of the conversation with it; None where the input ends."""
-        while True:
-            print("> ", end="", flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                print()
-                return None
-            if line.strip():
-                break
+        """Read a line and return the text of the conversation with it; None for an empty line or the end of the input.
+
+        Open MPI's mpirun forwards whole lines, and not the end of what is typed.
+        """
+        print("> ", end="" if sys.stdin.isatty() else "\n", flush=True)
+        line = sys.stdin.readline()
+        if not line.strip():
+            return None
         self.messages.append({"role": "user", "content": line.rstrip("\r\n")})
         return self.template.render([self.messages])[0]
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Any, BinaryIO, Protocol
 
 from ..errors import InputError
@@ -149,6 +150,11 @@ def serve(server: Server) -> None:
 def limit_memory(size: int) -> None:
     """Let this process have so many bytes beside those that it has."""
     limit(size + address_space(), "RLIMIT_AS")
+
+
+def limit_seconds(seconds: int) -> None:
+    """Let this process take so many seconds of processor time beside those that it has taken."""
+    limit(seconds + round(time.process_time()), "RLIMIT_CPU")
 
 
 def limit(value: int, name: str) -> None:

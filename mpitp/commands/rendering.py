@@ -89,7 +89,7 @@ def plain_message(message: dict[str, Any]) -> dict[str, Any]:
 
 def serve() -> None:
     """Run the child."""
-    child.limit(SECONDS, "RLIMIT_CPU")
+    child.limit_seconds(SECONDS)
     child.limit_memory(ROOM)
     child.limit(0, "RLIMIT_CORE")
     child.limit(0, "RLIMIT_FSIZE")              # a template has no file to write

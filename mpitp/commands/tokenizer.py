@@ -25,7 +25,7 @@ def begin(argv: Sequence[str]) -> None:
         elif word.startswith("--model="):
             folder = word.partition("=")[2]
     if folder is not None and not any(word.startswith("--ids") or word in ("-h", "--help") for word in argv):
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(InputError, OSError):
             _begun[folder] = Tokenizer(folder)
 
 
@@ -67,8 +67,8 @@ class Tokenizer:
     def load(self) -> None:
         """Wait until the tokenizer is loaded."""
         if not self.is_loaded:
+            self.is_loaded = True               # or found not to be: the answer comes once
             self.child.finish()
-            self.is_loaded = True
 
     def encode(self, text: str, special: bool = True) -> tuple[array, int]:
         """Return the ids of a text, and how many of them the tokenizer adds in front of it.

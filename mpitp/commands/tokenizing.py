@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 # Memory that tokenizer.json may take to be loaded, a byte of it (measured: Gemma 3's 11), and a text to be encoded.
 BYTES_OF_FILE, BYTES_OF_TEXT, ROOM = 32, 512, 256 << 20
+# And processor time to load or to encode, and more for a text (measured: 3 us a byte).
+SECONDS, BYTES_OF_SECOND = 120, 10_000
 EXPECTED = f"a tokenizer that needs {BYTES_OF_FILE} times its file's bytes and {ROOM >> 20} MiB of memory at most, " \
-           f"and {BYTES_OF_TEXT} a byte of text"
+           f"and {BYTES_OF_TEXT} a byte of text, and {SECONDS} s and one for {BYTES_OF_SECOND} bytes of text"
 
 
 def load_tokenizer(folder: str) -> Tokenizer:
@@ -84,10 +86,12 @@ class TokenizerServer:
         what = question["do"]
         if what == "load":
             folder = os.fsdecode(data)
+            child.limit_seconds(SECONDS)
             child.limit_memory(ROOM + BYTES_OF_FILE * os.path.getsize(path_of(folder)))
             self.tokenizer = load_tokenizer(folder)
             return {}, b""
         if what == "encode":
+            child.limit_seconds(SECONDS + len(data) // BYTES_OF_SECOND)
             child.limit_memory(ROOM + BYTES_OF_TEXT * len(data))
             ids, added = encode(self.tokenizer, data.decode(), question["special"])
             return {"added": added}, ids.tobytes()

@@ -232,7 +232,7 @@ class ScoredChoice(Choice):
     def __call__(self, logits_BVp: Array, step: int) -> np.ndarray:
         """Choose the (B,) tokens of a step. Collective; see generate."""
         tokens_B = super().__call__(logits_BVp, step)
-        self.logprobs.append(np.array([-self.model.loss(logits_BVp[b:b + 1], tokens_B[b:b + 1])[0]
+        self.logprobs.append(np.array([0.0 - self.model.loss(logits_BVp[b:b + 1], tokens_B[b:b + 1])[0]
                                        for b in range(len(tokens_B))]))
         return tokens_B
 

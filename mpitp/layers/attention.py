@@ -17,7 +17,7 @@ from ..ops.alibi import alibi_slopes
 from ..ops.attention import attention_backward, attention_forward
 from ..ops.keys_values import last_query_forward
 from ..ops.linear import add_bias, bias_backward, linear_weight_backward, product
-from ..ops.norm import norm_backward
+from ..ops.norm import norm_backward, norm_of_heads
 from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
 from ..sharding.decoder_specs import attention_specs
 from ..sharding.heads import KeyValueUnit
@@ -25,7 +25,6 @@ from ..sharding.partition import Block
 from ..sharding.specs import join
 from .base import ParallelLayer, require_saved
 from .heads import AttentionCall, Heads, as_heads, as_rows, by_group, require_mask
-from .norm import norm_of_heads
 from .products import (column_parallel_backward, column_parallel_forward, copy_to_ranks_backward, copy_to_ranks_forward,
                        reduce_from_ranks_backward, reduce_from_ranks_forward, row_parallel_backward,
                        row_parallel_forward, rows_of, two_column_parallel_forward)
@@ -157,8 +156,7 @@ class ParallelAttention(ParallelLayer):
         """Return a block's summand of y (N, D), its heads times their columns of out; and what backward needs."""
         rows = self.heads.block_rows(block)
         q_BSHK, of_norm = self.norm_and_rotate("query", self.project("query", x_ND, rows, call), call)
-        a_BSHK = self.group.xp.empty_like(q_BSHK)
-        statistics = []
+        a_BSHK, statistics = self.group.xp.empty_like(q_BSHK), []
         for unit, heads in self.heads.heads_by_unit(block):
             if call.kv is not None and call.S == 1 and call.mask is None:
                 q, a = (array[:, 0, heads.start - block.start:heads.stop - block.start] for array in (q_BSHK, a_BSHK))
@@ -281,16 +279,14 @@ class ParallelAttention(ParallelLayer):
         for block in self.own_blocks:
             dq_norm, dk_norms = norms[block.index]
             total.add(block, xp.stack([dq_norm, sum(dk_norms, xp.zeros(self.kv_channels, self.sum_dtype))]))
-        d_query, d_key = total.all_reduce()
-        gradients[join(self.name, "query_norm.weight")][...] = d_query
-        gradients[join(self.name, "key_norm.weight")][...] = d_key
+        for part, d_K in zip(("query", "key"), total.all_reduce()):
+            gradients[join(self.name, f"{part}_norm.weight")][...] = d_K
 
     # --- what both have ---------------------------------------------------------------------------------------------
 
     def project(self, part: str, x_ND: Array, rows: slice, call: AttentionCall) -> Array:
         """Return x times these rows of a projection, plus its bias, as (B, S, heads, K)."""
-        y_NHK = column_parallel_forward(x_ND, self.own[f"{part}.weight"], rows)
-        return self.with_bias(part, y_NHK, rows, call)
+        return self.with_bias(part, column_parallel_forward(x_ND, self.own[f"{part}.weight"], rows), rows, call)
 
     def project_key_value(self, x_ND: Array, rows: slice, call: AttentionCall) -> tuple[Array, Array]:
         """Return the projections of keys and of values, as project() does, but at once."""
@@ -309,7 +305,7 @@ class ParallelAttention(ParallelLayer):
             x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         if self.rotary:
             starts = None if call.kv is None else call.kv.starts
-            x_BSHK = rotary_forward(x_BSHK, *call.tables, interleaved=self.rotary.interleaved, starts=starts)
+            x_BSHK = rotary_forward(x_BSHK, call.tables[0], call.tables[1], self.rotary.interleaved, starts)
         if self.norm and last:
             x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
         return x_BSHK, of_norm
@@ -321,7 +317,7 @@ class ParallelAttention(ParallelLayer):
         if self.norm and last:
             dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         if self.rotary:
-            dx_BSHK = rotary_backward(dx_BSHK, *call.tables, interleaved=self.rotary.interleaved)
+            dx_BSHK = rotary_backward(dx_BSHK, call.tables[0], call.tables[1], self.rotary.interleaved)
         if self.norm and not last:
             dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
         return as_rows(dx_BSHK), dw_K

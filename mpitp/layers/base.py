@@ -19,11 +19,8 @@ class Weights(dict):
                 f"weights[{name!r}][...] = array, or load_dense, which write into the layer's")
         super().__setitem__(name, array)
 
-    update = MutableMapping.update              # by __setitem__, which dict's own passes by
-
-    def __ior__(self, arrays: Any) -> "Weights":    # type: ignore[misc]
-        self.update(arrays)
-        return self
+    update = MutableMapping.update              # by __setitem__, which dict's own passes by, and |= with it
+    __ior__: Any = None
 
 
 class ParallelLayer:

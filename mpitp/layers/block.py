@@ -100,10 +100,9 @@ class ParallelBlock(SideBySide):
             require(self.sequence_parallel, "rows without sequence_parallel", "both")
             require_rows(rows, self.group)
         call = BlockCall(mask, step, kv, rows)
-        y, first, second = self.forward_parts(x, call, save and self.recompute != "block")
-        if save and self.recompute == "block":
-            return y, (self, x, None, call)
-        return y, ((self, first, second, call) if save else None)
+        y, *of_parts = self.forward_parts(x, call, save and self.recompute != "block")
+        kept = (x, None) if self.recompute == "block" else of_parts
+        return y, ((self, *kept, call) if save else None)
 
     def forward_parts(self, x: Array, call: "BlockCall", save: bool) -> tuple[Array, Any, Any]:
         """Return y, and what backward needs of attention and of feed-forward."""
@@ -185,8 +184,7 @@ class ParallelBlock(SideBySide):
         return self.norms[name].backward(dy, saved, out=self.gradients_of(self.norms[name], gradients))[0]
 
     def dropout_scale(self, name: str, shape: tuple[int, ...], call: "BlockCall") -> Array | float | None:
-        """Return what the complete sum is multiplied by: dropout's scales times the config's residual_multiplier; None
-        for 1."""
+        """Return what the sum is multiplied by: dropout's scales times the config's residual_multiplier; None for 1."""
         scale = hidden_dropout(self.group, self.seed, join(self.name, name), call.step, self.config.hidden_dropout,
                                shape, self.sum_dtype, call.rows)
         if self.config.residual_multiplier == 1:

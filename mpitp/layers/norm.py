@@ -12,7 +12,7 @@ from ..comm.group import TensorParallelGroup
 from ..attention_config import NORMALIZATIONS
 from ..config import DecoderConfig
 from ..errors import InputError, one_of, require, require_positive
-from ..ops.norm import norm_backward, norm_forward
+from ..ops.norm import norm_backward, norm_forward, overflow_text, overflows
 from ..sharding.specs import join, norm_specs
 from .base import ParallelLayer, require_saved
 
@@ -96,29 +96,6 @@ class Norm(ParallelLayer):
     def collectives(self, tokens: int = 0) -> tuple[Counter, Counter]:
         """Return how many collectives forward and backward do: two empty Counters."""
         return Counter(), Counter()
-
-
-def overflows(rstd: Array) -> bool:
-    """Return whether 1 / rms of any row is 0; False on a GPU, where there is a NaN instead."""
-    return type(rstd) is np.ndarray and not (rstd[0, 0] if len(rstd) == 1 else rstd.all())
-
-
-def overflow_text(name: str, rstd: Array, dtype: Any) -> str:
-    """Return the message about a norm of this name that overflows, by 1 / rms of each row."""
-    return f"{name}: found a mean square beyond {dtype} in {int((rstd == 0).sum())} of {len(rstd)} rows, expected " \
-           f"finite numbers: weights that are damaged or diverge"
-
-
-def norm_of_heads(name: str, x_BSHK: Array, w_K: Array, kind: str, epsilon: float,
-                  zero_centered: bool) -> tuple[Array, tuple]:
-    """Compute the norm over the features of each head of this rank's; returns y and what norm_backward takes.
-
-    Raises InputError where it overflows; not NormOverflow, as other ranks have other heads and may know nothing of it.
-    """
-    y_BSHK, kept = norm_forward(x_BSHK, w_K, None, kind, epsilon, zero_centered)
-    if overflows(kept[1]):
-        raise InputError(overflow_text(name, kept[1], x_BSHK.dtype))
-    return y_BSHK, kept
 
 
 def hidden_norm(group: TensorParallelGroup, config: DecoderConfig, dtype: str, name: str) -> Norm:

@@ -11,13 +11,14 @@ import numpy as np
 from ..arrays import Array
 from ..comm.ledger import Collective
 from ..comm.sums import Sum
+from ..ops.norm import overflow_text, overflows
 from ..ops.rotary import rotary_backward
 from ..sharding.heads import KeyValueUnit
 from ..sharding.partition import Block
 from ..sharding.specs import join
 from .attention import ParallelAttention, Units
 from .heads import AttentionCall, as_heads, as_rows
-from .norm import NormOverflow, overflow_text, overflows
+from .norm import NormOverflow
 from .products import rows_of
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..arrays import Array, compute_dtype, module_of, sum_dtype
 from ..comm.group import TensorParallelGroup
+from ..comm.rows import Rows
 from ..config import DecoderConfig
 from ..layers.block import ParallelBlock
 from ..ops.attention import TILE
@@ -30,11 +31,14 @@ def block_data(tokens: int, hidden: int, dtype: Any = "float32") -> Iterator[Arr
 
 
 def block_cases(group: TensorParallelGroup, tokens: int, hidden: int, heads: int = BLOCK_HEADS, dtype: str = "float32",
-                prefix: str = "") -> dict[str, Case]:
-    """Return {"forward", "forward+backward"} of a ParallelBlock."""
-    block = ParallelBlock(group, block_config(hidden, heads), dtype=dtype)
+                prefix: str = "", gather_again: bool = False, **options: Any) -> dict[str, Case]:
+    """Return {"forward", "forward+backward"} of a ParallelBlock with these options; gather_again: as Rows has it."""
+    block = ParallelBlock(group, block_config(hidden, heads), dtype=dtype, **options)
     x, dy = (group.xp.asarray(a) for a in block_data(tokens, hidden, compute_dtype(dtype, group.device)))
-    return LayerCases(block, x, dy).by_name(prefix)
+    if not block.sequence_parallel:
+        return LayerCases(block, x, dy).by_name(prefix)
+    rows = Rows(group, (1, tokens), gather_again)
+    return LayerCases(block, rows.split(x), rows.split(dy), rows).by_name(prefix)
 
 
 class BlockProducts:

@@ -55,7 +55,7 @@ class Sizes:
     reads, messages : tuple of int
         Bytes.
     """
-    rows: tuple[int, ...] = (1, 2, 8, 64, 96, 256, 1024)
+    rows: tuple[int, ...] = (1, 2, 8, 16, 64, 96, 256, 1024)
     sides: tuple[int, ...] = (64, 256, 1024, 4096)
     tokens: tuple[int, ...] = (16, 64, 256, 1024)
     features: tuple[int, ...] = (16, 64, 512)
@@ -133,7 +133,8 @@ class Calibration:
                 for ins in self.sizes.sides:
                     size = rows, outs, ins
                     x, w = self.view(0, rows, ins), self.view(1, outs, ins)
-                    dy, dw = self.view(0, rows, outs), self.view(2, outs, ins)
+                    # Not x's buffer: NumPy multiplies an array by its own transpose with another kernel of BLAS.
+                    dy, dw = self.view(3, rows, outs), self.view(2, outs, ins)
                     yield ("products", "forward", size), partial(linear_forward, x, w)
                     yield ("products", "dx", size), partial(product, dy, w)
                     yield ("products", "dw", size), partial(product, dy.T, x, dw)

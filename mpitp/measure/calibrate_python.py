@@ -57,8 +57,8 @@ class Tiny:
         taken = {name: calibration.median("python", name, ()) for name in self.cases}
         found = {}
         for direction, name in (("forward", "mlp forward"), ("forward+backward", "mlp step")):
-            items = mlp_work(TOKENS, HIDDEN, FFN, self.group.size, "backward" in direction, dtype)
-            found[name] = self.left(bare, taken[f"mlp {direction}"], items)
+            sizes = TOKENS, HIDDEN, FFN, self.group.size, "backward" in direction
+            found[name] = self.left(bare, taken[f"mlp {direction}"], mlp_work(*sizes, dtype))
         for direction, name in (("forward", "block window"), ("forward+backward", "block step")):
             items = block_work(block_config(HIDDEN, HEADS), TOKENS, self.group.size, "backward" in direction, dtype)
             found[name] = self.left(bare, taken[f"block {direction}"], items)
@@ -74,7 +74,8 @@ class Tiny:
         """Return the items of a tiny decoder's token or step."""
         job = Job(tiny_config(layers), "train" if phase == "step" else "decode", 1, TOKENS, 2,
                   dtype=self.calibration.dtype.name)
-        return work(job, Layout(self.group.size), phase)
+        items = work(job, Layout(self.group.size), phase)
+        return [item for item in items if item.what not in ("greatest", "all_gather")]     # extend() alone
 
     def left(self, machine: Machine, seconds: float, items: list[Item]) -> float:
         """Return what is left of a time without its items."""

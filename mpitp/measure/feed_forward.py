@@ -12,6 +12,7 @@ from ..ops.linear import linear_backward, linear_forward
 from .rounds import Case
 
 if TYPE_CHECKING:
+    from ..comm.rows import Rows
     from ..layers.block import ParallelBlock
 
 
@@ -29,17 +30,17 @@ class Draws:
 class LayerCases:
     """LayerCases are forward and backward of a layer on one x and dy."""
 
-    def __init__(self, layer: ParallelMLP | ParallelBlock, x: Array, dy: Array) -> None:
-        self.layer, self.x, self.dy = layer, x, dy
-        self.gradients = layer.backward(dy, layer.forward(x)[1])[1]
+    def __init__(self, layer: ParallelMLP | ParallelBlock, x: Array, dy: Array, rows: Rows | None = None) -> None:
+        self.layer, self.x, self.dy, self.rows = layer, x, dy, rows
+        self.gradients = layer.backward(dy, layer.forward(x, rows=rows)[1])[1]
 
     def forward(self) -> None:
         """Run forward without keeping what backward needs."""
-        self.layer.forward(self.x, save=False)
+        self.layer.forward(self.x, rows=self.rows, save=False)
 
     def forward_backward(self) -> None:
         """Run forward and backward."""
-        _, saved = self.layer.forward(self.x)
+        _, saved = self.layer.forward(self.x, rows=self.rows)
         self.layer.backward(self.dy, saved, out=self.gradients)
 
     def by_name(self, prefix: str) -> dict[str, Case]:

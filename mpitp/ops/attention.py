@@ -94,9 +94,8 @@ def attention_forward(q_GHQK: Array, k_GSK: Array, v_GSK: Array, scale: float, *
 def attend_last_query(q_GH1K: Array, k_GSK: Array, v_GSK: Array, scale: float, out: Array, window: int | None,
                       softcap: float | None, slopes: Array | None) -> Array:
     """Do attention_forward for Q = 1, a token of generation: the same steps, without tiles and hidden keys."""
-    first = 0 if window is None else max(0, k_GSK.shape[1] - window)
-    k_GVK, v_GVK = k_GSK[:, first:], v_GSK[:, first:]
-    V = k_GVK.shape[1]
+    V = k_GSK.shape[1] if window is None else min(window, k_GSK.shape[1])
+    k_GVK, v_GVK = k_GSK[:, -V:], v_GSK[:, -V:]
     s_GH1V = np.matmul(q_GH1K * float(scale), transposed(k_GVK)[:, None])
     if softcap is not None:
         softcap_forward(s_GH1V, softcap)
@@ -193,7 +192,7 @@ class Tiles:
         self.G, self.H, self.Q = q_GHQK.shape[:3]
         self.S, self.causal, self.window = k_GSK.shape[1], causal, window
         self.slopes_GH = None if slopes is None else np.asarray(slopes, self.dtype)
-        self.mask = mask
+        self.mask = None if mask is None else np.broadcast_to(mask, (self.Q, self.S))
         self.above_TT = np.arange(min(TILE, self.Q)) > np.arange(min(TILE, self.Q))[:, None]
         self.buffers: dict[int, Array] = {}
 
@@ -209,9 +208,8 @@ class Tiles:
 
     def end(self, query: int) -> int:
         """Find the position behind the last one that the query sees, which may lie behind the last key."""
-        if self.causal:
-            return self.S - self.Q + query + 1
-        return self.S if self.window is None else self.S - self.Q + query + self.window
+        ahead = 1 if self.causal else self.window or self.S
+        return self.S - self.Q + query + ahead
 
     def heads(self, queries: int, seen: slice) -> Iterator[tuple[slice, slice]]:
         """Yield slices of G and of H: the heads that are computed at once."""
@@ -245,8 +243,7 @@ class Tiles:
             behind_T1 = np.arange(self.end(first), self.end(stop))[:, None]
             np.copyto(s_ghTV, -inf, where=np.arange(seen.start, seen.stop) >= behind_T1)
         if self.mask is not None:
-            mask_TS = self.mask[first:stop] if self.mask.ndim == 2 else self.mask
-            np.copyto(s_ghTV, -inf, where=~mask_TS[..., seen])
+            np.copyto(s_ghTV, -inf, where=~self.mask[first:stop, seen])
 
 
 def transposed(x: Array) -> Array:

@@ -27,7 +27,7 @@ def linear_forward(x_NI: Array, w_OI: Array, out: Array | None = None,
     return y_NO, (x_NI, w_OI)
 
 
-@cuda_twin(by="x_NI")
+@cuda_twin(by="w_OI")
 def two_linears_forward(x_NI: Array, v_OI: Array, w_OI: Array) -> tuple[Array, Array]:
     """Compute x v^T and x w^T (N, O), which a GPU does at once where x is one row."""
     return linear_forward(x_NI, v_OI)[0], linear_forward(x_NI, w_OI)[0]

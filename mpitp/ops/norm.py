@@ -6,6 +6,8 @@ product a row. A matrix-vector product has other bits for the last few rows, and
 
 Dimension key: N rows, n rows of a piece, K features.
 """
+from typing import Any
+
 import numpy as np
 
 from ..arrays import Array
@@ -93,6 +95,29 @@ def normalise(x_nK: Array, g: Array, b: Array | None, kind: str, epsilon: float,
     np.multiply(xhat_nK, g, out=y_nK)
     if b is not None:
         y_nK += b
+
+
+def overflows(rstd: Array) -> bool:
+    """Return whether 1 / rms of any row is 0; False on a GPU, where there is a NaN instead."""
+    return type(rstd) is np.ndarray and not (rstd[0, 0] if len(rstd) == 1 else rstd.all())
+
+
+def overflow_text(name: str, rstd: Array, dtype: Any) -> str:
+    """Return the message about a norm of this name that overflows, by 1 / rms of each row."""
+    return f"{name}: found a mean square beyond {dtype} in {int((rstd == 0).sum())} of {len(rstd)} rows, expected " \
+           f"finite numbers: weights that are damaged or diverge"
+
+
+def norm_of_heads(name: str, x_BSHK: Array, w_K: Array, kind: str, epsilon: float,
+                  zero_centered: bool) -> tuple[Array, tuple]:
+    """Compute the norm over the features of each head of this rank's; returns y and what norm_backward takes.
+
+    Raises InputError where it overflows; not NormOverflow, as other ranks have other heads and may know nothing of it.
+    """
+    y_BSHK, kept = norm_forward(x_BSHK, w_K, None, kind, epsilon, zero_centered)
+    if overflows(kept[1]):
+        raise InputError(overflow_text(name, kept[1], x_BSHK.dtype))
+    return y_BSHK, kept
 
 
 @cuda_twin(by="dy")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import threading
 from bisect import bisect_right
 from functools import cache
 from typing import Any, NamedTuple, NoReturn
@@ -28,17 +27,17 @@ import numpy as np
 from ..arrays import Array
 from ..errors import InputError, require
 from . import linear
+from .bfloat16 import Numbers, Product, Products, RoundedNumbers, room, rounded, upper_halves, widened
 
 HEADER = 64             # bytes in front of NumKong's packed rows; the third 4 of them are the numbers from row to row
 ALIGNED = 64            # bytes of a cache line, which is also what a vector register holds
 BUFFER = 1 << 22        # bytes of weights that are packed together, about
 WIDENED = 1 << 18       # weights that are widened at a time, on their way to BLAS: 1 MiB of float32
-# Rows of x up to which NumKong is faster than to widen W for BLAS, of exact rows and of rounded ones (see faster_rows).
-FASTER_ROWS = {"float32": 4, "bfloat16": 64}
-ROOM_KEPT = 4           # rows of x up to which room for them and their products is kept
-# The bits of a float32 that its first number, its first two and all three have.
-FIRST_BITS = np.array([0xFFFF0000, 0xFFFFFF00, 0xFFFFFFFF], np.uint32).reshape(3, 1, 1)
-UPPER_HALF = slice(1 if sys.byteorder == "little" else 0, None, 2)      # of each float32, as pairs of 16 bits
+EVERY_BATCH = 1 << 60   # rows: more than there are
+# Rows of x up to which NumKong is faster than BLAS, for which W must be widened: as they are, and rounded. Measured on
+# an AMD EPYC with AVX512_BF16, time of float32 BLAS over this, 1,024 x 640: 1 row 1.4 and 2.1, 4 rows 1.9 and 2.4, 12
+# rows 1.4 and 2.5, 16 rows 1.0 and 2.1, 128 rows 0.7 and 1.5; with W widened 0.8 to 1.0.
+FASTER_ROWS = {"float32": 12, "bfloat16": EVERY_BATCH}
 # Instructions that multiply tiles of a matrix: their weights lie in tiles, of which no row can be looked up.
 OF_TILES = ("sapphireamx", "graniteamx", "sme", "sme2", "sme2p1", "smebf16")
 
@@ -131,25 +130,43 @@ def linear_forward(x_NI: Array, w_OI: PackedWeight, out: Array | None = None,
                    dtype: Any = None) -> tuple[Array, tuple[Array, PackedWeight]]:
     """Compute as mpitp.ops.linear.linear_forward: y = x w^T (N, O), float32."""
     y_NO = np.empty((len(x_NI), len(w_OI)), np.float32) if out is None else out
-    multiply = packed_product if len(x_NI) <= w_OI.faster_rows else widened_product
-    multiply(x_NI, w_OI, y_NO)
+    write = packed_product if len(x_NI) <= w_OI.faster_rows else widened_product
+    write(x_NI, w_OI, y_NO)
     return y_NO, (x_NI, w_OI)
+
+
+def two_linears_forward(x_NI: Array, v_OI: PackedWeight, w_OI: PackedWeight) -> tuple[Array, Array]:
+    """Compute as mpitp.ops.linear.two_linears_forward: x v^T and x w^T (N, O), with the numbers of x made once."""
+    if len(x_NI) > w_OI.faster_rows:
+        return linear_forward(x_NI, v_OI)[0], linear_forward(x_NI, w_OI)[0]
+    first_NO, second_NO = (np.empty((len(x_NI), len(weight)), np.float32) for weight in (v_OI, w_OI))
+    numbers = numbers_of(x_NI, v_OI)
+    multiply(numbers, v_OI, first_NO)
+    multiply(numbers, w_OI, second_NO)
+    return first_NO, second_NO
 
 
 def packed_product(x_NI: Array, w_OI: PackedWeight, y_NO: Array) -> None:
     """Write y = x w^T by NumKong."""
-    N, (outputs, depth) = len(x_NI), w_OI.shape
-    numbers = room(Numbers if w_OI.activations == "float32" else RoundedNumbers, N, depth)
-    products = room(Products, N, outputs)
-    multiply, x_address, y_address = library().nk_dots_packed_bf16, numbers.put(x_NI), products.address
+    multiply(numbers_of(x_NI, w_OI), w_OI, y_NO)
+
+
+def numbers_of(x_NI: Array, w_OI: PackedWeight) -> Numbers | RoundedNumbers:
+    """Return the bfloat16 numbers of x that the weight is multiplied with."""
+    numbers = room(Numbers if w_OI.activations == "float32" else RoundedNumbers, *x_NI.shape)
+    numbers.put(x_NI)
+    return numbers
+
+
+def multiply(numbers: Numbers | RoundedNumbers, w_OI: PackedWeight, y_NO: Array) -> None:
+    """Write the sum of the products of the numbers and the weight."""
+    N, (outputs, depth) = len(y_NO), w_OI.shape
+    products = room(Products if numbers.count == 3 else Product, N, outputs)
+    dots, x_address, y_address = library().nk_dots_packed_bf16, numbers.address, products.address
     rows, x_pitch, y_pitch = numbers.count * N, 2 * depth, 4 * outputs
     for start, stop, _, address, _ in w_OI.buffers:
-        multiply(x_address, address, y_address + 4 * start, rows, stop - start, depth, x_pitch, y_pitch)
-    if numbers.count == 1:
-        y_NO[...] = products.first
-    else:
-        np.add(products.third, products.second, out=products.third)        # the small ones first
-        np.add(products.third, products.first, out=y_NO)
+        dots(x_address, address, y_address + 4 * start, rows, stop - start, depth, x_pitch, y_pitch)
+    products.add_up(y_NO)
 
 
 def widened_product(x_NI: Array, w_OI: PackedWeight, y_NO: Array) -> None:
@@ -173,92 +190,6 @@ def embedding_forward(w_RH: PackedWeight, ids_N: Array) -> Array:
             bits_NH[n] = buffer.rows[row - buffer.start]
     np.left_shift(bits_NH, 16, out=bits_NH)
     return y_NH
-
-
-# --- float32 numbers and bfloat16 ones ------------------------------------------------------------------------------
-
-class Numbers:
-    """Room for the three bfloat16 numbers (3, N, I), the largest first, that add up to each number of x (N, I)."""
-
-    count = 3
-
-    def __init__(self, rows: int, depth: int):
-        self.bits_KNI = np.empty((3, rows, depth), np.uint32)       # of the upper 8, 16 and 24 significant bits of x
-        self.upto_KNI = self.bits_KNI.view(np.float32)
-        self.beyond = np.empty((2, rows, depth), np.float32)        # what the second and the third add
-        self.numbers_KNI = np.empty((3, rows, depth), np.uint16)
-        self.address = self.numbers_KNI.ctypes.data
-        self.moves = ((self.numbers_KNI[:1], self.bits_KNI[:1].view(np.uint16)[..., UPPER_HALF]),
-                      (self.numbers_KNI[1:], self.beyond.view(np.uint16)[..., UPPER_HALF]))
-        self.minuends, self.subtrahends = self.upto_KNI[1:], self.upto_KNI[:-1]
-
-    def put(self, x_NI: Array) -> int:
-        """Put those of x there, and return the address."""
-        np.bitwise_and(x_NI.view(np.uint32), FIRST_BITS, out=self.bits_KNI)
-        np.subtract(self.minuends, self.subtrahends, out=self.beyond)
-        for out, upper_half in self.moves:
-            out[...] = upper_half
-        return self.address
-
-
-class RoundedNumbers:
-    """Room for the bfloat16 number nearest to each number of x (N, I)."""
-
-    count = 1
-
-    def __init__(self, rows: int, depth: int):
-        self.swollen_NI, self.x_NI = np.empty((2, rows, depth), np.float32)
-        self.upper_half = self.x_NI.view(np.uint16)[:, UPPER_HALF]
-        self.numbers_NI = np.empty((rows, depth), np.uint16)
-        self.address = self.numbers_NI.ctypes.data
-
-    def put(self, x_NI: Array) -> int:
-        """Put those of x there, and return the address. Dekker's split: 2^16 x + x swallows the lower bits of x."""
-        np.multiply(x_NI, 65537, out=self.swollen_NI)
-        np.subtract(self.swollen_NI, x_NI, out=self.x_NI)
-        np.subtract(self.swollen_NI, self.x_NI, out=self.x_NI)
-        self.numbers_NI[...] = self.upper_half
-        return self.address
-
-
-class Products:
-    """Room for the products (3, N, O) of three numbers, or for one of them."""
-
-    def __init__(self, rows: int, outputs: int):
-        self.y_KNO = np.empty((3, rows, outputs), np.float32)
-        self.first, self.second, self.third = self.y_KNO
-        self.address = self.y_KNO.ctypes.data
-
-
-of_thread = threading.local()       # blocks of reproducible mode may be computed by several
-
-
-def room(kind: type, rows: int, columns: int) -> Any:
-    """Return room of a size, made once in a thread for few rows: half the time of a small product otherwise."""
-    if rows > ROOM_KEPT:
-        return kind(rows, columns)
-    kept: dict[Any, Any] = of_thread.__dict__
-    found = kept.get((kind, rows, columns))
-    if found is None:
-        found = kept[kind, rows, columns] = kind(rows, columns)
-    return found
-
-
-def rounded(x_NI: Array) -> Array:
-    """Return x rounded to the nearest bfloat16, in float32."""
-    numbers = RoundedNumbers(*x_NI.shape)
-    numbers.put(x_NI)
-    return numbers.x_NI
-
-
-def upper_halves(x: Array) -> Array:
-    """Return the upper 16 bits of float32 numbers, as uint16: bfloat16, exact where the lower ones are 0."""
-    return np.ascontiguousarray(x.view(np.uint16)[..., UPPER_HALF])
-
-
-def widened(bits: Array) -> Array:
-    """Return bfloat16 numbers, given as uint16, as float32."""
-    return np.left_shift(bits, 16, dtype=np.uint32, casting="unsafe").view(np.float32)
 
 
 # --- NumKong --------------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class Job:
         Of the training loss.
     dtype : str
         Of the weights, and of what is computed.
+    activations : bool
+        Whether what is alive for a time counts; False where a plan does not know it.
     weights : str
         "bfloat16" where matrices stay so in the memory of a CPU.
     device : str
@@ -55,6 +57,7 @@ class Job:
     unit: str = "sequence"
     label_smoothing: float = 0.0
     dtype: str = "float32"
+    activations: bool = True
     weights: str = "float32"
     device: str = "cpu"
 

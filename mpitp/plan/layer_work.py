@@ -4,9 +4,11 @@ from __future__ import annotations
 from ..arrays import compute_dtype
 from ..comm.ledger import wire_bytes
 from ..config import DecoderConfig
+from ..sharding.decoder_specs import block_specs
 from ..sharding.parameters import Place
-from .job import Layout
-from .transient import Sizes, sizes
+from .job import Job, Layout
+from .tensors import local_elements
+from .transient import Sizes, peaks, sizes
 from .work import Item, block_backward, block_forward, mlp_backward, mlp_forward
 
 
@@ -27,6 +29,20 @@ def block_work(config: DecoderConfig, tokens: int, ranks: int, backward: bool, d
     if backward:
         found += block_backward(config, s, tokens, tokens)
     return found + [sum_of(tokens * config.hidden_size, ranks, dtype, 4 if backward else 2)]
+
+
+def mlp_bytes(tokens: int, hidden: int, ffn: int, ranks: int, backward: bool, itemsize: int = 4) -> int:
+    """Return the bytes that a rank works on in mlp_work: weights, gradients, activations."""
+    own = max(Place(0, ranks, ranks).partition(ffn).lengths)
+    return itemsize * (2 * hidden * own * (2 if backward else 1) +
+                       tokens * ((4 * hidden + 3 * own) if backward else (2 * hidden + own)))
+
+
+def block_bytes(config: DecoderConfig, tokens: int, ranks: int, backward: bool) -> int:
+    """Return the bytes that a rank works on in block_work: weights, gradients, activations."""
+    layout, job = Layout(ranks), Job(config, "train" if backward else "score", 1, tokens)
+    weights = sum(max(local_elements(spec, layout)) for spec in block_specs(config, 0, "")) * 4
+    return weights * (2 if backward else 1) + max(peaks(job, layout))
 
 
 def sum_of(elements: int, ranks: int, dtype: str, count: int) -> Item:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 
@@ -70,7 +70,7 @@ class Machine:
     outside: Link | None = None
     tables: Tables | None = None
 
-    def seconds(self, item: Item, dtype: str, itemsize: int, read_bytes: int = 0) -> float:
+    def seconds(self, item: Item, dtype: str, itemsize: int, working_bytes: int = 0) -> float:
         """Return the time of an item.
 
         Parameters
@@ -80,13 +80,13 @@ class Machine:
             A key of flops_per_second.
         itemsize : int
             Bytes of a number.
-        read_bytes : int
-            Of all weights that the phase reads: where they fit into a cache, they are read faster.
+        working_bytes : int
+            Of all arrays that the phase works on: where they do not fit into a cache, an item's arrays are not there.
         """
         if item.kind == "message":
             return item.count * self.message_seconds(*item.size)
         if self.tables is not None:
-            return item.count * self.tables.seconds(item, itemsize, read_bytes)
+            return item.count * self.tables.seconds(item, itemsize, working_bytes)
         return item.count * (self.least_seconds(item, dtype, itemsize) + STARTS[item.kind] * self.python_seconds)
 
     def least_seconds(self, item: Item, dtype: str, itemsize: int) -> float:
@@ -180,21 +180,31 @@ class Tables:
     messages: dict[tuple[int, ...], float]
     python: dict[str, float] = field(default_factory=dict)
 
-    def seconds(self, item: Item, itemsize: int, read_bytes: int) -> float:
-        """Return the time of one item that is no message."""
+    def seconds(self, item: Item, itemsize: int, working_bytes: int) -> float:
+        """Return the time of one item that is no message.
+
+        The tables are of arrays that are used again and again. To that comes the time in which as many bytes are read
+        out of the working set, less that in which they are read out of these arrays alone.
+        """
         if item.kind == "python":
             return self.python.get(item.what, 0.0)
         if item.kind == "pass":
-            return self.grids["pass", item.what].seconds(item.size) if ("pass", item.what) in self.grids else \
-                self.grids["pass", "add"].seconds(item.size)
+            found = self.grids["pass", item.what if ("pass", item.what) in self.grids else "add"].seconds(item.size)
+            return found + self.fetched(item.size[0] * itemsize * min(4, TRAFFIC.get(item.what, 3)), working_bytes)
         if item.kind == "scores":
             heads, second, keys, features = item.size
             if item.what == "token":
                 return self.grids["scores", "token"].seconds((2 * second * keys * features,))
             return heads * self.grids["scores", item.what].seconds((keys, features))
-        found = self.grids["product", item.what].seconds(item.size)
-        weight_bytes = item.size[1] * item.size[2] * itemsize
-        return found + weight_bytes * max(0.0, self.seconds_per_byte(read_bytes) - self.seconds_per_byte(weight_bytes))
+        grid = self.grids["product", item.what]
+        inside = [min(size, axis[-1]) for size, axis in zip(item.size, grid.axes)]
+        numbers, of_grid = (effort(replace(item, size=tuple(size)))[1] for size in (item.size, inside))
+        return grid.seconds(item.size) + self.fetched(numbers * itemsize, working_bytes, of_grid * itemsize)
+
+    def fetched(self, size: int, working_bytes: int, own: int | None = None) -> float:
+        """Return the time that so many bytes take more out of the working set than out of their own arrays."""
+        own = size if own is None else own
+        return size * max(0.0, self.seconds_per_byte(max(working_bytes, own)) - self.seconds_per_byte(own))
 
     def seconds_per_byte(self, size: int) -> float:
         """Return the time of one byte where so many are read again and again."""

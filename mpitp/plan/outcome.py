@@ -14,7 +14,7 @@ from .machine import PARTS, Machine
 from .messages import Message, messages
 from .tensors import Tensor, bytes_of_ranks, persistent, specs_of
 from .transient import peaks
-from .work import read_bytes, work
+from .work import work, working_bytes
 
 MOST_RANKS = 1 << 14
 PHASES = {"train": ("step",), "decode": ("prefill", "token"), "score": ("window",)}
@@ -119,10 +119,10 @@ def fullest_host(of_ranks: Sequence[int], layout: Layout, on_host: int) -> int:
 def phase_of(job: Job, machine: Machine, layout: Layout, name: str, rank: int) -> Phase:
     """Return the time of one phase."""
     itemsize = compute_dtype(job.dtype, job.device).itemsize
-    reads, seconds_of = read_bytes(job, layout, rank), dict.fromkeys(PARTS, 0.0)
+    working, seconds_of = working_bytes(job, layout, name, rank), dict.fromkeys(PARTS, 0.0)
     started = 0.0
     for item in work(job, layout, name, rank):
-        seconds = machine.seconds(item, job.dtype, itemsize, reads)
+        seconds = machine.seconds(item, job.dtype, itemsize, working)
         if machine.device == "gpu" and item.kind != "message":
             on_device = item.count * machine.least_seconds(item, job.dtype, itemsize)
             started += seconds - on_device

@@ -57,7 +57,7 @@ def peaks(job: Job, layout: Layout) -> list[int]:
 def peak(job: Job, s: Sizes, batch: int) -> int:
     """Return the bytes that a rank of these sizes needs at most beside what stays, with so many sequences at once."""
     size = compute_dtype(job.dtype, job.device).itemsize
-    if job.kind == "load":
+    if job.kind == "load" or not job.activations:
         return 0
     job = replace(job, batch=batch)
     numbers = kept_by_forward(job, s) + most_of_backward(job, s) if job.kind == "train" else most_of_forward(job, s)

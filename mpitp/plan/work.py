@@ -11,8 +11,8 @@ from ..arrays import compute_dtype
 from ..config import DecoderConfig
 from .job import Job, Layout, pieces
 from .messages import messages
-from .tensors import local_elements, specs_of
-from .transient import Sizes, sizes
+from .tensors import is_matrix, local_elements, specs_of
+from .transient import Sizes, peaks, sizes
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,11 @@ def biases(config: DecoderConfig, s: Sizes, N: int, what: str) -> list[Item]:
     return found + ([Item("pass", what, (N * s.D,))] if config.attention_bias else [])
 
 
-def read_bytes(job: Job, layout: Layout, rank: int = 0) -> int:
-    """Return the bytes of this rank's matrices that a forward reads: what a cache does not hold."""
-    specs = [spec for name, spec in specs_of(job.config).items() if len(spec.shape) == 2 and
-             not name.startswith("position") and
-             (name != "embedding.weight" or job.config.tie_word_embeddings)]
-    return sum(local_elements(spec, layout)[rank] for spec in specs) * compute_dtype(job.dtype, job.device).itemsize
+def working_bytes(job: Job, layout: Layout, phase: str, rank: int = 0) -> int:
+    """Return the bytes of this rank's arrays that a phase works on: weights, in a step gradients, and what it makes."""
+    specs = [spec for name, spec in specs_of(job.config).items() if is_matrix(name, spec)
+             and (name != "embedding.weight" or job.config.tie_word_embeddings)]
+    itemsize = compute_dtype(job.dtype, job.device).itemsize
+    weights = sum(local_elements(spec, layout)[rank] for spec in specs) * itemsize
+    made = 0 if phase == "token" else peaks(job, layout)[rank]
+    return weights * (2 if phase == "step" else 1) + made

@@ -31,22 +31,33 @@ def real_time_limits(mpi: str) -> None:
     hold("stopped by SIGTERM after step" in text, Done(0, text))
 
     job = good("h0", f"{submit} -o ~/{name}.2 --signal=USR1@30 examples/slurm_train.sh {TINY}", mpi).split()[-1]
-    until, state, requeued = time.monotonic() + LONGEST, "", 0
-    while state != "COMPLETED":
-        found = good("h0", f"scontrol show job {job}").split("JobState=")[1].split()[0]
-        if found == "PENDING" and state == "RUNNING":
-            requeued += 1                               # a requeued job would rest for two minutes
-            student("h0", f"scontrol update job={job} StartTime=now+3")
-        state = found
-        log = student("h0", f"tail -n 20 ~/{name}.2")
-        hold(state not in ENDS and time.monotonic() < until, Done(requeued, f"{log.text}\n{state}"))
-        time.sleep(0.5)
-    text = good("h0", f"cat ~/{name}.2")
-    hold(requeued >= 3 and text.count("stopped by SIGUSR1 after step") == requeued, Done(requeued, text))
-    logged = steps_of(f"~/{name}")
-    hold(logged == list(range(logged[0], steps + 1, logged[0])) or logged == sorted(set(logged)), Done(0, str(logged)))
+    follow(job, f"~/{name}.2")
+    require_whole(name, steps, job)
 
-    whole = f"./run.sh {TRAIN} --train-iters {steps} --out ~/{name}-whole {TINY}"
-    good("h0", f"salloc -Q -N 1 -n 2 {whole}", MPICH, LONGEST)
+
+def of_job(job: str, field: str) -> str:
+    """Return what Slurm says of a job."""
+    return good("h0", f"scontrol show job {job}").split(f"{field}=")[1].split()[0]
+
+
+def follow(job: str, log: str) -> None:
+    """Wait for the end of a job that queues itself again and again."""
+    until, state, woken = time.monotonic() + LONGEST, "", "0"
+    while state != "COMPLETED":
+        state, restarts = of_job(job, "JobState"), of_job(job, "Restarts")
+        if state == "PENDING" and restarts != woken:    # a requeued job would rest for two minutes
+            student("h0", f"scontrol update job={job} StartTime=now+3")
+            woken = restarts
+        hold(state not in ENDS and time.monotonic() < until, student("h0", f"tail -n 20 {log}"))
+        time.sleep(0.5)
+
+
+def require_whole(name: str, steps: int, job: str) -> None:
+    """Raise Failed unless a run of several jobs is the run of one: each step once in its log, the same files."""
+    text, restarts = good("h0", f"cat ~/{name}.2"), int(of_job(job, "Restarts"))
+    hold(restarts >= 3 and text.count("stopped by SIGUSR1 after step") == restarts, Done(restarts, text))
+    logged = steps_of(f"~/{name}")
+    hold(logged == list(range(1, steps + 1)), Done(0, str(logged)))
+    good("h1", f"./run.sh -n 2 {TRAIN} --train-iters {steps} --out ~/{name}-whole {TINY}", MPICH, LONGEST)
     sums = [good("h0", f"cd ~/{folder}/step-{steps:08d} && sha256sum *") for folder in (name, f"{name}-whole")]
     hold(sums[0] == sums[1], Done(0, "\n".join(sums)))
