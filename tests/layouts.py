@@ -55,7 +55,7 @@ OTHERS = [Layout(1, 1, 1, BLOCK), Layout(1, 2, SEQUENCES, ROWS), Layout(1, 3, 1,
           Layout(2, 2, SEQUENCES, ROWS), Layout(2, 2, 1, BLOCK), Layout(2, 3, 1, ROWS + HEADS),
           Layout(3, 2, SEQUENCES, HEADS), Layout(1, 8, SEQUENCES, ROWS)]
 LAYOUTS = [Layout(data, tensor, (SEQUENCES, 1)[number % 2]) for number, (data, tensor) in enumerate(GRIDS)] + [
-    Layout(1, 1, 1), Layout(2, 2, 1), Layout(2, 3, SEQUENCES)] + OTHERS
+    Layout(1, 1, 1), Layout(2, 3, SEQUENCES)] + OTHERS
 FEW = [Layout(1, 1), Layout(2, 1, 1), Layout(2, 2), Layout(1, 3, SEQUENCES, ROWS + BLOCK)]
 
 
