@@ -5,7 +5,7 @@ from array import array
 
 from ..checkpoints.byte_vocabulary import BYTES
 from ..errors import InputError
-from .tokenizer import Tokenizer
+from .tokenizer_process import Tokenizer
 
 
 class ByteTokenizer(Tokenizer):

@@ -11,7 +11,8 @@ from ..errors import require
 from . import text
 from .chat import ChatTemplate, Conversation, read_messages
 from .progress import are_terminals, launcher_process
-from .tokenizer import Tokenizer, tokenizer_of
+from .tokenizer import tokenizer_of
+from .tokenizer_process import Tokenizer
 
 KINDS = ("--prompt", "--ids", "--batch-file", "--messages")
 

@@ -21,7 +21,8 @@ from ..errors import require, require_positive
 from ..layers.decoder import Decoder
 from . import ask_plan, device, model, prompts, report, text
 from .progress import Progress
-from .tokenizer import Tokenizer, tokenizer_of
+from .tokenizer import tokenizer_of
+from .tokenizer_process import Tokenizer
 
 WINDOW = 1024
 LOGITS = 1 << 24        # that are made at a time: a long window's would take gigabytes

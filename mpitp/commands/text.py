@@ -15,7 +15,7 @@ from ..checkpoints.json_files import read_json
 from ..checkpoints.step_models import model_files
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require
-from .tokenizer import Tokenizer
+from .tokenizer_process import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"        # what decodes from the first bytes of a character alone
 MOST_BYTES = 4                                  # of a character in UTF-8, each of which may be a token
