@@ -18,6 +18,7 @@ from mpitp.ops.linear import linear_forward, two_linears_forward
 from spmd import draw, everywhere, job, same_bytes
 
 HAS_NUMKONG = importlib.util.find_spec("numkong") is not None
+pytestmark = pytest.mark.host
 with_numkong = pytest.mark.skipif(not HAS_NUMKONG, reason="NumKong is not installed (the extra numkong)")
 # Biases; transposed weights; fused ones and a shared head; a tied, scaled embedding; windows; q/k norms; ALiBi.
 CASES = ["llama3_biases", "gpt2", "falcon_40b", "gemma3_text", "gemma2", "olmo2", "bloom", "phi_grouped"]
