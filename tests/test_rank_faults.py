@@ -130,6 +130,7 @@ def test_first_difference():
 
 # --- the API under misuse -----------------------------------------------------------------------------------
 
+@pytest.mark.host
 def test_another_thread_is_refused_and_may_be_given_the_group(group):
     caught = []
 

@@ -103,7 +103,10 @@ class Spans:
         for owner, name, track in timed_places():
             function = owner.__dict__[name]
             self.replaced.append((owner, name, function))
-            setattr(owner, name, timed(function, self, track, isinstance(owner, type)))
+            if isinstance(function, staticmethod):
+                setattr(owner, name, staticmethod(timed(function.__func__, self, track, False)))
+            else:
+                setattr(owner, name, timed(function, self, track, isinstance(owner, type)))
         self.ledger.__class__ = TimedLedger
         self.ledger.spans = self                            # type: ignore[attr-defined]
 
@@ -146,6 +149,9 @@ def timed_places() -> Iterator[tuple[Any, str, str]]:
         for name in LAYER_METHODS:
             if name in cls.__dict__:
                 yield cls, name, PYTHON
+        for name, held in list(vars(cls).items()):
+            if isinstance(held, staticmethod) and is_operation(held.__func__):      # one that subclasses may replace
+                yield cls, name, PRODUCTS if held.__func__.__name__ in IS_PRODUCT else PYTHON
     for module in [module for name, module in sys.modules.items() if name.startswith(CALLERS)]:
         for name, function in list(vars(module).items()):
             if is_operation(function):
