@@ -20,6 +20,7 @@ OTHERS = {"comm.group": {"TensorParallelGroup": ("all_reduce", "all_gather", "ga
                                                  "begin_all_reduce")},
           "comm.sums": {"Sum": ("add", "all_reduce", "local_sum")},
           "comm.tree": {"TreeSum": ("add", "all_reduce", "local_sum")},
+          "comm.gpu.peer": {"PeerSum": ("all_reduce",), "PeerTreeSum": ("all_reduce",)},
           "comm.pending": {"PendingReduction": ("wait",)},
           "comm.rows": {"Rows": ("split", "all_gather", "reduce_scatter")},
           "training.loop": {"Trainer": ("train_step", "run", "validate", "save", "sum_gradients")},
