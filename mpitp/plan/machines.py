@@ -31,7 +31,7 @@ def h100(name: str, source: str, gpus: int, link: Link, outside: Link | None) ->
 
 
 MACHINES = {machine.name: machine for machine in (
-    cpu("infiniband", "CPU nodes of NERSC's Perlmutter: 2 AMD EPYC 7763 of 64 cores (2.45 GHz, 32 flops a cycle in "
+    cpu("infiniband", "nodes of 2 AMD EPYC 7763 (data sheet: 64 cores of 2.45 GHz, 32 flops a cycle in "
         "float32), 512 GiB, 409.6 GB/s; one HDR link of 200 Gbit/s, 1.5 us (NVIDIA ConnectX-6 data sheet: below 1 us)",
         128, 512, 78.4e9, 409.6e9, Link(0.7e-6, 3e9), Link(1.5e-6, 25e9)),
     cpu("ethernet-10g", "nodes of 16 cores (AMD EPYC 7313P data sheet: 3.0 GHz, 204.8 GB/s), 128 GiB; 10 Gbit/s "
