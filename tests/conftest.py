@@ -29,6 +29,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "support"))       # w
 import pytest
 from mpi4py import MPI
 
+os.environ.pop("PYTEST_ADDOPTS", None)          # of this session, which has read it: not of those that tests start
+
 from groups import group_fixture
 from mpitp.comm import guard
 from mpitp.errors import InputError

@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path[:0] = [str(Path(__file__).parent / "support"), str(Path(__file__).parents[1])]
+
 from safetensors import safe_open
 
 from mpitp.checkpoints.checksums import window_sum

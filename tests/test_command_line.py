@@ -205,6 +205,6 @@ def test_paths_are_named_and_may_differ():
     for name in COMMANDS:
         parser = commands.command_parser(name, importlib.import_module(f"mpitp.commands.{name}"))
         for action in parser._actions:
-            if any(word in str(action.metavar) for word in ("FILE", "DIR", "DUMP")):
+            if any(word in str(action.metavar) for word in ("FILE", "DIR", "DUMP", "RUN")):
                 found.add(action.dest)
     assert found == set(commands.PATHS)

@@ -21,7 +21,7 @@ from mpitp.training.data import IGNORED, Tokens
 from mpitp.training.dealing import Dealing
 from mpitp.training.loop import Settings, Trainer, TrainingStopped
 from mpitp.training.resume import resume
-from spmd import ROOT, everywhere, job
+from spmd import ROOT, everywhere, job, job_environment
 
 SETTINGS = dict(micro_batch_size=2, gradient_accumulation=3, train_iters=4, lr=0.05, min_lr=0.01, warmup=2,
                 clip_grad=0.5, weight_decay=0.3, seed=4, eval_batches=2)
@@ -407,7 +407,7 @@ with mpitp.Grid(data=2) as grid:
 def test_one_hash_over_a_few_layouts():
     """The whole of layouts.py makes the table of docs/same_bits.md."""
     done = subprocess.run([sys.executable, ROOT / "tests" / "layouts.py", "--few", "--steps", "3"], text=True,
-                          capture_output=True, timeout=200)
+                          env=job_environment(), capture_output=True, timeout=300)
     assert done.returncode == 0 and done.stdout.endswith("4 layouts, 1 hash\n"), done.stdout + done.stderr
 
 

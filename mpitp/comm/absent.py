@@ -23,5 +23,5 @@ class AbsentMPI(ModuleType):
 
 def stand_in() -> None:
     """From now on this process imports the stand-in for mpi4py.MPI."""
-    package = sys.modules.setdefault("mpi4py", ModuleType("mpi4py"))
+    package = sys.modules["mpi4py"] = sys.modules.get("mpi4py") or ModuleType("mpi4py")     # it may have been refused
     package.MPI = sys.modules["mpi4py.MPI"] = AbsentMPI("mpi4py.MPI")       # type: ignore[attr-defined]

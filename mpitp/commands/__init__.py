@@ -15,7 +15,7 @@ from ..errors import InputError
 WIDTH = 100         # columns that help and tables have at most
 # Options that name a file or folder, which may lie elsewhere on another host: whether they are given is compared.
 PATHS = ("model", "dump", "data", "out", "resume_from", "json", "csv", "plot", "text", "ids_file", "batch_file",
-         "messages", "reports", "timeline", "config", "machine", "calibrate", "source", "target")
+         "messages", "reports", "timeline", "config", "machine", "calibrate", "source", "source", "target")
 # Variables that change what the ranks do together.
 VARIABLES = ("MPITP_TRANSPORT", "MPITP_SHARE_GPU", "MPITP_CUDA_AWARE")
 Parsed = tuple[ModuleType, argparse.Namespace] | SystemExit

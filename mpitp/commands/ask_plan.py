@@ -66,7 +66,10 @@ def training(ranks: Any, arguments: argparse.Namespace, config: DecoderConfig, s
     ranks : a TensorParallelGroup, or a Grid of them
     """
     world, tensor = getattr(ranks, "world", ranks), getattr(ranks, "tensor", ranks)
-    job = Job(config, "train", settings.micro_batch_size, arguments.seq_length,
-              accumulation=settings.gradient_accumulation, unit=settings.reproducible_unit, dtype=arguments.dtype,
-              activations=not (settings.sequence_parallel or settings.recompute), device=world.device)
+    try:
+        job = Job(config, "train", settings.micro_batch_size, arguments.seq_length,
+                  accumulation=settings.gradient_accumulation, unit=settings.reproducible_unit, dtype=arguments.dtype,
+                  activations=not (settings.sequence_parallel or settings.recompute), device=world.device)
+    except InputError:                          # on every rank: what is wrong is refused where it is made
+        return
     require_room(world, "the model", job, tensor)

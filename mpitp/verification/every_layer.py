@@ -51,7 +51,7 @@ DECODERS = (("decoder, GPT-2's kind", GPT), ("decoder, Llama's kind", LLAMA), ("
             ("decoder, GPT-NeoX's kind", NEOX), ("decoder, BLOOM's kind", BLOOM))
 OF_ROWS: tuple[tuple[str, dict, dict[str, bool | str]], ...] = (          # title, kind, options of Decoder
     ("decoder, sequence parallel", GEMMA, dict(sequence_parallel=True)),
-    ("decoder, rows gathered again, recomputed", NEOX, dict(sequence_parallel=True, gather_again=True,
+    ("decoder, rows again, recomputed", NEOX, dict(sequence_parallel=True, gather_again=True,
                                                             recompute="block")),
     ("decoder, attention recomputed", GEMMA, dict(recompute="attention")))
 
