@@ -28,6 +28,6 @@ def test_one_is_caught_and_no_mistake_is_not(tmp_path):
     one, = [mistake for mistake in planted.MISTAKES if mistake.name == "--z-loss that the command drops"]
     found, _ = planted.verdict(tree, one)
     assert found == "caught by test_train_figures.py::test_flags_reach_the_settings"
-    comment = planted.Mistake("nothing", one.file, one.was, f"{one.was}  # as it was", one.test)
-    assert planted.verdict(tree, comment)[0] == "NOT NOTICED"
+    nothing = planted.Mistake("nothing", one.file, one.was, one.was, one.test)
+    assert planted.verdict(tree, nothing)[0] == "NOT NOTICED"
     assert (tree / one.file).read_bytes() == (ROOT / one.file).read_bytes()
