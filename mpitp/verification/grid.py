@@ -37,7 +37,7 @@ class Batch:
 def grids(group: TensorParallelGroup) -> tuple[tuple[str, int], ...]:
     """Return (title, data ranks) of the grids that are checked: the fewest data ranks that divide, and all."""
     fewest = next((data for data in range(2, group.size + 1) if group.size % data == 0), 1)
-    return ("decoder on a data x tensor grid", fewest), ("decoder on a grid of data ranks alone", group.size)
+    return ("decoder on a data x tensor grid", fewest), ("decoder on a grid of data ranks", group.size)
 
 
 def check(of_all: Any, title: str, data: int, options: dict[str, Any]) -> Any:
