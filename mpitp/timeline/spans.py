@@ -85,16 +85,22 @@ class Spans:
 
     def __init__(self, ledger: Ledger, device: Any = None):
         self.ledger, self.device, self.thread = ledger, device, get_ident()
-        self.found: list[Span] = []
+        self.calls: list[tuple] = []            # (track, name, or object and name, start, end, details)
         self.left_out = 0
         self.replaced: list[tuple[Any, str, Any]] = []
 
-    def add(self, track: str, name: str, start: int, end: int, details: Any) -> None:
+    def add(self, track: str, name: Any, start: int, end: int, details: Any) -> None:
         """Keep a span."""
-        if len(self.found) < MOST:
-            self.found.append(Span(track if get_ident() == self.thread else WORKERS, name, start, end, details))
+        if len(self.calls) < MOST:
+            self.calls.append((track if get_ident() == self.thread else WORKERS, name, start, end, details))
         else:
             self.left_out += 1
+
+    @property
+    def found(self) -> list[Span]:
+        """The spans; a method's is named for its object."""
+        return [Span(track, name if isinstance(name, str) else f"{name_of(name[0])} {name[1]}", start, end, details)
+                for track, name, start, end, details in self.calls]
 
     def start(self) -> None:
         """Put timed functions in the place of what layers do, and a timed ledger in the place of the group's."""
@@ -121,7 +127,7 @@ class Spans:
 
 def timed(function: Callable, spans: Spans, track: str, is_method: bool) -> Callable:
     """Return the function, which adds a span to `spans` at each call; a method's is named for its object."""
-    name, device = function.__name__, spans.device
+    name, device, calls, thread = function.__name__, spans.device, spans.calls, spans.thread
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -129,10 +135,13 @@ def timed(function: Callable, spans: Spans, track: str, is_method: bool) -> Call
         start = now()
         try:
             return function(*args, **kwargs)
-        finally:
-            end = now()
-            shapes = tuple([x.shape for x in args[:3] if hasattr(x, "shape")])
-            spans.add(track, f"{name_of(args[0])} {name}" if is_method else name, start, end, shapes)
+        finally:                                # written out, and names are made later: a token has hundreds of calls
+            end, of = now(), (args[0], name) if is_method else name
+            shapes = [getattr(x, "shape", None) for x in (args[1:2] if is_method else args[:2])]
+            if len(calls) < MOST and get_ident() == thread:
+                calls.append((track, of, start, end, shapes))
+            else:
+                spans.add(track, of, start, end, shapes)
             if first is not None:
                 spans.add(DEVICE, name, start, end, (first, device.event()))
     return call

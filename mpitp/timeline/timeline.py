@@ -98,8 +98,8 @@ class Timeline:
                 start, end, details = self.device.time_of(first), self.device.time_of(last), None   # type: ignore
             elif hasattr(details, "elements"):
                 details = {"elements": details.elements, "dtype": details.dtype}
-            elif isinstance(details, tuple):
-                details = {"shapes": [list(shape) for shape in details]}
+            elif isinstance(details, list):
+                details = {"shapes": [list(shape) for shape in details if shape is not None]}
             else:
                 details = None
             spans.append(Span(span.track, span.name, clock(start), clock(end), details))    # type: ignore[arg-type]
