@@ -46,7 +46,7 @@ def complete_events(of_ranks: Sequence[Sequence[Span]], first: float) -> Iterato
     """Yield the spans."""
     for rank, spans in enumerate(of_ranks):
         for span in spans:
-            yield complete(span.name, rank, span.track, span.start - first, span.end - span.start, span.details)
+            yield complete(span.name, rank, span.track, span.start - first, span.end - first, span.details)
 
 
 def parts_and_arrows(of_ranks: Sequence[Sequence[Span]], waiting: Waiting, first: float) -> Iterator[dict]:
@@ -58,17 +58,17 @@ def parts_and_arrows(of_ranks: Sequence[Sequence[Span]], waiting: Waiting, first
         start = microseconds(complete_at - first)
         for rank in range(len(lists)):
             span, waited = lists[rank][number], float(waiting.waited[rank, column])
-            yield complete("waiting", rank, MPI, span.start - first, waited, None)
-            yield complete("transfer", rank, MPI, span.start + waited - first, span.end - span.start - waited, None)
+            yield complete("waiting", rank, MPI, span.start - first, span.start + waited - first, None)
+            yield complete("transfer", rank, MPI, span.start + waited - first, span.end - first, None)
             arrow = {"name": "last to arrive", "cat": "collective", "id": int(number), "pid": rank,
                      "tid": TRACKS.index(MPI), "ts": start}
             yield arrow | ({"ph": "s"} if rank == last else {"ph": "f", "bp": "e"})
 
 
-def complete(name: str, rank: int, track: str, start: float, length: float, details: Any) -> dict:
-    """Return a complete event, of nanoseconds."""
+def complete(name: str, rank: int, track: str, start: float, end: float, details: Any) -> dict:
+    """Return a complete event, of nanoseconds. Both ends are rounded, so that what nests goes on to nest."""
     event = {"ph": "X", "name": name, "cat": track, "pid": rank, "tid": TRACKS.index(track),
-             "ts": microseconds(start), "dur": microseconds(length)}
+             "ts": microseconds(start), "dur": round(microseconds(end) - microseconds(start), 3)}
     return event | {"args": details} if details else event
 
 
