@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from mpitp.comm.workers import Workers
+from mpitp.comm.workers import Workers, one_blas_thread
 from spmd import ROOT, SUPPORT, job
 
 pytestmark = pytest.mark.launcher
@@ -55,26 +55,16 @@ def test_workers_keep_the_order_and_raise():
     workers.close()
 
 
-GIVES_BACK = """
-from threadpoolctl import threadpool_info, threadpool_limits
-from mpitp.comm.workers import one_blas_thread
-
-def threads():
-    return {info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"}
-
-with threadpool_limits(2, user_api="blas"):
-    give_back = one_blas_thread()
-    assert threads() == {1}
-    give_back()
-    assert threads() == {2}
-print("given back")
-"""
-
-
 def test_one_blas_thread_gives_the_threads_back():
-    """In a process of its own: here another group may hold them."""
-    done = job(1, "-c", "import numpy" + GIVES_BACK)
-    assert done.returncode == 0 and done.stdout == "given back\n", done.stderr
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    def threads():
+        return {info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"}
+    with threadpool_limits(2, user_api="blas"):
+        give_back = one_blas_thread()
+        assert threads() == {1}
+        give_back()
+        assert threads() == {2}
 
 
 def test_without_threadpoolctl(tmp_path):
