@@ -27,6 +27,7 @@ ROWS = {    # name in a result file, without its kind: name in a table
     "read": "a plain read of the weights (the limit)",
     "mpitp": "**mpitp**",
     "reproducible": "mpitp, reproducible",
+    "any cut": "mpitp, reproducible, any grid and any cut",
     "torch gloo": "torch + gloo",
     "dense NumPy": "dense NumPy",
     "dense torch": "dense torch",
