@@ -11,9 +11,10 @@ from spmd import ROOT
 @pytest.mark.parametrize("mistake", planted.MISTAKES, ids=lambda mistake: mistake.name)
 def test_it_can_be_planted(mistake):
     text = (ROOT / mistake.file).read_text(encoding="utf-8")
-    assert text.count(mistake.was) == 1 and mistake.was != mistake.now
+    was, now = mistake.edit(text)
+    assert text.count(was) == 1 and was != now
     if mistake.file.endswith(".py"):
-        ast.parse(text.replace(mistake.was, mistake.now))
+        ast.parse(text.replace(was, now))
     file, _, name = mistake.test.partition("::")
     assert re.search(rf"^def {name.partition('[')[0] or 'test_'}", (ROOT / file).read_text(encoding="utf-8"), re.M)
 
