@@ -24,7 +24,7 @@ _all: list["Mail"] = []
 
 
 def obstacle(comm: MPI.Comm) -> str | None:
-    """Return the thread level of the rank that has the lowest, where that is too low for mail, else None. Collective."""
+    """Return the lowest thread level of the ranks where it is too low for mail, else None. Collective."""
     level = comm.allreduce(MPI.Query_thread(), MPI.MIN)
     names = {getattr(MPI, name): name for name in ("THREAD_SINGLE", "THREAD_FUNNELED", "THREAD_SERIALIZED")}
     return f"MPI_{names[level]}" if level in names else None

@@ -136,8 +136,8 @@ class Watch:
         if level is None:
             return Mail(comm, self.beats)
         if self.rank == 0 and not _watches:
-            guard.say(f"mpitp: warning: found {level} on several hosts, expected MPI_THREAD_MULTIPLE: the watchdog sees "
-                      f"the ranks of its own host alone ({VARIABLE}=0 turns it off)\n")
+            guard.say(f"mpitp: warning: found {level} on several hosts, expected MPI_THREAD_MULTIPLE: the watchdog "
+                      f"sees the ranks of its own host alone ({VARIABLE}=0 turns it off)\n")
         return None
 
     def add(self, ledger: Ledger, limit: float) -> None:
