@@ -7,6 +7,7 @@ tests/test_rank_faults.py runs some of the rows.
 """
 import argparse
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ AT_ONCE, AFTER_LEFT, AFTER_STALL = 12, 16, 20   # seconds of a row, the start of
 
 TRAIN = ["train", "--hidden-size", "16", "--num-layers", "1", "--seq-length", "16", "--micro-batch-size", "1",
          "--data", str(ROOT / "README.md"), "--train-iters", "6", "--eval-batches", "1"]
+FROM_MODEL = ["train", "--data", str(ROOT / "README.md"), "--train-iters", "2"]
 COMMANDS = {
     "verify": ["verify", "--hidden-size", "32"],
     "train": TRAIN,
@@ -40,6 +42,15 @@ COMMANDS = {
     "score": ["score", "--model", "a", "--ids-file", "ids.txt", "--window", "8"],
     "bench": ["bench", "ffn", "--hidden-size", "16", "--rounds", "2"],
     "doctor": ["doctor"],
+    "train, data-parallel": [*TRAIN, "--data-parallel", "2"],
+    "train, sequence-parallel": [*TRAIN, "--sequence-parallel", "--recompute", "block"],
+    "generate, bfloat16": ["generate", "--model", "bf16", "--ids", "1,2,3", "--max-new-tokens", "6",
+                           "--weights", "bfloat16"],
+    "generate, chat": ["generate", "--model", "chat", "--chat", "--messages", "messages.json", "--max-new-tokens", "6"],
+    "export": ["export", "run", "exported", "--family", "llama"],
+    "plan": ["plan", "--model", "a", "-n", "1,2"],
+    "inspect": ["inspect", "a"],
+    "scale": ["scale", "ffn", "--ranks", "1"],
 }
 
 
@@ -105,7 +116,12 @@ def disagreements():
             ("verify", "--seed", "7"), ("verify", "--dtype", "float64"), ("train", "--seed", "7"),
             ("train", "--weight-decay", "0.5"), ("train", "--eval-interval", "1"), ("train", "--hidden-size", "32"),
             ("generate", "--max-new-tokens", "9"), ("generate", "--temperature", "0.5"), ("generate", "--seed", "3"),
-            ("score", "--window", "4"), ("bench", "--rounds", "3"), ("bench", "--reproducible", None)):
+            ("score", "--window", "4"), ("bench", "--rounds", "3"), ("bench", "--reproducible", None),
+            ("train", "--data-parallel", "2"), ("train", "--sequence-parallel", None),
+            ("train", "--recompute", "block"), ("train, data-parallel", "--clip-grad", "0"),
+            ("generate", "--weights", "bfloat16"), ("generate, chat", "--top-k", "3"),
+            ("export", "--dtype", "bfloat16"), ("export", "--family", "qwen2"),
+            ("plan", "--tokens", "9"), ("inspect", "--weights", "bfloat16"), ("scale", "--rounds", "3")):
         given = [flag] if value is None else [flag, value]
         for rank in (0, 1):
             yield differing(f"another {flag}", command, f"the ranks disagree on {flag}: rank 0: .*; rank 1: ", *given,
@@ -140,6 +156,16 @@ def files():
         yield Row("a flipped bit, --verify-weights", command, 1,
                   (start(*words, "--verify-weights"), start(*flipped, "--verify-weights")),
                   "the ranks disagree on model.safetensors")
+    for command, words in (("export", COMMANDS["export"]),
+                           ("train", [*FROM_MODEL, "--model", "run/step-00000006"])):
+        for folder, found in (("run2", "the ranks disagree on state.json: rank 0: .*; rank 1: "),
+                              ("nowhere", f"rank 1 on {HOST}: nowhere.*: found no such")):
+            other = [word.replace("run", folder, 1) if word.startswith("run") else word for word in words]
+            yield Row("another run" if folder == "run2" else "no run", command, 1, (start(*words), start(*other)),
+                      found)
+    yield Row("another step folder", "train, data-parallel", 1, tuple(
+        start(*COMMANDS["train, data-parallel"], "--resume", "--out", folder, "--train-iters", "9") for folder in
+        ("half", "half2")), r"the ranks disagree on whether half/step-\d+ is whole: rank 0: whole; rank 1: .*checksum")
     for name, found in ((str(ROOT / "CHANGELOG.md"), "the ranks disagree on the data: rank 0: .* tokens"),
                         ("nowhere", f"rank 1 on {HOST}: nowhere: found No such file")):
         other = [name if word == str(ROOT / "README.md") else word for word in TRAIN]
@@ -170,14 +196,16 @@ ENDS = {        # fault: (what is said, limit); RANK is the guilty one
 }
 IN_COMMANDS = ("is stopped", "spins", "raises", "exits with 0", "is killed")
 IN_PROGRAMS = tuple(ENDS)
+NEWER = {"train, data-parallel": 5, "train, sequence-parallel": "control:2", "generate, bfloat16": 5,
+         "generate, chat": 5, "export": "control:2"}        # and the place where they fail
 
 
 def ends():
     """Rows of ranks that fail while others wait for them."""
-    for command in ("verify", "train", "generate", "score", "bench"):
+    for command in ("verify", "train", "generate", "score", "bench", *NEWER):
         for fault in IN_COMMANDS:
             for rank in (0, 1):
-                yield failing(fault, command, COMMANDS[command], rank, 5)
+                yield failing(fault, command, COMMANDS[command], rank, NEWER.get(command, 5))
     for program in ("with", "bare", "guarded"):
         for fault in IN_PROGRAMS:
             if (fault, program) not in (("returns early", "with"), ("returns early", "guarded"),
@@ -287,6 +315,8 @@ def rows():
 
 def prepare(folder):
     """Write what the rows read: checkpoints that differ, token ids, and a step folder that no fault may touch."""
+    import ml_dtypes
+
     import make_tiny_checkpoints as tiny
     folder = Path(folder)
     tiny.write(folder / "a", tiny.load("gemma3_text"))
@@ -303,9 +333,35 @@ def prepare(folder):
     (folder / "a" / "generation_config.json").write_text('{"eos_token_id": 5}')
     for name in ("b", "c"):
         shutil.copy(folder / "a" / "generation_config.json", folder / name)
+    tiny.write(folder / "bf16", tiny.load("gemma3_text"), ml_dtypes.bfloat16)
+    if tokenizer_works():
+        import tokenizers
+        shutil.copytree(folder / "a", folder / "chat")
+        vocabulary = {word: number for number, word in enumerate(["<unk>", "hi", *"abcdefghijklmnop"])}
+        model = tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")
+        tokenizers.Tokenizer(model).save(str(folder / "chat" / "tokenizer.json"))
+        (folder / "chat" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "messages.json").write_text('[{"role": "user", "content": "hi"}]')
     (folder / "ids.txt").write_text(" ".join(str(i % 37) for i in range(60)))
     (folder / "out" / "step-00000002").mkdir(parents=True)
     (folder / "out" / "step-00000002" / "state.json").write_text("{}")
+
+
+def tokenizer_works():
+    """Whether what chats need is installed."""
+    return importlib.util.find_spec("tokenizers") and importlib.util.find_spec("jinja2")
+
+
+def train(folder, python):
+    """Write runs that differ in their weights: two whole ones, and two that stopped at half of their steps."""
+    for name, words in (("run", ()), ("run2", ("--seed", "9")), ("half", ()), ("half2", ("--seed", "9"))):
+        iterations = ("--train-iters", "9", "--save-interval", "5") if name.startswith("half") else ()
+        subprocess.run([python, "-m", "mpitp", *TRAIN, "--out", name, *words, *iterations], cwd=folder, check=True,
+                       env=job_environment(), capture_output=True)
+    half = Path(folder) / "half2"
+    for name in ("half", "half2"):
+        shutil.rmtree(half.with_name(name) / "step-00000009")
+    shutil.copy(half.with_name("half") / "step-00000005" / "state.json", half / "step-00000005" / "state.json")
 
 
 def digest(folder):
@@ -410,6 +466,7 @@ def main():
                   and re.search(arguments.only, f"{row.fault}, {row.command}")]
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
             prepare(folder)
+            train(folder, python)
             for outcome in pool.map(lambda row: run_again_if_late(row, python, mpi, folder), chosen):
                 outcomes.append(outcome)
                 print(f"{'ok' if not outcome.problems else 'FAILED':7s}{outcome.seconds:5.1f} s  {outcome.row.fault}, "

@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +29,8 @@ FAULTS = {              # (fault, command, rank, hosts): one of each kind
     ("fails in a thread", "bare", 1, 1), ("computes in a thread", "with", 1, 1),
     ("makes a subgroup alone, check=True", "with", 1, 1), ("a forked child raises", "with", 1, 1),
     ("a handle is dropped", "with", 0, 1), ("others leave while it goes on", "with", 0, 1),
-    ("another kind of machine", "verify", 1, 1), ("is stopped", "train", 1, 2)}
+    ("another kind of machine", "verify", 1, 1), ("is stopped", "train", 1, 2),
+    ("exits with 0", "train, data-parallel", 1, 1)}
 
 
 def key(row):
@@ -239,6 +241,16 @@ def test_where_a_thread_stands():
     assert found.call is None and not found.is_in_comm and "in wait" in found.place
     assert stand.where(None).place == "its end"
     assert stand.MPI_CALL.search("        x = self.comm.allgather(1)")[1] == "allgather"
+
+
+def test_a_rank_waits_where_any_line_of_mpitp_calls_a_communicator():
+    from mpitp.training import loop
+    lines = Path(loop.__file__).read_text().splitlines()
+    for words, waits in (("comm.allgather(problem)", "allgather"), ("self.sum.begin()", None)):
+        number = next(number for number, line in enumerate(lines, 1) if words in line)
+        code = SimpleNamespace(co_filename=loop.__file__, co_name="sum_gradients")
+        found = stand.where(SimpleNamespace(f_code=code, f_lineno=number, f_lasti=0, f_back=None))
+        assert found.call == waits and found.is_in_comm == (waits is not None)
 
 
 def test_the_state_of_a_process():

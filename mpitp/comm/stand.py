@@ -23,7 +23,7 @@ class Stand(NamedTuple):
     place : str
         The innermost line outside of mpitp/comm; where that is mpitp's, the program's own line behind it, too.
     is_in_comm : bool
-        Whether the innermost line is in mpitp/comm.
+        Whether the innermost line is in mpitp/comm, or calls a communicator.
     call : str or None
         The function of a communicator that mpitp's innermost line calls.
     """
@@ -46,8 +46,9 @@ def where(innermost: FrameType | None) -> Stand:
         frame = frame.f_back
     if innermost is None or not places:
         return Stand(None, "its end", False, None)
+    call = mpi_call(innermost)
     return Stand((id(innermost), innermost.f_lasti), ", called from ".join(map(line_of, places)),
-                 innermost.f_code.co_filename.startswith(COMM), mpi_call(innermost))
+                 call is not None or innermost.f_code.co_filename.startswith(COMM), call)
 
 
 def line_of(frame: FrameType) -> str:

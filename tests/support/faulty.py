@@ -1,7 +1,8 @@
 """Run a command or a program with a fault on one rank: python faulty.py FAULT RANK CALLS COMMAND OPTIONS...
 
-The fault happens in place of the rank's all-reduce number CALLS, while the others wait there. COMMAND is one of mpitp,
-or "with", "bare", "guarded": a program of a few sums with the context manager, without it, and under the guard.
+The fault happens in place of the rank's all-reduce number CALLS, or with "control:3" of its third control collective,
+while the others wait there. COMMAND is one of mpitp, or "with", "bare", "guarded": a program of a few sums with the
+context manager, without it, and under the guard.
 """
 import os
 import runpy
@@ -10,8 +11,10 @@ import sys
 import time
 
 import numpy as np
+from mpi4py import MPI
 
 import mpitp
+from mpitp.comm.ledger import Ledger
 from mpitp.comm.mpi import MpiTransport
 
 
@@ -67,15 +70,30 @@ def reduce_in_a_thread():
 
 
 def plant(fault, rank, calls):
-    """Make the fault happen on the rank in place of an all-reduce."""
+    """Make the fault happen on the rank in place of an all-reduce, or of a control collective."""
+    if calls.startswith("control:"):
+        plant_in_control(fault, rank, int(calls.removeprefix("control:")))
+        return
     right, done = MpiTransport.all_reduce, []
 
     def all_reduce(transport, x, op):
         done.append(x)
-        if transport.comm.rank == rank and len(done) == calls:
+        if MPI.COMM_WORLD.rank == rank and len(done) == int(calls):
             FAULTS[fault]()
         right(transport, x, op)
     MpiTransport.all_reduce = all_reduce
+
+
+def plant_in_control(fault, rank, calls):
+    """Make the fault happen on the rank in place of a control collective."""
+    right, done = Ledger.record_control, []
+
+    def record_control(ledger, name, sent=0):
+        done.append(name)
+        if MPI.COMM_WORLD.rank == rank and len(done) == calls:
+            FAULTS[fault]()
+        return right(ledger, name, sent)
+    Ledger.record_control = record_control
 
 
 def sums(group):
@@ -101,7 +119,7 @@ def bare():
 def main():
     fault, rank, calls, *words = sys.argv[1:]
     if fault != "nothing":
-        plant(fault, int(rank), int(calls))
+        plant(fault, int(rank), calls)
     try:
         if words[0] == "with":
             with_block()
