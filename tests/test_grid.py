@@ -1,4 +1,5 @@
 """Data x tensor grids: the same run on every grid, against a dense one in float64, and the same bits where promised."""
+import copy
 import hashlib
 import math
 import subprocess
@@ -13,7 +14,11 @@ from mpi4py import MPI
 import mpitp
 from decoder_cases import config
 from mpitp import oracle
+from mpitp.comm.ledger import Collective
+from mpitp.layers.closed_forms import decoder_collectives
+from mpitp.layers.loss import cross_entropy_collectives
 from mpitp.layers.norm import NormOverflow
+from mpitp.layers.norm_sums import NormSums, NormSumsOfStep
 from mpitp.ops.dropout import PartOfStep, dropout_scale
 from mpitp.sharding.partition import Partition
 from mpitp.training import dealing, gradients, loop
@@ -170,13 +175,13 @@ def dense_gradients(made):
     return float(loss), norm, {name: g * min(1.0, made.settings.clip_grad / norm) for name, g in found.items()}
 
 
-def problems(grid: mpitp.Grid, text, count=2):
+def problems(grid: mpitp.Grid, text, count=2, **more):
     """What differs from the dense gradients after a step of AdamW without momentum: loss, norm, gradients.
 
     `count` micro-batches: a sum of two pieces, or of one.
     """
     made = trainer(grid, text, tokens=Uneven, micro_batch_size=4 // count, gradient_accumulation=count, adam_beta1=0.0,
-                   lr=0.0, min_lr=0.0)
+                   lr=0.0, min_lr=0.0, **more)
     loss, norm, exact = dense_gradients(made)
     figures = made.train_step()
     found = made.group.comm.bcast(made.model.gather(made.optimizer.exp_avg))       # what clipping left of them
@@ -267,7 +272,71 @@ def test_collectives_of_the_data_group(text, reproducible, monkeypatch):
                 made.validate()
                 windows = sum(1 for _ in made.tokens.validation_batches(*made.dealing.windows()))
                 assert grid.data.ledger.counts() == of_a_step + of_a_step + Counter(
-                    [mpitp.comm.ledger.Collective("all_reduce", windows, "float64")])
+                    [Collective("all_reduce", windows, "float64")])
+
+
+# --- gradients of norms in sequence parallelism: one message of all micro-batches a step -----------------------------
+
+NORMED = "neox with query norm"             # side by side, with norms of queries and keys, too
+ROWS = dict(kind=NORMED, sequence_parallel=True, micro_batch_size=2, gradient_accumulation=3)
+OF_ROWS = [(1, NORMED), (1, "bloom")] + [(2, NORMED)] * (WORLD.size == 4)      # data ranks, kind
+
+
+@pytest.mark.parametrize("data, kind", OF_ROWS)
+def test_gradients_of_norms_are_summed_once_a_step(text, reproducible, data, kind):
+    """The same run as on one rank with whole rows, in which a piece's gradients are whole; and the closed form."""
+    exact = alone(text, reproducible, **dict(ROWS, kind=kind, sequence_parallel=False, recompute=None))
+    with mpitp.Grid(data=data, reproducible=reproducible, check=True) as grid:
+        made = trainer(grid, text, **dict(ROWS, kind=kind, recompute="block"))
+        grid.tensor.ledger.clear()
+        made.train_step()
+        pieces = [(piece.stop - piece.start) * 7 for piece in made.dealing.pieces]
+        expected = made.sum.norm_collectives(len(pieces)) + Counter([Collective("all_reduce", 1, "float64")])
+        for tokens in pieces:
+            expected += sum((*decoder_collectives(made.model, tokens, with_norms=False),
+                             cross_entropy_collectives(tokens, 0.0, "float64")), Counter())
+        of_norms = sum(w.size for name, w in made.model.weights.items() if "norm" in name)
+        elements = sum(key.elements * n for key, n in made.sum.norm_collectives(len(pieces)).items())
+        assert elements == of_norms * (len(pieces) if reproducible else 1)
+        assert everywhere(grid.tensor.ledger.counts() == expected)
+        found = trained(trainer(grid, text, **dict(ROWS, kind=kind, recompute="block")))
+    assert everywhere(far(found, exact) == []), far(found, exact)
+    if reproducible:
+        assert everywhere(digest(found) == digest(exact))
+
+
+@several
+@pytest.mark.parametrize("fault", ["not summed", "averaged", "each piece by itself, too", "the last piece alone"])
+def test_faults_of_a_steps_norms(text, reproducible, fault, monkeypatch):
+    right_sum, right_add, right_end = NormSumsOfStep.sum_of, NormSumsOfStep.add, NormSums.end
+    if fault == "not summed":
+        monkeypatch.setattr(NormSumsOfStep, "sum_of", lambda step, fold, elements: sum(
+            fold.known.values(), np.zeros(elements)))
+    elif fault == "averaged":
+        monkeypatch.setattr(NormSumsOfStep, "sum_of", lambda step, *given: right_sum(step, *given) / WORLD.size)
+    elif fault == "the last piece alone":
+        def last(step, *given):
+            for folds in step.pieces:
+                for fold in folds:
+                    for summand in fold.known.values():
+                        summand *= 0
+            right_add(step, *given)
+        monkeypatch.setattr(NormSumsOfStep, "add", last)
+    else:
+        def twice(sums, gradients, step_sums=None):
+            if step_sums is None:
+                return right_end(sums, gradients)
+            right_end(sums, gradients, step_sums)
+            for folds in step_sums.pieces[-1:]:
+                for number, fold in enumerate(folds):
+                    whole = step_sums.sum_of(copy.deepcopy(fold), step_sums.elements[number])
+                    for summand in fold.known.values():
+                        summand[...] = whole
+        monkeypatch.setattr(NormSums, "end", twice)
+    with mpitp.Grid(data=1, reproducible=reproducible) as grid:
+        found = problems(grid, text, kind=NORMED, sequence_parallel=True)
+    assert {"norm", "final_norm.weight", "layers.0.attention.key_norm.weight"} <= set(found)
+    assert "loss" not in found
 
 
 # --- what ends a run, and what it leaves ----------------------------------------------------------------------------

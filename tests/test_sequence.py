@@ -281,29 +281,24 @@ def mistakes(world, monkeypatch):
 NORM = "layers.0.mlp_norm.weight"
 
 
+def own_summand(step, fold, elements):
+    return sum(fold.known.values(), np.zeros(elements))
+
+
 @pytest.mark.host
 def test_norm_gradients_that_are_not_summed(mistakes):
     group, monkeypatch = mistakes
-    from mpitp.layers.norm_sums import NormSums
-
-    def own_rows(sums):
-        for number, g in enumerate(sums.gradients):
-            g[...] = sum(of_block[number] for of_block in sums.of_blocks.values())
-    monkeypatch.setattr(NormSums, "all_reduce", own_rows)
+    from mpitp.layers.norm_sums import NormSumsOfStep
+    monkeypatch.setattr(NormSumsOfStep, "sum_of", own_summand)
     assert {NORM, "final_norm.weight", "embedding_norm.bias"} <= problems(group)
 
 
 @pytest.mark.host
 def test_norm_gradients_that_are_averaged(mistakes):
     group, monkeypatch = mistakes
-    from mpitp.layers.norm_sums import NormSums
-    right = NormSums.all_reduce
-
-    def mean(sums):
-        right(sums)
-        for g in sums.gradients:
-            g /= group.size
-    monkeypatch.setattr(NormSums, "all_reduce", mean)
+    from mpitp.layers.norm_sums import NormSumsOfStep
+    right = NormSumsOfStep.sum_of
+    monkeypatch.setattr(NormSumsOfStep, "sum_of", lambda *given: right(*given) / group.size)
     assert {NORM, "final_norm.bias"} <= problems(group)
 
 
@@ -312,14 +307,14 @@ def test_norm_gradients_that_are_summed_too_early(mistakes):
     """Before the embedding's norm has had its backward, as a hook does that fires at the first micro-batch."""
     group, monkeypatch = mistakes
     from mpitp.layers.norm_sums import NormSums
-    right, added = NormSums.all_reduce, NormSums.backward
+    right, of_layer = NormSums.end, mpitp.Decoder.layer_backward
 
-    def early(sums, norm, *arguments):
-        if norm.name == "embedding_norm":
-            right(sums)
-        return added(sums, norm, *arguments)
-    monkeypatch.setattr(NormSums, "backward", early)
-    monkeypatch.setattr(NormSums, "all_reduce", lambda sums: None)
+    def early(model, layer, dy, saved, gradients, sums=None):
+        if layer.name == "embedding_norm":
+            right(sums, gradients)
+        return of_layer(model, layer, dy, saved, gradients, sums)
+    monkeypatch.setattr(mpitp.Decoder, "layer_backward", early)
+    monkeypatch.setattr(NormSums, "end", lambda sums, *given: None)
     found = problems(group)
     assert "embedding_norm.weight" in found and NORM not in found
 

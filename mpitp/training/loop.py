@@ -136,7 +136,8 @@ class Trainer:
         logits, saved = self.model.forward(ids, step=self.dealing.address(self.step, piece))
         loss, saved_loss = self.model.loss(logits, targets, label_smoothing=self.settings.label_smoothing,
                                            z_loss=self.settings.z_loss, ignore_index=IGNORED)
-        self.model.backward(self.model.loss_backward(saved_loss, 1 / times), saved, out=self.sum.room())
+        self.model.backward(self.model.loss_backward(saved_loss, 1 / times), saved, out=self.sum.room(),
+                            step_sums=self.sum.norms)
         self.sum.add(piece, loss / times)
 
     def require_finite(self, loss: float, norm: float) -> None:
