@@ -14,6 +14,8 @@ from mpi4py import MPI
 import mpitp
 from decoder_cases import config
 from mpitp import oracle
+from mpitp.comm import grid_nodes
+from mpitp.comm.grid_nodes import nodes_of, order_by_node
 from mpitp.comm.ledger import Collective
 from mpitp.layers.closed_forms import decoder_collectives
 from mpitp.layers.loss import cross_entropy_collectives
@@ -160,6 +162,36 @@ def test_groups_of_a_grid():
             tensor = WORLD.size // data
             assert (grid.data.size, grid.tensor.size, grid.world.size) == (data, tensor, WORLD.size)
             assert grid.data.rank * tensor + grid.tensor.rank == grid.world.rank == WORLD.rank
+
+
+def test_the_order_of_ranks_by_node():
+    """As many tensor groups inside of nodes as can be; the launcher's order where it has as many."""
+    for nodes, tensor, expected in (("aabb", 2, [0, 1, 2, 3]), ("abab", 2, [0, 2, 1, 3]), ("abab", 4, [0, 1, 2, 3]),
+                                    ("abababab", 2, [0, 2, 1, 3, 4, 6, 5, 7]), ("abcabc", 2, [0, 3, 1, 4, 2, 5]),
+                                    ("abababab", 4, [0, 2, 4, 6, 1, 3, 5, 7]), ("aaabbb", 2, [0, 1, 2, 3, 4, 5]),
+                                    ("aaabbccc", 2, [0, 1, 2, 7, 3, 4, 5, 6]), ("abbb", 2, [0, 1, 2, 3]), ("abcb", 2, [0, 2, 1, 3]),
+                                    ("aabbaa", 2, [0, 1, 2, 3, 4, 5]), ("abba", 1, [0, 1, 2, 3])):
+        assert order_by_node(nodes, tensor) == expected, nodes
+
+
+@pytest.mark.skipif(WORLD.size != 4, reason="two nodes of two ranks")
+def test_tensor_groups_are_inside_of_nodes(text, reproducible, monkeypatch):
+    """Ranks that are dealt to two nodes in turns change places, and the run is the same."""
+    with mpitp.Grid(data=2) as grid:
+        assert grid.tensor.comm.allgather(WORLD.rank) == [[0, 1], [2, 3]][WORLD.rank // 2]
+        assert everywhere(nodes_of(grid.world.comm) == [0, 0, 0, 0])
+    monkeypatch.setattr(grid_nodes, "node_of_this_rank", lambda comm: comm.rank % 2)
+    with mpitp.Grid(data=2, by_node=False) as grid:
+        assert grid.tensor.comm.allgather(WORLD.rank) == [[0, 1], [2, 3]][WORLD.rank // 2]
+    options = dict(tokens=Uneven, dropout=0.2, micro_batch_size=5, gradient_accumulation=1)
+    exact = alone(text, reproducible=reproducible, **options)
+    with mpitp.Grid(data=2, reproducible=reproducible, check=True) as grid:
+        assert grid.tensor.comm.allgather(WORLD.rank) == [[0, 2], [1, 3]][WORLD.rank % 2]
+        assert grid.data.comm.allgather(WORLD.rank) == [[0, 1], [2, 3]][WORLD.rank // 2]
+        assert grid.world.comm.allgather(WORLD.rank) == [0, 2, 1, 3]
+        found = trained(trainer(grid, text, **options))
+    assert everywhere(far(found, exact) == []), far(found, exact)
+    assert not reproducible or everywhere(digest(found) == digest(exact))
 
 
 # --- against a dense run, with planted faults -----------------------------------------------------------------------
