@@ -311,15 +311,17 @@ def test_collectives_of_the_data_group(text, reproducible, monkeypatch):
 
 NORMED = "neox with query norm"             # side by side, with norms of queries and keys, too
 ROWS = dict(kind=NORMED, sequence_parallel=True, micro_batch_size=2, gradient_accumulation=3)
+SPARED = {NORMED: dict(recompute="block"), "bloom": dict(gather_again=True)}
 OF_ROWS = [(1, NORMED), (1, "bloom")] + [(2, NORMED)] * (WORLD.size == 4)      # data ranks, kind
 
 
 @pytest.mark.parametrize("data, kind", OF_ROWS)
 def test_gradients_of_norms_are_summed_once_a_step(text, reproducible, data, kind):
     """The same run as on one rank with whole rows, in which a piece's gradients are whole; and the closed form."""
-    exact = alone(text, reproducible, **dict(ROWS, kind=kind, sequence_parallel=False, recompute=None))
+    options = dict(ROWS, kind=kind, **SPARED[kind])
+    exact = alone(text, reproducible, **dict(ROWS, kind=kind, sequence_parallel=False))
     with mpitp.Grid(data=data, reproducible=reproducible, check=True) as grid:
-        made = trainer(grid, text, **dict(ROWS, kind=kind, recompute="block"))
+        made = trainer(grid, text, **options)
         grid.tensor.ledger.clear()
         made.train_step()
         pieces = [(piece.stop - piece.start) * 7 for piece in made.dealing.pieces]
@@ -331,7 +333,7 @@ def test_gradients_of_norms_are_summed_once_a_step(text, reproducible, data, kin
         elements = sum(key.elements * n for key, n in made.sum.norm_collectives(len(pieces)).items())
         assert elements == of_norms * (len(pieces) if reproducible else 1)
         assert everywhere(grid.tensor.ledger.counts() == expected)
-        found = trained(trainer(grid, text, **dict(ROWS, kind=kind, recompute="block")))
+        found = trained(trainer(grid, text, **options))
     assert everywhere(far(found, exact) == []), far(found, exact)
     if reproducible:
         assert everywhere(digest(found) == digest(exact))
@@ -457,12 +459,18 @@ def test_grids_that_do_not_multiply(world):
 
 
 def test_a_run_of_another_unit_is_refused(text, group, tmp_path):
-    if not group.reproducible:
-        return
     out = group.comm.bcast(str(tmp_path))
+    if not group.reproducible:
+        trainer(group, text, folder=out, train_iters=1, lr_decay_iters=4).run()
+        with mpitp.TensorParallelGroup(reproducible=True) as other, \
+                pytest.raises(mpitp.InputError, match=r"unit = None, expected sequence.*\(without --reproducible\)"):
+            resume(trainer(other, text, folder=out))
+        return
     trainer(group, text, folder=out, reproducible_unit="micro-batch", train_iters=2, lr_decay_iters=4).run()
     with pytest.raises(mpitp.InputError, match="found unit = micro-batch, expected sequence.*--reproducible-unit"):
         resume(trainer(group, text, folder=out))
+    with mpitp.TensorParallelGroup() as other, pytest.raises(mpitp.InputError, match=r"expected None.*\(--reproduc"):
+        resume(trainer(other, text, folder=out))
     assert resume(trainer(group, text, folder=out, reproducible_unit="micro-batch"))
     with pytest.raises(mpitp.InputError, match="micro_batch_size = 2, expected 3"):
         resume(trainer(group, text, folder=out, reproducible_unit="micro-batch", micro_batch_size=3, lr_decay_iters=4))

@@ -80,7 +80,7 @@ class Trainer:
         self.lock: FolderLock | None = None
         self.began_with: dict | None = None
         self.model = Decoder(self.group, config, dtype=dtype, seed=settings.seed, recompute=settings.recompute,
-                             sequence_parallel=settings.sequence_parallel)
+                             sequence_parallel=settings.sequence_parallel, gather_again=settings.gather_again)
         self.optimizer = AdamW(self.model, settings.adam_beta1, settings.adam_beta2, settings.adam_eps,
                                settings.weight_decay)
         self.dealing = Dealing(settings, self.data.rank if self.data else 0, self.data.size if self.data else 1,
