@@ -247,7 +247,7 @@ def test_fault_mean_a_rank_then_average(text, reproducible, monkeypatch):
 @several
 @pytest.mark.parametrize("by", ["data", "world"])
 def test_fault_divided_by_ranks(text, reproducible, by, monkeypatch):
-    with mpitp.Grid(data=WORLD.size, reproducible=reproducible) as grid:
+    with mpitp.Grid(data=GRIDS[0], reproducible=reproducible) as grid:      # of four ranks two, so they are two faults
         right = Trainer.add_gradients
         monkeypatch.setattr(Trainer, "add_gradients", lambda self, piece, ids, targets, counted: right(
             self, piece, ids, targets, counted * getattr(grid, by).size))
