@@ -310,7 +310,7 @@ def test_collectives_of_the_data_group(text, reproducible, monkeypatch):
 # --- gradients of norms in sequence parallelism: one message of all micro-batches a step -----------------------------
 
 NORMED = "neox with query norm"             # side by side, with norms of queries and keys, too
-ROWS = dict(kind=NORMED, sequence_parallel=True, micro_batch_size=2, gradient_accumulation=3)
+ROWS = dict(sequence_parallel=True, micro_batch_size=2, gradient_accumulation=2)
 SPARED = {NORMED: dict(recompute="block"), "bloom": dict(gather_again=True)}
 OF_ROWS = [(1, NORMED), (1, "bloom")] + [(2, NORMED)] * (WORLD.size == 4)      # data ranks, kind
 
@@ -323,7 +323,7 @@ def test_gradients_of_norms_are_summed_once_a_step(text, reproducible, data, kin
     with mpitp.Grid(data=data, reproducible=reproducible, check=True) as grid:
         made = trainer(grid, text, **options)
         grid.tensor.ledger.clear()
-        made.train_step()
+        loss = made.train_step()["loss"]
         pieces = [(piece.stop - piece.start) * 7 for piece in made.dealing.pieces]
         expected = made.sum.norm_collectives(len(pieces)) + Counter([Collective("all_reduce", 1, "float64")])
         for tokens in pieces:
@@ -333,7 +333,8 @@ def test_gradients_of_norms_are_summed_once_a_step(text, reproducible, data, kin
         elements = sum(key.elements * n for key, n in made.sum.norm_collectives(len(pieces)).items())
         assert elements == of_norms * (len(pieces) if reproducible else 1)
         assert everywhere(grid.tensor.ledger.counts() == expected)
-        found = trained(trainer(grid, text, **options))
+        found = trained(made, steps=1)
+        found["losses"] = np.array([loss, *found["losses"]])
     assert everywhere(far(found, exact) == []), far(found, exact)
     if reproducible:
         assert everywhere(digest(found) == digest(exact))
