@@ -218,6 +218,7 @@ def test_a_transport_that_does_not_synchronise_is_seen(world):
 
 @pytest.mark.launcher
 @pytest.mark.slow
+@pytest.mark.any_mpi
 @pytest.mark.parametrize("ranks, name", [(1, "auto"), (2, "mpi"), (2, "nccl"), (2, "staged")])
 def test_the_suite_on_a_stand_in(ranks, name):
     """As on a GPU, where CI has none: layers, losses, keys and values on arrays that refuse NumPy's."""
@@ -228,6 +229,7 @@ def test_the_suite_on_a_stand_in(ranks, name):
 
 @pytest.mark.launcher
 @pytest.mark.slow
+@pytest.mark.any_mpi
 def test_the_same_bits_on_a_stand_in():
     """In 16-bit types, too: on one rank as on three."""
     one, three = (job(ranks, "tests/hashes.py", "--device", "stand-in", timeout=600) for ranks in (1, 3))
@@ -236,6 +238,7 @@ def test_the_same_bits_on_a_stand_in():
 
 
 @pytest.mark.launcher
+@pytest.mark.any_mpi
 def test_what_cublas_is_told():
     """Transposed or not, pitch, gaps between matrices, copies: for arrays that lie in memory in many ways."""
     done = job(1, "tests/support/layout_job.py")
