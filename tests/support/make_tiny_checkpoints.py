@@ -158,6 +158,8 @@ CASES = {       # name: (model_type, what its configuration class is called with
     "gemma3_both": ("gemma3_text", dict(
         SIZES, num_key_value_heads=1, head_dim=6, sliding_window=5, query_pre_attn_scalar=11, tie_word_embeddings=True,
         layer_types=[SLIDING, FULL], use_bidirectional_attention=True)),
+    "gemma3_softcap": ("gemma3_text", dict(SIZES, num_key_value_heads=5, head_dim=4, final_logit_softcapping=2.0,
+                                           layer_types=[FULL, SLIDING])),
     "opt_no_last_norm": ("opt", dict(OPT, ffn_dim=23, _remove_final_layer_norm=True)),
 }
 ZERO_CENTERED = ("gemma", "gemma2", "gemma3_text", "gemma3", "nemotron")
@@ -169,6 +171,8 @@ CONTRADICTIONS = {
     "gemma3_own_head": ("gemma3_text", {}, {"lm_head.weight": [37, 20]}),
     "llama_rope_scaling": ("llama_yarn", dict(rope_scaling=ROPE_SCALING, rope_theta=77.0), {}),
     "gemma3_rope_scaling": ("gemma3_text", dict(rope_scaling=dict(ROPE_SCALING, rope_type="linear")), {}),
+    "gemma3_type_alone": ("gemma3_text", dict(rope_scaling=dict(type="llama3", factor=2.0)), {}),
+    "olmo3_trained": ("olmo3", dict(original_max_position_embeddings=5), {}),
     "gpt_neox_rope_scaling": ("gpt_neox_in_turn", dict(rope_scaling=ROPE_SCALING, rotary_pct=0.25), {}),
     "llama_other_keys": ("llama", dict(hidden_activation="gelu", scale_attn_weights=False), {}),
 }

@@ -11,10 +11,11 @@ from .gemma import GEMMA, LATER, NORMS, scaled_embedding
 from .keys import Keys
 from .llama import TENSORS
 from .rope import RopeOfTypes
-from .tables import Table
+from .tables import CAP, Key, Table
 from .windows import Typed
 
-GEMMA3 = Table(LATER, {**GEMMA.fixed, "qk_norm": True, "norm_placement": "both"}, derived=scaled_embedding,
+GEMMA3 = Table({**LATER, "logits_softcap": Key(CAP, "final_logit_softcapping", None)},
+               {**GEMMA.fixed, "qk_norm": True, "norm_placement": "both"}, derived=scaled_embedding,
                rope=RopeOfTypes({"full_attention": ("rope_theta", 1e6),
                                  "sliding_attention": ("rope_local_base_freq", 1e4)}),
                windows=Typed(6, "sliding_window_pattern"))
