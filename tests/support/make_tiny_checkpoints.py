@@ -171,7 +171,6 @@ CONTRADICTIONS = {
     "gemma3_own_head": ("gemma3_text", {}, {"lm_head.weight": [37, 20]}),
     "llama_rope_scaling": ("llama_yarn", dict(rope_scaling=ROPE_SCALING, rope_theta=77.0), {}),
     "gemma3_rope_scaling": ("gemma3_text", dict(rope_scaling=dict(ROPE_SCALING, rope_type="linear")), {}),
-    "gemma3_type_alone": ("gemma3_text", dict(rope_scaling=dict(type="llama3", factor=2.0)), {}),
     "olmo3_trained": ("olmo3", dict(original_max_position_embeddings=5), {}),
     "gpt_neox_rope_scaling": ("gpt_neox_in_turn", dict(rope_scaling=ROPE_SCALING, rotary_pct=0.25), {}),
     "llama_other_keys": ("llama", dict(hidden_activation="gelu", scale_attn_weights=False), {}),
