@@ -68,7 +68,7 @@ def test_a_window_that_is_not_used_is_no_unknown_key():
     ("phi3_longrope", dict(rope_scaling=dict(LONGROPE, short_factor=[1.0])), "found 1 short_factors, expected 3"),
     ("phi3_longrope", dict(rope_scaling=dict(LONGROPE, long_factor=[1.0, 0, 2])), "found long_factor = [1.0, 0, 2]"),
     ("llama_dynamic", dict(max_position_embeddings=None), "found no max_position_embeddings, expected it there"),
-    ("gemma3_text", dict(rope_scaling=dict(type="llama3", factor=2.0)), "rope_scaling: found type = 'llama3', expected"),
+    ("gemma3_text", dict(rope_scaling=dict(type="llama3", factor=2.0)), "rope_scaling: found type = 'llama3'"),
     ("olmo3", dict(rope_parameters=dict(full_attention=dict(tiny.YARN, truncate=False))), "found truncate = False"),
     ("gptj", dict(rotary_dim=7), "found rotary dim 7, expected a positive even number"),
     ("gemma3", dict(text_config=None), "found no text_config, expected it there"),

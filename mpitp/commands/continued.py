@@ -1,7 +1,7 @@
 """A chat whose last message is the assistant's: its text is cut where that message ends, so that the model goes on.
 
-A mark behind the message says where it ends, as transformers has it (5.24, utils/chat_template_utils.py). A template may
-strip a message: then what stands before the mark is stripped, too.
+A mark behind the message says where it ends, as transformers has it (5.24, utils/chat_template_utils.py). A template
+may strip a message: then what stands before the mark is stripped, too.
 """
 from __future__ import annotations
 
