@@ -71,6 +71,7 @@ def test_a_window_that_is_not_used_is_no_unknown_key():
     ("gemma3_text", dict(rope_scaling=dict(type="llama3", factor=2.0)), "rope_scaling: found type = 'llama3'"),
     ("olmo3", dict(rope_parameters=dict(full_attention=dict(tiny.YARN, truncate=False))), "found truncate = False"),
     ("gptj", dict(rotary_dim=7), "found rotary dim 7, expected a positive even number"),
+    ("gemma3", dict(text_config=dict(final_logit_softcapping=9.0)), "found final_logit_softcapping = 9.0, expected no"),
     ("gemma3", dict(text_config=None), "found no text_config, expected it there"),
     ("gemma3", dict(text_config=dict(model_type="gemma2")), "text_config: found model_type = 'gemma2', expected"),
 ])

@@ -333,7 +333,8 @@ def test_what_a_prompt_shows_and_what_is_new_are_the_whole_text(decode, inside):
         tokens = [[WORD] if sign == chr(WORD) and decode is fallback else list(sign.encode()) for sign in said]
         ids, size = sum(tokens, []), len(sum(tokens[:rng.randint(1, len(said))], []))
         size, whole = rng.randint(1, len(ids)) if inside else size, "".join(said)
-        before = max(filter(whole.startswith, (decode(ids[:end]) for end in range(size + 1))), key=len)
+        shown = [decode(ids[:end]) for end in (range(size + 1) if inside else [size])]
+        before = max(filter(whole.startswith, shown), key=len)
         assert before + "".join(push_all(decode, ids[:size], ids[size:])) == whole, size
 
 

@@ -30,7 +30,8 @@ def read_text_part(keys: Keys) -> DecoderConfig:
     """Return the config of the text model inside a model that sees images, too."""
     text = keys.part("text_config", dict(TEXT_CONFIG, tie_word_embeddings=keys.flag("tie_word_embeddings",
                                                                                   default=True)))
-    text.refuse({"model_type": ("gemma3_text",), BOTH_DIRECTIONS: (False,), "is_causal": (True,)})
+    text.refuse({"model_type": ("gemma3_text",), BOTH_DIRECTIONS: (False,), "is_causal": (True,),
+                 "final_logit_softcapping": ()})        # which theirs does not apply beside images
     return GEMMA3_TEXT.config(text)
 
 
