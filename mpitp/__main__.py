@@ -29,6 +29,9 @@ def main() -> int:
         if not MPI.Is_initialized():
             MPI.Init_thread()
         from .comm.guard import guarded
+        if MPI.COMM_WORLD.size > 1 and os.environ.get("MPITP_STALL_LIMIT") != "0":
+            from .comm.early import expect_all
+            expect_all()
     except (ImportError, RuntimeError) as error:            # no mpi4py, or no MPI library for it to load
         if sys.argv[1:2] in (["judge"], ["plan"]):
             return run_alone()

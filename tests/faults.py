@@ -30,7 +30,7 @@ DOCUMENT = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 HOST = re.escape(socket.gethostname())
 STALL = 3               # seconds, MPITP_STALL_LIMIT of the rows
-AT_ONCE, AFTER_LEFT, AFTER_STALL = 12, 16, 20   # seconds of a row, the start of Python on a busy machine included
+AT_ONCE, AFTER_LEFT, AFTER_STALL = 20, 24, 30   # seconds of a row, the start of Python on a busy machine included
 
 TRAIN = ["train", "--hidden-size", "16", "--num-layers", "1", "--seq-length", "16", "--micro-batch-size", "1",
          "--data", str(ROOT / "README.md"), "--train-iters", "6", "--eval-batches", "1"]
@@ -213,10 +213,24 @@ def ends():
                 yield failing(fault, program, [program], 1, 3)
     yield Row("exits with 3", "bare", 1, failing("exits with 3", "bare", ["bare"], 1, 3).starts,
               "not there: rank 1 of 2 .* has left the program", AFTER_LEFT)
+    yield from early()
     program = "import mpitp, numpy as np\nwith mpitp.TensorParallelGroup(check=True) as group:\n    " \
               "group.subgroup(0) if group.rank else group.all_reduce(np.ones(3))"
     yield Row("makes a subgroup alone, check=True", "with", 1, 2 * (({}, ("-c", program)),),
               r"the ranks disagree on a collective: rank 0: all_reduce sum float64 \(3,\); rank 1: subgroup")
+
+
+def early():
+    """Rows of ranks that fail before their first group is made, while the others wait there."""
+    ends = {"exits with 0": "sys.exit(0)", "is stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+            "spins": "while True: pass"}
+    said = rf"rank 0 of 2 on {HOST} waits for (Dup|Allreduce|allgather) .*not there: rank 1, of which nothing is known"
+    group = ({}, ("-c", "import mpitp\nwith mpitp.TensorParallelGroup() as group: pass"))
+    for fault, line in ends.items():
+        first = f"import os, signal, sys, mpi4py.MPI, mpitp\n{line}"
+        yield Row(f"{fault} before the group", "with", 1, (group, ({}, ("-c", first))), said, AFTER_STALL)
+        yield Row(f"{fault} before it begins", "verify", 1, (start(*COMMANDS["verify"]), ({}, ("-c", first))), said,
+                  AFTER_STALL)
 
 
 def failing(fault, command, words, rank, calls, hosts=1):

@@ -30,6 +30,7 @@ FAULTS = {              # (fault, command, rank, hosts): one of each kind
     ("makes a subgroup alone, check=True", "with", 1, 1), ("a forked child raises", "with", 1, 1),
     ("a handle is dropped", "with", 0, 1), ("others leave while it goes on", "with", 0, 1),
     ("another kind of machine", "verify", 1, 1), ("is stopped", "train", 1, 2),
+    ("exits with 0 before the group", "with", 1, 1), ("is stopped before it begins", "verify", 1, 1),
     ("exits with 0", "train, data-parallel", 1, 1)}
 
 
@@ -277,6 +278,7 @@ def test_what_is_done_stays_done():
 def test_the_watchdog_is_not_imported_where_it_is_off():
     program = "import sys, mpitp\nwith mpitp.TensorParallelGroup() as group: pass\nassert ('mpitp.comm.watchdog' in " \
               "sys.modules) == (sys.argv[1] == '5')"
+    program += "\nassert ('mpitp.comm.early' in sys.modules) == (sys.argv[1] == '5')"
     for limit in ("0", "5"):
         done = job(2, "-c", program, limit, environment={"MPITP_STALL_LIMIT": limit})
         assert done.returncode == 0, done.stderr

@@ -91,9 +91,8 @@ class TensorParallelGroup(Collectives, Sums):
                  blocks: int = 8, check: bool = False, transport: str = "auto", gpu: int | None = None,
                  share_gpu: bool = False, tf32: bool = False):
         if comm is None or comm == MPI.COMM_WORLD:
-            from .launch import require_matching_launcher
-            require_matching_launcher()
-            comm = MPI.COMM_WORLD
+            from .launch import join_world
+            comm = join_world()
         self.comm = comm.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
         self.options = GroupOptions(device, bool(reproducible), blocks, bool(check), transport, gpu, share_gpu,

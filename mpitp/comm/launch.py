@@ -77,13 +77,22 @@ def remedy(launcher_name: str | None, library: str) -> str:
 def require_matching_launcher() -> None:
     """Raise InputError when a launcher started several ranks and MPI sees one: it belongs to another MPI.
 
-    Then every process believes that it is alone, and computes everything P times over.
+    Then every process computes everything.
     """
     name, ranks = launcher()
     if ranks > 1 and MPI.COMM_WORLD.size == 1:
         raise InputError(
             f"found {ranks} processes started by {name}, each alone in an MPI world of 1 rank, expected one world "
             f"of {ranks}: mpi4py uses {library_name()}, so {remedy(name, library_name())}")
+
+
+def join_world() -> MPI.Intracomm:
+    """Return the communicator of all ranks for a first group; from now on ranks that never come to it are noticed."""
+    require_matching_launcher()
+    if MPI.COMM_WORLD.size > 1 and os.environ.get("MPITP_STALL_LIMIT") != "0":
+        from .early import expect_all
+        expect_all()
+    return MPI.COMM_WORLD
 
 
 def cores() -> list[int]:

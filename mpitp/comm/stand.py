@@ -4,9 +4,10 @@ import os
 import re
 import time
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .ledger import Ledger
+if TYPE_CHECKING:                               # it imports NumPy
+    from .ledger import Ledger
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 COMM = os.path.join(HOME, "comm") + os.sep
@@ -86,7 +87,7 @@ def state(process: int) -> str:
             "D": " (waits for a disk or a file system of the network)"}.get(letter(process), "")
 
 
-def done(ledger: Ledger) -> int:
+def done(ledger: "Ledger") -> int:
     """Return how many collectives of a group this rank has done."""
     while True:
         try:

@@ -19,33 +19,18 @@ from typing import Any
 
 from mpi4py import MPI
 
-from ..errors import InputError
 from . import guard
+from .early import DEFAULT_LIMIT, ROUND, VARIABLE, stall_limit
 from .heartbeats import Heartbeats
 from .ledger import Ledger
 from .others import LEFT, Others
 from .stand import Stand, clock, done, text_of, where
 
-VARIABLE = "MPITP_STALL_LIMIT"
-DEFAULT_LIMIT = 600.0
-ROUND = 1.0             # seconds between two looks, at most; at least 20 of them make the limit
 SPOKESMAN = 3           # rounds that the lowest waiting rank has to speak, before the next one does
 CLOSED = 16             # groups that were closed and whose counts are kept
 
 # {ranks of the world: Watch}. Groups of the same ranks share one, in the order of the program.
 _watches: dict[tuple[int, ...], "Watch"] = {}
-
-
-def stall_limit() -> float:
-    """Return the seconds of MPITP_STALL_LIMIT, or the default. Raises InputError for another text."""
-    text = os.environ.get(VARIABLE) or str(DEFAULT_LIMIT)
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = -1
-    if not (math.isfinite(limit) and limit >= 0):
-        raise InputError(f"found {VARIABLE} = {text!r}, expected seconds, or 0 for no limit")
-    return limit
 
 
 def watch(comm: MPI.Comm, ledger: Ledger) -> "Watch | None":

@@ -13,7 +13,7 @@ from student import OPEN_MPI, Done, as_student, good, hold, on, over_ssh, run, s
 STALL = 4                   # seconds, MPITP_STALL_LIMIT of the rows
 AT_ONCE, AFTER_STALL = 20, 30
 TRAIN = "train --hidden-size 16 --num-layers 1 --seq-length 16 --micro-batch-size 1 --eval-batches 1"
-WAITS = r"rank {other} of 2 on {other_host} waits for [a-z_]+( [0-9]+ float32)? since [0-9:]+, at .*not there: " \
+WAITS = r"rank {other} of 2 on {other_host} waits for [a-z_]+( [0-9]+ [a-z0-9]+)? since [0-9:]+, at .*not there: " \
         r"rank {rank} of 2 on {host} \(process \d+\) "
 SILENT = WAITS + r"has given no sign of life since [\d:]+ \(stopped, or {host} or the network to it is down\), last " \
          "at .*: the job ends after"
@@ -124,6 +124,7 @@ def every_fault(mpi: str) -> None:
         for rank in (0, 1):
             problems += tried(fault, "train", rank, mpi, words, limit,
                               f"tests/support/faulty.py '{fault}' {rank} 5 {TRAIN} --train-iters 6")
+    good("h1", "test -e ~/model || ./run.sh -n 1 tests/cluster/model.py ~/model")
     for host, text in (("h1", "README.md"), ("h2", "CHANGELOG.md")):
         good(host, f"cp {text} /tmp/data; cp -r ~/model /tmp/model")          # each host has a /tmp of its own
     good("h2", "rm /tmp/model/generation_config.json; mkdir -p /tmp/model; "
