@@ -224,7 +224,9 @@ def two_hosts() -> str:
     for one in found["faults"]:
         line = re.sub(r"\b\d\d:\d\d:\d\d\b", "12:00:00", one["line"].removeprefix("mpitp: ").replace("|", "/"))
         line = re.sub(r"PID \d+", "PID N", re.sub(r" ?\^+|/home/student/mpitp/", "", line))
-        line = line if len(line) <= 200 else f"{line[:90]} ... {line[-105:]}"
+        guilty = line.find("not there: ")
+        end = line[guilty:] if guilty > 90 else line[-105:]
+        line = line if len(line) <= 200 else f"{line[:90]} ... {end[:110]}{' ...' * (len(end) > 110)}"
         lines.append([one["fault"], one["command"], f"{one['rank']} on h{one['rank'] + 1}", one["mpi"],
                       f"{one['seconds']:.1f} of {one['limit']}", "; ".join([*one["problems"], line])])
     good = sum(not one["problems"] for one in found["faults"])

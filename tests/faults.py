@@ -402,8 +402,9 @@ def run(row, python, mpi, folder):
     before, began = digest(folder), time.monotonic()
     environment = job_environment(MPITP_STALL_LIMIT=str(STALL), MPIEXEC_TIMEOUT="60")
     try:
+        # In a session of its own, which Linux gives a share of the processor of its own.
         done = subprocess.run(command_line(row, python), env=environment, cwd=folder, text=True, capture_output=True,
-                              timeout=60)
+                              timeout=60, start_new_session=True)
         status, said = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as error:
         status, said = -1, str(error.output) + str(error.stderr)
