@@ -68,7 +68,7 @@ class ParallelAttention(ParallelLayer):
     Megatron-LM (arXiv 1909.08053, section 3); grouped queries: Ainslie et al. (arXiv 2305.13245).
     """
 
-    norms_over_heads = False        # AttentionNormedOverHeads does
+    norms_of = "any head"           # one weight for all; the subclasses are in norm_over_heads.py and norm_by_head.py
     attend = staticmethod(attention_forward)
 
     def __init__(self, group: TensorParallelGroup, config: AttentionConfig, *, dtype: str = "float32",
@@ -81,10 +81,10 @@ class ParallelAttention(ParallelLayer):
         self.causal, self.sliding_window, self.rotary = config.causal, config.sliding_window, config.rotary
         self.scale, self.dropout, self.seed = config.scale, config.dropout, 0 if seed is None else seed
         self.slopes = group.xp.asarray(alibi_slopes(self.num_attention_heads), self.sum_dtype) if config.alibi else None
-        require(config.qk_norm_over_heads == self.norms_over_heads, f"qk_norm_over_heads {config.qk_norm_over_heads}",
-                f"{self.norms_over_heads}, as {type(self).__name__} has it")
+        require(config.norms_of == self.norms_of, f"query and key norms of {config.norms_of}",
+                f"those of {self.norms_of}, as {type(self).__name__} has them")
         self.norm = (config.qk_norm, config.norm_epsilon, config.zero_centered_gamma) \
-            if config.qk_norm and not self.norms_over_heads else None
+            if config.qk_norm and self.norms_of == "any head" else None
         self.heads = Heads(group, self.num_attention_heads, int(config.query_groups), self.kv_channels)
         self.set_partition(self.heads.partition)
         self.tables: tuple = ()
@@ -146,7 +146,7 @@ class ParallelAttention(ParallelLayer):
         """Return keys and values (B, S, u, K) of a unit, earlier positions first; and what backward needs."""
         rows = self.heads.unit_rows(unit)
         k_BSuK, v_BSuK = self.project_key_value(x_ND, rows, call)
-        k_BSuK, of_norm = self.norm_and_rotate("key", k_BSuK, call)
+        k_BSuK, of_norm = self.norm_and_rotate("key", k_BSuK, rows, call)
         if call.kv is not None:
             k_BSuK, v_BSuK = call.kv.append(unit, k_BSuK, v_BSuK)
         return k_BSuK, v_BSuK, of_norm
@@ -155,7 +155,7 @@ class ParallelAttention(ParallelLayer):
                       save: bool) -> tuple[Array, Any]:
         """Return a block's summand of y (N, D), its heads times their columns of out; and what backward needs."""
         rows = self.heads.block_rows(block)
-        q_BSHK, of_norm = self.norm_and_rotate("query", self.project("query", x_ND, rows, call), call)
+        q_BSHK, of_norm = self.norm_and_rotate("query", self.project("query", x_ND, rows, call), rows, call)
         a_BSHK, statistics = self.group.xp.empty_like(q_BSHK), []
         for unit, heads in self.heads.heads_by_unit(block):
             if call.kv is not None and call.S == 1 and call.mask is None:
@@ -303,7 +303,7 @@ class ParallelAttention(ParallelLayer):
         add_bias(y_NHK, rows_of(self.own.get(f"{part}.bias"), rows))
         return as_heads(y_NHK, call.B, call.S, self.kv_channels)
 
-    def norm_and_rotate(self, part: str, x_BSHK: Array, call: AttentionCall) -> tuple[Array, Any]:
+    def norm_and_rotate(self, part: str, x_BSHK: Array, rows: slice, call: AttentionCall) -> tuple[Array, Any]:
         """Return query or key heads after norm and rotary positions, in either order; and what norm_backward needs."""
         of_norm, last = None, self.config.qk_norm_after_rotary
         if self.norm and not last:

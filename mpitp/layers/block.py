@@ -78,9 +78,9 @@ class ParallelBlock(SideBySide):
         self.sequence_parallel, self.recompute = bool(sequence_parallel), recompute
         common: dict[str, Any] = dict(dtype=dtype, seed=seed, init_std=config.init_method_std,
                                       output_init_std=output_init_std(config))
-        kind = ParallelAttention
-        if config.qk_norm_over_heads:
-            from .norm_over_heads import AttentionNormedOverHeads as kind       # where it is used: few models have it
+        kind: Any = ParallelAttention
+        if config.attention(layer).norms_of != kind.norms_of:
+            from .normed_attention import normed_attention as kind          # where it is used: few models have it
         self.attention = kind(group, config.attention(layer), name=join(name, "attention"), **common)
         self.mlp = ParallelMLP(group, config.hidden_size, config.ffn_size, config.activation, config.gated,
                                config.mlp_bias, name=join(name, "mlp"), **common)
