@@ -173,10 +173,12 @@ class ParallelAttention(ParallelLayer):
 
     # --- backward ---------------------------------------------------------------------------------------------------
 
-    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None,
+                 norm_sums: Any = None) -> tuple[Array, dict[str, Array]]:
         """Return dx, complete, of dy (..., S, D), complete; and {name: gradient} of this rank's slices.
 
         out : an earlier backward's gradients, whose arrays are used again
+        norm_sums : NormSums of the caller, who adds up the gradients of query and key norm; None: done here
         """
         x_ND, units, kept, call = require_saved(saved, self)
         x_ND = call.rows.again(x_ND) if call.rows else x_ND
@@ -191,7 +193,7 @@ class ParallelAttention(ParallelLayer):
             total.add(block, dx_ND)
             norms[block.index] = d_norms
         dx_ND = copy_to_ranks_backward(total, call.rows)                                            # f*
-        self.sum_norm_gradients(norms, gradients)
+        self.end_norms(norms, gradients, norm_sums)
         return dx_ND.reshape(dy.shape), gradients
 
     def scores_backward(self, dy_ND: Array, units: Units, kept: dict, call: AttentionCall,
@@ -269,16 +271,19 @@ class ParallelAttention(ParallelLayer):
         for unit in owned:
             for part, d_NuK in zip(("key", "value"), d_units[unit]):
                 product(d_NuK, rows_of(self.own[f"{part}.weight"], self.heads.unit_rows(unit)), dx_ND, add=True)
-        return dx_ND, (dq_norm, [d_units[unit][2] for unit in owned])
+        zeros = self.group.xp.zeros(self.kv_channels, self.sum_dtype)
+        return dx_ND, self.norm and [dq_norm, sum((d_units[unit][2] for unit in owned), zeros)]
+
+    def end_norms(self, norms: dict, gradients: dict[str, Array], sums: Any) -> None:
+        """Write the gradients of query and key norm, or leave them to NormSums of the caller."""
+        if self.norm:
+            self.sum_norm_gradients(norms, gradients) if sums is None else sums.add_heads(self, norms)
 
     def sum_norm_gradients(self, norms: dict, gradients: dict[str, Array]) -> None:
         """Write the gradients of query and key norm, summed over all heads. Collective: an all-reduce of 2 x K."""
-        if not self.norm:
-            return
-        xp, total = self.group.xp, self.group.sum(self.partition, (2, self.kv_channels), self.sum_dtype)
+        total = self.group.sum(self.partition, (2, self.kv_channels), self.sum_dtype)
         for block in self.own_blocks:
-            dq_norm, dk_norms = norms[block.index]
-            total.add(block, xp.stack([dq_norm, sum(dk_norms, xp.zeros(self.kv_channels, self.sum_dtype))]))
+            total.add(block, self.group.xp.stack(norms[block.index]))
         for part, d_K in zip(("query", "key"), total.all_reduce()):
             gradients[join(self.name, f"{part}_norm.weight")][...] = d_K
 

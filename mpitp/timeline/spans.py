@@ -51,10 +51,17 @@ class Span(NamedTuple):
     details: Any
 
 
+class OfGroup(NamedTuple):
+    """The details of a collective of a part of the ranks: a Collective, or the name of a check; and these ranks."""
+    what: Any
+    ranks: list[int]
+
+
 class TimedLedger(Ledger):
     """A ledger that makes a span of each collective, from where this rank enters it to where it leaves."""
 
     spans: "Spans"
+    ranks: list[int] | None = None
     entered: tuple = ()
 
     @property
@@ -69,7 +76,7 @@ class TimedLedger(Ledger):
         elif self.entered:
             (what, start), self.entered = self.entered, ()
             name = what if isinstance(what, str) else what.operation
-            self.spans.add(MPI, name, start, now(), what)
+            self.spans.add(MPI, name, start, now(), what if self.ranks is None else OfGroup(what, self.ranks))
 
 
 class Spans:
@@ -77,14 +84,14 @@ class Spans:
 
     Parameters
     ----------
-    ledger : Ledger
-        Of the group whose collectives become spans.
+    ledgers : list of (Ledger, list of int or None)
+        Of the groups whose collectives become spans, and their ranks where they are not all.
     device : object, optional
         A DeviceClock: each operation becomes a span of the GPU, too.
     """
 
-    def __init__(self, ledger: Ledger, device: Any = None):
-        self.ledger, self.device, self.thread = ledger, device, get_ident()
+    def __init__(self, ledgers: list[tuple[Ledger, list[int] | None]], device: Any = None):
+        self.ledgers, self.device, self.thread = ledgers, device, get_ident()
         self.calls: list[tuple] = []            # (track, name, or object and name, start, end, details)
         self.left_out = 0
         self.replaced: list[tuple[Any, str, Any]] = []
@@ -103,7 +110,7 @@ class Spans:
                 for track, name, start, end, details in self.calls]
 
     def start(self) -> None:
-        """Put timed functions in the place of what layers do, and a timed ledger in the place of the group's."""
+        """Put timed functions in the place of what layers do, and timed ledgers in the place of the groups'."""
         for module in pkgutil.iter_modules(layers.__path__, f"{layers.__name__}."):
             importlib.import_module(module.name)            # now, as one that is imported later would not be timed
         for owner, name, track in timed_places():
@@ -113,16 +120,18 @@ class Spans:
                 setattr(owner, name, staticmethod(timed(function.__func__, self, track, False)))
             else:
                 setattr(owner, name, timed(function, self, track, isinstance(owner, type)))
-        self.ledger.__class__ = TimedLedger
-        self.ledger.spans = self                            # type: ignore[attr-defined]
+        for ledger, ranks in self.ledgers:
+            ledger.__class__ = TimedLedger
+            ledger.spans, ledger.ranks = self, ranks        # type: ignore[attr-defined]
 
     def stop(self) -> None:
         """Put everything back."""
         for owner, name, function in reversed(self.replaced):
             setattr(owner, name, function)
         self.replaced.clear()
-        self.ledger.__class__ = Ledger
-        self.ledger.current = None
+        for ledger, _ in self.ledgers:
+            ledger.__class__ = Ledger
+            ledger.current = None
 
 
 def timed(function: Callable, spans: Spans, track: str, is_method: bool) -> Callable:
