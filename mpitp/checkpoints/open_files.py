@@ -42,7 +42,7 @@ class OpenFile:
 
 
 def opened(path: str) -> int:
-    """Open a file to be read; where the process may have no more of them, the one that was read longest ago is closed."""
+    """Open a file to be read; where the process may have no more of them, close the one that was read longest ago."""
     while True:
         try:
             return os.open(path, os.O_RDONLY)
