@@ -2,11 +2,9 @@
 
 Dimension key: B sequences, S positions, N = B S rows (tokens), H heads of a block or unit, K features of a head.
 """
-from collections import Counter
 from typing import Any
 
 from ..arrays import Array
-from ..comm.ledger import Collective
 from ..comm.sums import Sum
 from ..ops.norm import norm_backward, norm_of_heads
 from ..ops.rotary import rotary_backward
@@ -14,19 +12,7 @@ from ..sharding.heads import KeyValueUnit
 from ..sharding.partition import Block
 from ..sharding.specs import join
 from .attention import ParallelAttention, Units
-from .heads import AttentionCall, as_rows
-
-
-class CallByHead(AttentionCall):
-    """An AttentionCall that holds the gradients of g and b, (2, H, K), of the heads whose projections begin at a row.
-
-    Attributes
-    ----------
-    d_norms : {(part, first row): array}
-    """
-
-    def __init__(self, *of_call: Any):
-        self.d_norms: dict[tuple[str, int], Array] = {}
+from .heads import AttentionCall, as_heads, as_rows
 
 
 class AttentionNormedByHead(ParallelAttention):
@@ -40,13 +26,9 @@ class AttentionNormedByHead(ParallelAttention):
     Notes
     -----
     Collectives: those of ParallelAttention, but for its norms none with qk_norm_by_head, and with qk_norm_bias one
-    all-reduce of 4 x K backward, in sequence parallelism, too.
+    all-reduce of 4 x K backward.
     """
     norms_of = "heads of their own"
-
-    def call(self, x: Array, mask: Array | None, step: int | None, kv: Any = None, rows: Any = None) -> CallByHead:
-        """Return what one forward and its backward share."""
-        return CallByHead(*super().call(x, mask, step, kv, rows))
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
@@ -59,7 +41,7 @@ class AttentionNormedByHead(ParallelAttention):
         y_BSHK *= g
         if self.config.qk_norm_bias:
             y_BSHK += self.own[f"{part}_norm.bias"]
-        return super().norm_and_rotate(part, y_BSHK, rows, call)[0], (kept, g, rows)
+        return super().norm_and_rotate(part, y_BSHK, rows, call)[0], (kept, g)
 
     def gain(self, part: str, rows: slice) -> Array:
         """Return g of the heads that have these rows of the projection: (H, K), or (K,) for all of them."""
@@ -75,58 +57,40 @@ class AttentionNormedByHead(ParallelAttention):
     # --- backward ---------------------------------------------------------------------------------------------------
 
     def norm_and_rotate_backward(self, part: str, dx_BSHK: Array, of_norm: Any,
-                                 call: AttentionCall) -> tuple[Array, None]:
-        """Return the gradient before rotary and norm, as (N, heads K); the call gets those of g and b."""
-        assert isinstance(call, CallByHead)
-        (xhat_NK, *of_kind), g, rows = of_norm
+                                 call: AttentionCall) -> tuple[Array, Array]:
+        """Return the gradient before rotary and norm, as (N, heads K), and those of g and b of each head (2, H, K)."""
+        (xhat_NK, *of_kind), g = of_norm
         if self.rotary:
             dx_BSHK = rotary_backward(dx_BSHK, call.tables[0], call.tables[1], self.rotary.interleaved)
         d_NHK = as_rows(dx_BSHK).reshape(-1, *dx_BSHK.shape[2:])
         products_NHK = d_NHK * xhat_NK.reshape(d_NHK.shape)
-        call.d_norms[part, rows.start] = self.group.xp.stack(
-            [d.sum(axis=0, dtype=self.sum_dtype) for d in (products_NHK, d_NHK)])
+        d_norm = self.group.xp.stack([d.sum(axis=0, dtype=self.sum_dtype) for d in (products_NHK, d_NHK)])
         dx_NHK, _, _ = norm_backward(d_NHK * g, (xhat_NK, *of_kind))
-        return as_rows(dx_NHK.reshape(dx_BSHK.shape)), None
+        return as_rows(as_heads(dx_NHK.reshape(len(d_NHK), -1), call.B, call.S, self.kv_channels)), d_norm
 
     def key_value_backward(self, unit: KeyValueUnit, dkv_of: dict, x_ND: Array, units: Units, call: AttentionCall,
                            gradients: dict[str, Array], total: Sum) -> tuple:
-        """Return a unit's dk and dv; write the gradients of its heads' own weights, equal on every holder."""
+        """Return a unit's dk, dv and key norm's gradients; write those of its heads' own, equal on every holder."""
         found = super().key_value_backward(unit, dkv_of, x_ND, units, call, gradients, total)
-        self.write_own("key", self.heads.unit_rows(unit), call, gradients)
+        self.write_own("key", found[2], self.heads.unit_rows(unit), gradients)
         return found
 
     def block_backward(self, block: Block, d_scores: tuple[dict, dict], x_ND: Array, kept: dict, d_units: dict,
                        call: AttentionCall, gradients: dict[str, Array], total: Sum) -> tuple[Array, Any]:
-        """Return a block's summand of dx (N, D), and of the gradients (4, K) of g and b of queries, then of keys."""
-        dx_ND, _ = super().block_backward(block, d_scores, x_ND, kept, d_units, call, gradients, total)
-        assert isinstance(call, CallByHead)
-        rows, norms = self.heads.block_rows(block), self.group.xp.zeros((4, self.kv_channels), self.sum_dtype)
-        self.write_own("query", rows, call, gradients)
-        norms[:2] = call.d_norms["query", rows.start].sum(axis=1)
-        for unit in self.heads.owned_units(block):
-            norms[2:] += call.d_norms["key", self.heads.unit_rows(unit).start].sum(axis=1)
+        """Return a block's summand of dx (N, D), and its part in the gradients of both norms; write its heads' own."""
+        dx_ND, norms = super().block_backward(block, d_scores, x_ND, kept, d_units, call, gradients, total)
+        self.write_own("query", norms[0], self.heads.block_rows(block), gradients)
         return dx_ND, norms
 
-    def write_own(self, part: str, rows: slice, call: AttentionCall, gradients: dict[str, Array]) -> None:
+    def write_own(self, part: str, d_norm: Array, rows: slice, gradients: dict[str, Array]) -> None:
         """Write the gradients of the weights that the heads of these rows have of their own."""
-        assert isinstance(call, CallByHead)
         if self.config.qk_norm_by_head:
-            gradients[join(self.name, f"{part}_norm.weight")][self.heads_of(rows)] = call.d_norms[part, rows.start][0]
+            gradients[join(self.name, f"{part}_norm.weight")][self.heads_of(rows)] = d_norm[0]
 
-    def end_norms(self, norms: dict, gradients: dict[str, Array], sums: Any) -> None:
-        """Write the gradients of g and b of all heads. Collective with qk_norm_bias: an all-reduce of 4 x K."""
-        if self.config.qk_norm_by_head:
-            return
-        total = self.group.sum(self.partition, (4, self.kv_channels), self.sum_dtype)
-        for block in self.own_blocks:
-            total.add(block, norms[block.index])
-        names = [f"{part}_norm.{kind}" for part in ("query", "key") for kind in ("weight", "bias")]
-        for name, d_K in zip(names, total.all_reduce()):
-            gradients[join(self.name, name)][...] = d_K
-
-    def inner_collectives(self, tokens: int) -> Counter:
-        """Return the collectives of backward other than f's: of shared key/value heads, and of the norms' biases."""
-        counts = super().inner_collectives(tokens)
-        if self.config.qk_norm_bias:
-            counts[Collective("all_reduce", 4 * self.kv_channels, self.sum_dtype.name)] += 1
-        return counts
+    def norm_summands(self, dq_norm: Array, dk_norms: list[Array]) -> Array:
+        """Return a block's part in the gradients of g and b of queries, and of keys (4, K)."""
+        found = self.group.xp.zeros((4, self.kv_channels), self.sum_dtype)
+        found[:2] = dq_norm.sum(axis=1)
+        for dk_norm in dk_norms:
+            found[2:] += dk_norm.sum(axis=1)
+        return found
