@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "the global batch of a step is, on any number of tensor groups (1)")
     parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="tensor groups that share a global "
                         "batch (1)")
+    parser.add_argument("--sequence-parallel", action="store_true", help="training as train's: each tensor rank has "
+                        "some tokens only, where no product needs them all")
+    parser.add_argument("--gather-again", action="store_true", help="with it: rows that enter a product are gathered "
+                        "again in backward, and not kept")
+    parser.add_argument("--recompute", choices=("block", "attention"), help="training as train's: what backward "
+                        "computes again (nothing)")
     parser.add_argument("--dtype", default="float32", help="float32 (the default), float64; on a GPU float16 and "
                         "bfloat16 too")
     parser.add_argument("--machine", metavar="FILE|NAME", help=f"what `bench --calibrate` wrote, or one of "
@@ -79,6 +85,11 @@ def check_arguments(arguments: argparse.Namespace) -> list[int]:
     require(not (arguments.train and arguments.decode), "--train and --decode", "one of them, or neither for both")
     require(not (arguments.decode and arguments.data_parallel > 1), f"--decode with --data-parallel "
             f"{arguments.data_parallel}", "--train: groups that generate have nothing to do with each other")
+    of_training = [flag for flag in ("sequence_parallel", "gather_again", "recompute") if getattr(arguments, flag)]
+    flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in of_training)
+    require(not (arguments.decode and of_training), f"--decode with {flags}", "--train: generation has no backward")
+    require(arguments.sequence_parallel or not arguments.gather_again, "--gather-again without --sequence-parallel",
+            "both")
     require_positive(data_parallel=arguments.data_parallel, gradient_accumulation=arguments.gradient_accumulation,
                      max_new_tokens=arguments.max_new_tokens)
     words = arguments.ranks.split(",")
@@ -118,7 +129,8 @@ def plan(arguments: argparse.Namespace, numbers: list[int], machine: Machine) ->
             fastest, cheapest = (best.ranks if best else None for best in (outcome.fastest(found),
                                                                            outcome.cheapest(found)))
             jobs.append(JobReport(kind, job.batch, job.tokens, job.new_tokens, job.accumulation, found,
-                                  fastest, cheapest, outcome.why(found)))
+                                  fastest, cheapest, outcome.why(found), job.sequence_parallel, job.gather_again,
+                                  job.recompute))
     return PlanReport(source, config, outcome.parameters(config), arguments.dtype, machine.name, machine.source,
                       machine.memory_bytes, machine.ranks_per_host, machine.device, jobs)
 
@@ -145,5 +157,7 @@ def job_of(arguments: argparse.Namespace, kind: str, config: DecoderConfig, mach
         most = config.max_position_embeddings if config.position_embedding == "learned" else None
         tokens = max(1, min(TOKENS, (most or TOKENS + new) - new + 1))
     batch = BATCH[kind] if arguments.batch is None else arguments.batch
+    options = dict(sequence_parallel=arguments.sequence_parallel, gather_again=arguments.gather_again,
+                   recompute=arguments.recompute) if kind == "train" else {}
     return Job(config, kind, batch, tokens, new, arguments.gradient_accumulation, dtype=arguments.dtype,
-               device=machine.device)
+               device=machine.device, **options)
