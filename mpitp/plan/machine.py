@@ -84,7 +84,8 @@ class Machine:
             Of all arrays that the phase works on: where they do not fit into a cache, an item's arrays are not there.
         """
         if item.kind == "message":
-            return item.count * self.message_seconds(*item.size, operation=item.what)
+            sent_bytes, ranks, sharing = item.size
+            return item.count * self.message_seconds(sent_bytes, ranks, sharing, item.what)
         if self.tables is not None:
             return item.count * self.tables.seconds(item, itemsize, working_bytes)
         return item.count * (self.least_seconds(item, dtype, itemsize) + STARTS[item.kind] * self.python_seconds)
