@@ -53,7 +53,8 @@ MODES = {"rows": dict(sequence_parallel=True), "gathered again": dict(sequence_p
          "gathered again, attention": dict(sequence_parallel=True, gather_again=True, recompute="attention")}
 OF_MODES = (*(("llama, one kv head", mode) for mode in MODES), ("gemma3", "rows, block"),
             ("neox with query norm", "rows"), ("neox with query norm", "block"),
-            ("neox with query norm", "gathered again, attention"), ("olmo2, over all heads", "gathered again, attention"))
+            ("neox with query norm", "gathered again, attention"),
+            ("olmo2, over all heads", "gathered again, attention"))
 
 
 def trainer(group, of, tokens, options, **settings):
