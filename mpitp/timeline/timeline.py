@@ -67,7 +67,7 @@ class Timeline:
         """Begin to record. Collective."""
         require(Timeline.running is None, "two timelines at once", "one of a process, whose functions it times")
         self.device = DeviceClock(self.group.xp) if self.group.device == "gpu" else None
-        self.spans = Spans(self.group.ledger, self.device)
+        self.spans = Spans(self.group.ledger, self.device, self.group.workers is not None)
         self.began = read_clock(self.group.comm)
         Timeline.running = self.group.timeline = self       # type: ignore[attr-defined]
         self.spans.start()
