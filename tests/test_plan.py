@@ -308,7 +308,8 @@ def test_what_it_refuses(tmp_path):
             (("--config", tmp_path / "gone.json"), "gone.json: found No such file"),
             (("-n", "2,0"), "found -n 2,0"), (("-n", 7, "--data-parallel", 2), "found 7 ranks with --data-parallel 2"),
             (("--dtype", "bfloat16"), "found dtype 'bfloat16'"), (("--batch", 0), "batch = 0"),
-            (("--plot", tmp_path / "no" / "plan.png"), "expected a file in an existing")):
+            (("--plot", tmp_path / "no" / "plan.png"), "expected a file in an existing"),
+            (("--plot", tmp_path / "plan.txt"), "plan.txt, expected a file that ends with .png, .svg, .pdf")):
         with pytest.raises(InputError) as refused:
             run_command(*words)
         assert message in str(refused.value)
@@ -334,6 +335,15 @@ def test_recomputation_repeats_products_and_rows_take_other_collectives():
     machine = MACHINES["infiniband"]
     seconds = {name: outcome.of_ranks(of, machine, Layout(2)).seconds for name, of in plans.items()}
     assert seconds["rows"] < seconds["whole"] < seconds["attention"] < seconds["block"]
+
+
+def test_ranks_that_are_not_named_are_those_that_the_machine_has(capsys, tmp_path):
+    for words, numbers in ((("--machine", "laptop"), [1, 2, 4, 8]), (("--machine", "h100x2"), [1, 2]),
+                           (("--machine", "infiniband", "--train", "--data-parallel", 4), [4, 8, 16, 32, 64]),
+                           (("--machine", "infiniband", "-n", "3,1"), [1, 3])):
+        run_command(*words, "--hidden-size", 64, "--json", tmp_path / "plan.json")
+        job, *_ = json.loads((tmp_path / "plan.json").read_text())["jobs"]
+        assert [of["ranks"] for of in job["of_ranks"]] == numbers
 
 
 # --- the question before the work ------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_efficiencies():
     (["--ranks", "1,x"], "such as 1,2,4"), (["matmul"], "found bench matmul, expected one of ffn, block, decode"),
     (["--scaling", "sideways"], "strong, weak"), (["decode", "--scaling", "weak"], "one token is not divided"),
     (["--rounds", "0"], "rounds = 0"), (["--limit", "0"], "seconds above 0"), (["--threads", "0"], "threads = 0"),
-    (["--json", "/nowhere/x.json"], "/nowhere/x.json")])
+    (["--json", "/nowhere/x.json"], "/nowhere/x.json"), (["--plot", "x.txt"], "ends with .png, .svg, .pdf")])
 def test_bad_input(options, message, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("PMI_", "OMPI_COMM"))]:
         monkeypatch.delenv(name)

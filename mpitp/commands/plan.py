@@ -13,18 +13,20 @@ from typing import Any
 from .. import tables
 from ..checkpoints.config_file import read_config
 from ..config import DecoderConfig
-from ..errors import InputError, require, require_positive
+from ..errors import require, require_positive
 from ..plan import outcome
 from ..plan.job import Job
 from ..plan.machine import Machine
 from ..plan.machine_file import calibrated_here, read_machine
 from ..plan.machines import DEFAULT, MACHINES, machine_named
 from . import speaks
+from .pictures import require_picture
 from .plan_page import JobReport, PlanReport, lines
 
 SIZES = ("vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "num_query_groups")
 BATCH = {"train": 8, "decode": 1}
 TOKENS = 1024
+RANKS = "1,2,4,8,16,32,64"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a config.json alone")
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="as train's")
-    parser.add_argument("-n", "--ranks", default="1,2,4,8,16,32,64", metavar="P,P", help="numbers of ranks, with "
-                        "commas between (1,2,4,8,16,32,64)")
+    parser.add_argument("-n", "--ranks", metavar="P,P", help="numbers of ranks, with commas between (of "
+                        f"{RANKS} those that the machine has)")
     parser.add_argument("--train", action="store_true", help="a training step alone (both where neither is given)")
     parser.add_argument("--decode", action="store_true", help="generation alone")
     parser.add_argument("--batch", "--micro-batch-size", type=int, metavar="B", help="sequences of a forward of each "
@@ -65,6 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan on the first rank; return 0."""
     numbers = check_arguments(arguments)
     machine, note = machine_of(arguments)
+    if not arguments.ranks and machine.outside is None:
+        numbers = [number for number in numbers if number <= machine.ranks_per_host]
+    if not arguments.ranks:
+        numbers = [n for n in numbers if n % arguments.data_parallel == 0] or [arguments.data_parallel]
     report = plan(arguments, numbers, machine)
     if speaks():
         print("\n".join(lines(report, note)), flush=True)
@@ -92,17 +98,13 @@ def check_arguments(arguments: argparse.Namespace) -> list[int]:
             "both")
     require_positive(data_parallel=arguments.data_parallel, gradient_accumulation=arguments.gradient_accumulation,
                      max_new_tokens=arguments.max_new_tokens)
-    words = arguments.ranks.split(",")
+    words = (arguments.ranks or RANKS).split(",")
     require(all(word.strip().isdigit() and int(word) for word in words), f"-n {arguments.ranks}",
             "positive integers with commas between")
-    for path in (arguments.json, arguments.plot):
-        if path:
-            tables.require_writable(path)
+    if arguments.json:
+        tables.require_writable(arguments.json)
     if arguments.plot:
-        try:
-            import matplotlib       # noqa: F401
-        except ImportError:
-            raise InputError("found no matplotlib, expected it for --plot: pip install 'mpitp[plot]'") from None
+        require_picture(arguments.plot)
     return sorted({int(word) for word in words})
 
 

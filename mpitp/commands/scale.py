@@ -29,6 +29,7 @@ from ..errors import InputError, require, require_positive
 from ..plan.machine import Machine
 from ..plan.machine_file import read_machine
 from .bench_page import read_report
+from .pictures import require_picture
 from .progress import Progress
 from .scale_plan import Predictions
 
@@ -144,12 +145,9 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[list[int], list[str]
     require_positive(threads=arguments.threads)
     require(arguments.limit > 0, f"--limit {arguments.limit}", "seconds above 0")
     if arguments.plot:
-        try:
-            import matplotlib       # noqa: F401
-        except ImportError:
-            raise InputError("found no matplotlib, expected it for --plot: pip install 'mpitp[plot]'") from None
-    for path in filter(None, (arguments.json, arguments.plot)):
-        tables.require_writable(path)
+        require_picture(arguments.plot)
+    if arguments.json:
+        tables.require_writable(arguments.json)
     return ranks, kinds
 
 

@@ -4,6 +4,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
+from .. import tables
 from ..comm.group import TensorParallelGroup
 from ..errors import require
 from .answer import answer, table
@@ -60,8 +61,7 @@ class Timeline:
         assert self.path, "there is a file"
         if self.path.endswith(".png"):
             require_matplotlib()
-        with open(self.path, "ab"):
-            pass
+        tables.require_writable(self.path)
 
     def start(self) -> None:
         """Begin to record. Collective."""
