@@ -92,7 +92,7 @@ def pytest_internalerror(excrepr):
 # start, are told to stop, and end.
 EACH_MPI = {f"test_{name}" for name in (
     "agreement", "by_hand", "device", "doctor", "group", "guard", "launch", "ledger", "own_layer", "peer", "products",
-    "rank_faults", "reproducible", "run_sh", "same_bits", "suite", "train_stops", "transports", "tree")}
+    "rank_faults", "run_sh", "same_bits", "suite", "train_stops", "transports", "tree")}
 EACH_MPI_TOO = {"test_killed_at_any_moment", "test_usr1_makes_a_checkpoint", "test_the_same_bits"}
 LONGEST = 600           # seconds; measured: the slowest test takes 60 on a quiet machine of two cores
 
@@ -118,6 +118,7 @@ def left_out(item, config):
     if config.option.device != "cpu":           # there, those that take a group
         return "group" not in item.fixturenames or item.get_closest_marker("host")
     again = SECOND_MPI and item.module.__name__ not in EACH_MPI and item.originalname not in EACH_MPI_TOO
+    again = again or SECOND_MPI and "any_mpi" in item.keywords
     if "launcher" in item.keywords:
         return WORLD.size > 1 or again
     if again and WORLD.size != 3:

@@ -15,7 +15,7 @@ from mpitp.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from mpitp.ops.embedding import embedding_backward
 from spmd import draw, job, same_bytes
 
-RANKS = (1, 2, 3, 4, 5, 9)
+RANKS = (1, 2, 3, 5)
 
 
 group = group_fixture("ordinary", "reproducible", scope="module")

@@ -19,7 +19,7 @@ def one_rank():
     return lines
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("ranks", [2, 3, 5, 9])
 def test_same_bytes_on_any_number_of_ranks(one_rank, ranks):
     done = job(ranks, SCRIPT)
     assert done.returncode == 0, done.stderr
@@ -28,7 +28,7 @@ def test_same_bytes_on_any_number_of_ranks(one_rank, ranks):
 
 def test_same_bytes_on_spare_cores(one_rank):
     """Two blocks at a time against one after the other."""
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         assert job(1, SCRIPT, workers).stdout.splitlines() == one_rank
 
 

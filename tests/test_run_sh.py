@@ -161,6 +161,7 @@ def test_an_environment_that_is_none(site):
     assert done.returncode == 2 and "found no /nonexistent/bin/python" in done.stderr
 
 
+@pytest.mark.any_mpi
 def test_the_suite_on_a_list_of_ranks(site):
     site.stub("mpirun", 'case "$*" in *pytest*" tests"*) [ "$2" != 3 ] ;; *) exit 0 ;; esac')
     assert site.run("test", 1, 2).returncode == 0
@@ -170,6 +171,7 @@ def test_the_suite_on_a_list_of_ranks(site):
     assert python_arguments(site.calls()[0]) == ["-m", "pytest", "-q", "tests"]
 
 
+@pytest.mark.any_mpi
 def test_slurm(site):
     """Ranks and cores of the allocation, the site's srun; run for real by a launcher that srun stands in for."""
     site.stub("srun", 'case "$*" in *"-m mpitp"*) exit 3 ;; *) exit 0 ;; esac')
@@ -226,6 +228,7 @@ def test_slurm_without_a_default_mpi(site):
     assert done.returncode == 2 and "    alone\n" in done.stderr and f"its default, {wanted}" in done.stderr
 
 
+@pytest.mark.any_mpi
 def test_login_node_and_job_alternate(site):
     """Each remembers its own launcher."""
     site.stub("mpirun")
@@ -443,6 +446,7 @@ def checksum(clone):
     return subprocess.run("cksum < setup.cfg", shell=True, cwd=clone, capture_output=True, text=True).stdout
 
 
+@pytest.mark.any_mpi
 def test_prepare_installs_what_every_use_needs(site, clone, tmp_path):
     site.real_launcher()
     done = site.run("--prepare", script=clone / "run.sh")
@@ -498,6 +502,7 @@ def test_little_shared_memory_is_named_before_the_mpi_dies(site):
         assert not said or f"found {megabytes} MiB free" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.any_mpi
 def test_a_path_with_a_colon(site, tmp_path):
     copy_of_the_project(tmp_path / "a:b")
     del site.environment["MPITP_VENV"]
@@ -506,6 +511,7 @@ def test_a_path_with_a_colon(site, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.any_mpi
 def test_first_use_and_the_next_without_a_network(site, tmp_path):
     """A fresh clone on a machine with nothing but Python: .venv, MPI, the run; then again, offline and unlocked.
 

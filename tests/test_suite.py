@@ -15,6 +15,7 @@ def collected(ranks, *files, **environment):
     return {line.split("::")[-1].split("[")[0] for line in done.stdout.splitlines() if "::" in line}
 
 
+@pytest.mark.any_mpi
 def test_several_ranks_run_what_needs_them():
     """By its fixtures, by a fixture that makes a group, by its own code; a Hypothesis test too. The others run once."""
     files = [f"tests/test_{name}.py" for name in ("partition", "norm", "same_bits", "decoder_dense", "ledger", "guard")]
@@ -39,6 +40,7 @@ def test_a_test_that_hangs_is_named(tmp_path):
     assert "test_hangs.py::test_waits\nfound it running after 2 seconds" in done.stderr
 
 
+@pytest.mark.any_mpi
 def test_in_the_background_of_a_shell():
     """There SIGINT is ignored, and the jobs that a test interrupts would inherit that."""
     test = "tests/test_guard.py::test_ctrl_c_without_a_launcher"
