@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mpitp.commands import parse_or_help
-from mpitp.commands.scale import Point, check_arguments, launcher_words, points_of
+from mpitp.commands.scale import KINDS, Point, check_arguments, launcher_words, points_of
 from mpitp.commands.scale_plan import Predictions
 from mpitp.errors import InputError
 from mpitp.measure.decode import decode_config
@@ -22,6 +22,14 @@ def report(ranks, tokens, **seconds):
                  share_of_limit=0.9) for case, t in seconds.items()]
     limit = dict(bench="ffn", case="products", median_seconds=1, least_seconds=1, most_seconds=1, share_of_limit=None)
     return dict(ranks=ranks, tokens=tokens, rows=[*rows, limit])
+
+
+def test_limits_are_no_points_and_tokens_are_not_divided():
+    rows = [dict(bench=bench, case=case, median_seconds=1, least_seconds=1, most_seconds=1, share_of_limit=1.0)
+            for bench, case in (("decode", "decode"), ("decode", "matrix-vector products"), ("ffn", "forward"),
+                                ("ffn", "one token forward"), ("matmul", "read"))]
+    found = {kind: [p.case for p in points_of(dict(ranks=1, tokens=8, rows=rows), kind, [])] for kind in KINDS}
+    assert found == {"strong": ["decode", "forward", "one token forward"], "weak": ["forward"]}
 
 
 def test_efficiencies():

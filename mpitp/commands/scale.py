@@ -203,7 +203,9 @@ def points_of(report: dict, kind: str, before: list[Point]) -> list[Point]:
     """Return the points of one job; `before`, those of smaller numbers of ranks, have what they are measured by."""
     points = []
     for row in report["rows"]:
-        if row["share_of_limit"] is None or kind == "weak" and "token" in row["case"] or row["bench"] not in BENCHES:
+        is_token = row["bench"] == "decode" or "token" in row["case"]
+        if row["share_of_limit"] is None or "products" in row["case"] or row["bench"] not in BENCHES or \
+                is_token and kind == "weak":
             continue                                        # limits are not layers, and one token is not divided
         first = next((point for point in before if (point.kind, point.bench, point.case)
                       == (kind, row["bench"], row["case"])), None)
