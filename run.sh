@@ -51,6 +51,7 @@ done
 case $ranks in *[!0-9]*|0) die "found -n '$ranks', expected a number of ranks from 1 on" ;; esac
 
 given=$ranks
+crosses_hosts=      # whether Open MPI may start ranks on other hosts
 # A rank cannot see this terminal: MPICH gives it pipes, and Open MPI gives rank 0 a pseudo-terminal even for a file.
 if [ -t 1 ] && [ -t 2 ]; then MPITP_PROGRESS=${MPITP_PROGRESS:-1}; fi
 export MPITP_PROGRESS=${MPITP_PROGRESS:-0}
@@ -301,6 +302,7 @@ open_mpi_environment() {    # what Open MPI needs as root, on one node, and to l
 
 other_hosts() {     # Open MPI's mpirun gives the ranks of other hosts no variables but its own (measured)
     [ -n "$site" ] || has_settings '[a-z_]*hostfile' || return 0
+    crosses_hosts=yes
     # Where a link is cut, its keepalive would end the job with status 0 before mpitp says who is missing (measured).
     export PRTE_MCA_oob_tcp_keepalive_time=${PRTE_MCA_oob_tcp_keepalive_time:-7200}
     export OMPI_MCA_oob_tcp_keepalive_time=${OMPI_MCA_oob_tcp_keepalive_time:-7200}
@@ -416,6 +418,31 @@ if [ -n "$shm" ] && [ "$here_ranks" -gt 1 ] && [ "$shm" -lt $wanted ]; then
         "or the MPI may die: docker run --shm-size=1g, or remount /dev/shm larger" >&2
 fi
 
+# --- the end -----------------------------------------------------------------------------------------------
+# Open MPI's mpirun says that a rank has ended the job, and waits for the daemons of all hosts: where the link to one is
+# cut, for a quarter of an hour (measured). This passes its standard error on, and after such a line ends it.
+pass_on='import os, re, signal, sys, threading, time
+mpirun, patience, last = int(sys.argv[1]), 20, b""
+signal.signal(signal.SIGINT, signal.SIG_IGN)        # it is for mpirun, whose last lines come yet
+os.close(1)
+def end():
+    time.sleep(patience)
+    for number, seconds in ((signal.SIGTERM, 3), (signal.SIGKILL, 1)):
+        if os.getppid() == mpirun:
+            os.write(2, b"run.sh: found mpirun waiting for a host that does not answer, %d s after a rank has ended "
+                     b"the job: it gets %s\n" % (patience, number.name.encode()))
+            os.kill(mpirun, number)
+            time.sleep(seconds)
+    os._exit(0)
+while text := os.read(0, 65536):
+    try:
+        os.write(2, text)
+    except OSError:
+        pass
+    last = (last + text)[-4096:]
+    if re.search(rb"(exited due to|noticed that) process rank \d+|detected that one or more processes exited", last) and threading.active_count() == 1:
+        threading.Thread(target=end, daemon=True).start()'
+
 # --- run -------------------------------------------------------------------------------------------------
 if [ "${1:-}" = test ]; then
     shift
@@ -437,4 +464,5 @@ case ${1:-} in
     *.py) set -- -m mpi4py "$@" ;;              # as a program of one's own: an exception ends all ranks
     *) set -- -m mpitp "$@" ;;
 esac
+[ -z "$crosses_hosts" ] || exec 2> >(exec "$python" -c "$pass_on" $$)
 exec "${start[@]}" ${given:+-n "$given"} "$python" "$@"

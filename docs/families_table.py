@@ -42,6 +42,7 @@ def positions(config: DecoderConfig) -> str:
 def attention(config: DecoderConfig) -> list[str]:
     """Return what is special about attention, and about how it is joined with the rest."""
     norm = "q/k norm over all heads" if config.qk_norm_over_heads else \
+        "q/k norm of each head's own" if config.qk_norm_by_head else \
         "q/k norm after rotary" if config.qk_norm_after_rotary else "q/k norm" if config.qk_norm else ""
     return list(filter(None, [norm, "windows" if any(config.windows) else "",
                               "beside feed-forward" if config.parallel_residual else "",

@@ -154,6 +154,9 @@ class AttentionConfig(HeadSizes):
         c: scores are c tanh(score / c), before ALiBi is added (arXiv 2408.00118).
     qk_norm : str or None
         "layernorm" or "rmsnorm" over each query and key head, without bias; None: no norm.
+    qk_norm_by_head, qk_norm_bias : bool
+        Whether each head has weights of its own in that norm, split as the heads are; whether it has a bias, of all
+        heads ("layernorm" only). One of the two, and before rotary only.
     qk_norm_after_rotary, qk_norm_over_heads : bool
         Whether that norm comes after rotary, not before; whether it is one over the features of all heads ("rmsnorm"
         before rotary only), whose weights are split as the heads are.
@@ -181,6 +184,8 @@ class AttentionConfig(HeadSizes):
     alibi: bool = False
     softcap: float | None = None
     qk_norm: str | None = None
+    qk_norm_by_head: bool = False
+    qk_norm_bias: bool = False
     qk_norm_after_rotary: bool = False
     qk_norm_over_heads: bool = False
     norm_epsilon: float = 1e-5
@@ -199,10 +204,23 @@ class AttentionConfig(HeadSizes):
         require(not self.qk_norm_over_heads or self.qk_norm == "rmsnorm" and not self.qk_norm_after_rotary,
                 f"qk_norm_over_heads with qk_norm {self.qk_norm!r}"
                 f"{' after rotary' if self.qk_norm_after_rotary else ''}", "'rmsnorm', before rotary")
+        flags = [name for name in ("qk_norm_by_head", "qk_norm_bias", "qk_norm_over_heads", "qk_norm_after_rotary")
+                 if getattr(self, name)]
+        require(len(flags) < 2, " with ".join(flags), "one of them")
+        for name, kinds in (("qk_norm_by_head", NORMALIZATIONS), ("qk_norm_bias", ("layernorm",))):
+            require(name not in flags or self.qk_norm in kinds, f"{name} with qk_norm {self.qk_norm!r}",
+                    " or ".join(map(repr, kinds)))
         require_number("norm_epsilon", self.norm_epsilon, above=0)
         if self.softcap is not None:
             require_number("softcap", self.softcap, above=0)
         require_probability("dropout", self.dropout)
+
+    @property
+    def norms_of(self) -> str:
+        """Say what the norms of queries and keys are over, and whose their weights are."""
+        if self.qk_norm and self.qk_norm_over_heads:
+            return "all heads as one"
+        return "heads of their own" if self.qk_norm and (self.qk_norm_by_head or self.qk_norm_bias) else "any head"
 
 
 def require_window(window: int | None) -> None:

@@ -46,6 +46,8 @@ class DecoderConfig(HeadSizes):
     qk_norm, qk_norm_after_rotary, qk_norm_over_heads : bool
         Whether each query and key head is normalised, without bias; whether after rotary instead of before it; whether
         all heads are normalised as one, which takes one more all-reduce of 2 N forward and backward.
+    qk_norm_by_head, qk_norm_bias : bool
+        Whether each head has weights of its own in that norm; whether that norm has a bias. As AttentionConfig's.
     normalization : str
         "layernorm" or "rmsnorm".
     norm_epsilon : float
@@ -101,6 +103,8 @@ class DecoderConfig(HeadSizes):
     qk_norm: bool = False
     qk_norm_after_rotary: bool = False
     qk_norm_over_heads: bool = False
+    qk_norm_by_head: bool = False
+    qk_norm_bias: bool = False
     normalization: str = "layernorm"
     norm_epsilon: float = 1e-5
     norm_bias: bool | None = None
@@ -178,7 +182,8 @@ class DecoderConfig(HeadSizes):
             causal=self.causal, sliding_window=self.window(layer), rotary=self.rotary_of(layer),
             alibi=self.position_embedding == "alibi", softcap=self.attention_softcap,
             qk_norm=self.normalization if self.qk_norm else None, qk_norm_after_rotary=self.qk_norm_after_rotary,
-            qk_norm_over_heads=self.qk_norm_over_heads,
+            qk_norm_over_heads=self.qk_norm_over_heads, qk_norm_by_head=self.qk_norm_by_head,
+            qk_norm_bias=self.qk_norm_bias,
             norm_epsilon=self.norm_epsilon, zero_centered_gamma=self.zero_centered_gamma, attention_scale=self.scale,
             qkv_bias=self.qkv_bias, bias=self.attention_bias, dropout=self.attention_dropout)
 

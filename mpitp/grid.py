@@ -30,18 +30,20 @@ class Grid:
         Ranks of a data group, which is how many copies of the model there are.
     tensor : int, optional
         Ranks of a tensor group. None: the communicator's ranks over `data`.
+    by_node : bool
+        Whether ranks change places where the launcher's order has tensor groups on several nodes that fit into one.
     **options
         Of TensorParallelGroup, for all three groups: device, reproducible, blocks, check, transport, ...
 
     Attributes
     ----------
     tensor : TensorParallelGroup
-        The ranks that share this rank's copy of the model: what layers are made with. They are neighbours, so that
-        they are on one node where the launcher fills one node after the other and `tensor` divides its ranks.
+        The ranks that share this rank's copy of the model: what layers are made with. They follow each other in the
+        world, and are on one node wherever `tensor` ranks of a node are left.
     data : TensorParallelGroup
         The ranks that hold the same slices as this one, in order.
     world : TensorParallelGroup
-        All ranks of the grid.
+        All ranks of the grid: in the launcher's order, or one by nodes in which rank 0 is the same.
 
     Raises
     ------
@@ -55,14 +57,19 @@ class Grid:
     rank, as TensorParallelGroup does.
     """
 
-    def __init__(self, comm: Any = None, *, data: int = 1, tensor: int | None = None, **options: Any):
-        self.world = TensorParallelGroup(comm, **options)
+    def __init__(self, comm: Any = None, *, data: int = 1, tensor: int | None = None, by_node: bool = True,
+                 **options: Any):
+        self.world: Any = TensorParallelGroup(comm, **options)
+        self._launched: Any = None                  # the world in the launcher's order, where that is another one
         try:
-            require_everywhere(self.world.comm, "the grid", lambda: self._describe(data, tensor))
+            require_everywhere(self.world.comm, "the grid",
+                               lambda: f"{self._describe(data, tensor)} by_node={bool(by_node)}")
         except InputError:                          # raised on every rank
             self.world.close()
             raise
         columns = self.world.size // data
+        if by_node and 1 < columns < self.world.size:
+            self._order_by_node(columns)
         self.tensor: Any = self.world.subgroup(self.world.rank // columns)
         self.data: Any = self.world.subgroup(self.world.rank % columns)
 
@@ -76,10 +83,24 @@ class Grid:
                     f"a product of {ranks}")
         return f"data={data} tensor={tensor}"
 
+    def _order_by_node(self, tensor: int) -> None:
+        """Give the world an order that has tensor groups inside of nodes. Collective."""
+        from .comm.grid_nodes import nodes_of, order_by_node
+        with self.world.ledger.record_control("nodes"):
+            order = order_by_node(nodes_of(self.world.comm), tensor)
+        if order != list(range(self.world.size)):
+            self._launched = self.world
+            self.world = self._launched.subgroup(0, key=order.index(self._launched.rank))
+
     def close(self) -> None:
-        """Free the three groups. Collective."""
+        """Free the groups. Collective."""
         self._close_parts()
         self.world.close()
+        self._close_launched()
+
+    def _close_launched(self) -> None:
+        if self._launched:
+            self._launched.close()
 
     def _close_parts(self) -> None:
         self.data.close()
@@ -96,6 +117,8 @@ class Grid:
         self.world.__exit__(kind, error, trace)
         if error is not None and not self.world.comm:       # every rank leaves with the same bad input
             self._close_parts()
+        if not self.world.comm:
+            self._close_launched()
 
 
 def on_first_copy(world: TensorParallelGroup, data: TensorParallelGroup, function: Callable[[], Any]) -> None:

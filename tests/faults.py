@@ -200,15 +200,26 @@ def failing(fault, command, words, rank, calls, hosts=1):
 
 
 def hosts():
-    """Rows of ranks on two hosts that see nothing of each other."""
-    for fault in ("is stopped", "spins"):
+    """Rows of ranks on two hosts, which see of each other what MPI carries."""
+    stopped = r"not there: rank RANK of 2 on HOST \(process \d+\) has given no sign of life since .* " \
+              r"\(stopped, or HOST or the network to it is down\)"
+    for fault in ("is stopped", "spins", "exits with 0"):
         for rank in (0, 1):
             row = failing(fault, "train", COMMANDS["train"], rank, 5, hosts=2)
-            said = f"rank {1 - rank} of 2 on {HOST} waits for .*not there: one of rank {rank} on {HOST}, or the network"
-            yield Row(row.fault, row.command, rank, row.starts, said, AFTER_STALL, hosts=2)
+            words = stopped.replace("RANK", str(rank)).replace("HOST", HOST) if fault == "is stopped" else row.words
+            yield replace(row, words=f"rank {1 - rank} of 2 on {HOST} waits for all_reduce .*{words}")
     for fault in ("raises", "finds bad input"):
         yield failing(fault, "train", COMMANDS["train"], 1, 5, hosts=2)
+    yield failing("closes the group", "bare", ["bare"], 1, 3, hosts=2)
+    row = failing("is stopped", "bare", ["bare"], 1, 3, hosts=2)
+    below = f"import mpi4py, sys, runpy\nmpi4py.rc.thread_level = 'serialized'\nsys.argv = {list(row.starts[0][1])}\n" \
+            f"sys.path.insert(0, {str(SUPPORT)!r})\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    yield replace(row, fault="is stopped, below MPI_THREAD_MULTIPLE", starts=2 * (({}, ("-c", below)),),
+                  words="warning: found MPI_THREAD_SERIALIZED on several hosts, expected(.|\n)*not there: one of rank "
+                        f"1 on {HOST}, or the network")
     yield replace(differing("another --seed", "train", "the ranks disagree on --seed", "--seed", "1"), hosts=2)
+    yield Row("nothing", "with", -1, 2 * (({}, (str(SUPPORT / "faulty.py"), "nothing", "0", "0", "with")),),
+              "^came to the end\ncame to the end\n$", is_good=True, hosts=2)
 
 
 def innocent():

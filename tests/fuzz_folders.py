@@ -246,7 +246,7 @@ def outcome(group, folder, is_run):
         stored.update(load_file(folder / name))
     for name, spec in model.specs.items():
         layout = model.folder.layouts[name]
-        expected = View(InMemory(stored[layout.name]), layout)[spec.window(group.place)]
+        expected = View({name: InMemory(stored[name]) for name in layout.names}, layout)[spec.window(group.place)]
         assert model.weights[name].tobytes() == expected.tobytes(), name
     return ""
 

@@ -1,11 +1,12 @@
 """One SHA-256 of a training run over many layouts: ranks, data x tensor grids, cuts of the global batch.
 
-    python tests/layouts.py [PYTHON...] [--write] [--steps 30] [--few]
+    python tests/layouts.py [PYTHON...] [--write] [--steps 30] [--few] [--go-on FILE] [--run-nothing]
 
 Trains the same small decoder, with dropout, for 30 steps in each layout by `python -m mpitp train --reproducible`,
 under the MPI of each PYTHON's environment (this one's, where none is named), and prints the SHA-256 over its weights,
 the state of its optimizer, its settings, and all its losses. Exits with 1 where two differ. --write puts the table
-into docs/same_bits.md; --few takes a few layouts.
+into docs/same_bits.md; --few takes a few layouts. --go-on FILE keeps what is done, MPI by MPI, and goes on from there;
+with --run-nothing the table is of what is kept.
 """
 import argparse
 import hashlib
@@ -90,26 +91,70 @@ def mpi_of(python):
     return subprocess.run([python, "-c", code], env=job_environment(), text=True, capture_output=True).stdout.strip()
 
 
-def rows_of(pythons, layouts, steps):
-    """Yield the cells of each layout's row: its own, and the digest under each MPI."""
-    for layout in layouts:
-        yield [*layout.cells(), *(train(python, layout, steps) for python in pythons)]
+class Results:
+    """The digests of layouts under each MPI, kept in a file, so that a run goes on where it was ended.
+
+    A file whose digests are another machine's or another source's is of no use: the first layout is run each time, and
+    what was kept under this MPI counts if its digest is the same.
+    """
+
+    def __init__(self, file=None):
+        self.file = file and Path(file)
+        self.found = json.loads(self.file.read_text()) if self.file and self.file.exists() else {}
+
+    def of_mpi(self, name, steps):
+        """{layout as text: digest} of one MPI and so many steps."""
+        return self.found.setdefault(f"{name}, {steps} steps", {})
+
+    def complete(self, python, layouts, steps):
+        """Run what is missing under one MPI; yields (layout, digest, whether it was kept)."""
+        name = mpi_of(python)
+        known = self.of_mpi(name, steps)
+        for number, layout in enumerate(layouts):
+            key = " ".join(map(str, layout.cells()))
+            kept = number > 0 and key in known
+            if not kept:
+                digest_now = train(python, layout, steps)
+                if known.get(key, digest_now) != digest_now:
+                    known.clear()
+                known[key] = digest_now
+                if self.file:
+                    self.file.write_text(json.dumps(self.found, indent=1))
+            yield layout, known[key], kept
+
+    def rows(self, names, layouts, steps):
+        """The cells of each layout's row: its own, and the digest under each MPI, None where it was not run."""
+        return [[*layout.cells(), *(self.of_mpi(name, steps).get(" ".join(map(str, layout.cells()))) for name in names)]
+                for layout in layouts]
 
 
-def write(page, rows, pythons, steps):
-    """Put the table into a page, between the two marks."""
+def hashes_of(rows):
+    """The different digests of some rows."""
+    return {cell for row in rows for cell in row[4:] if cell}
+
+
+def title(rows, names, steps):
+    """What the table shows, in words."""
+    counts = [sum(row[4 + number] is not None for row in rows) for number in range(len(names))]
+    most = max(counts)
+    whole = " and ".join(name for name, count in zip(names, counts) if count == most)
+    part = "".join(f", and {count} of them with {name}" for name, count in zip(names, counts) if 0 < count < most)
+    hashes = len(hashes_of(rows))
+    return f"{most} layouts, {steps} steps each, with {whole}{part}; {hashes} hash{'' if hashes == 1 else 'es'}"
+
+
+def write(page, rows, names, steps):
+    """Put the table of what was run into a page, between the two marks."""
     text = page.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    names = " and ".join(map(mpi_of, pythons))
-    hashes = {cell for row in rows for cell in row[4:]}
-    lines = [f"{len(rows)} layouts, {steps} steps each, with {names}; {len(hashes)} hash"
-             f"{'' if len(hashes) == 1 else 'es'}:", "",
+    rows = [row for row in rows if any(row[4:])]
+    lines = [f"{title(rows, names, steps)}:", "",
              "| ranks | data x tensor | micro-batches x sequences | options | SHA-256 |",
              "| ---: | --- | --- | --- | --- |"]
     for row in rows:
-        found = sorted(set(row[4:]))
-        lines.append("| " + " | ".join([*row[:4], " ".join(f"`{value[:16]}`" for value in found)]) + " |")
+        lines.append("| " + " | ".join([*row[:4], " ".join(f"`{value[:16]}`" for value in sorted(hashes_of([row])))])
+                     + " |")
     page.write_text("\n".join([f"{before}{BEGIN}", "", *lines, "", f"{END}{after}"]))
 
 
@@ -119,15 +164,20 @@ def main():
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--go-on", metavar="FILE")
+    parser.add_argument("--run-nothing", action="store_true")
     arguments = parser.parse_args()
-    rows = []
-    for row in rows_of(arguments.pythons, FEW if arguments.few else LAYOUTS, arguments.steps):
-        rows.append(row)
-        print("  ".join(cell.ljust(6) for cell in row), flush=True)
-    found = {cell for row in rows for cell in row[4:]}
-    print(f"{len(rows)} layouts, {len(found)} hash{'' if len(found) == 1 else 'es'}")
+    layouts, results = FEW if arguments.few else LAYOUTS, Results(arguments.go_on)
+    for python in () if arguments.run_nothing else arguments.pythons:
+        print(mpi_of(python), flush=True)
+        for layout, found, kept in results.complete(python, layouts, arguments.steps):
+            print("  ".join(cell.ljust(6) for cell in (*layout.cells(), found)), "kept" * kept, flush=True)
+    names = list(map(mpi_of, arguments.pythons))
+    rows = results.rows(names, layouts, arguments.steps)
+    found = hashes_of(rows)
+    print(f"{sum(any(row[4:]) for row in rows)} layouts, {len(found)} hash{'' if len(found) == 1 else 'es'}")
     if arguments.write:
-        write(PAGE, rows, arguments.pythons, arguments.steps)
+        write(PAGE, rows, names, arguments.steps)
     return int(len(found) > 1)
 
 

@@ -32,11 +32,22 @@ def test_the_texts_of_transformers(name):
         if "error" in expected:
             with pytest.raises(Exception) as found:
                 rendering.render(TEMPLATES[name], [messages], GOLDEN["variables"])
-            kind = type(found.value).__name__
-            assert ("TemplateError" if kind == "InputError" else kind) == expected["error"]
+            kind = type(found.value).__name__               # ours of raise_exception and of what cannot be continued
+            assert expected["error"] in (("TemplateError", "ValueError") if kind == "InputError" else (kind,))
         else:
             texts, undefined = rendering.render(TEMPLATES[name], [messages], GOLDEN["variables"])
             assert texts == [expected["text"].encode()] and not undefined
+
+
+@pytest.mark.parametrize("template, content, said", [
+    ("{{ messages[0].content }}", "y", "the assistant that the chat template leaves out or changes"),
+    ("{{ messages|length }}", "y", "expected a chat template that uses its content"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", [{"type": "image"}], "of the assistant without a text"),
+    ("{% for m in messages %}{{ m.content|upper }}{% endfor %}", "y", "leaves out or changes"),
+])
+def test_a_last_message_that_cannot_be_continued(template, content, said):
+    with pytest.raises(InputError, match=said):
+        rendering.render(template, [[*HELLO, {"role": "assistant", "content": content}]], {})
 
 
 def test_the_time_of_now():
@@ -147,7 +158,6 @@ def test_a_jinja2_whose_sandbox_does_not_hold(monkeypatch):
     ('[{"content": "x"}]', "found message 0 of .* without a role"),
     ('[{"role": "user", "content": 5}]', "found message 0 of .* with content 5"),
     ('[{"role": "user", "role": "x"}]', "found 'role' twice"),
-    ('[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]', "found a last message of the assis"),
 ])
 def test_messages_that_are_none(tmp_path, content, said):
     (tmp_path / "m.json").write_text(content)

@@ -1,6 +1,7 @@
 """python -m mpitp generate on tiny checkpoints that transformers made; text a token at a time; bad input, one line."""
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -319,6 +320,22 @@ def test_characters_after_a_byte_that_is_none():
     assert "".join(found).endswith(chr(WORD)) and "".join(found).startswith("\N{REPLACEMENT CHARACTER}")
     found = push_all(of_bytes, b"x", [0x9F, 0x9F, *SMILE.encode()])
     assert "".join(found) == "\N{REPLACEMENT CHARACTER}" * 2 + SMILE
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("decode", [of_bytes, fallback])
+def test_what_a_prompt_shows_and_what_is_new_are_the_whole_text(decode, inside):
+    """Where the prompt ends inside a character, the new text has all of it; U+FFFD in a text is itself."""
+    rng, signs = random.Random(0), ["x", chr(WORD), SMILE, "\N{EURO SIGN}", "\u2028"]
+    signs += [] if inside else ["\N{REPLACEMENT CHARACTER}"]
+    for _ in range(200):
+        said = [rng.choice(signs) for _ in range(rng.randint(1, 13))]
+        tokens = [[WORD] if sign == chr(WORD) and decode is fallback else list(sign.encode()) for sign in said]
+        ids, size = sum(tokens, []), len(sum(tokens[:rng.randint(1, len(said))], []))
+        size, whole = rng.randint(1, len(ids)) if inside else size, "".join(said)
+        shown = [decode(ids[:end]) for end in (range(size + 1) if inside else [size])]
+        before = max(filter(whole.startswith, shown), key=len)
+        assert before + "".join(push_all(decode, ids[:size], ids[size:])) == whole, size
 
 
 # --- files and streams -----------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Data x tensor grids: the same run on every grid, against a dense one in float64, and the same bits where promised."""
+import copy
 import hashlib
 import math
 import subprocess
@@ -13,7 +14,13 @@ from mpi4py import MPI
 import mpitp
 from decoder_cases import config
 from mpitp import oracle
+from mpitp.comm import grid_nodes
+from mpitp.comm.grid_nodes import nodes_of, order_by_node
+from mpitp.comm.ledger import Collective
+from mpitp.layers.closed_forms import decoder_collectives
+from mpitp.layers.loss import cross_entropy_collectives
 from mpitp.layers.norm import NormOverflow
+from mpitp.layers.norm_sums import NormSums, NormSumsOfStep
 from mpitp.ops.dropout import PartOfStep, dropout_scale
 from mpitp.sharding.partition import Partition
 from mpitp.training import dealing, gradients, loop
@@ -157,6 +164,36 @@ def test_groups_of_a_grid():
             assert grid.data.rank * tensor + grid.tensor.rank == grid.world.rank == WORLD.rank
 
 
+def test_the_order_of_ranks_by_node():
+    """As many tensor groups inside of nodes as can be; the launcher's order where it has as many."""
+    for nodes, tensor, expected in (("aabb", 2, [0, 1, 2, 3]), ("abab", 2, [0, 2, 1, 3]), ("abab", 4, [0, 1, 2, 3]),
+                                    ("abababab", 2, [0, 2, 1, 3, 4, 6, 5, 7]), ("abcabc", 2, [0, 3, 1, 4, 2, 5]),
+                                    ("abababab", 4, [0, 2, 4, 6, 1, 3, 5, 7]), ("aaabbb", 2, [0, 1, 2, 3, 4, 5]),
+                                    ("aaabbccc", 2, [0, 1, 2, 7, 3, 4, 5, 6]), ("abbb", 2, [0, 1, 2, 3]),
+                                    ("abcb", 2, [0, 2, 1, 3]), ("aabbaa", 2, [0, 1, 2, 3, 4, 5])):
+        assert order_by_node(nodes, tensor) == expected, nodes
+
+
+@pytest.mark.skipif(WORLD.size != 4, reason="two nodes of two ranks")
+def test_tensor_groups_are_inside_of_nodes(text, reproducible, monkeypatch):
+    """Ranks that are dealt to two nodes in turns change places, and the run is the same."""
+    with mpitp.Grid(data=2) as grid:
+        assert grid.tensor.comm.allgather(WORLD.rank) == [[0, 1], [2, 3]][WORLD.rank // 2]
+        assert everywhere(nodes_of(grid.world.comm) == [0, 0, 0, 0])
+    monkeypatch.setattr(grid_nodes, "node_of_this_rank", lambda comm: comm.rank % 2)
+    with mpitp.Grid(data=2, by_node=False) as grid:
+        assert grid.tensor.comm.allgather(WORLD.rank) == [[0, 1], [2, 3]][WORLD.rank // 2]
+    options = dict(tokens=Uneven, dropout=0.2, micro_batch_size=5, gradient_accumulation=1)
+    exact = alone(text, reproducible=reproducible, **options)
+    with mpitp.Grid(data=2, reproducible=reproducible, check=True) as grid:
+        assert grid.tensor.comm.allgather(WORLD.rank) == [[0, 2], [1, 3]][WORLD.rank % 2]
+        assert grid.data.comm.allgather(WORLD.rank) == [[0, 1], [2, 3]][WORLD.rank // 2]
+        assert grid.world.comm.allgather(WORLD.rank) == [0, 2, 1, 3]
+        found = trained(trainer(grid, text, **options))
+    assert everywhere(far(found, exact) == []), far(found, exact)
+    assert not reproducible or everywhere(digest(found) == digest(exact))
+
+
 # --- against a dense run, with planted faults -----------------------------------------------------------------------
 
 def dense_gradients(made):
@@ -170,13 +207,13 @@ def dense_gradients(made):
     return float(loss), norm, {name: g * min(1.0, made.settings.clip_grad / norm) for name, g in found.items()}
 
 
-def problems(grid: mpitp.Grid, text, count=2):
+def problems(grid: mpitp.Grid, text, count=2, **more):
     """What differs from the dense gradients after a step of AdamW without momentum: loss, norm, gradients.
 
     `count` micro-batches: a sum of two pieces, or of one.
     """
     made = trainer(grid, text, tokens=Uneven, micro_batch_size=4 // count, gradient_accumulation=count, adam_beta1=0.0,
-                   lr=0.0, min_lr=0.0)
+                   lr=0.0, min_lr=0.0, **more)
     loss, norm, exact = dense_gradients(made)
     figures = made.train_step()
     found = made.group.comm.bcast(made.model.gather(made.optimizer.exp_avg))       # what clipping left of them
@@ -210,7 +247,7 @@ def test_fault_mean_a_rank_then_average(text, reproducible, monkeypatch):
 @several
 @pytest.mark.parametrize("by", ["data", "world"])
 def test_fault_divided_by_ranks(text, reproducible, by, monkeypatch):
-    with mpitp.Grid(data=WORLD.size, reproducible=reproducible) as grid:
+    with mpitp.Grid(data=GRIDS[0], reproducible=reproducible) as grid:      # of four ranks two, so they are two faults
         right = Trainer.add_gradients
         monkeypatch.setattr(Trainer, "add_gradients", lambda self, piece, ids, targets, counted: right(
             self, piece, ids, targets, counted * getattr(grid, by).size))
@@ -267,7 +304,74 @@ def test_collectives_of_the_data_group(text, reproducible, monkeypatch):
                 made.validate()
                 windows = sum(1 for _ in made.tokens.validation_batches(*made.dealing.windows()))
                 assert grid.data.ledger.counts() == of_a_step + of_a_step + Counter(
-                    [mpitp.comm.ledger.Collective("all_reduce", windows, "float64")])
+                    [Collective("all_reduce", windows, "float64")])
+
+
+# --- gradients of norms in sequence parallelism: one message of all micro-batches a step -----------------------------
+
+NORMED = "neox with query norm"             # side by side, with norms of queries and keys, too
+ROWS = dict(sequence_parallel=True, micro_batch_size=2, gradient_accumulation=2)
+SPARED = {NORMED: dict(recompute="block"), "bloom": dict(gather_again=True)}
+OF_ROWS = [(1, NORMED), (1, "bloom")] + [(2, NORMED)] * (WORLD.size == 4)      # data ranks, kind
+
+
+@pytest.mark.parametrize("data, kind", OF_ROWS)
+def test_gradients_of_norms_are_summed_once_a_step(text, reproducible, data, kind):
+    """The same run as on one rank with whole rows, in which a piece's gradients are whole; and the closed form."""
+    options = dict(ROWS, kind=kind, **SPARED[kind])
+    exact = alone(text, reproducible, **dict(ROWS, kind=kind, sequence_parallel=False))
+    with mpitp.Grid(data=data, reproducible=reproducible, check=True) as grid:
+        made = trainer(grid, text, **options)
+        grid.tensor.ledger.clear()
+        loss = made.train_step()["loss"]
+        pieces = [(piece.stop - piece.start) * 7 for piece in made.dealing.pieces]
+        expected = made.sum.norm_collectives(len(pieces)) + Counter([Collective("all_reduce", 1, "float64")])
+        for tokens in pieces:
+            expected += sum((*decoder_collectives(made.model, tokens, with_norms=False),
+                             cross_entropy_collectives(tokens, 0.0, "float64")), Counter())
+        of_norms = sum(w.size for name, w in made.model.weights.items() if "norm" in name)
+        elements = sum(key.elements * n for key, n in made.sum.norm_collectives(len(pieces)).items())
+        assert elements == of_norms * (len(pieces) if reproducible else 1)
+        assert everywhere(grid.tensor.ledger.counts() == expected)
+        found = trained(made, steps=1)
+        found["losses"] = np.array([loss, *found["losses"]])
+    assert everywhere(far(found, exact) == []), far(found, exact)
+    if reproducible:
+        assert everywhere(digest(found) == digest(exact))
+
+
+@several
+@pytest.mark.parametrize("fault", ["not summed", "averaged", "each piece by itself, too", "the last piece alone"])
+def test_faults_of_a_steps_norms(text, reproducible, fault, monkeypatch):
+    right_sum, right_add, right_end = NormSumsOfStep.sum_of, NormSumsOfStep.add, NormSums.end
+    if fault == "not summed":
+        monkeypatch.setattr(NormSumsOfStep, "sum_of", lambda step, fold, elements: sum(
+            fold.known.values(), np.zeros(elements)))
+    elif fault == "averaged":
+        monkeypatch.setattr(NormSumsOfStep, "sum_of", lambda step, *given: right_sum(step, *given) / WORLD.size)
+    elif fault == "the last piece alone":
+        def last(step, *given):
+            for folds in step.pieces:
+                for fold in folds:
+                    for summand in fold.known.values():
+                        summand *= 0
+            right_add(step, *given)
+        monkeypatch.setattr(NormSumsOfStep, "add", last)
+    else:
+        def twice(sums, gradients, step_sums=None):
+            if step_sums is None:
+                return right_end(sums, gradients)
+            right_end(sums, gradients, step_sums)
+            for folds in step_sums.pieces[-1:]:
+                for number, fold in enumerate(folds):
+                    whole = step_sums.sum_of(copy.deepcopy(fold), step_sums.elements[number])
+                    for summand in fold.known.values():
+                        summand[...] = whole
+        monkeypatch.setattr(NormSums, "end", twice)
+    with mpitp.Grid(data=1, reproducible=reproducible) as grid:
+        found = problems(grid, text, kind=NORMED, sequence_parallel=True)
+    assert {"norm", "final_norm.weight", "layers.0.attention.key_norm.weight"} <= set(found)
+    assert "loss" not in found
 
 
 # --- what ends a run, and what it leaves ----------------------------------------------------------------------------
@@ -356,12 +460,18 @@ def test_grids_that_do_not_multiply(world):
 
 
 def test_a_run_of_another_unit_is_refused(text, group, tmp_path):
-    if not group.reproducible:
-        return
     out = group.comm.bcast(str(tmp_path))
+    if not group.reproducible:
+        trainer(group, text, folder=out, train_iters=1, lr_decay_iters=4).run()
+        with mpitp.TensorParallelGroup(reproducible=True) as other, \
+                pytest.raises(mpitp.InputError, match=r"unit = None, expected sequence.*\(without --reproducible\)"):
+            resume(trainer(other, text, folder=out))
+        return
     trainer(group, text, folder=out, reproducible_unit="micro-batch", train_iters=2, lr_decay_iters=4).run()
     with pytest.raises(mpitp.InputError, match="found unit = micro-batch, expected sequence.*--reproducible-unit"):
         resume(trainer(group, text, folder=out))
+    with mpitp.TensorParallelGroup() as other, pytest.raises(mpitp.InputError, match=r"expected None.*\(--reproduc"):
+        resume(trainer(other, text, folder=out))
     assert resume(trainer(group, text, folder=out, reproducible_unit="micro-batch"))
     with pytest.raises(mpitp.InputError, match="micro_batch_size = 2, expected 3"):
         resume(trainer(group, text, folder=out, reproducible_unit="micro-batch", micro_batch_size=3, lr_decay_iters=4))

@@ -62,7 +62,7 @@ def outcome(group, folder):
         for name, spec in model.specs.items():
             layout = model.folder.layouts[name]
             window = spec.window(group.place)
-            expected = View(InMemory(stored[layout.name]), layout)[window]
+            expected = View({name: InMemory(stored[name]) for name in layout.names}, layout)[window]
             good = good and model.weights[name].tobytes() == expected.tobytes()
     assert everywhere(good), (said, took, peak)
     return said

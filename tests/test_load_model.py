@@ -158,12 +158,13 @@ def test_peak_memory(group, case, tmp_path):
 # --- config.json -----------------------------------------------------------------------------------------------
 
 def old_style(config):
-    """As transformers 4 saved it: rope_theta, rope_scaling with "type", torch_dtype."""
+    """As transformers 4 saved it: rope_theta, rope_scaling with "type" or "rope_type", torch_dtype."""
     config = dict(config)
     config["torch_dtype"] = config.pop("dtype")
     found = config.pop("rope_parameters", None)
     if found is None:
         return config
+    type_key = "rope_type" if "full_attention" in found else "type"
     if "full_attention" in found:
         config["rope_local_base_freq"] = found["sliding_attention"]["rope_theta"]
         found = found["full_attention"]
@@ -175,7 +176,7 @@ def old_style(config):
         config["rotary_pct" if of_neox else "partial_rotary_factor"] = part
     kind = found.pop("rope_type")
     if kind != "default":
-        config["rope_scaling"] = {"type": kind, **found}
+        config["rope_scaling"] = {type_key: kind, **found}
     return config
 
 
@@ -242,7 +243,7 @@ ROPE = dict(rope_theta=1e4, rope_type="yarn", factor=2.0, original_max_position_
     ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True, expected False"),
     ("gpt2", dict(embd_pdrop=0.0), "embd_pdrop = 0.0 and resid_pdrop = 0.1"),
     ("gpt2", dict(hidden_size=21), "n_embd = 20 and hidden_size = 21, expected one value"),
-    ("gemma3_text", dict(final_logit_softcapping=30.0), "final_logit_softcapping = 30.0"),
+    ("gemma3_text", dict(final_logit_softcapping=-1.0), "final_logit_softcapping = -1.0"),
     ("stablelm", dict(is_causal=False), "is_causal = False, expected True"),
     ("gemma3", dict(is_causal=False), "is_causal = False, expected True"),
     ("gemma3_text", dict(layer_types=["full_attention"]), "expected a list of 3 names"),

@@ -57,14 +57,6 @@ OF_MODES = (*(("llama, one kv head", mode) for mode in MODES), ("gemma3", "rows,
             ("olmo2, over all heads", "gathered again, attention"))
 
 
-def trainer(group, of, tokens, options, **settings):
-    """A Trainer with these options of the Decoder, of which its settings have all but one."""
-    named = {name: value for name, value in options.items() if name != "gather_again"}
-    made = Trainer(group, of, tokens, Settings(**settings, **named))
-    made.model.gather_again = options.get("gather_again", False)
-    return made
-
-
 def layout_of(group):
     return Layout(group.size, 1, group.blocks if group.reproducible else None)
 
@@ -82,8 +74,8 @@ def found(**arrays):
 @pytest.mark.parametrize("kind, mode", [*((kind, "whole") for kind in ALL_KINDS), *OF_MODES])
 def test_training_keeps_and_sends_what_the_plan_names(group, kind, mode, tmp_path):
     (tmp_path / "text").write_bytes(bytes(i * i % 27 for i in range(300)))
-    made = trainer(group, config(kind), Tokens(tmp_path / "text", 27, 7, 0), MODES.get(mode, {}), micro_batch_size=2,
-                   gradient_accumulation=2, label_smoothing=0.1)
+    made = Trainer(group, config(kind), Tokens(tmp_path / "text", 27, 7, 0),
+                   Settings(micro_batch_size=2, gradient_accumulation=2, label_smoothing=0.1, **MODES.get(mode, {})))
     group.ledger.clear()
     made.train_step()
     plan, layout = Job(config(kind), "train", 2, 7, accumulation=2, label_smoothing=0.1, **MODES.get(mode, {})), \
@@ -117,8 +109,8 @@ def test_a_grid(world, batch, accumulation, mode, tmp_path):
     data = 2 if world.size % 2 == 0 else world.size
     with mpitp.Grid(data=data) as grid:
         options = MODES.get(mode, {})
-        made = trainer(grid, config("llama, one kv head"), Tokens(tmp_path / "text", 27, 7, 0), options,
-                       micro_batch_size=batch, gradient_accumulation=accumulation)
+        made = Trainer(grid, config("llama, one kv head"), Tokens(tmp_path / "text", 27, 7, 0),
+                       Settings(micro_batch_size=batch, gradient_accumulation=accumulation, **options))
         grid.tensor.ledger.clear()
         made.train_step()
         plan = Job(made.config, "train", batch, 7, accumulation=accumulation, **options)
@@ -185,7 +177,8 @@ def test_the_peak_of_training(world, kind, mode):
         plan = Job(mpitp.DecoderConfig(**OF_MEMORY[kind]), "train", 4, 256, **options)
         tokens = Tokens(None, 256, 256, 0)
         tokens.vocab_size = plan.config.vocab_size
-        peak = traced_peak(lambda: trainer(group, plan.config, tokens, options, micro_batch_size=4), Trainer.train_step)
+        peak = traced_peak(lambda: Trainer(group, plan.config, tokens, Settings(micro_batch_size=4, **options)),
+                           Trainer.train_step)
         said = outcome.memory(plan, layout_of(group))[1][group.rank]
         assert everywhere(abs(said / peak - 1) < 0.02), said / peak
 
@@ -373,10 +366,10 @@ def test_training_asks_with_its_modes(world, monkeypatch):
     """What has room with recomputation and rows has none without."""
     config = mpitp.DecoderConfig(**OF_MEMORY["llama"])
     with mpitp.TensorParallelGroup() as group:
-        plan = Job(config, "train", 4, 256, sequence_parallel=True, recompute="block")
+        plan = Job(config, "train", 4, 256, sequence_parallel=True, gather_again=True, recompute="block")
         monkeypatch.setattr(room, "free_bytes", lambda: sum(outcome.memory(plan, layout_of(group))[1]))
         arguments = argparse.Namespace(seq_length=256, dtype="float32")
-        modes = dict(sequence_parallel=True, recompute="block")
+        modes = dict(sequence_parallel=True, gather_again=True, recompute="block")
         ask_plan.training(group, arguments, config, Settings(micro_batch_size=4, **modes))
         with pytest.raises(InputError, match="activations of the"):
             ask_plan.training(group, arguments, config, Settings(micro_batch_size=4))

@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -277,6 +278,63 @@ def test_heartbeats(world):
     assert beats.here == list(range(world.size)) and len(beats.hosts) == world.size
     assert [beats.read(rank) for rank in beats.here] == [{"rank": rank} for rank in beats.here]
     world.Barrier()
+
+
+def test_mail_between_hosts(world):
+    """Each rank is a host of its own; one that has left is written to no more."""
+    from mpi4py import MPI
+    from mpitp.comm.heartbeats import Heartbeats
+    from mpitp.comm.mail import Mail, obstacle
+    beats = Heartbeats(world, MPI.COMM_SELF)
+    assert beats.here == [world.rank] and beats.heads == {rank: [rank] for rank in range(world.size)}
+    if world.size == 1 or obstacle(world):
+        return
+    mail, until = Mail(world, beats), time.monotonic() + 20
+    mail.is_open = True
+    while any(beats.read(rank) != {"of": rank} for rank in mail.to) and time.monotonic() < until:
+        mail.post({world.rank: {"of": world.rank}})
+        time.sleep(0.01)
+    assert [beats.read(rank) for rank in mail.to] == [{"of": rank} for rank in mail.to]
+    world.Barrier()
+    mail.say_last({world.rank: {"leaving": True}})
+    while any(mail.readers(rank) for rank in mail.to) and time.monotonic() < until:
+        mail.empty()
+    assert all(beats.read(rank) == {"leaving": True} for rank in mail.to)
+    sent = dict(mail.sent)
+    mail.send({world.rank: {}})
+    assert mail.sent == sent
+
+
+def test_the_lowest_rank_that_lives_carries_the_mail():
+    """Three ranks of this host and two of another one, whose records come by mail."""
+    from mpitp.comm.others import LEFT, Others
+    record = {"round": 1, "process": os.getpid(), "open": {"0": [3, None]}, "closed": {}, "leaving": False,
+              "place": "a", "since": "12:00:00", "waits": False, "call": None}
+    slots = {rank: dict(record) for rank in range(5)}
+    beats = SimpleNamespace(rank=1, hosts=["h0", "h0", "h0", "h1", "h1"], here=[0, 1, 2],
+                            heads={0: [0, 1, 2], 3: [3, 4]}, processes=[1, 2, 3, 4, 5],
+                            read=lambda rank: dict(slots[rank]))
+    others = Others(beats, SimpleNamespace(rounds=1))
+    others.read(1)
+    assert not others.carries_mail() and "rank 3 of 5 on h1 (process " in others.missing("0", 3, "x")[2]
+    for _ in range(6):
+        for rank in (1, 2, 4):
+            slots[rank]["round"] += 1
+        others.read(1)
+    assert others.carries_mail() and others.is_silent(0) and not others.is_silent(2)
+    assert set(others.of_this_host(record)) == {0, 1, 2} and others.of_this_host(record)[0]["ended"] is False
+    stopped, waiting = (next(text for text in others.missing("0", 3, "all_reduce") if text.startswith(name))
+                        for name in ("rank 3 of 5 on h1", "rank 4 of 5 on h1"))
+    assert "has given no sign of life since" in stopped and "network" not in stopped and "is at a since" in waiting
+    slots[3]["state"], slots[3]["ended"] = " (dead)", True
+    others.read(1)
+    assert others.gone("0", 3) == [f"{others.name(3)} has ended without a word, last at a"]
+    for _ in range(6):
+        others.read(1)
+    assert "(stopped, or h1 or the network to it is down)" in others.missing("0", 3, "all_reduce")[-1]
+    slots[0]["leaving"] = slots[4]["leaving"] = True
+    others.read(LEFT)
+    assert others.carries_mail() and "has left the program at 12:00:00" in others.missing("0", 3, "all_reduce")[-1]
 
 
 def test_groups_of_the_same_ranks_share_a_watch(world):

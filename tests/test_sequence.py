@@ -115,7 +115,7 @@ def test_decoder_against_dense(world, kind, mode):
 
 
 @pytest.mark.parametrize("kind, mode", [("gpt2", "kept"), ("gemma3", "rows, block"), ("bloom", "gathered again"),
-                                        ("falcon", "kept"), ("llama, one kv head", "rows, attention"),
+                                        ("falcon", "kept, attention"), ("llama, one kv head", "rows, attention"),
                                         ("gpt_neox", "block"), ("olmo2", "attention")])
 def test_decoder_against_pytorch(world, kind, mode):
     configuration, weights, ids, targets, mask, expected = GOLDEN[kind]
@@ -201,31 +201,63 @@ def test_uneven_rows_are_counted_exactly(world):
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
-def kept_over_formula(mode):
-    """The bytes that a block keeps, by tracemalloc, over those of the formula of the paper's kind."""
+LIKE_THE_PAPER = dict(PLAIN, hidden_size=128, num_attention_heads=4, num_query_groups=4, kv_channels=32)
+
+
+def forward_and_backward(block, count, x, rows):
+    """(live bytes after each of so many blocks' forwards, the peak until the last backward), by tracemalloc."""
+    gradients, found, kept = block.gradients(None), [], []
+    tracemalloc.start()
+    try:
+        for _ in range(count):
+            x, saved = block.forward(x, rows=rows)
+            kept.append(saved)
+            del saved
+            found.append(tracemalloc.get_traced_memory()[0])
+        while kept:
+            x = block.backward(x, kept.pop(), out=gradients)[0]
+        return found, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def measured_over_formula(mode):
+    """What a block more keeps, and what it adds to the peak, over the bytes of the formula of the paper's kind."""
     options, gather_again, _ = FORMS.get(mode, (dict(recompute="attention"), False, 0))
-    size = dict(PLAIN, hidden_size=128, num_attention_heads=4, num_query_groups=4, kv_channels=32)
     with mpitp.TensorParallelGroup() as group:
-        blocks = [mpitp.ParallelBlock(group, config("gpt2", **size), seed=None, **options) for _ in range(5)]
+        block = mpitp.ParallelBlock(group, config("gpt2", **LIKE_THE_PAPER), seed=None, **options)
         rows = mpitp.Rows(group, (1, 960), gather_again) if "sequence_parallel" in options else None
-        x, found, kept = draw(1, 1, 960, 128, dtype="f"), [], []
+        x = draw(1, 1, 960, 128, dtype="f")
         x = rows.split(x) if rows else x
-        tracemalloc.start()
-        try:
-            for block in blocks:
-                x, saved = block.forward(x, rows=rows)
-                kept.append(saved)
-                found.append(tracemalloc.get_traced_memory()[0])
-        finally:
-            tracemalloc.stop()
-        # The first blocks allocate what is used again, and so do other threads now and then.
-        return min(np.diff(found)) / activation_bytes(blocks[0], 960, gather_again)
+        formula = activation_bytes(block, 960, gather_again)
+        # The first run allocates what is used again, and so do other threads now and then.
+        (_, _), (_, short), (kept, long) = (forward_and_backward(block, count, x, rows) for count in (1, 1, 4))
+        return min(np.diff(kept)) / formula, (long - short) / (3 * formula)
 
 
+@pytest.mark.skipif(MPI.COMM_WORLD.size > 3, reason="measured on up to three ranks")
 @pytest.mark.parametrize("mode", [*FORMS, "attention"])
-def test_the_bytes_that_blocks_keep(world, monkeypatch, mode):
+def test_the_bytes_that_blocks_keep_and_the_peak(world, monkeypatch, mode):
     monkeypatch.setenv("MPITP_STALL_LIMIT", "0")    # no thread that watches
-    assert abs(kept_over_formula(mode) - 1) < 0.02
+    kept, of_peak = measured_over_formula(mode)
+    assert abs(kept - 1) < 0.02 and abs(of_peak - 1) < 0.02
+
+
+@pytest.mark.parametrize("mode, of_paper", [("whole", "sbh (10 + 24 / t)"), ("gathered again", "34 sbh / t"),
+                                            ("block", "2 sbh")])
+def test_the_formula_is_the_papers(group, mode, of_paper):
+    """Korthikanti et al., table 2, beside attention's scores, without the masks of dropout (2 sbh, of rows 2 sbh / t).
+
+    In units of two bytes. The rest is what a row has one number of: 1 / rms, and the logarithm of a head's sum.
+    """
+    options, gather_again, _ = FORMS[mode]
+    block = mpitp.ParallelBlock(group, config("gpt2", **LIKE_THE_PAPER), seed=None, **options)
+    t, sbh = group.size, 960 * 128
+    bytes_of_paper = {"sbh (10 + 24 / t)": sbh * (10 + 24 / t) - 2 * sbh, "34 sbh / t": (34 - 2) * sbh / t,
+                      "2 sbh": 2 * sbh}[of_paper]
+    found = activation_bytes(block, 960, gather_again) / block.dtype.itemsize
+    if not (group.reproducible or 4 % t):                   # ranks whose heads and rows are as many
+        assert found == pytest.approx(bytes_of_paper / 2, rel=0.01)
 
 
 # --- generation, overflow, refusals -----------------------------------------------------------------------------------
@@ -281,29 +313,24 @@ def mistakes(world, monkeypatch):
 NORM = "layers.0.mlp_norm.weight"
 
 
+def own_summand(step, fold, elements):
+    return sum(fold.known.values(), np.zeros(elements))
+
+
 @pytest.mark.host
 def test_norm_gradients_that_are_not_summed(mistakes):
     group, monkeypatch = mistakes
-    from mpitp.layers.norm_sums import NormSums
-
-    def own_rows(sums):
-        for number, g in enumerate(sums.gradients):
-            g[...] = sum(of_block[number] for of_block in sums.of_blocks.values())
-    monkeypatch.setattr(NormSums, "all_reduce", own_rows)
+    from mpitp.layers.norm_sums import NormSumsOfStep
+    monkeypatch.setattr(NormSumsOfStep, "sum_of", own_summand)
     assert {NORM, "final_norm.weight", "embedding_norm.bias"} <= problems(group)
 
 
 @pytest.mark.host
 def test_norm_gradients_that_are_averaged(mistakes):
     group, monkeypatch = mistakes
-    from mpitp.layers.norm_sums import NormSums
-    right = NormSums.all_reduce
-
-    def mean(sums):
-        right(sums)
-        for g in sums.gradients:
-            g /= group.size
-    monkeypatch.setattr(NormSums, "all_reduce", mean)
+    from mpitp.layers.norm_sums import NormSumsOfStep
+    right = NormSumsOfStep.sum_of
+    monkeypatch.setattr(NormSumsOfStep, "sum_of", lambda *given: right(*given) / group.size)
     assert {NORM, "final_norm.bias"} <= problems(group)
 
 
@@ -312,14 +339,14 @@ def test_norm_gradients_that_are_summed_too_early(mistakes):
     """Before the embedding's norm has had its backward, as a hook does that fires at the first micro-batch."""
     group, monkeypatch = mistakes
     from mpitp.layers.norm_sums import NormSums
-    right, added = NormSums.all_reduce, NormSums.backward
+    right, of_layer = NormSums.end, mpitp.Decoder.layer_backward
 
-    def early(sums, norm, *arguments):
-        if norm.name == "embedding_norm":
-            right(sums)
-        return added(sums, norm, *arguments)
-    monkeypatch.setattr(NormSums, "backward", early)
-    monkeypatch.setattr(NormSums, "all_reduce", lambda sums: None)
+    def early(model, layer, dy, saved, gradients, sums=None):
+        if layer.name == "embedding_norm":
+            right(sums, gradients)
+        return of_layer(model, layer, dy, saved, gradients, sums)
+    monkeypatch.setattr(mpitp.Decoder, "layer_backward", early)
+    monkeypatch.setattr(NormSums, "end", lambda sums, *given: None)
     found = problems(group)
     assert "embedding_norm.weight" in found and NORM not in found
 
@@ -363,7 +390,7 @@ def test_gathered_arrays_that_are_kept(mistakes):
     from mpitp.comm.rows import Rows
     monkeypatch.setattr(Rows, "kept", lambda rows, x, x_ND: x_ND)
     monkeypatch.setattr(Rows, "again", lambda rows, kept: kept)
-    assert kept_over_formula("gathered again") > 1.02
+    assert min(measured_over_formula("gathered again")) > 1.02
 
 
 @pytest.mark.host

@@ -138,14 +138,10 @@ def test_the_file_is_of_the_trace_event_format(recorded, world):
     assert len(threads) == world.size * len(TRACKS)
 
 
-class Ahead:
-    """A ledger is all that Spans needs of a group."""
-
-
 @pytest.mark.parametrize("has_workers", [False, True])
 def test_shapes_are_those_of_the_arrays(has_workers):
     """Of an operation its first two, of which one may be missing; of a method what it was given."""
-    found = Spans(Ahead(), has_workers=has_workers)
+    found = Spans([], has_workers=has_workers)
 
     def product(name: str, a: mpitp.arrays.Array, b: mpitp.arrays.Array, out: mpitp.arrays.Array | None = None):
         if name == "fails":
@@ -179,7 +175,7 @@ def test_shapes_are_those_of_the_arrays(has_workers):
 
 def test_more_calls_than_there_is_room_for_are_counted(monkeypatch):
     monkeypatch.setattr("mpitp.timeline.spans.MOST", 2)
-    found = Spans(Ahead())
+    found = Spans([])
     call = timed(lambda x: x, found, PYTHON, False)
     for _ in range(5):
         call(np.ones(3))
@@ -284,8 +280,53 @@ def test_waiting_of_known_arrivals():
     spans_ = [[Span(IN_MPI, "all_reduce", start, 90, Collective("all_reduce", 4, "float32")),
                Span(IN_MPI, "broadcast", 95, 96, None)] for start in (10, 40, 70)]
     waiting = waiting_of(spans_)
-    assert waiting.number.tolist() == [0] and waiting.last.tolist() == [2]
+    assert waiting.number.tolist() == [[0]] * 3 and waiting.last.tolist() == [2]
     assert waiting.waited[:, 0].tolist() == [60, 30, 0] and waiting.late.tolist() == [30]
+
+
+def test_waiting_in_the_groups_of_a_grid():
+    """Ranks 0 and 1, and 2 and 3, are tensor groups, which need not add up as often; 0 and 2, 1 and 3 data groups."""
+    def sums(*of_rank):
+        return [Span(IN_MPI, "all_reduce", start, end, {"ranks": list(ranks)} if ranks else None)
+                for ranks, start, end in of_rank]
+    of_ranks = [sums(((0, 1), 0, 10), ((0, 2), 20, 42), ((), 50, 60)),
+                sums(((0, 1), 5, 10), ((1, 3), 20, 32), ((), 45, 60)),
+                sums(((2, 3), 0, 10), ((2, 3), 12, 30), ((0, 2), 40, 42), ((), 50, 60)),
+                sums(((2, 3), 8, 10), ((2, 3), 28, 30), ((1, 3), 31, 32), ((), 58, 60)), ]
+    waiting = waiting_of(of_ranks)
+    assert waiting.number.T.tolist() == [[0, 0, -1, -1], [-1, -1, 0, 0], [-1, -1, 1, 1], [1, -1, 2, -1],
+                                         [-1, 1, -1, 2], [2, 2, 3, 3]]
+    assert waiting.last.tolist() == [1, 3, 3, 2, 3, 3] and waiting.late.tolist() == [5, 8, 16, 20, 11, 8]
+    assert waiting.waited.sum(axis=1).tolist() == [5 + 20 + 8, 11 + 13, 8 + 16 + 8, 0]
+    assert answer(of_ranks, waiting).startswith("rank 3 arrives last in 100% of the sums")
+
+
+@pytest.mark.skipif(MPI.COMM_WORLD.size != 4, reason="a grid of 2 x 2")
+@pytest.mark.parametrize("slow", [0, 3])
+def test_a_grid(world, tmp_path, slow):
+    """The collectives of the world, the tensor and the data groups are those of their ledgers; a slow rank is named."""
+    with mpitp.Grid(data=2) as grid:
+        path = shared_path(grid.world, tmp_path, "grid.json")
+        model, ids = small_decoder(grid.tensor), np.arange(24).reshape(2, 12) % 27
+        ledgers = {0: grid.world.ledger, 1: grid.tensor.ledger, 2: grid.data.ledger}
+        with Timeline(grid, path) as timeline:
+            for _ in range(3 + grid.data.rank):             # data ranks need not have as many pieces
+                time.sleep(0.1 if grid.world.rank == slow else 0)
+                step(model, ids)
+            grid.data.all_reduce(np.ones(5))
+            grid.world.any(False)
+        found = [(key.operation, key.elements) for ledger in ledgers.values() for key, entry in ledger.data.items()
+                 for _ in range(entry.calls)]
+        assert type(grid.tensor.ledger) is type(grid.data.ledger) is Ledger and grid.world.timeline is None
+        of_all = grid.world.comm.gather(sorted(found))
+        if of_all:
+            trace = json.loads(Path(path).read_text())
+            for rank, expected in enumerate(of_all):
+                events = [e for e in spans(trace, rank, IN_MPI) if "elements" in e.get("args", {})]
+                assert sorted((e["name"], e["args"]["elements"]) for e in events) == expected
+                rows, columns = [[0, 1], [2, 3]][rank // 2], [[0, 2], [1, 3]][rank % 2]
+                assert {tuple(e["args"]["ranks"]) for e in events} == {tuple(rows), tuple(columns)}
+            assert timeline.answer.startswith(f"rank {slow} arrives last in "), timeline.answer
 
 
 # --- clocks ---------------------------------------------------------------------------------------------------
@@ -339,6 +380,9 @@ def test_an_error_inside_puts_everything_back(group):
 
 @pytest.mark.launcher
 def test_commands_write_one(tmp_path):
+    on_grid = job(2, "-m", "mpitp", "train", "--hidden-size", "16", "--num-layers", "1", "--num-attention-heads", "2",
+                  "--seq-length", "16", "--train-iters", "2", "--data-parallel", "2", "--timeline", tmp_path / "g.json")
+    assert on_grid.returncode == 0 and f"timeline ({tmp_path / 'g.json'}): " in on_grid.stderr, on_grid.stderr
     found = job(2, "-m", "mpitp", "train", "--hidden-size", "16", "--num-layers", "1", "--num-attention-heads", "2",
                 "--seq-length", "16", "--train-iters", "2", "--timeline", tmp_path / "train.json")
     assert found.returncode == 0, found.stderr

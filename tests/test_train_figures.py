@@ -15,7 +15,7 @@ from check_decoder import dense_weights
 from decoder_cases import config
 from dense_training import dense_steps, mean_loss
 from groups import group_fixture
-from mpitp import Decoder
+from mpitp import Decoder, InputError
 from mpitp.commands import train
 from mpitp.training.data import Tokens
 from mpitp.training.loop import Trainer
@@ -105,6 +105,10 @@ def test_flags_reach_the_settings():
     assert {name: getattr(made, name) for name in given} == given and made.warmup == 31
     made = train.settings_of(parser.parse_args(["--lr", "0.5", "--train-iters", "70"]))
     assert (made.min_lr, made.warmup, made.lr_decay_iters, made.z_loss) == (0.05, 7, 0, 0.0)
+    made = train.settings_of(parser.parse_args(["--sequence-parallel", "--gather-again", "--recompute", "attention"]))
+    assert (made.sequence_parallel, made.gather_again, made.recompute) == (True, True, "attention")
+    with pytest.raises(InputError, match="found --gather-again without --sequence-parallel, expected both"):
+        train.settings_of(parser.parse_args(["--gather-again"]))
 
 
 @pytest.mark.launcher

@@ -47,7 +47,7 @@ def checksums_of(group: TensorParallelGroup, files: Mapping[str, Iterable[Any]])
     names = [(file, part.layout.name) for file, slices in files.items() for part in slices]
     mine = np.zeros(len(names), np.uint64)
     for i, part in enumerate(part for slices in files.values() for part in slices):
-        for window, values in part.owned(group):
+        for _, window, values in part.owned(group):
             mine[i:i + 1] += window_sum(values, window, part.layout.stored_shape)
     sums = np.add.reduce(group.comm.allgather(mine), axis=0, dtype=np.uint64).tolist()
     found: Checksums = {file: {} for file in files}

@@ -36,8 +36,8 @@ class StoredSlice:
     layout: Layout
     dtype: str
 
-    def owned(self, group: TensorParallelGroup) -> Iterator[tuple[tuple, Array]]:
-        """Yield (window of the stored tensor, its values on the host) for what this rank alone writes."""
+    def owned(self, group: TensorParallelGroup) -> Iterator[tuple[str, tuple, Array]]:
+        """Yield (a stored tensor, a window of it, its values on the host) for what this rank alone writes."""
         spec = self.spec
         if spec.axis is None and group.rank != spec.owner():
             return
@@ -45,9 +45,9 @@ class StoredSlice:
         if spec.axis is not None:
             window[spec.axis] = spec.partition(group.place).range(group.rank)
         mine = self.array[spec.owned(group.place)]
-        for rows, stored in self.layout.runs(tuple(window)):
+        for rows, name, stored in self.layout.pieces(tuple(window)):
             values = on_host(mine[rows])
-            yield stored, values.T if self.layout.transposed else values
+            yield name, stored, values.T if self.layout.transposed else values
 
 
 def write_folder(group: TensorParallelGroup, path: str, files: Mapping[str, Iterable[StoredSlice]],
@@ -103,7 +103,7 @@ def prepare(partial: str, files: Mapping[str, Iterable[StoredSlice]], documents:
                          f"there may be removed)") from None
     try:
         for file, slices in files.items():
-            tensors = {part.layout.name: (part.dtype, part.layout.stored_shape) for part in slices}
+            tensors = {name: (part.dtype, part.layout.stored_shape) for part in slices for name in part.layout.names}
             path = os.path.join(partial, file)
             reserve(path, create(path, tensors, metadata))
         for name, text in documents.items():
@@ -140,8 +140,8 @@ def write_slices(group: TensorParallelGroup, partial: str, files: Mapping[str, I
             path = os.path.join(partial, file)
             writer = TensorWriter(path, SafetensorsFile(path).tensors)
             for part in slices:
-                for window, values in part.owned(group):
-                    writer.write(part.layout.name, window, values)
+                for name, window, values in part.owned(group):
+                    writer.write(name, window, values)
             writer.close()
     except OSError as error:
         raise InputError(f"{partial}: found {error.strerror}, expected to write it") from None

@@ -134,7 +134,7 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
     specs = decoder_specs(config)
     layouts = family.layouts(config, specs, prefix)
     layouts["embedding.weight"] = replace(layouts["embedding.weight"], name=embedding)
-    needed = {layout.name for layout in layouts.values()}
+    needed = {name for layout in layouts.values() for name in layout.names}
     beside = {name for name in names if name not in needed and not (name == head and config.tie_word_embeddings)}
     other_parts = {name for name in beside if family.is_of_other_part(name)}
     buffers = {name for name in beside if family.is_buffer(name)}
@@ -158,12 +158,13 @@ def views_of(checkpoint: Checkpoint, layouts: dict[str, Layout]) -> dict[str, Vi
     """Return the View of each parameter. Raises InputError for a tensor of another shape, or of no float dtype."""
     views = {}
     for name, layout in layouts.items():
-        tensor = checkpoint[layout.name]
-        if tensor.dtype not in FLOATS:
-            raise InputError(f"{layout.name}: found {tensor.dtype}, expected {', '.join(FLOATS)} (quantised weights "
-                             f"are out of scope)")
-        require_shape(checkpoint, layout.name, layout.stored_shape)
-        views[name] = View(tensor, layout)
+        tensors = {stored: checkpoint[stored] for stored in layout.names}
+        for stored, tensor in tensors.items():
+            if tensor.dtype not in FLOATS:
+                raise InputError(f"{stored}: found {tensor.dtype}, expected {', '.join(FLOATS)} (quantised weights "
+                                 f"are out of scope)")
+            require_shape(checkpoint, stored, layout.stored_shape)
+        views[name] = View(tensors, layout)
     return views
 
 

@@ -40,14 +40,18 @@ def say(text: str) -> None:
 
 
 def end_job(text: str, status: int) -> NoReturn:
-    """Say why, and end every rank. Any thread may call it; where MPI is for the main thread alone, by ending itself."""
+    """Say why, and end every rank. Any thread may call it.
+
+    Below MPI_THREAD_MULTIPLE MPI is for one thread at a time, which may be inside of it and stay there. MPI_Abort is
+    called all the same: where it does not come to its end, the alarm ends this process, and the launcher the others. A
+    process that merely ends can leave launchers waiting for the rest (seen: MPICH's, over two hosts).
+    """
     say(text)
     if MPI.COMM_WORLD.size > 1:
         time.sleep(FORWARDING)
     if hasattr(signal, "alarm") and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
         signal.alarm(ABORTING)                  # the kernel ends a process whose MPI_Abort waits for a broken network
-    if threading.current_thread() is threading.main_thread() or MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-        MPI.COMM_WORLD.Abort(status)
+    MPI.COMM_WORLD.Abort(status)
     os._exit(status)                            # MPI_Abort may return; the launcher ends the others
 
 

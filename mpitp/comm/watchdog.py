@@ -2,8 +2,9 @@
 
 A rank that waits in MPI for one that is stopped, wedged or gone waits for ever. This thread sees where the main thread
 stands, by its stack and by the ledger's `current`, writes it where the other ranks of the host read it (heartbeats.py),
-and reads theirs. It calls no MPI function, so that any thread level will do, until it ends the job by MPI_Abort. Time
-is counted in its own rounds: a job that was suspended, all of it, goes on.
+and reads theirs. It calls no MPI function, so that any thread level will do, until it ends the job by MPI_Abort; where
+there are several hosts, another thread sends messages between them (mail.py). Time is counted in this thread's own
+rounds: a job that was suspended, all of it, goes on.
 
 A rank is warned of when others have waited half of the limit for it, and the job ends at the limit. Where a rank has
 left the program, or closed the group, before a collective that others are inside of, the job ends after LEFT seconds.
@@ -14,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from typing import Any
 
 from mpi4py import MPI
 
@@ -21,13 +23,13 @@ from ..errors import InputError
 from . import guard
 from .heartbeats import Heartbeats
 from .ledger import Ledger
-from .stand import Stand, clock, done, is_there, state, text_of, where
+from .others import LEFT, Others
+from .stand import Stand, clock, done, text_of, where
 
 VARIABLE = "MPITP_STALL_LIMIT"
 DEFAULT_LIMIT = 600.0
 ROUND = 1.0             # seconds between two looks, at most; at least 20 of them make the limit
-LEFT = 2.0              # seconds that a rank is inside of a collective which another has left for good
-SPOKESMAN = 3           # rounds that the lowest waiting rank of a host has to speak, before the next one does
+SPOKESMAN = 3           # rounds that the lowest waiting rank has to speak, before the next one does
 CLOSED = 16             # groups that were closed and whose counts are kept
 
 # {ranks of the world: Watch}. Groups of the same ranks share one, in the order of the program.
@@ -52,7 +54,7 @@ def watch(comm: MPI.Comm, ledger: Ledger) -> "Watch | None":
     if limit == 0:
         return None
     if not _watches:
-        atexit.register(leave)
+        atexit.register(depart)
         guard.watch_threads()
         threading.Thread(target=look_for_ever, name="mpitp-watchdog", daemon=True).start()
     own, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
@@ -70,6 +72,14 @@ def leave() -> None:
     """Let the other ranks know that this one leaves the program."""
     for one in list(_watches.values()):
         one.leave()
+
+
+def depart() -> None:
+    """Leave, and receive what other hosts have sent: MPI_Finalize comes next."""
+    leave()
+    for one in list(_watches.values()):
+        if one.mail and os.getpid() == one.process and not MPI.Is_finalized():
+            one.mail.empty()
 
 
 def look_for_ever() -> None:
@@ -109,14 +119,26 @@ class Watch:
     def __init__(self, comm: MPI.Comm):
         self.rank, self.size, self.process = comm.rank, comm.size, os.getpid()
         self.beats, self.lock = Heartbeats(comm), threading.Lock()
+        self.mail = self.mail_between_hosts(comm)
         self.open: dict[int, Ledger] = {}           # by number, in the order in which the groups were made
         self.closed: dict[int, int] = {}            # collectives that were done when they were closed
         self.made, self.limit = 0, DEFAULT_LIMIT
         self.round, self.still, self.is_leaving, self.is_warned = 0, 0.0, False, False
         self.stand, self.since = Stand(None, "its start", False, None), clock()
-        self.others: dict[int, dict] = {}           # the last record of each other rank of this host
-        self.silent: dict[int, float] = {}          # seconds since it changed
-        self.visible: set[int] = set()              # whose processes this one sees: not those of other containers
+        self.others = Others(self.beats, self.mail)
+
+    def mail_between_hosts(self, comm: MPI.Comm) -> Any:
+        """Return what carries records between hosts; None where there is one, or with a warning where MPI cannot."""
+        if len(self.beats.heads) == 1:
+            return None
+        from .mail import Mail, obstacle
+        level = obstacle(comm)
+        if level is None:
+            return Mail(comm, self.beats)
+        if self.rank == 0 and not _watches:
+            guard.say(f"mpitp: warning: found {level} on several hosts, expected MPI_THREAD_MULTIPLE: the watchdog "
+                      f"sees the ranks of its own host alone ({VARIABLE}=0 turns it off)\n")
+        return None
 
     def add(self, ledger: Ledger, limit: float) -> None:
         """Watch one more group."""
@@ -124,6 +146,8 @@ class Watch:
             self.open[self.made] = ledger
             self.made += 1
         self.limit, self.is_leaving = limit, False
+        if self.mail:
+            self.mail.is_open = True
         self.write()
 
     def remove(self, ledger: Ledger) -> None:
@@ -133,7 +157,9 @@ class Watch:
                 self.closed[number] = done(self.open.pop(number))
             while len(self.closed) > CLOSED:
                 del self.closed[min(self.closed)]
-        self.write()
+        own = self.write()
+        if not self.open:
+            self.say_last(own)
 
     def wait_for_ever(self) -> None:
         """Lift the limit until the next group is made: one rank is about to compute alone. Every rank calls it."""
@@ -143,7 +169,14 @@ class Watch:
         """Let the other ranks know that this one leaves."""
         if os.getpid() == self.process:             # not a process that was forked off
             self.is_leaving, self.since = True, clock()
-            self.write()
+            self.say_last(self.write())
+
+    def say_last(self, own: dict) -> None:
+        """Let the other hosts know before the next round where this rank stands, if it is for this one to do so."""
+        if self.mail and not MPI.Is_finalized():
+            self.others.read(0)
+            if self.others.carries_mail():
+                self.mail.say_last(self.others.of_this_host(own))
 
     # --- a round ----------------------------------------------------------------------------------------------------
 
@@ -162,8 +195,10 @@ class Watch:
         self.still = 0.0 if moved else self.still + seconds
         if moved and not self.is_leaving:
             self.is_warned, self.since = False, clock()
-        self.write()
-        self.read(seconds)
+        own = self.write()
+        self.others.read(seconds)
+        if self.mail and self.open and not self.is_leaving and self.others.carries_mail():
+            self.mail.post(self.others.of_this_host(own))
         self.judge(seconds)
 
     def ledgers(self) -> list[Ledger]:
@@ -180,25 +215,15 @@ class Watch:
         with self.lock:
             return {str(number): (done(ledger), text_of(ledger.current)) for number, ledger in self.open.items()}
 
-    def write(self) -> None:
-        """Tell the other ranks of the host where this one stands."""
+    def write(self) -> dict:
+        """Tell the other ranks of the host where this one stands; returns that."""
         waits = self.stand.is_in_comm               # else it computes meanwhile, or an error has left the name behind
         groups = {number: (count, name if waits else None) for number, (count, name) in self.groups().items()}
-        self.beats.write({"round": self.round, "process": self.process, "open": groups, "closed": self.closed,
-                          "leaving": self.is_leaving, "place": self.stand.place, "since": self.since,
-                          "waits": self.collective() is not None, "call": self.unrecorded()})
-
-    def read(self, seconds: float) -> None:
-        """Read where the other ranks of the host stand."""
-        for rank in self.beats.here:
-            record = self.beats.read(rank) if rank != self.rank else None
-            if record is None:
-                continue
-            if rank not in self.others and is_there(record["process"]):
-                self.visible.add(rank)
-            is_fresh = record["leaving"] or record["round"] != self.others.get(rank, record)["round"]
-            self.silent[rank] = 0.0 if is_fresh else self.silent.get(rank, 0.0) + seconds
-            self.others[rank] = record
+        own = {"round": self.round, "process": self.process, "open": groups, "closed": self.closed,
+               "leaving": self.is_leaving, "place": self.stand.place, "since": self.since,
+               "waits": self.collective() is not None, "call": self.unrecorded()}
+        self.beats.write(own)
+        return own
 
     # --- what this rank is inside of --------------------------------------------------------------------------------
 
@@ -223,62 +248,22 @@ class Watch:
     def judge(self, seconds: float) -> None:
         """Warn of ranks that others wait for, or end the job."""
         found = self.collective()
-        if found is None and not any(silent >= self.limit for silent in self.silent.values()) or self.is_leaving:
+        if found is None and all(silent < self.limit for silent in self.others.silent.values()) or self.is_leaving:
             return
         number, count, name = found or ("", 0, "the device")
-        patience = SPOKESMAN * seconds * self.lower_ranks_that_wait()
-        gone = self.gone(number, count)
+        patience = SPOKESMAN * seconds * self.others.lower_that_wait()
+        gone = self.others.gone(number, count)
         if gone and self.still >= min(LEFT, self.limit) + patience:
             guard.end_job(f"mpitp: {self.text(name, gone)}: the job ends\n", 1)
         elif self.still >= self.limit + patience:
-            guard.end_job(f"mpitp: {self.text(name, self.missing(number, count, name))}: the job ends after "
+            guard.end_job(f"mpitp: {self.text(name, self.others.missing(number, count, name))}: the job ends after "
                           f"{self.limit:g} s (--stall-limit, {VARIABLE})\n", 1)
         elif self.still >= self.limit / 2 and not self.is_warned:
             self.is_warned = True
             if patience == 0:
-                guard.say(f"mpitp: warning: {self.text(name, self.missing(number, count, name))}: the job ends in "
+                missing = self.others.missing(number, count, name)
+                guard.say(f"mpitp: warning: {self.text(name, missing)}: the job ends in "
                           f"{self.limit - self.still:.0f} s (--stall-limit, {VARIABLE})\n")
-
-    def lower_ranks_that_wait(self) -> int:
-        """Return how many lower ranks of this host wait, too: the lowest one speaks."""
-        return sum(1 for rank, record in self.others.items()
-                   if rank < self.rank and record["waits"] and not record["leaving"] and self.silent[rank] < LEFT)
-
-    def gone(self, number: str, count: int) -> list[str]:
-        """Return the ranks that will never come to the collective that this one is inside of, and why."""
-        said = []
-        for rank, record in self.others.items():
-            if record["leaving"] and record["open"].get(number, [count + 1])[0] <= count:
-                said.append(f"{self.name(rank)} has left the program at {record['since']}")
-            elif record["closed"].get(number, count + 1) <= count:
-                said.append(f"{self.name(rank)} has closed the group")
-            elif self.silent[rank] >= LEFT and rank in self.visible and not is_there(record["process"]):
-                said.append(f"{self.name(rank)} has ended without a word, last at {record['place']}")
-        return said
-
-    def missing(self, number: str, count: int, name: str) -> list[str]:
-        """Return the ranks that have not arrived where this one waits, and where they stand."""
-        said = []
-        for rank, record in self.others.items():
-            its_count, its_name = record["open"].get(number, (0, None))
-            its_name = its_name or record["call"]
-            if self.silent[rank] >= LEFT:
-                said.append(f"{self.name(rank)} has given no sign of life since {record['since']}"
-                            f"{state(record['process'])}, last at {record['place']}")
-            elif record["leaving"]:
-                said.append(f"{self.name(rank)} has left the program at {record['since']}")
-            elif (its_count, its_name) != (count, name):
-                within = f"inside of {its_name}, " if its_name else ""
-                said.append(f"{self.name(rank)} is {within}at {record['place']} since {record['since']}")
-        if not said:
-            elsewhere = [f"rank {rank} on {host}" for rank, host in enumerate(self.beats.hosts)
-                         if rank not in self.beats.here]
-            said = [f"one of {', '.join(elsewhere)}, or the network between the hosts"] if elsewhere else ["no rank"]
-        return said
-
-    def name(self, rank: int) -> str:
-        """Return a rank with its host and process."""
-        return f"rank {rank} of {self.size} on {self.beats.hosts[rank]} (process {self.others[rank]['process']})"
 
     def text(self, name: str, guilty: list[str]) -> str:
         """Return the line about what this rank waits for, and those who have not arrived there."""

@@ -67,7 +67,8 @@ def training(ranks: Any, arguments: argparse.Namespace, config: DecoderConfig, s
     try:
         job = Job(config, "train", settings.micro_batch_size, arguments.seq_length,
                   accumulation=settings.gradient_accumulation, unit=settings.reproducible_unit, dtype=arguments.dtype,
-                  sequence_parallel=settings.sequence_parallel, recompute=settings.recompute, device=world.device)
+                  sequence_parallel=settings.sequence_parallel, gather_again=settings.gather_again,
+                  recompute=settings.recompute, device=world.device)
     except InputError:                          # on every rank: what is wrong is refused where it is made
         return
     require_room(world, "the model", job, tensor)

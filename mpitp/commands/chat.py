@@ -35,7 +35,7 @@ def read_messages(path: str) -> Messages:
 
 
 def require_messages(found: Any, path: str) -> None:
-    """Raise InputError unless found is a list of messages which a model can answer."""
+    """Raise InputError unless found is a list of messages that a model can answer, or continue."""
     require(isinstance(found, list) and found, f"no list of messages in {path}",
             '[{"role": "user", "content": "..."}, ...]')
     for number, message in enumerate(found):
@@ -44,8 +44,6 @@ def require_messages(found: Any, path: str) -> None:
         content = message.get("content")
         require(content is None or isinstance(content, (str, list)),
                 f"message {number} of {path} with content {content!r:.60}", "a text, or a list of parts")
-    require(found[-1]["role"] != "assistant", f"a last message of the assistant in {path}",
-            "one that the assistant answers")
 
 
 class ChatTemplate:
@@ -92,7 +90,7 @@ class ChatTemplate:
                 f"{self.path}", f"at most {MOST_TEMPLATE}")
 
     def render(self, conversations: list[Messages]) -> list[str]:
-        """Return the text of each conversation, up to where the model is to answer.
+        """Return the text of each conversation, up to where the model is to answer, or to continue its last message.
 
         Raises InputError for a template that is none, refuses the messages, or takes too much: rendering.py's limits.
         """

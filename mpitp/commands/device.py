@@ -74,21 +74,25 @@ def group_of(arguments: argparse.Namespace, **changes: Any) -> TensorParallelGro
     group = TensorParallelGroup(**{**options_of(arguments), **changes})
     if group.size > 1 and group.device == "cpu":
         warn_of_machines(group)
-    if arguments.timeline:
-        from ..timeline.timeline import Timeline
-        Timeline(group, arguments.timeline).until_closed()
+    record(group, arguments)
     return group
 
 
 def grid_of(arguments: argparse.Namespace, data: int) -> Any:
     """Return the Grid of so many data ranks that the options ask for. Collective; warns as group_of does."""
     from ..grid import Grid
-    require(not arguments.timeline, f"--timeline {arguments.timeline} on a grid of {data} data ranks",
-            "one of them: a timeline is one group's")
     grid = Grid(data=data, **options_of(arguments))
     if grid.world.device == "cpu":
         warn_of_machines(grid.world)
+    record(grid, arguments)
     return grid
+
+
+def record(ranks: Any, arguments: argparse.Namespace) -> None:
+    """Begin the timeline of a group or a grid that --timeline asks for. Collective."""
+    if arguments.timeline:
+        from ..timeline.timeline import Timeline
+        Timeline(ranks, arguments.timeline).until_closed()
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:

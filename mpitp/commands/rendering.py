@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from . import child
+from .continued import continued, marked
 
 SECONDS, ROOM = 3, 512 << 20        # of processor time, and bytes of memory, for all conversations
 MOST_RENDERED = 1 << 24             # characters of a conversation
@@ -49,6 +50,8 @@ def render(template: str, conversations: Sequence[list[dict[str, Any]]],
     """Return the text of each conversation, in UTF-8, and the names of special tokens that the template does not find.
 
     variables : special tokens by name; those that are None are undefined for the template, and known to be so
+
+    A conversation that ends with the assistant's message ends with that message's text, which the model continues.
     """
     try:
         version = metadata.version("jinja2")
@@ -62,15 +65,21 @@ def render(template: str, conversations: Sequence[list[dict[str, Any]]],
     used = find_undeclared_variables(made.parse(template))
     known = {name: value for name, value in variables.items() if value is not None}
     compiled = made.from_string(template)
-    texts = [rendered(compiled, [plain_message(message) for message in messages], known)
-             for messages in conversations]
+    texts = []
+    for messages in conversations:
+        messages = [plain_message(message) for message in messages]
+        if messages[-1]["role"] != "assistant":
+            texts.append(rendered(compiled, messages, known, True))
+        else:
+            last, messages = marked(template, messages)
+            texts.append(continued(rendered(compiled, messages, known, False), last))
     return texts, [name for name in TOKENS if name in used and name not in variables]
 
 
-def rendered(compiled: Any, messages: list[dict[str, Any]], variables: dict[str, str]) -> bytes:
-    """Return the text of a conversation. Raises InputError where it is too long."""
+def rendered(compiled: Any, messages: list[dict[str, Any]], variables: dict[str, str], prompts: bool) -> bytes:
+    """Return the text of a conversation, up to a new answer if `prompts`. Raises InputError where it is too long."""
     pieces, size = [], 0
-    for piece in compiled.generate(messages=messages, tools=None, documents=None, add_generation_prompt=True,
+    for piece in compiled.generate(messages=messages, tools=None, documents=None, add_generation_prompt=prompts,
                                    **variables):
         pieces.append(piece)
         size += len(piece)

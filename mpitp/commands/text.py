@@ -149,19 +149,22 @@ class TextStream:
     """A TextStream decodes new tokens, one at a time, behind a prompt.
 
     A token may be a part of a character, and a space may depend on the token before it. So tokens are decoded behind a
-    context, a few tokens that begin and end at characters, and held back while they end inside of one.
+    context, a few tokens that begin and end at characters, and held back while they end inside of one. So are the last
+    tokens of a prompt that ends inside of one, which the new tokens may complete.
 
     decode : function of ids -> text
     """
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int]):
         self.decode, size = decode, CONTEXT
-        self.held: list[int] = []
         prompt = list(prompt)
+        self.held = unfinished_end(decode, prompt)
+        prompt = prompt[:len(prompt) - len(self.held)]
         self.use(prompt[-size:])
         while self.before.startswith(UNFINISHED) and size < len(prompt):    # it begins inside a character
             size *= 2
             self.use(prompt[-size:])
+        self.shown = self.text(self.held) if self.held else ""          # of the prompt already
 
     def use(self, context: list[int]) -> None:
         """Decode from now on behind these tokens."""
@@ -175,16 +178,31 @@ class TextStream:
             if piece:
                 self.use(self.held)
             self.held = []
-            return piece
+            return self.new(piece)
         if len(self.held) < MOST_BYTES:
             return ""
-        first, self.held = self.held[:1], self.held[1:]     # it belongs to no character
-        return self.text(first)
+        size = self.fewest_signs()
+        first, self.held = self.held[:size], self.held[size:]
+        return self.new(self.text(first))
+
+    def fewest_signs(self) -> int:
+        """Return how many of the tokens that are held back belong to no later ones: one, or U+FFFD itself in bytes."""
+        lengths = [len(self.text(self.held[:size])) + len(self.text(self.held[size:]))
+                   for size in range(1, len(self.held))]
+        return 1 + lengths.index(min(lengths))
 
     def rest(self) -> str:
         """Return the text of the tokens that are held back; none will complete them."""
         held, self.held = self.held, []
-        return self.text(held) if held else ""
+        return self.new(self.text(held)) if held else ""
+
+    def new(self, piece: str) -> str:
+        """Return what of a piece the prompt has not shown: all of it where new tokens have completed a character."""
+        if self.shown.startswith(piece):
+            self.shown = self.shown[len(piece):]
+            return ""
+        piece, self.shown = piece.removeprefix(self.shown), ""
+        return piece
 
     def text(self, tokens: list[int]) -> str:
         """Return the text of these tokens behind the context.
@@ -194,3 +212,16 @@ class TextStream:
         """
         found = self.decode(self.context + tokens)
         return found[len(self.before):] if found.startswith(self.before) else self.decode(tokens)
+
+
+def unfinished_end(decode: Callable[[list[int]], str], prompt: list[int]) -> list[int]:
+    """Return the last tokens of a prompt that are the first bytes of a character, or may be; none of most prompts."""
+    length = CONTEXT
+    while length < len(prompt) and decode(prompt[-length:]).startswith(UNFINISHED):     # it begins inside a character
+        length *= 2
+    end = prompt[-length:]
+    if end and decode(end).endswith(UNFINISHED):
+        for size in range(1, min(MOST_BYTES, len(end) + 1)):
+            if not decode(end[:-size]).endswith(UNFINISHED):
+                return end[-size:]
+    return []

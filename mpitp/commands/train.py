@@ -33,7 +33,7 @@ NEW_MODEL = dict(vocab_size=256, hidden_size=256, num_layers=4, num_attention_he
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
             "save_interval", "keep", "lr_decay_iters", "save_minutes", "spike_limit", "z_loss", "reproducible_unit",
-            "sequence_parallel", "recompute")
+            "sequence_parallel", "gather_again", "recompute")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         f"sequence, or, faster, a micro-batch, for the same bytes with this cut alone ({SEQUENCE})")
     parser.add_argument("--sequence-parallel", action="store_true", help="each tensor rank has some tokens only, where "
                         "no product needs them all")
+    parser.add_argument("--gather-again", action="store_true", help="with --sequence-parallel: all tokens that enter a "
+                        "product are gathered a second time in backward, in place of being kept")
     parser.add_argument("--recompute", choices=("block", "attention"), help="compute again in backward, to keep less: "
                         "whole blocks, or attention's part (neither)")
     parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
@@ -187,6 +189,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     else:
         require(arguments.reproducible, f"--reproducible-unit {arguments.reproducible_unit} without --reproducible",
                 "both")
+    require(arguments.sequence_parallel or not arguments.gather_again, "--gather-again without --sequence-parallel",
+            "both: elsewhere nothing is gathered")
     return Settings(warmup=warmup, **{name: getattr(arguments, name) for name in SETTINGS})
 
 

@@ -68,7 +68,7 @@ class ParallelAttention(ParallelLayer):
     Megatron-LM (arXiv 1909.08053, section 3); grouped queries: Ainslie et al. (arXiv 2305.13245).
     """
 
-    norms_over_heads = False        # AttentionNormedOverHeads does
+    norms_of = "any head"           # one weight for all; the subclasses are in norm_over_heads.py and norm_by_head.py
     attend = staticmethod(attention_forward)
 
     def __init__(self, group: TensorParallelGroup, config: AttentionConfig, *, dtype: str = "float32",
@@ -81,10 +81,10 @@ class ParallelAttention(ParallelLayer):
         self.causal, self.sliding_window, self.rotary = config.causal, config.sliding_window, config.rotary
         self.scale, self.dropout, self.seed = config.scale, config.dropout, 0 if seed is None else seed
         self.slopes = group.xp.asarray(alibi_slopes(self.num_attention_heads), self.sum_dtype) if config.alibi else None
-        require(config.qk_norm_over_heads == self.norms_over_heads, f"qk_norm_over_heads {config.qk_norm_over_heads}",
-                f"{self.norms_over_heads}, as {type(self).__name__} has it")
+        require(config.norms_of == self.norms_of, f"query and key norms of {config.norms_of}",
+                f"those of {self.norms_of}, as {type(self).__name__} has them")
         self.norm = (config.qk_norm, config.norm_epsilon, config.zero_centered_gamma) \
-            if config.qk_norm and not self.norms_over_heads else None
+            if config.qk_norm and self.norms_of == "any head" else None
         self.heads = Heads(group, self.num_attention_heads, int(config.query_groups), self.kv_channels)
         self.set_partition(self.heads.partition)
         self.tables: tuple = ()
@@ -146,7 +146,7 @@ class ParallelAttention(ParallelLayer):
         """Return keys and values (B, S, u, K) of a unit, earlier positions first; and what backward needs."""
         rows = self.heads.unit_rows(unit)
         k_BSuK, v_BSuK = self.project_key_value(x_ND, rows, call)
-        k_BSuK, of_norm = self.norm_and_rotate("key", k_BSuK, call)
+        k_BSuK, of_norm = self.norm_and_rotate("key", k_BSuK, rows, call)
         if call.kv is not None:
             k_BSuK, v_BSuK = call.kv.append(unit, k_BSuK, v_BSuK)
         return k_BSuK, v_BSuK, of_norm
@@ -155,7 +155,7 @@ class ParallelAttention(ParallelLayer):
                       save: bool) -> tuple[Array, Any]:
         """Return a block's summand of y (N, D), its heads times their columns of out; and what backward needs."""
         rows = self.heads.block_rows(block)
-        q_BSHK, of_norm = self.norm_and_rotate("query", self.project("query", x_ND, rows, call), call)
+        q_BSHK, of_norm = self.norm_and_rotate("query", self.project("query", x_ND, rows, call), rows, call)
         a_BSHK, statistics = self.group.xp.empty_like(q_BSHK), []
         for unit, heads in self.heads.heads_by_unit(block):
             if call.kv is not None and call.S == 1 and call.mask is None:
@@ -173,10 +173,12 @@ class ParallelAttention(ParallelLayer):
 
     # --- backward ---------------------------------------------------------------------------------------------------
 
-    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None,
+                 norm_sums: Any = None) -> tuple[Array, dict[str, Array]]:
         """Return dx, complete, of dy (..., S, D), complete; and {name: gradient} of this rank's slices.
 
         out : an earlier backward's gradients, whose arrays are used again
+        norm_sums : NormSums of the caller, who adds up the gradients of query and key norm; None: done here
         """
         x_ND, units, kept, call = require_saved(saved, self)
         x_ND = call.rows.again(x_ND) if call.rows else x_ND
@@ -191,7 +193,7 @@ class ParallelAttention(ParallelLayer):
             total.add(block, dx_ND)
             norms[block.index] = d_norms
         dx_ND = copy_to_ranks_backward(total, call.rows)                                            # f*
-        self.sum_norm_gradients(norms, gradients)
+        self.end_norms(norms, gradients, norm_sums)
         return dx_ND.reshape(dy.shape), gradients
 
     def scores_backward(self, dy_ND: Array, units: Units, kept: dict, call: AttentionCall,
@@ -269,16 +271,19 @@ class ParallelAttention(ParallelLayer):
         for unit in owned:
             for part, d_NuK in zip(("key", "value"), d_units[unit]):
                 product(d_NuK, rows_of(self.own[f"{part}.weight"], self.heads.unit_rows(unit)), dx_ND, add=True)
-        return dx_ND, (dq_norm, [d_units[unit][2] for unit in owned])
+        zeros = self.group.xp.zeros(self.kv_channels, self.sum_dtype)
+        return dx_ND, self.norm and [dq_norm, sum((d_units[unit][2] for unit in owned), zeros)]
+
+    def end_norms(self, norms: dict, gradients: dict[str, Array], sums: Any) -> None:
+        """Write the gradients of query and key norm, or leave them to NormSums of the caller."""
+        if self.norm:
+            self.sum_norm_gradients(norms, gradients) if sums is None else sums.add_heads(self, norms)
 
     def sum_norm_gradients(self, norms: dict, gradients: dict[str, Array]) -> None:
         """Write the gradients of query and key norm, summed over all heads. Collective: an all-reduce of 2 x K."""
-        if not self.norm:
-            return
-        xp, total = self.group.xp, self.group.sum(self.partition, (2, self.kv_channels), self.sum_dtype)
+        total = self.group.sum(self.partition, (2, self.kv_channels), self.sum_dtype)
         for block in self.own_blocks:
-            dq_norm, dk_norms = norms[block.index]
-            total.add(block, xp.stack([dq_norm, sum(dk_norms, xp.zeros(self.kv_channels, self.sum_dtype))]))
+            total.add(block, self.group.xp.stack(norms[block.index]))
         for part, d_K in zip(("query", "key"), total.all_reduce()):
             gradients[join(self.name, f"{part}_norm.weight")][...] = d_K
 
@@ -298,7 +303,7 @@ class ParallelAttention(ParallelLayer):
         add_bias(y_NHK, rows_of(self.own.get(f"{part}.bias"), rows))
         return as_heads(y_NHK, call.B, call.S, self.kv_channels)
 
-    def norm_and_rotate(self, part: str, x_BSHK: Array, call: AttentionCall) -> tuple[Array, Any]:
+    def norm_and_rotate(self, part: str, x_BSHK: Array, rows: slice, call: AttentionCall) -> tuple[Array, Any]:
         """Return query or key heads after norm and rotary positions, in either order; and what norm_backward needs."""
         of_norm, last = None, self.config.qk_norm_after_rotary
         if self.norm and not last:

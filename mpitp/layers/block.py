@@ -78,9 +78,9 @@ class ParallelBlock(SideBySide):
         self.sequence_parallel, self.recompute = bool(sequence_parallel), recompute
         common: dict[str, Any] = dict(dtype=dtype, seed=seed, init_std=config.init_method_std,
                                       output_init_std=output_init_std(config))
-        kind = ParallelAttention
-        if config.qk_norm_over_heads:
-            from .norm_over_heads import AttentionNormedOverHeads as kind       # where it is used: few models have it
+        kind: Any = ParallelAttention
+        if config.attention(layer).norms_of != kind.norms_of:
+            from .normed_attention import normed_attention as kind          # where it is used: few models have it
         self.attention = kind(group, config.attention(layer), name=join(name, "attention"), **common)
         self.mlp = ParallelMLP(group, config.hidden_size, config.ffn_size, config.activation, config.gated,
                                config.mlp_bias, name=join(name, "mlp"), **common)
@@ -133,7 +133,7 @@ class ParallelBlock(SideBySide):
             dy = self.branch_backward("mlp", dy, second, gradients, sums)
             dx = self.branch_backward("attention", dy, first, gradients, sums)
         if sums is not norm_sums:
-            sums.all_reduce()
+            sums.end(gradients)
         return dx, gradients
 
     # --- one after the other: x + f(x), twice ----------------------------------------------------------------
@@ -160,11 +160,11 @@ class ParallelBlock(SideBySide):
     def branch_backward(self, part: str, dy: Array, saved: Any, gradients: dict[str, Array], sums: Any) -> Array:
         """Return dx of x + f(x), and write the gradients of the branch and its norms."""
         of_norm, of_branch, scale, of_post_norm = saved
-        branch = getattr(self, part)
+        branch, more = getattr(self, part), {"norm_sums": sums} if part == "attention" else {}
         d_branch = self.norm_backward(f"{part}_post_norm", dy, of_post_norm, gradients, sums)
         d_residual = d_branch if self.config.norm_placement == "after_residual" else dy
         d_branch = scaled(d_branch, scale)
-        dx, _ = branch.backward(d_branch, of_branch, out=self.gradients_of(branch, gradients))
+        dx, _ = branch.backward(d_branch, of_branch, out=self.gradients_of(branch, gradients), **more)
         dx = self.norm_backward(f"{part}_norm", dx, of_norm, gradients, sums)
         add_to(dx, d_residual)
         return dx
@@ -180,7 +180,7 @@ class ParallelBlock(SideBySide):
         if name not in self.norms:
             return dy
         if sums is not None:
-            return sums.backward(self.norms[name], dy, saved, gradients)
+            return sums.backward(self.norms[name], dy, saved)
         return self.norms[name].backward(dy, saved, out=self.gradients_of(self.norms[name], gradients))[0]
 
     def dropout_scale(self, name: str, shape: tuple[int, ...], call: "BlockCall") -> Array | float | None:

@@ -39,11 +39,14 @@ class Ways:
 def block_collectives(block: Any, tokens: int, gather_again: bool, with_norms: bool = True) -> tuple[Counter, Counter]:
     """Return the collectives of a block's forward and backward, as ParallelBlock.collectives.
 
-    with_norms : whether this backward adds up its norms' gradients, which a decoder's backward does for all blocks
+    with_norms : whether this backward adds up its norms' gradients by rows, which a decoder's backward does for all
+        blocks, and a training step for all its backwards
     """
     config, recompute, by_rows = block.config, block.recompute, block.sequence_parallel
     ways = Ways(tokens * config.hidden_size, block.dtype.name, by_rows)
     inner_forward, inner_backward = inner_collectives(block, tokens)
+    if by_rows and block.attention.norm:                        # among the other norms
+        inner_backward -= head_norms([block])
     is_parallel, has_post_norm = config.parallel_residual, "mlp_post_norm" in block.norms
     inputs = 1 if config.shared_norm else 2
     if is_parallel:
@@ -60,7 +63,7 @@ def block_collectives(block: Any, tokens: int, gather_again: bool, with_norms: b
         backward += ways.to_all() + inner_forward + (ways.to_all() if gather_again else Counter())
     elif gather_again:
         backward += ways.to_all(inputs)
-    return forward, backward + (norm_collectives([block], tokens) if with_norms and by_rows else Counter())
+    return forward, backward + (norm_collectives([block]) if with_norms and by_rows else Counter())
 
 
 def inner_collectives(block: Any, tokens: int) -> tuple[Counter, Counter]:
@@ -70,25 +73,59 @@ def inner_collectives(block: Any, tokens: int) -> tuple[Counter, Counter]:
     return forward - whole, backward - whole
 
 
-def norm_collectives(layers: list[Any], tokens: int) -> Counter:
-    """Return the one all-reduce of the gradients of all norms over the hidden features."""
+def head_norms(blocks: list[Any], pieces: int = 1) -> Counter:
+    """Return the all-reduce of the gradients of the query and key norms of some blocks."""
+    normed = [block.attention for block in blocks if block.attention.norm]
+    elements = sum(2 * attention.kv_channels for attention in normed)
+    return +Counter({Collective("all_reduce", pieces * elements, blocks[0].sum_dtype.name): min(1, elements)})
+
+
+def row_norms(layers: list[Any], pieces: int = 1) -> Counter:
+    """Return the all-reduce of the gradients of the norms over the hidden features of some blocks, and some norms."""
     norms = [norm for layer in layers for norm in getattr(layer, "norms", {"": layer}).values()]
     elements = sum(w.size for norm in norms for w in norm.weights.values())
-    return Counter({Collective("all_reduce", elements, layers[0].sum_dtype.name): 1}) if norms else Counter()
+    return +Counter({Collective("all_reduce", pieces * elements, layers[0].sum_dtype.name): min(1, elements)})
 
 
-def decoder_collectives(model: Any, tokens: int) -> tuple[Counter, Counter]:
-    """Return the collectives of a decoder's forward and backward, without the loss, as Decoder.collectives."""
+def norm_collectives(layers: list[Any], pieces: int = 1) -> Counter:
+    """Return the all-reduces of the gradients of all norms by rows, of a backward or of a step of so many pieces.
+
+    In ordinary mode one of all, whatever the number of pieces; in reproducible mode, where each piece is a leaf of a
+    tree, one over rows and one over heads.
+
+    layers : blocks, and norms beside them
+    """
+    blocks = [layer for layer in layers if hasattr(layer, "norms")]
+    if not pieces:
+        return Counter()
+    if layers[0].group.reproducible:
+        return row_norms(layers, pieces) + (head_norms(blocks, pieces) if blocks else Counter())
+    together = row_norms(layers) + (head_norms(blocks) if blocks else Counter())
+    elements = sum(key.elements * calls for key, calls in together.items())
+    return +Counter({Collective("all_reduce", elements, layers[0].sum_dtype.name): min(1, elements)})
+
+
+def step_norm_collectives(model: Any, pieces: int) -> Counter:
+    """Return the all-reduces of the gradients of a decoder's norms that end a training step of so many pieces.
+
+    None without sequence parallelism, where every rank has all rows; and a query or key norm adds up in each backward.
+    """
+    norms = [norm for norm in (model.embedding_norm, model.final_norm) if norm]
+    return norm_collectives([*model.blocks, *norms], pieces) if model.sequence_parallel else Counter()
+
+
+def decoder_collectives(model: Any, tokens: int, with_norms: bool = True) -> tuple[Counter, Counter]:
+    """Return the collectives of a decoder's forward and backward, without the loss, as Decoder.collectives.
+
+    with_norms : as block_collectives's
+    """
     ways = Ways(tokens * model.config.hidden_size, model.dtype.name, model.sequence_parallel)
     forward = ways.summed() + ways.to_all()                     # of the embedding, to the head
     backward = ways.summed() + ways.to_all(2 if model.gather_again else 1)
     for block in model.blocks:
         of_forward, of_backward = block_collectives(block, tokens, model.gather_again, with_norms=False)
         forward, backward = forward + of_forward, backward + of_backward
-    if model.sequence_parallel:
-        norms = [norm for norm in (model.embedding_norm, model.final_norm) if norm]
-        backward += norm_collectives([*model.blocks, *norms], tokens)
-    return forward, backward
+    return forward, backward + (step_norm_collectives(model, 1) if with_norms else Counter())
 
 
 def activation_bytes(block: Any, tokens: int, gather_again: bool = False) -> int:

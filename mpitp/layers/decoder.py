@@ -177,10 +177,12 @@ class Decoder(Composite):
             x, _ = self.final_norm.forward(x, save=False)
         return self.head.forward(x, save=False)[0]
 
-    def backward(self, d_logits: Array, saved: Any, *, out: dict[str, Array] | None = None) -> dict[str, Array]:
+    def backward(self, d_logits: Array, saved: Any, *, out: dict[str, Array] | None = None,
+                 step_sums: Any = None) -> dict[str, Array]:
         """Return {name: gradient} of this rank's slices, of d_logits (..., S, V p).
 
         out : an earlier backward's gradients, whose arrays are used again
+        step_sums : NormSumsOfStep of a caller who adds up norms' gradients once for several backwards, or None
         """
         of_hidden, of_head = require_saved(saved, self)
         of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm, rows = of_hidden
@@ -197,7 +199,7 @@ class Decoder(Composite):
         if self.embedding_norm:
             dx = self.layer_backward(self.embedding_norm, dx, of_embedding_norm, gradients, sums)
         if sums is not None:
-            sums.all_reduce()                                   # of every norm: not before the last of them
+            sums.end(gradients, step_sums)                      # of every norm: not before the last of them
             dx = reduce_from_ranks_backward(dx, rows).reshape(*rows.shape, dx.shape[-1])        # g* of the embedding
         if self.position:
             self.layer_backward(self.position, dx, of_position, gradients)
@@ -210,7 +212,7 @@ class Decoder(Composite):
     def layer_backward(self, layer: Any, dy: Array, saved: Any, gradients: dict[str, Array], sums: Any = None) -> Any:
         """Return dx of one of the layers, and write its gradients, or leave a norm's to `sums`."""
         if sums is not None:
-            return sums.backward(layer, dy, saved, gradients)
+            return sums.backward(layer, dy, saved)
         return layer.backward(dy, saved, out=self.gradients_of(layer, gradients))[0]
 
     def loss(self, logits: Array, targets: Any, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
@@ -233,10 +235,6 @@ class Decoder(Composite):
         if self.sequence_parallel or self.blocks[0].recompute:
             from .closed_forms import decoder_collectives
             return decoder_collectives(self, tokens)
-        forward: Counter = Counter()
-        backward: Counter = Counter()
         layers: Any = (self.embedding, *self.blocks, self.head)
-        for layer in layers:
-            of_forward, of_backward = layer.collectives(tokens)
-            forward, backward = forward + of_forward, backward + of_backward
-        return forward, backward
+        forward, backward = zip(*(layer.collectives(tokens) for layer in layers))
+        return sum(forward, Counter()), sum(backward, Counter())

@@ -51,7 +51,7 @@ class AttentionNormedOverHeads(ParallelAttention):
     Collectives, N = tokens: those of ParallelAttention, and forward and backward one all-reduce of 2 x N each.
     Source: OLMo 2 (arXiv 2501.00656), section 3.
     """
-    norms_over_heads = True
+    norms_of = "all heads as one"
 
     def call(self, x: Array, mask: Array | None, step: int | None, kv: Any = None, rows: Any = None) -> CallOverHeads:
         """Return what one forward and its backward share."""

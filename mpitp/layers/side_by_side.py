@@ -99,7 +99,7 @@ class SideBySide(Composite):
             total.add(block, d_norms)
             norms[block.index] = of_heads
         d_norms = copy_to_ranks_backward(total, rows)                                                   # f*
-        attention.sum_norm_gradients(norms, gradients)
+        attention.end_norms(norms, gradients, sums)
         dx = self.norm_backward("attention_norm", d_norms[0].reshape(dy.shape), of_norm, gradients, sums)
         if not shared:
             dx += self.norm_backward("mlp_norm", d_norms[1].reshape(dy.shape), of_mlp_norm, gradients, sums)

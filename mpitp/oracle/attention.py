@@ -95,11 +95,13 @@ def heads_forward(x_BSD: Array, w: Weights, name: str, config: DecoderConfig, la
     if config.qk_norm_over_heads and name != "value":
         z, saved_norm = norm.forward(z, part(w, f"{name}_norm"), **norm.options(config))
     z_BHSK = z.reshape(B, S, -1, K).transpose(0, 2, 1, 3)
-    rotary, saved = config.rotary_of(layer), []
+    rotary, saved, of_norm = config.rotary_of(layer), [], part(w, f"{name}_norm") if of_each_head else {}
+    if config.qk_norm_by_head and of_each_head and name != "value":
+        of_norm["weight"] = of_norm["weight"][:, None, :]           # (heads, 1, K)
     steps = ("rotary", "norm") if config.qk_norm_after_rotary else ("norm", "rotary")
     for step in steps if name != "value" else ():
         if step == "norm" and of_each_head:
-            z_BHSK, of_step = norm.forward(z_BHSK, part(w, f"{name}_norm"), **norm.options(config))
+            z_BHSK, of_step = norm.forward(z_BHSK, of_norm, **norm.options(config))
             saved.append((step, of_step))
         elif step == "rotary" and rotary is not None:
             z_BHSK, of_step = rotate_forward(z_BHSK, rotary)
@@ -137,7 +139,8 @@ def forward(x_BSD: Array, w: Weights, config: DecoderConfig, layer: int = 0, mas
     x_BSD : (B, S, D) array or Magnitude
     w : dict
         "query.weight" (H K, D), "key.weight" and "value.weight" (G K, D), "out.weight" (D, H K), their biases where
-        there are some, and with config.qk_norm "query_norm.weight" and "key_norm.weight" (K).
+        there are some, and with config.qk_norm "query_norm.weight" and "key_norm.weight" (K), or of each head (H, K)
+        and (G, K), and their biases (K).
     config : DecoderConfig
         Heads, positions, windows and norms.
     layer : int

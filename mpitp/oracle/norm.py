@@ -25,7 +25,7 @@ def forward(x: Array, w: Weights, kind: str = "layernorm", epsilon: float = 1e-5
     ----------
     x : (..., K) array or Magnitude
     w : dict
-        "weight" (K), and "bias" (K) where there is one.
+        "weight" (K), or of each head (H, 1, K) for x (B, H, S, K); and "bias" (K) where there is one.
     kind : str
         "layernorm" or "rmsnorm".
     epsilon : float
@@ -65,7 +65,9 @@ def backward(dy: Array, saved: Any) -> tuple[Array, dict[str, Array]]:
     """
     xhat, rstd, scale, w, kind = saved
     K = dy.shape[-1]
-    gradients = {"weight": (dy * xhat).reshape(-1, K).sum(axis=0)}
+    of_weight = dy * xhat
+    gradients = {"weight": of_weight.sum(axis=2).sum(axis=0) if scale.ndim > 1 else
+                 of_weight.reshape(-1, K).sum(axis=0)}
     if "bias" in w:
         gradients["bias"] = dy.reshape(-1, K).sum(axis=0)
     g = dy * scale

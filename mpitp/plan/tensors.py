@@ -91,7 +91,7 @@ def kept_in(name: str, spec: ParameterSpec, dtype: str, weights: str) -> str:
 
 def is_matrix(name: str, spec: ParameterSpec) -> bool:
     """Return whether a parameter is a matrix that layers multiply with, or look rows up in by vocabulary."""
-    return len(spec.shape) == 2 and not name.startswith("position.")
+    return len(spec.shape) == 2 and not name.startswith("position.") and not name.endswith("_norm.weight")
 
 
 @lru_cache(maxsize=8)

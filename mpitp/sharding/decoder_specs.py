@@ -18,11 +18,15 @@ def attention_specs(config: AttentionConfig, init_std: float | None, output_init
         specs += column_parallel_specs(heads * K, D, config.qkv_bias, init_std, join(name, part), K, share)
     if config.qk_norm:
         for part, heads, share in (("query_norm", H, 1), ("key_norm", G, H // G)):
-            if config.qk_norm_over_heads:           # split as the heads are
+            start = 0.0 if config.zero_centered_gamma else 1.0
+            if config.qk_norm_by_head:              # a row for each head
+                specs.append(ParameterSpec(join(name, f"{part}.weight"), (heads, K), 0, decay=False, init_value=start,
+                                           share=share))
+            elif config.qk_norm_over_heads:         # split as the heads are
                 specs.append(ParameterSpec(join(name, f"{part}.weight"), (heads * K,), 0, decay=False, multiple=K,
-                                           init_value=0.0 if config.zero_centered_gamma else 1.0, share=share))
+                                           init_value=start, share=share))
             else:
-                specs += norm_specs(K, False, config.zero_centered_gamma, join(name, part))
+                specs += norm_specs(K, config.qk_norm_bias, config.zero_centered_gamma, join(name, part))
     return specs + row_parallel_specs(D, H * K, config.bias, output_init_std, join(name, "out"), K)
 
 

@@ -33,7 +33,8 @@ def answer(of_ranks: Sequence[Sequence[Span]], waiting: Waiting) -> str:
     is_last = waiting.last == rank
     where, _ = blamed(of_ranks, waiting, rank)
     late = seconds(float(np.median(waiting.late[is_last])))
-    return (f"rank {rank} arrives last in {is_last.mean():.0%} of the sums, {late} (median) after the others, "
+    of_its_groups = is_last[waiting.number[rank] >= 0]
+    return (f"rank {rank} arrives last in {of_its_groups.mean():.0%} of the sums, {late} (median) after the others, "
             f"in {where}; without waiting it would take {share:.0%} less")
 
 

@@ -39,8 +39,8 @@ def draw(path: str, of_ranks: Sequence[Sequence[Span]], waiting: Waiting, title:
     ticks = []
     for rank, spans in enumerate(of_ranks):
         collectives = collectives_of(spans)
-        lost = [(collectives[n].start, float(w)) for n, w in zip(waiting.number, waiting.waited[rank])] \
-            if len(of_ranks) > 1 else []
+        lost = [] if len(of_ranks) == 1 else [(collectives[n].start, float(waited)) for n, waited in
+                                              zip(waiting.number[rank], waiting.waited[rank]) if n >= 0]
         rows = {PYTHON: pieces(spans, PYTHON), PRODUCTS: pieces(spans, PRODUCTS),
                 "transfer": pieces(spans, MPI), "waiting": lost}
         for row, color in COLORS.items():

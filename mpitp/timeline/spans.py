@@ -55,6 +55,12 @@ class Span(NamedTuple):
     details: Any
 
 
+class OfGroup(NamedTuple):
+    """The details of a collective of a part of the ranks: a Collective, or the name of a check; and these ranks."""
+    what: Any
+    ranks: list[int]
+
+
 class Place(NamedTuple):
     """A place is what is called again and again.
 
@@ -79,6 +85,7 @@ class TimedLedger(Ledger):
     """A ledger that makes a span of each collective, from where this rank enters it to where it leaves."""
 
     spans: "Spans"
+    ranks: list[int] | None = None
     inside: Any = None
     began: int = 0
 
@@ -92,7 +99,7 @@ class TimedLedger(Ledger):
         if collective is not None:
             self.inside, self.began = collective, now()
         elif self.inside is not None:
-            self.spans.add(COLLECTIVE, self.began, now(), self.inside, None)
+            self.spans.add(COLLECTIVE, self.began, now(), self.inside, self.ranks)
             self.inside = None
 
 
@@ -101,14 +108,16 @@ class Spans:
 
     Parameters
     ----------
-    ledger : Ledger
-        Of the group whose collectives become spans.
+    ledgers : list of (Ledger, list of int or None)
+        Of the groups whose collectives become spans, and their ranks where they are not all.
     device : object, optional
         A DeviceClock: each operation becomes a span of the GPU, too.
+    has_workers : bool
+        Whether other threads compute, too.
     """
 
-    def __init__(self, ledger: Ledger, device: Any = None, has_workers: bool = False):
-        self.ledger, self.device, self.thread, self.has_workers = ledger, device, get_ident(), has_workers
+    def __init__(self, ledgers: list[tuple[Ledger, list[int] | None]], device: Any = None, has_workers: bool = False):
+        self.ledgers, self.device, self.thread, self.has_workers = ledgers, device, get_ident(), has_workers
         # Five entries a call, one after the other, as a tuple of each would be one more object for the garbage
         # collector: Place, start, end; an operation's two shapes, or a method's object and the shape of what it got.
         self.calls: list[Any] = []
@@ -133,14 +142,15 @@ class Spans:
             if place.is_method:
                 name, details = f"{name_of(first)} {place.name}", [second]
             elif place.track == MPI:
-                name, details = first if isinstance(first, str) else first.operation, first
+                name = first if isinstance(first, str) else first.operation
+                details = first if second is None else OfGroup(first, second)
             elif place.track == DEVICE:
                 name, details = first, second
             spans.append(Span(place.track, name, start, end, details))
         return spans
 
     def start(self) -> None:
-        """Put timed functions in the place of what layers do, and a timed ledger in the place of the group's."""
+        """Put timed functions in the place of what layers do, and timed ledgers in the place of the groups'."""
         for module in pkgutil.iter_modules(layers.__path__, f"{layers.__name__}."):
             importlib.import_module(module.name)            # now, as one that is imported later would not be timed
         for owner, name, track in timed_places():
@@ -150,16 +160,18 @@ class Spans:
                 setattr(owner, name, staticmethod(timed(function.__func__, self, track, False)))
             else:
                 setattr(owner, name, timed(function, self, track, isinstance(owner, type)))
-        self.ledger.__class__ = TimedLedger
-        self.ledger.spans = self                            # type: ignore[attr-defined]
+        for ledger, ranks in self.ledgers:
+            ledger.__class__ = TimedLedger
+            ledger.spans, ledger.ranks = self, ranks        # type: ignore[attr-defined]
 
     def stop(self) -> None:
         """Put everything back."""
         for owner, name, function in reversed(self.replaced):
             setattr(owner, name, function)
         self.replaced.clear()
-        self.ledger.__class__ = Ledger
-        self.ledger.current = None
+        for ledger, _ in self.ledgers:
+            ledger.__class__ = Ledger
+            ledger.current = None
 
 
 def timed(function: Callable, spans: Spans, track: str, is_method: bool) -> Callable:

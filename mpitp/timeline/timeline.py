@@ -2,7 +2,7 @@
 import socket
 import sys
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import tables
 from ..comm.group import TensorParallelGroup
@@ -11,9 +11,12 @@ from .answer import answer, table
 from .clocks import Clock, read_clock
 from .device import DeviceClock
 from .picture import draw, require_matplotlib
-from .spans import DEVICE, Span, Spans
+from .spans import DEVICE, OfGroup, Span, Spans
 from .trace import write_trace
 from .waiting import waiting_of
+
+if TYPE_CHECKING:
+    from ..grid import Grid
 
 
 class Timeline:
@@ -24,8 +27,9 @@ class Timeline:
 
     Parameters
     ----------
-    group : TensorParallelGroup
-        Its ranks, and the collectives that are recorded. `group.timeline` is this timeline until it ends.
+    group : TensorParallelGroup or Grid
+        Its ranks, and the collectives that are recorded, a grid's those of its three groups. `group.timeline`, of a
+        grid `grid.world.timeline`, is this timeline until it ends.
     path : str, optional
         FILE.json, for ui.perfetto.dev or chrome://tracing, or FILE.png, a picture. None: nothing is written.
 
@@ -49,11 +53,14 @@ class Timeline:
 
     running: "Timeline | None" = None
 
-    def __init__(self, group: TensorParallelGroup, path: str | None = None):
+    def __init__(self, group: "TensorParallelGroup | Grid", path: str | None = None):
         require(path is None or path.endswith((".json", ".png")), f"timeline {path!r}", "FILE.json or FILE.png")
-        self.group, self.path = group, path
+        whole: Any = group
+        self.group: TensorParallelGroup = getattr(whole, "world", whole)
+        self.parts = [whole.tensor, whole.data] if self.group is not whole else []
+        self.path = path
         if path:
-            group.on_root(self.require_writable)
+            self.group.on_root(self.require_writable)
         self.answer = self.table = ""
 
     def require_writable(self) -> None:
@@ -67,7 +74,9 @@ class Timeline:
         """Begin to record. Collective."""
         require(Timeline.running is None, "two timelines at once", "one of a process, whose functions it times")
         self.device = DeviceClock(self.group.xp) if self.group.device == "gpu" else None
-        self.spans = Spans(self.group.ledger, self.device, self.group.workers is not None)
+        ledgers = [(part.ledger, part.comm.allgather(self.group.rank)) for part in self.parts]
+        self.spans = Spans([(self.group.ledger, None), *ledgers], self.device,
+                           any(part.workers is not None for part in (self.group, *self.parts)))
         self.began = read_clock(self.group.comm)
         Timeline.running = self.group.timeline = self       # type: ignore[attr-defined]
         self.spans.start()
@@ -96,8 +105,10 @@ class Timeline:
                 if first is None or last is None:           # a call that was recorded, not done
                     continue
                 start, end, details = self.device.time_of(first), self.device.time_of(last), None   # type: ignore
+            elif isinstance(details, OfGroup):
+                details = {**(described(details.what) or {}), "ranks": details.ranks}
             elif hasattr(details, "elements"):
-                details = {"elements": details.elements, "dtype": details.dtype}
+                details = described(details)
             elif isinstance(details, list):
                 details = {"shapes": [list(shape) for shape in details if shape is not None]}
             else:
@@ -144,3 +155,8 @@ class Timeline:
             self.finish()
             return
         self.stop()                                         # other ranks may not come to the gather
+
+
+def described(collective: Any) -> dict[str, Any] | None:
+    """Return a Collective's elements and dtype; None for a check, which has a name alone."""
+    return {"elements": collective.elements, "dtype": collective.dtype} if hasattr(collective, "elements") else None

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from .spans import MPI, TRACKS, Span
 from .waiting import Waiting, collectives_of
 
@@ -62,13 +64,14 @@ def parts_and_arrows(of_ranks: Sequence[Sequence[Span]], waiting: Waiting, first
     if len(of_ranks) == 1:
         return
     lists = [collectives_of(spans) for spans in of_ranks]
-    for column, (number, last, complete_at) in enumerate(zip(waiting.number, waiting.last.tolist(), waiting.complete)):
+    waited_of = waiting.waited
+    for column, (last, complete_at) in enumerate(zip(waiting.last.tolist(), waiting.complete)):
         start, arrows = microseconds(complete_at - first), {}
-        for rank in range(len(lists)):
-            span, waited = lists[rank][number], float(waiting.waited[rank, column])
+        for rank in np.flatnonzero(waiting.number[:, column] >= 0).tolist():
+            span, waited = lists[rank][waiting.number[rank, column]], float(waited_of[rank, column])
             yield complete("waiting", rank, MPI, span.start - first, span.start + waited - first, None)
             yield complete("transfer", rank, MPI, span.start + waited - first, span.end - first, None)
-            arrow = {"name": "last to arrive", "cat": "collective", "id": int(number), "pid": rank,
+            arrow = {"name": "last to arrive", "cat": "collective", "id": column, "pid": rank,
                      "tid": thread_of(rank, MPI), "ts": start}
             arrows[rank] = arrow | ({"ph": "s"} if rank == last else {"ph": "f", "bp": "e"})
         yield arrows.pop(last)                              # an end before its start in the file would be lost

@@ -5,7 +5,7 @@ Dimension key: P ranks, K collectives.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,14 @@ MOST_OF = 0.8           # of a pattern's time in one layer: then that one is nam
 
 
 class Waiting(NamedTuple):
-    """The collectives of all ranks in which all wait for the last.
+    """The collectives of all ranks in which all of its group wait for the last.
 
     Attributes
     ----------
-    number : (K,) array of int
-        Of each among all collectives of a rank.
+    number : (P, K) array of int
+        Of each among all collectives of a rank; -1 for a rank that is not of its group.
     arrived, left : (P, K) arrays of float
-        When each rank entered and left it, in nanoseconds.
+        When each rank entered and left it, in nanoseconds; NaN for a rank that is not of its group.
     """
     number: np.ndarray
     arrived: np.ndarray
@@ -34,22 +34,23 @@ class Waiting(NamedTuple):
     @property
     def complete(self) -> np.ndarray:
         """When the last rank arrived (K,)."""
-        return self.arrived.max(axis=0)
+        return np.nanmax(self.arrived, axis=0)
 
     @property
     def waited(self) -> np.ndarray:
         """How long each rank waited for the last one (P, K); the rest of its time in it is transfer."""
-        return np.minimum(self.complete, self.left) - self.arrived
+        return np.nan_to_num(np.minimum(self.complete, self.left) - self.arrived)
 
     @property
     def last(self) -> np.ndarray:
         """The rank that arrived last (K,)."""
-        return self.arrived.argmax(axis=0)
+        return np.nanargmax(self.arrived, axis=0)
 
     @property
     def late(self) -> np.ndarray:
         """How long the last rank came after the last but one (K,)."""
-        return self.complete - np.partition(self.arrived, -2, axis=0)[-2]
+        arrived = np.where(self.number < 0, -np.inf, self.arrived)
+        return self.complete - np.partition(arrived, -2, axis=0)[-2]
 
 
 def collectives_of(spans: Sequence[Span]) -> list[Span]:
@@ -58,12 +59,35 @@ def collectives_of(spans: Sequence[Span]) -> list[Span]:
 
 
 def waiting_of(of_ranks: Sequence[Sequence[Span]]) -> Waiting:
-    """Return the collectives in which all wait, of the spans of every rank. All ranks enter them in the same order."""
-    lists = [collectives_of(spans) for spans in of_ranks]
-    together = [(number, spans) for number, spans in enumerate(zip(*lists)) if spans[0].name in ALL_WAIT]
-    arrived = np.array([[span.start for span in spans] for _, spans in together], float).reshape(-1, len(lists)).T
-    left = np.array([[span.end for span in spans] for _, spans in together], float).reshape(-1, len(lists)).T
-    return Waiting(np.array([number for number, _ in together], int), arrived, left)
+    """Return the collectives in which all wait, of the spans of every rank, by their start.
+
+    All ranks of a group enter its collectives in the same order.
+    """
+    P, together = len(of_ranks), []
+    for ranks, lists in by_group(of_ranks).items():
+        if len(ranks) > 1 or P == 1:
+            together += [(ranks, row) for row in zip(*lists) if row[0][1].name in ALL_WAIT]
+    together.sort(key=lambda found: min(span.start for _, span in found[1]))
+    number, arrived = np.full((P, len(together)), -1), np.full((P, len(together)), np.nan)
+    left = arrived.copy()
+    for column, (ranks, row) in enumerate(together):
+        for rank, (of_rank, span) in zip(ranks, row):
+            number[rank, column], arrived[rank, column], left[rank, column] = of_rank, span.start, span.end
+    return Waiting(number, arrived, left)
+
+
+def by_group(of_ranks: Sequence[Sequence[Span]]) -> dict[tuple[int, ...], list[list[tuple[int, Span]]]]:
+    """Return {ranks of a group: [its collectives and their numbers, of each of these ranks]}.
+
+    The details of a collective name the ranks where they are not all.
+    """
+    found: dict[tuple[int, ...], dict[int, list]] = {}
+    for rank, spans in enumerate(of_ranks):
+        for number, span in enumerate(collectives_of(spans)):
+            details: Any = span.details if isinstance(span.details, dict) else {}
+            ranks = tuple(details.get("ranks", range(len(of_ranks))))
+            found.setdefault(ranks, {member: [] for member in ranks})[rank].append((number, span))
+    return {ranks: list(lists.values()) for ranks, lists in found.items()}
 
 
 def own_times(spans: Sequence[Span]) -> Iterator[tuple[int, str, int]]:
@@ -107,20 +131,19 @@ def blamed(of_ranks: Sequence[Sequence[Span]], waiting: Waiting, rank: int) -> t
     Of each stretch between two collectives, what the rank needs under a label is compared with the median of the
     others.
     """
-    stretches = set(waiting.number[waiting.last == rank].tolist())
-    times: list[dict[int, Counter]] = []
-    for spans in of_ranks:
-        found: dict[int, Counter] = defaultdict(Counter)
+    of_last, times = waiting.number[:, waiting.last == rank], []
+    for spans, stretches in zip(of_ranks, of_last):
+        found: dict[int, Counter] = {stretch: Counter() for stretch in stretches.tolist()}
         for done, label, nanoseconds in own_times(spans):
-            if done in stretches:
+            if done in found:
                 found[done][label] += nanoseconds
         times.append(found)
-    others = [found for other, found in enumerate(times) if other != rank]
     excess: dict[str, float] = defaultdict(float)
-    for stretch in stretches:
-        labels = set().union(*(found[stretch] for found in times))
-        for label in labels:
-            excess[label] += times[rank][stretch][label] - float(np.median([f[stretch][label] for f in others]))
+    for column in of_last.T.tolist():
+        mine = times[rank][column[rank]]
+        others = [times[other][number] for other, number in enumerate(column) if other != rank and number >= 0]
+        for label in set(mine).union(*others):
+            excess[label] += mine[label] - float(np.median([of_other[label] for of_other in others]))
     return most_of(excess)
 
 

@@ -3,6 +3,9 @@
 In ordinary mode each rank adds up its own pieces, then all ranks of the data group all-reduce the sums, in messages of
 BUCKET bytes. In reproducible mode the pieces are the leaves of one fixed tree, as the blocks of a dimension are: the
 same additions on every grid (see comm/tree.py).
+
+In sequence parallelism a rank's gradients of norms are summands of its own rows, until the step's end: then one message
+to its tensor group adds up those of all pieces (see layers/norm_sums.py), before the data group's sum.
 """
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from ..arrays import Array
 from ..comm.group import TensorParallelGroup
 from ..comm.ledger import Collective
 from ..comm.tree import Fold, finish, root_width
-from ..layers.base import ParallelLayer
+from ..layers.closed_forms import step_norm_collectives
+from ..layers.decoder import Decoder
+from ..layers.norm_sums import NormSumsOfStep
 from ..sharding.partition import Block, Partition
 
 BUCKET = 32 << 20       # bytes of a message: an MPI library needs as much again, and waits for few of them
@@ -28,7 +33,7 @@ class Flat:
 
     Parameters
     ----------
-    model : ParallelLayer
+    model : Decoder
     array : (n,) array, optional
         What they lie in; None: a new one.
 
@@ -39,7 +44,7 @@ class Flat:
         Views of it, shaped as this rank's slices.
     """
 
-    def __init__(self, model: ParallelLayer, array: Array | None = None):
+    def __init__(self, model: Decoder, array: Array | None = None):
         if array is None:                           # what lies between them is added up, too
             array = model.group.xp.zeros(flat_size(model), model.sum_dtype)
         self.array, self.named, start = array, {}, 0
@@ -53,7 +58,7 @@ def padded(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
-def flat_size(model: ParallelLayer) -> int:
+def flat_size(model: Decoder) -> int:
     """Return the elements of a model's Flat on this rank."""
     return sum(padded(prod(spec.local_shape(model.group.place))) for spec in model.specs.values())
 
@@ -65,15 +70,21 @@ class GradientSum:
 
     Parameters
     ----------
-    model : ParallelLayer
+    model : Decoder
     data : TensorParallelGroup or None
         Over whose ranks gradients add up; None: this rank has them all.
     partition : Partition
         Of the sequences over the data ranks.
+
+    Attributes
+    ----------
+    norms : NormSumsOfStep or None
+        What each piece's backward is given, in sequence parallelism.
     """
 
-    def __init__(self, model: ParallelLayer, data: TensorParallelGroup | None, partition: Partition):
+    def __init__(self, model: Decoder, data: TensorParallelGroup | None, partition: Partition):
         self.model, self.data, self.partition = model, data, partition
+        self.norms = NormSumsOfStep(model.group) if model.sequence_parallel else None
         self.total: Flat | None = None
         self.more: Flat | None = None       # of a second piece, and those after it
         self.count, self.loss = 0, 0.0
@@ -82,6 +93,8 @@ class GradientSum:
         """Begin a step."""
         self.count, self.loss = 0, 0.0
         self.total = self.total or Flat(self.model)
+        if self.norms:
+            self.norms.clear()
 
     def room(self) -> dict[str, Array]:
         """Return the arrays that the next piece's gradients go into."""
@@ -98,8 +111,14 @@ class GradientSum:
         self.count, self.loss = self.count + 1, self.loss + loss
 
     def finish(self) -> tuple[float, dict[str, Array]]:
-        """Return the loss and {name: gradient} of the global batch, on every rank. Collective: see collectives()."""
+        """Return the loss and {name: gradient} of the global batch, on every rank.
+
+        Collective: see collectives() and norm_collectives().
+        """
         assert self.total is not None, "begin() first"
+        if self.norms:
+            for found in self.norms.all_reduce():           # of all pieces together, if there is any
+                self.norms.write(found, self.total.named)
         if self.data is None:
             return self.loss, self.total.named
         if self.count == 0:                         # more data ranks than sequences
@@ -117,6 +136,10 @@ class GradientSum:
         of_gradients = [Collective("all_reduce", part.stop - part.start, name) for part in parts]
         return Counter(of_gradients + ([Collective("all_reduce", 1, "float64")] if self.data else []))
 
+    def norm_collectives(self, pieces: int) -> Counter:
+        """Return the closed form of the tensor group's collectives that end a step of so many pieces of this rank."""
+        return step_norm_collectives(self.model, pieces)
+
 
 class GradientTreeSum(GradientSum):
     """The sum over pieces and data ranks in reproducible mode: the same additions on every grid.
@@ -124,14 +147,17 @@ class GradientTreeSum(GradientSum):
     The pieces are the leaves. At most log2(leaves) + 2 Flats are alive on a rank.
     """
 
-    def __init__(self, model: ParallelLayer, data: TensorParallelGroup | None, partition: Partition):
+    def __init__(self, model: Decoder, data: TensorParallelGroup | None, partition: Partition):
         super().__init__(model, data, partition)
         self.flats: list[Flat] = []
+        self.pieces: list[Block] = []               # of this step, in order
         self.fold, self.losses, self.written = Fold(partition, 0), Fold(partition, 0), 0
 
     def begin(self) -> None:
         rank = self.data.rank if self.data else 0
-        self.fold, self.losses = Fold(self.partition, rank), Fold(self.partition, rank)
+        self.fold, self.losses, self.pieces = Fold(self.partition, rank), Fold(self.partition, rank), []
+        if self.norms:
+            self.norms.clear()
 
     def room(self) -> dict[str, Array]:
         in_use = {id(array) for array in self.fold.known.values()}
@@ -145,8 +171,19 @@ class GradientTreeSum(GradientSum):
     def add(self, piece: Block, loss: float) -> None:
         self.fold.add(piece.index, self.flats[self.written].array)
         self.losses.add(piece.index, self.model.group.xp.full(1, loss, np.float64))
+        self.pieces.append(piece)
+
+    def add_norms(self, norms: NormSumsOfStep) -> None:
+        """Write the gradients of norms into what the pieces were folded into, folded in the same way. Collective."""
+        fold = Fold(self.partition, self.data.rank if self.data else 0)
+        for piece, found in zip(self.pieces, norms.all_reduce()):
+            fold.add(piece.index, found)
+        for node, found in fold.known.items():
+            norms.write(found, Flat(self.model, self.fold.known[node]).named)
 
     def finish(self) -> tuple[float, dict[str, Array]]:
+        if self.norms:
+            self.add_norms(self.norms)
         if self.data is None:
             width = root_width(self.partition.blocks)
             total, loss = finish(self.fold.known, 0, width), finish(self.losses.known, 0, width)

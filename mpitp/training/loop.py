@@ -80,7 +80,7 @@ class Trainer:
         self.lock: FolderLock | None = None
         self.began_with: dict | None = None
         self.model = Decoder(self.group, config, dtype=dtype, seed=settings.seed, recompute=settings.recompute,
-                             sequence_parallel=settings.sequence_parallel)
+                             sequence_parallel=settings.sequence_parallel, gather_again=settings.gather_again)
         self.optimizer = AdamW(self.model, settings.adam_beta1, settings.adam_beta2, settings.adam_eps,
                                settings.weight_decay)
         self.dealing = Dealing(settings, self.data.rank if self.data else 0, self.data.size if self.data else 1,
@@ -136,7 +136,8 @@ class Trainer:
         logits, saved = self.model.forward(ids, step=self.dealing.address(self.step, piece))
         loss, saved_loss = self.model.loss(logits, targets, label_smoothing=self.settings.label_smoothing,
                                            z_loss=self.settings.z_loss, ignore_index=IGNORED)
-        self.model.backward(self.model.loss_backward(saved_loss, 1 / times), saved, out=self.sum.room())
+        self.model.backward(self.model.loss_backward(saved_loss, 1 / times), saved, out=self.sum.room(),
+                            step_sums=self.sum.norms)
         self.sum.add(piece, loss / times)
 
     def require_finite(self, loss: float, norm: float) -> None:

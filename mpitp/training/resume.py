@@ -190,8 +190,10 @@ def is_prolonged(found: object, mine: dict, step: int) -> bool:
 
 def hint(key: str, state: dict, mine: dict) -> str:
     """Return what lets a run go on as it began; or become longer, where it is at its end or on its way there."""
-    if key == "unit" and state["unit"] in UNITS and mine["unit"] in UNITS:
-        return f" (--reproducible-unit {state['unit']})"
+    if key == "unit" and state["unit"] is None:
+        return " (without --reproducible)"
+    if key == "unit" and state["unit"] in UNITS:
+        return f" (--reproducible-unit {state['unit']})" if mine["unit"] else " (--reproducible)"
     if key != "settings":
         return ""
     found, now = state["settings"], mine["settings"]

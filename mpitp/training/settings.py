@@ -31,7 +31,7 @@ class Settings:
     check_interval : every so many steps the copies that several ranks hold are compared
     reproducible_unit : what is computed by itself in reproducible mode. "sequence": the bits depend on the global batch
         alone. "micro-batch": faster, and the bits depend on the cut into micro-batches, too
-    sequence_parallel, recompute : of the decoder, see Decoder; they change nothing in what is computed
+    sequence_parallel, gather_again, recompute : of the decoder, see Decoder; they change nothing in what is computed
 
     Raises
     ------
@@ -62,6 +62,7 @@ class Settings:
     z_loss: float = 0.0
     reproducible_unit: str = SEQUENCE
     sequence_parallel: bool = False
+    gather_again: bool = False
     recompute: str | None = None
 
     def __post_init__(self) -> None:
@@ -91,7 +92,7 @@ class Settings:
         """
         own = asdict(self)
         for name in ("eval_interval", "eval_batches", "save_interval", "keep", "check_interval", "save_minutes",
-                     "spike_limit", "reproducible_unit", "sequence_parallel", "recompute"):
+                     "spike_limit", "reproducible_unit", "sequence_parallel", "gather_again", "recompute"):
             del own[name]
         if unit == SEQUENCE:
             own |= dict(micro_batch_size=self.global_batch_size, gradient_accumulation=1)

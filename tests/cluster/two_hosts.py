@@ -13,12 +13,14 @@ from student import OPEN_MPI, Done, as_student, good, hold, on, over_ssh, run, s
 STALL = 4                   # seconds, MPITP_STALL_LIMIT of the rows
 AT_ONCE, AFTER_STALL = 20, 30
 TRAIN = "train --hidden-size 16 --num-layers 1 --seq-length 16 --micro-batch-size 1 --eval-batches 1"
-WAITS = r"rank {other} of 2 on {other_host} waits for .*not there: one of rank {rank} on {host}, or the network.*: " \
-        "the job ends after"
+WAITS = r"rank {other} of 2 on {other_host} waits for [a-z_]+( [0-9]+ float32)? since [0-9:]+, at .*not there: " \
+        r"rank {rank} of 2 on {host} \(process \d+\) "
+SILENT = WAITS + r"has given no sign of life since [\d:]+ \(stopped, or {host} or the network to it is down\), last " \
+         "at .*: the job ends after"
 FAULTS = {                  # of tests/support/faulty.py: what is said, and the limit
-    "is stopped": (WAITS, AFTER_STALL),
-    "spins": (WAITS, AFTER_STALL),
-    "exits with 0": (WAITS, AFTER_STALL),
+    "is stopped": (SILENT, AFTER_STALL),
+    "spins": (WAITS + r"is at .*faulty.py:\d+ in spin since .*: the job ends after", AFTER_STALL),
+    "exits with 0": (WAITS + "has left the program at .*: the job ends", AFTER_STALL),
     "raises": (r"rank {rank} of 2 ends the job, on {host}: Traceback(.|\n)*RuntimeError: boom", AT_ONCE),
     "finds bad input": (r"rank {rank} of 2 on {host}: found a, expected b", AT_ONCE),
     # The TCP of Open MPI ends the rank that is left, at times before the launcher knows why.
@@ -73,10 +75,10 @@ def cut_link(mpi: str) -> None:
 
 
 def cut_link_of(rank: int, mpi: str) -> None:
-    """Take down the link of the host of a rank.
+    """Take down the link of the host of a rank; its link comes back once the job has ended.
 
-    MPICH's mpirun ends with the ranks. Open MPI's has said everything by then, and waits for the host until TCP gives
-    it up: its link comes back here, after the ranks of both hosts have ended.
+    MPICH's mpirun ends with the ranks. Open MPI's has said everything by then, and waits for the host; run.sh ends
+    it.
     """
     host = f"h{rank + 1}"
     with tempfile.TemporaryFile("w+") as out:
@@ -92,13 +94,11 @@ def cut_link_of(rank: int, mpi: str) -> None:
             run(on(host, "ip", "link", "set", "eth0", "down"))
             wait(lambda: not ranks_on("h1") and not ranks_on("h2"), AFTER_STALL, said)
             seconds = time.monotonic() - began
-            if mpi != OPEN_MPI:
-                wait(lambda: job.poll() is not None, 10, said)
+            wait(lambda: job.poll() is not None, 40 if mpi == OPEN_MPI else 10, said)
         finally:
             run(on(host, "ip", "link", "set", "eth0", "up"))
-        wait(lambda: job.poll() is not None, 30, said)
         # Only the ranks that the launcher reaches are heard: those on the side of h0.
-        judge("the link is cut", "train", rank, mpi, WAITS, AFTER_STALL, time.monotonic() - seconds,
+        judge("the link is cut", "train", rank, mpi, SILENT, AFTER_STALL, time.monotonic() - seconds,
               Done(job.returncode, said()))
 
 

@@ -40,6 +40,13 @@ NEWER_KINDS = {
     "olmo2, over all heads": dict(LLAMA, num_attention_heads=6, num_query_groups=3, norm_placement="after",
                                   qk_norm=True, qk_norm_over_heads=True, zero_centered_gamma=True),
     "one kv head, normed over heads": dict(LLAMA, qk_norm=True, qk_norm_over_heads=True, qkv_bias=True),
+    "command r+, side by side": dict(LLAMA, normalization="layernorm", norm_bias=False, num_attention_heads=6,
+                                     num_query_groups=2, qk_norm=True, qk_norm_by_head=True, parallel_residual=True,
+                                     shared_norm=True, rotary=Rotary(interleaved=True)),
+    "one kv head, norms by head": dict(LLAMA, qk_norm=True, qk_norm_by_head=True, zero_centered_gamma=True),
+    "phi, normed": dict(num_attention_heads=6, num_query_groups=3, qk_norm=True, qk_norm_bias=True,
+                        parallel_residual=True, shared_norm=True, rotary=Rotary(dim=4)),
+    "one kv head, norms with bias": dict(qk_norm=True, qk_norm_bias=True),
     "opt": dict(position_embedding="learned", max_position_embeddings=9, position_offset=2, activation="relu"),
 }
 

@@ -63,7 +63,10 @@ def shapes(config):
         linear(f"{layer}attention.out", D, queries, config.attention_bias)
         if config.qk_norm:
             for name, features in (("query", queries), ("key", keys)):
-                found[f"{layer}attention.{name}_norm.weight"] = (features if config.qk_norm_over_heads else K,)
+                found[f"{layer}attention.{name}_norm.weight"] = (features // K, K) if config.qk_norm_by_head else \
+                    (features if config.qk_norm_over_heads else K,)
+                if config.qk_norm_bias:
+                    found[f"{layer}attention.{name}_norm.bias"] = (K,)
         for name in ("up", "gate") if config.gated else ("up",):
             linear(f"{layer}mlp.{name}", F, D, config.mlp_bias)
         linear(f"{layer}mlp.down", D, F, config.mlp_bias)

@@ -26,6 +26,11 @@ TURNS = [
     [{"role": "user", "content": "think"},
      {"role": "assistant", "content": "<think>\nlong\n</think>\n\nshort", "reasoning": "long"},
      {"role": "user", "content": "more"}],
+    [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is\n"}],         # to be continued
+    [{"role": "user", "content": "2 + 2?"},
+     {"role": "assistant", "content": [{"type": "text", "text": "It is"}, {"type": "text", "text": "exactly "}]}],
+    [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": None, "reasoning": "think"}],
+    [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "<think>\nso\n</think>\nIt is "}],
 ]
 
 
@@ -35,9 +40,11 @@ def main():
     for path in sorted(FOLDER.glob("*.jinja")):
         for number, messages in enumerate(TURNS):
             variables = {name: value for name, value in VARIABLES.items() if value is not None}
+            goes_on = messages[-1]["role"] == "assistant"
             try:
-                (said,), _ = render_jinja_template([_normalize_chat_messages(messages)], add_generation_prompt=True,
-                                                   chat_template=path.read_text(encoding="utf-8"), **variables)
+                (said,), _ = render_jinja_template(
+                    [_normalize_chat_messages(messages)], add_generation_prompt=not goes_on,
+                    continue_final_message=goes_on, chat_template=path.read_text(encoding="utf-8"), **variables)
                 result = {"text": said}
             except Exception as error:
                 result = {"error": type(error).__name__}

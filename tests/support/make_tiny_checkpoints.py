@@ -79,6 +79,7 @@ CASES = {       # name: (model_type, what its configuration class is called with
     "phi_grouped": ("phi", dict(SIZES, hidden_size=24, num_attention_heads=6, num_key_value_heads=3,
                                 hidden_act="gelu", rope_parameters=dict(rope_type="linear", factor=3.0,
                                                                         rope_theta=90.0, partial_rotary_factor=0.5))),
+    "phi_norms": ("phi", dict(SIZES, hidden_size=40, intermediate_size=30, num_key_value_heads=1, qk_layernorm=True)),
     "phi3": ("phi3", dict(SIZES, num_attention_heads=4, hidden_size=24, num_key_value_heads=2, pad_token_id=0)),
     "phi3_partial": ("phi3", dict(SIZES, hidden_size=40, num_key_value_heads=1, sliding_window=4, pad_token_id=0,
                                   tie_word_embeddings=True, rope_parameters=dict(
@@ -93,6 +94,10 @@ CASES = {       # name: (model_type, what its configuration class is called with
     "stablelm": ("stablelm", dict(SIZES, hidden_size=40, num_key_value_heads=1, use_qkv_bias=True)),
     "stablelm_parallel": ("stablelm", dict(SIZES, hidden_size=48, num_attention_heads=6, num_key_value_heads=3,
                                            use_parallel_residual=True, tie_word_embeddings=True)),
+    "stablelm_norms": ("stablelm", dict(SIZES, hidden_size=48, num_attention_heads=6, num_key_value_heads=3,
+                                        qk_layernorm=True)),
+    "stablelm_norms_parallel": ("stablelm", dict(SIZES, hidden_size=40, num_key_value_heads=1, qk_layernorm=True,
+                                                 use_parallel_residual=True, use_qkv_bias=True)),
     "glm": ("glm", dict(SIZES, num_key_value_heads=1, head_dim=8, pad_token_id=0)),
     "glm4": ("glm4", dict(SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=8, attention_bias=False,
                           pad_token_id=0)),
@@ -113,6 +118,8 @@ CASES = {       # name: (model_type, what its configuration class is called with
                                 attention_multiplier=0.3, tie_word_embeddings=True)),
     "cohere": ("cohere", dict(SIZES, num_attention_heads=2, num_key_value_heads=1, logit_scale=0.5,
                               tie_word_embeddings=True)),
+    "cohere_norms": ("cohere", dict(SIZES, hidden_size=24, num_attention_heads=6, num_key_value_heads=2,
+                                    use_qk_norm=True, attention_bias=True)),
     "cohere2": ("cohere2", dict(SIZES, hidden_size=24, num_attention_heads=6, num_key_value_heads=2, sliding_window=3,
                                 layer_types=[SLIDING, FULL], logit_scale=0.25, attention_bias=True)),
     "exaone4": ("exaone4", dict(SIZES, num_attention_heads=5, num_key_value_heads=1, hidden_size=30, sliding_window=3,
@@ -151,6 +158,8 @@ CASES = {       # name: (model_type, what its configuration class is called with
     "gemma3_both": ("gemma3_text", dict(
         SIZES, num_key_value_heads=1, head_dim=6, sliding_window=5, query_pre_attn_scalar=11, tie_word_embeddings=True,
         layer_types=[SLIDING, FULL], use_bidirectional_attention=True)),
+    "gemma3_softcap": ("gemma3_text", dict(SIZES, num_key_value_heads=5, head_dim=4, final_logit_softcapping=2.0,
+                                           layer_types=[FULL, SLIDING])),
     "opt_no_last_norm": ("opt", dict(OPT, ffn_dim=23, _remove_final_layer_norm=True)),
 }
 ZERO_CENTERED = ("gemma", "gemma2", "gemma3_text", "gemma3", "nemotron")
@@ -162,6 +171,7 @@ CONTRADICTIONS = {
     "gemma3_own_head": ("gemma3_text", {}, {"lm_head.weight": [37, 20]}),
     "llama_rope_scaling": ("llama_yarn", dict(rope_scaling=ROPE_SCALING, rope_theta=77.0), {}),
     "gemma3_rope_scaling": ("gemma3_text", dict(rope_scaling=dict(ROPE_SCALING, rope_type="linear")), {}),
+    "olmo3_trained": ("olmo3", dict(original_max_position_embeddings=5), {}),
     "gpt_neox_rope_scaling": ("gpt_neox_in_turn", dict(rope_scaling=ROPE_SCALING, rotary_pct=0.25), {}),
     "llama_other_keys": ("llama", dict(hidden_activation="gelu", scale_attn_weights=False), {}),
 }

@@ -13,7 +13,8 @@ KEYS = {**COMMON, **ATTENTION_BIAS, "norm_epsilon": Key(ABOVE_0, "layer_norm_eps
         "logits_multiplier": Key(NUMBER, "logit_scale", 0.0625),
         "tie_word_embeddings": Key(FLAG, "tie_word_embeddings", True)}
 FIXED = dict(gated=True, norm_bias=False, mlp_bias=False, parallel_residual=True, shared_norm=True)
-COHERE = Table(KEYS, FIXED, rope=Rope(5e5, interleaved=True))
+OWN_NORMS = {field: Key(FLAG, "use_qk_norm", False) for field in ("qk_norm", "qk_norm_by_head")}    # Command R+
+COHERE = Table({**KEYS, **OWN_NORMS}, FIXED, rope=Rope(5e5, interleaved=True))
 COHERE2 = Table(KEYS, FIXED, rope=Rope(interleaved=True, sliding_alone=True),
                 windows=Typed(4, "sliding_window_pattern"))
 
@@ -21,5 +22,5 @@ COHERE2 = Table(KEYS, FIXED, rope=Rope(interleaved=True, sliding_alone=True),
 WITHOUT_EFFECT = ("layer_switch", "order_of_interleaved_layers", "position_embedding_type", "rotary_pct",
                   "use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding",
                   "_sliding_window_pattern")
-FAMILIES = [COHERE.family("cohere", "CohereForCausalLM", TENSORS, refused=(("use_qk_norm", (False,)),)),
+FAMILIES = [COHERE.family("cohere", "CohereForCausalLM", TENSORS),
             COHERE2.family("cohere2", "Cohere2ForCausalLM", TENSORS, without_effect=WITHOUT_EFFECT)]

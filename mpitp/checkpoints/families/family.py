@@ -80,7 +80,7 @@ class Family:
             of_layer = OF_LAYER.fullmatch(name)
             layer, inside = of_layer.groups() if of_layer else (None, name)
             module, kind = inside.rsplit(".", 1)
-            theirs = tensors[module].format(layer)
+            theirs = tensors[module].format(layer)          # {{}} becomes {}: a tensor for each row
             found[name] = Layout(f"{theirs if module == 'head' else prefix + theirs}.{kind}", spec.shape,
                                  kind == "weight" and module in self.transposed, fused.get(module))
         return found

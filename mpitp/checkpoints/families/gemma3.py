@@ -11,10 +11,11 @@ from .gemma import GEMMA, LATER, NORMS, scaled_embedding
 from .keys import Keys
 from .llama import TENSORS
 from .rope import RopeOfTypes
-from .tables import Table
+from .tables import CAP, Key, Table
 from .windows import Typed
 
-GEMMA3 = Table(LATER, {**GEMMA.fixed, "qk_norm": True, "norm_placement": "both"}, derived=scaled_embedding,
+GEMMA3 = Table({**LATER, "logits_softcap": Key(CAP, "final_logit_softcapping", None)},
+               {**GEMMA.fixed, "qk_norm": True, "norm_placement": "both"}, derived=scaled_embedding,
                rope=RopeOfTypes({"full_attention": ("rope_theta", 1e6),
                                  "sliding_attention": ("rope_local_base_freq", 1e4)}),
                windows=Typed(6, "sliding_window_pattern"))
@@ -29,7 +30,8 @@ def read_text_part(keys: Keys) -> DecoderConfig:
     """Return the config of the text model inside a model that sees images, too."""
     text = keys.part("text_config", dict(TEXT_CONFIG, tie_word_embeddings=keys.flag("tie_word_embeddings",
                                                                                   default=True)))
-    text.refuse({"model_type": ("gemma3_text",), BOTH_DIRECTIONS: (False,), "is_causal": (True,)})
+    text.refuse({"model_type": ("gemma3_text",), BOTH_DIRECTIONS: (False,), "is_causal": (True,),
+                 "final_logit_softcapping": ()})        # which theirs does not apply beside images
     return GEMMA3_TEXT.config(text)
 
 

@@ -121,7 +121,8 @@ def chosen(keys: Keys) -> Keys:
 def rotary_of_layer_types(keys: Keys, head_dim: int, thetas: Mapping[str, tuple[str, float]]) -> dict[str, Rotary]:
     """Return {layer type: Rotary} where rope_parameters has an object for each type of layer.
 
-    rope_scaling, of the old style, is added to that of the "full_attention" layers.
+    rope_scaling, of the old style, is added to that of the "full_attention" layers, where a "type", which
+    transformers 4 obeys and 5 does not, is refused. What the whole config.json says of trained positions has no effect.
 
     Parameters
     ----------
@@ -135,13 +136,17 @@ def rotary_of_layer_types(keys: Keys, head_dim: int, thetas: Mapping[str, tuple[
     other = sorted(new.values.keys() - thetas.keys()) if new else []
     if new and other:
         raise InputError(f"{new.where}: found {other[0]!r}, expected an object for each of {', '.join(thetas)}")
-    turns = {}
+    turns, of_all = {}, Keys({"max_position_embeddings": keys.values.get("max_position_embeddings")}, keys.where)
     for layer_type, (key, theta) in thetas.items():
         theta = keys.number(key, default=theta, above=0) if key else theta
         found = (new and new.inner(layer_type)) or Keys({}, f"{keys.where}: rope_parameters: {layer_type}")
         if layer_type == "full_attention" and old:
-            found = Keys({**found.values, **old.values}, old.where)
-        turns[layer_type] = scaled_rotary(keys, found, head_dim, theta, 1.0, False)
+            kind = found.get("rope_type", default=None) or found.get("type", default="default")
+            if "rope_type" not in old.values:
+                old.refuse({"type": (kind,)})
+            found = Keys({"rope_type": kind, **found.values, **old.values}, old.where)
+        found.refuse({"truncate": (True,)})             # which theirs reads outside of these objects
+        turns[layer_type] = scaled_rotary(of_all, found, head_dim, theta, 1.0, False)
     return turns
 
 
