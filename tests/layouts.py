@@ -102,6 +102,13 @@ class Results:
         self.file = file and Path(file)
         self.found = json.loads(self.file.read_text()) if self.file and self.file.exists() else {}
 
+    def keep(self):
+        """Write the file, whole or not at all."""
+        if self.file:
+            new = self.file.with_suffix(".new")
+            new.write_text(json.dumps(self.found, indent=1))
+            new.replace(self.file)
+
     def of_mpi(self, name, steps):
         """{layout as text: digest} of one MPI and so many steps."""
         return self.found.setdefault(f"{name}, {steps} steps", {})
@@ -118,8 +125,7 @@ class Results:
                 if known.get(key, digest_now) != digest_now:
                     known.clear()
                 known[key] = digest_now
-                if self.file:
-                    self.file.write_text(json.dumps(self.found, indent=1))
+                self.keep()
             yield layout, known[key], kept
 
     def rows(self, names, layouts, steps):

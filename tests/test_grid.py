@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+import layouts
 import mpitp
 from decoder_cases import config
 from mpitp import oracle
@@ -519,6 +520,33 @@ def test_one_hash_over_a_few_layouts():
     done = subprocess.run([sys.executable, ROOT / "tests" / "layouts.py", "--few", "--steps", "3"], text=True,
                           env=job_environment(), capture_output=True, timeout=300)
     assert done.returncode == 0 and done.stdout.endswith("4 layouts, 1 hash\n"), done.stdout + done.stderr
+
+
+def test_layouts_go_on_where_they_were_ended(tmp_path, monkeypatch):
+    """MPI by MPI; what was kept counts if the first layout's digest still is the same. The table is of what was run."""
+    ran, page, bits = [], tmp_path / "page.md", ["aa"]
+
+    def train(python, layout, steps):
+        if len(ran) == 2 and bits == ["aa"]:
+            raise KeyboardInterrupt
+        ran.append((python, layout))
+        return bits[0] * 32
+    monkeypatch.setattr(layouts, "train", train)
+    monkeypatch.setattr(layouts, "mpi_of", lambda python: f"MPI of {python}")
+    with pytest.raises(KeyboardInterrupt):
+        list(layouts.Results(tmp_path / "kept").complete("p", layouts.FEW, 3))
+    ran.append("ended")
+    for python in "pq":
+        found = list(layouts.Results(tmp_path / "kept").complete(python, layouts.FEW[:3], 3))
+        assert [kept for _, _, kept in found] == [False, python == "p", False]
+    page.write_text(f"before {layouts.BEGIN} old {layouts.END} after")
+    names, results = ["MPI of p", "MPI of q"], layouts.Results(tmp_path / "kept")
+    del results.of_mpi("MPI of q", 3)[" ".join(layouts.FEW[2].cells())]
+    layouts.write(page, results.rows(names, layouts.FEW, 3), names, 3)
+    assert "3 layouts, 3 steps each, with MPI of p, and 2 of them with MPI of q; 1 hash:" in page.read_text()
+    assert page.read_text().count("| `aaaaaaaaaaaaaaaa` |") == 3 and page.read_text().endswith(f"{layouts.END} after")
+    bits[0] = "bb"                                          # another machine, another source: nothing kept is of use
+    assert [kept for _, _, kept in layouts.Results(tmp_path / "kept").complete("p", layouts.FEW, 3)] == [False] * 4
 
 
 # --- how sequences are dealt ----------------------------------------------------------------------------------------

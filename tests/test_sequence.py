@@ -102,7 +102,8 @@ CASES = [("gpt2", "kept"), ("gpt2", "rows, block"), ("llama, one kv head", "gath
          ("neox with query norm", "attention"), ("after the residual", "rows, block"), ("olmo2", "kept, attention"),
          ("gemma2", "kept"), ("granite and nemotron", "gathered again"), ("opt", "gathered again"),
          ("olmo2, over all heads", "rows, block"), ("olmo2, over all heads", "attention"),
-         ("hunyuan, side by side", "kept, attention")]
+         ("hunyuan, side by side", "kept, attention"), ("one kv head, norms with bias", "kept"),
+         ("command r+, side by side", "rows, block")]
 
 
 @pytest.mark.parametrize("kind, mode", CASES)

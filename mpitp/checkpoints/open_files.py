@@ -1,6 +1,7 @@
 """Files that are read again and again; few of them are open at a time, as a model may have more shards than that."""
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections import OrderedDict
@@ -27,7 +28,7 @@ class OpenFile:
         """Return the file's descriptor, valid until the next call for another file."""
         key = id(self)
         if self.close_once is None or not self.close_once.alive:
-            self.number = os.open(self.path, os.O_RDONLY)
+            self.number = opened(self.path)
             self.close_once = weakref.finalize(self, close, key, self.number)
             RECENT[key] = self.close_once
             status = os.fstat(self.number)
@@ -38,6 +39,17 @@ class OpenFile:
                 next(iter(RECENT.values()))()
         RECENT.move_to_end(key)
         return self.number
+
+
+def opened(path: str) -> int:
+    """Open a file to be read; where the process may have no more of them, close the one that was read longest ago."""
+    while True:
+        try:
+            return os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not RECENT:
+                raise
+            next(iter(RECENT.values()))()
 
 
 def close(key: int, descriptor: int) -> None:

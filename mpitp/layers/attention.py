@@ -85,6 +85,7 @@ class ParallelAttention(ParallelLayer):
                 f"those of {self.norms_of}, as {type(self).__name__} has them")
         self.norm = (config.qk_norm, config.norm_epsilon, config.zero_centered_gamma) \
             if config.qk_norm and self.norms_of == "any head" else None
+        self.shared_norms = [name for name, spec in self.specs.items() if "_norm." in name and spec.axis is None]
         self.heads = Heads(group, self.num_attention_heads, int(config.query_groups), self.kv_channels)
         self.set_partition(self.heads.partition)
         self.tables: tuple = ()
@@ -173,12 +174,10 @@ class ParallelAttention(ParallelLayer):
 
     # --- backward ---------------------------------------------------------------------------------------------------
 
-    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None,
-                 norm_sums: Any = None) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: Array, saved: Any, *, out: Any = None, norm_sums: Any = None) -> tuple[Array, dict]:
         """Return dx, complete, of dy (..., S, D), complete; and {name: gradient} of this rank's slices.
 
-        out : an earlier backward's gradients, whose arrays are used again
-        norm_sums : NormSums of the caller, who adds up the gradients of query and key norm; None: done here
+        out, norm_sums : as ParallelBlock's
         """
         x_ND, units, kept, call = require_saved(saved, self)
         x_ND = call.rows.again(x_ND) if call.rows else x_ND
@@ -271,21 +270,24 @@ class ParallelAttention(ParallelLayer):
         for unit in owned:
             for part, d_NuK in zip(("key", "value"), d_units[unit]):
                 product(d_NuK, rows_of(self.own[f"{part}.weight"], self.heads.unit_rows(unit)), dx_ND, add=True)
-        zeros = self.group.xp.zeros(self.kv_channels, self.sum_dtype)
-        return dx_ND, self.norm and [dq_norm, sum((d_units[unit][2] for unit in owned), zeros)]
+        return dx_ND, (dq_norm, [d_units[unit][2] for unit in owned])
+
+    def norm_summands(self, dq_norm: Array, dk_norms: list[Array]) -> Array:
+        """Return a block's part in the gradients of the norms' parameters that all heads share, one row each."""
+        return self.group.xp.stack([dq_norm, sum(dk_norms, self.group.xp.zeros(self.kv_channels, self.sum_dtype))])
 
     def end_norms(self, norms: dict, gradients: dict[str, Array], sums: Any) -> None:
-        """Write the gradients of query and key norm, or leave them to NormSums of the caller."""
-        if self.norm:
+        """Write the gradients of the norms that all heads share, or leave them to NormSums of the caller."""
+        if self.shared_norms:
             self.sum_norm_gradients(norms, gradients) if sums is None else sums.add_heads(self, norms)
 
     def sum_norm_gradients(self, norms: dict, gradients: dict[str, Array]) -> None:
-        """Write the gradients of query and key norm, summed over all heads. Collective: an all-reduce of 2 x K."""
-        total = self.group.sum(self.partition, (2, self.kv_channels), self.sum_dtype)
+        """Write the gradients of query and key norm, summed over all heads. Collective: an all-reduce of K for each."""
+        total = self.group.sum(self.partition, (len(self.shared_norms), self.kv_channels), self.sum_dtype)
         for block in self.own_blocks:
-            total.add(block, self.group.xp.stack(norms[block.index]))
-        for part, d_K in zip(("query", "key"), total.all_reduce()):
-            gradients[join(self.name, f"{part}_norm.weight")][...] = d_K
+            total.add(block, self.norm_summands(*norms[block.index]))
+        for name, d_K in zip(self.shared_norms, total.all_reduce()):
+            gradients[name][...] = d_K
 
     # --- what both have ---------------------------------------------------------------------------------------------
 
@@ -340,6 +342,6 @@ class ParallelAttention(ParallelLayer):
         """Return the collectives of backward other than f's: of shared key/value heads, and of query/key norm."""
         shared = sum(unit.is_shared for unit in self.heads.units)
         counts = Counter({Collective("all_reduce", 2 * tokens * self.kv_channels, self.sum_dtype.name): shared})
-        if self.norm:
-            counts[Collective("all_reduce", 2 * self.kv_channels, self.sum_dtype.name)] += 1
+        if self.shared_norms:
+            counts[Collective("all_reduce", len(self.shared_norms) * self.kv_channels, self.sum_dtype.name)] += 1
         return +counts

@@ -112,8 +112,7 @@ class ParallelBlock(SideBySide):
         x, second = self.branch_forward("mlp", x, call, save)
         return x, first, second
 
-    def backward(self, dy: Array, saved: Any, *, out: dict[str, Array] | None = None,
-                 norm_sums: Any = None) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: Array, saved: Any, *, out: Any = None, norm_sums: Any = None) -> tuple[Array, dict]:
         """Return dx of dy (shaped as x), and {name: gradient} of this rank's slices.
 
         out : an earlier backward's gradients, whose arrays are used again

@@ -45,7 +45,7 @@ def block_collectives(block: Any, tokens: int, gather_again: bool, with_norms: b
     config, recompute, by_rows = block.config, block.recompute, block.sequence_parallel
     ways = Ways(tokens * config.hidden_size, block.dtype.name, by_rows)
     inner_forward, inner_backward = inner_collectives(block, tokens)
-    if by_rows and block.attention.norm:                        # among the other norms
+    if by_rows and block.attention.shared_norms:                # among the other norms
         inner_backward -= head_norms([block])
     is_parallel, has_post_norm = config.parallel_residual, "mlp_post_norm" in block.norms
     inputs = 1 if config.shared_norm else 2
@@ -75,8 +75,7 @@ def inner_collectives(block: Any, tokens: int) -> tuple[Counter, Counter]:
 
 def head_norms(blocks: list[Any], pieces: int = 1) -> Counter:
     """Return the all-reduce of the gradients of the query and key norms of some blocks."""
-    normed = [block.attention for block in blocks if block.attention.norm]
-    elements = sum(2 * attention.kv_channels for attention in normed)
+    elements = sum(len(block.attention.shared_norms) * block.attention.kv_channels for block in blocks)
     return +Counter({Collective("all_reduce", pieces * elements, blocks[0].sum_dtype.name): min(1, elements)})
 
 

@@ -177,8 +177,7 @@ class Decoder(Composite):
             x, _ = self.final_norm.forward(x, save=False)
         return self.head.forward(x, save=False)[0]
 
-    def backward(self, d_logits: Array, saved: Any, *, out: dict[str, Array] | None = None,
-                 step_sums: Any = None) -> dict[str, Array]:
+    def backward(self, d_logits: Array, saved: Any, *, out: Any = None, step_sums: Any = None) -> dict[str, Array]:
         """Return {name: gradient} of this rank's slices, of d_logits (..., S, V p).
 
         out : an earlier backward's gradients, whose arrays are used again

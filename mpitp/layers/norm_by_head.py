@@ -2,11 +2,9 @@
 
 Dimension key: B sequences, S positions, N = B S rows (tokens), H heads of a block or unit, K features of a head.
 """
-from collections import Counter
 from typing import Any
 
 from ..arrays import Array
-from ..comm.ledger import Collective
 from ..comm.sums import Sum
 from ..ops.norm import norm_backward, norm_of_heads
 from ..ops.rotary import rotary_backward
@@ -89,25 +87,10 @@ class AttentionNormedByHead(ParallelAttention):
         if self.config.qk_norm_by_head:
             gradients[join(self.name, f"{part}_norm.weight")][self.heads_of(rows)] = d_norm[0]
 
-    def sum_norm_gradients(self, norms: dict, gradients: dict[str, Array]) -> None:
-        """Write the gradients of g and b of all heads. Collective with qk_norm_bias: an all-reduce of 4 x K."""
-        if self.config.qk_norm_by_head:
-            return
-        total = self.group.sum(self.partition, (4, self.kv_channels), self.sum_dtype)
-        for block in self.own_blocks:
-            found = self.group.xp.zeros(total.shape, self.sum_dtype)
-            dq_norm, dk_norms = norms[block.index]
-            found[:2] = dq_norm.sum(axis=1)
-            for dk_norm in dk_norms:
-                found[2:] += dk_norm.sum(axis=1)
-            total.add(block, found)
-        names = [f"{part}_norm.{kind}" for part in ("query", "key") for kind in ("weight", "bias")]
-        for name, d_K in zip(names, total.all_reduce()):
-            gradients[join(self.name, name)][...] = d_K
-
-    def inner_collectives(self, tokens: int) -> Counter:
-        """Return the collectives of backward other than f's: of shared key/value heads, and of the norms' biases."""
-        counts = super().inner_collectives(tokens)
-        if self.config.qk_norm_bias:
-            counts[Collective("all_reduce", 4 * self.kv_channels, self.sum_dtype.name)] += 1
-        return counts
+    def norm_summands(self, dq_norm: Array, dk_norms: list[Array]) -> Array:
+        """Return a block's part in the gradients of g and b of queries, and of keys (4, K)."""
+        found = self.group.xp.zeros((4, self.kv_channels), self.sum_dtype)
+        found[:2] = dq_norm.sum(axis=1)
+        for dk_norm in dk_norms:
+            found[2:] += dk_norm.sum(axis=1)
+        return found

@@ -115,11 +115,11 @@ class NormSums:
         return dx_nD
 
     def add_heads(self, attention: Any, norms: dict) -> None:
-        """Add the summands of attention's query and key norm, {index of a block of heads: [of query, of key]}."""
+        """Add the summands of attention's query and key norm, {index of a block of heads: what norm_summands takes}."""
         if self.of_heads is None:
             self.of_heads = Summands(attention.partition, self.group.rank)
-        names = [join(attention.name, f"{part}_norm.weight") for part in ("query", "key")]
-        self.of_heads.add(names, {block.index: norms[block.index] for block in attention.own_blocks})
+        self.of_heads.add(attention.shared_norms, {block.index: [*attention.norm_summands(*norms[block.index])]
+                                                   for block in attention.own_blocks})
 
     @property
     def names(self) -> list[list[str]]:
