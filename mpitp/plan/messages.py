@@ -74,6 +74,10 @@ def messages(job: Job, layout: Layout, phase: str, rank: int | None = None) -> l
             loss = cross_entropy_collectives(rows, job.label_smoothing, job.dtype)
             found += of_one.messages("loss", "forward", loss, times)
     if phase == "step":
+        if job.sequence_parallel:               # once for all forwards
+            norms = [norm for norm in (model.embedding_norm, model.final_norm) if norm]
+            layers = [*job.config.num_layers * [model.blocks[0]], *norms]
+            found += of_one.messages("norms", "backward", norm_collectives(layers, len(sequences)), 1)
         found += of_one.messages("gradient norm", "backward", Counter({Collective("all_reduce", 1, "float64"): 1}), 1)
         if layout.data > 1:
             found += Group("data", layout.data).messages("gradients", "backward", of_gradients(job, layout, rank), 1)
@@ -95,8 +99,6 @@ def of_layers(job: Job, model: Any, rows: int) -> Iterator[tuple[str, Counter, C
     yield "embedding", ways.summed(), ways.to_all(), 1
     yield "layers.*", *block_collectives(block, rows, job.gather_again, with_norms=False), layers
     yield "head", ways.to_all(), ways.summed() + (ways.to_all() if job.gather_again else Counter()), 1
-    norms = [norm for norm in (model.embedding_norm, model.final_norm) if norm]
-    yield "norms", Counter(), norm_collectives([*layers * [block], *norms], rows), 1
 
 
 def of_gradients(job: Job, layout: Layout, rank: int | None) -> Counter:
@@ -154,7 +156,8 @@ def counts(found: list[Message], over: str = "tensor") -> Counter:
 @lru_cache(maxsize=64)
 def paper_decoder(job: Job, layout: Layout) -> Any:
     """Return a Decoder on paper with one layer, whose collectives are those of each of the job's layers."""
-    group: Any = PaperGroup(Place(0, layout.tensor, layout.blocks or layout.tensor), job.device)
+    group: Any = PaperGroup(Place(0, layout.tensor, layout.blocks or layout.tensor), job.device,
+                            layout.blocks is not None)
     return Decoder(group, of_one_layer(job.config), dtype=job.dtype, seed=None,
                    sequence_parallel=job.sequence_parallel, gather_again=job.gather_again, recompute=job.recompute)
 

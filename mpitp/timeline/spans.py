@@ -138,14 +138,13 @@ class Spans:
         """The spans; a method's is named for its object."""
         spans = []
         for place, start, end, first, second in zip(*(self.calls[field::FIELDS] for field in range(FIELDS))):
-            name, details = place.name, [first] if place.arrays[0] == place.arrays[1] else [first, second]
+            name, details = place.name, details_of(place, first, second)
             if place.is_method:
-                name, details = f"{name_of(first)} {place.name}", [second]
+                name = f"{name_of(first)} {place.name}"
             elif place.track == MPI:
                 name = first if isinstance(first, str) else first.operation
-                details = first if second is None else OfGroup(first, second)
             elif place.track == DEVICE:
-                name, details = first, second
+                name = first
             spans.append(Span(place.track, name, start, end, details))
         return spans
 
@@ -172,6 +171,17 @@ class Spans:
         for ledger, _ in self.ledgers:
             ledger.__class__ = Ledger
             ledger.current = None
+
+
+def details_of(place: Place, first: Any, second: Any) -> Any:
+    """Return the details of a span, out of the two entries that its place keeps of a call."""
+    if place.track == MPI:
+        return first if second is None else OfGroup(first, second)
+    if place.track == DEVICE:
+        return second
+    if place.is_method:
+        return [second]
+    return [first] if place.arrays[0] == place.arrays[1] else [first, second]
 
 
 def timed(function: Callable, spans: Spans, track: str, is_method: bool) -> Callable:
