@@ -12,7 +12,8 @@ from mpitp.comm.ledger import Collective, Ledger
 from mpitp.errors import InputError
 from mpitp.timeline.answer import answer
 from mpitp.timeline.clocks import Clock, Reading, read_clock
-from mpitp.timeline.spans import DEVICE, MPI as IN_MPI, PRODUCTS, PYTHON, TRACKS, Span, Spans, timed, timed_places
+from mpitp.timeline.places import DEVICE, MPI as IN_MPI, PRODUCTS, PYTHON, TRACKS, timed_places
+from mpitp.timeline.spans import Span, Spans, timed
 from mpitp.timeline.timeline import Timeline
 from mpitp.timeline.trace import thread_of
 from mpitp.timeline.waiting import blamed, own_times, waiting_of

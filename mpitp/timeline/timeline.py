@@ -11,7 +11,8 @@ from .answer import answer, table
 from .clocks import Clock, read_clock
 from .device import DeviceClock
 from .picture import draw, require_matplotlib
-from .spans import DEVICE, OfGroup, Span, Spans
+from .places import DEVICE
+from .spans import OfGroup, Span, Spans
 from .trace import write_trace
 from .waiting import waiting_of
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .spans import MPI, TRACKS, Span
+from .places import MPI, TRACKS
+from .spans import Span
 from .waiting import Waiting, collectives_of
 
 FIRST_THREAD = 1_000_000        # beyond the number of any rank, as the thread of a process's number is its first one
