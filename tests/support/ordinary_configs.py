@@ -151,4 +151,9 @@ ORDINARY = {
                    layer_types=["sliding_attention", "full_attention"],
                    rope_scaling=dict(attention_factor=1.2, beta_fast=32.0, beta_slow=1.0, factor=8.0,
                                      original_max_position_embeddings=8192, rope_type="yarn")),
+    "Command R+": dict({**LLAMA, "rms_norm_eps": None}, model_type="cohere", attention_bias=False, layer_norm_eps=1e-5,
+                       logit_scale=0.8333333333333334, tie_word_embeddings=True, use_qk_norm=True),
+    "StableLM 2 12B": dict({**LLAMA, "rms_norm_eps": None}, model_type="stablelm", layer_norm_eps=1e-5,
+                           partial_rotary_factor=0.25, use_qkv_bias=False, qk_layernorm=True,
+                           use_parallel_residual=True, hidden_dropout=0.0, attention_dropout=0.0),
 }
