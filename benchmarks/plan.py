@@ -44,6 +44,8 @@ FFN = ((256, 1), (256, 16), (256, 128), (256, 1024), (512, 1), (512, 128), (512,
 BLOCKS = ((256, 1), (256, 64), (256, 1024), (512, 128), (512, 512), (1024, 1), (1024, 256), (2048, 128), (4096, 16))
 DECODES = ((256, 128), (512, 128), (512, 1024), (1024, 128), (2048, 128))                   # behind so many tokens
 STEPS = ((256, 4, 16, 128), (256, 2, 4, 64), (512, 2, 2, 128), (1024, 1, 1, 128))   # hidden, layers, batch, tokens
+# The second of these again, with less kept.
+MODES = {"block recomputed": dict(recompute="block"), "rows": dict(sequence_parallel=True)}
 LEAST_SECONDS = 0.02        # that a case is repeated for in a round
 MEDIAN, PERCENTILE_90 = 0.10, 0.25
 
@@ -94,11 +96,12 @@ def decode(group, hidden, tokens):
 
 def step(group, hidden, layers, batch, tokens):
     config = llama(hidden, layers, 256)
-    job = Job(config, "train", batch, tokens)
-    trainer = Trainer(group, config, Tokens(None, 256, tokens, 0),
-                      Settings(micro_batch_size=batch, train_iters=1 << 30))
-    yield "training step", trainer.train_step, work(job, Layout(group.size), "step"), \
-        working_bytes(job, Layout(group.size), "step")
+    for name, mode in {"": {}, **(MODES if (hidden, layers, batch, tokens) == STEPS[1] else {})}.items():
+        job = Job(config, "train", batch, tokens, **mode)
+        trainer = Trainer(group, config, Tokens(None, 256, tokens, 0),
+                          Settings(micro_batch_size=batch, train_iters=1 << 30, **mode))
+        yield ", ".join(filter(None, ("training step", name))), trainer.train_step, \
+            work(job, Layout(group.size), "step"), working_bytes(job, Layout(group.size), "step")
 
 
 def cases(group):

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 mpirun -n 2 python benchmarks/timeline.py [--rounds 15] [--out benchmarks/results]
 
 Rows: a training step of a decoder of 4 layers of 512, 256 tokens; and a token of generation of the same decoder. The
-ratio is that of a round with to the round without beside it, the median of all; time of the slowest rank.
+ratio is that of a round with to the round without beside it, the median of all; time of the slowest rank. The ratio of
+processor time is that of a busy machine, where other programs take the rest.
 """
 import argparse
 import json
@@ -33,15 +34,18 @@ def decode(model, kv):
 
 
 def seconds(comm, function):
+    """(seconds, seconds of the processor) of the slowest rank."""
     comm.Barrier()
-    start = time.perf_counter()
+    start, of_processor = time.perf_counter(), time.process_time()
     function()
-    return max(comm.allgather(time.perf_counter() - start))
+    found = comm.allgather((time.perf_counter() - start, time.process_time() - of_processor))
+    return tuple(map(max, zip(*found)))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=("training step", "token"))
     parser.add_argument("--out", metavar="DIR")
     arguments = parser.parse_args()
     launch.keep_freed_memory()                          # as python -m mpitp does
@@ -51,6 +55,8 @@ def main():
         rows = {"training step": lambda: train(model, ids, kept), "token": lambda: decode(model, kv)}
         found = {"cores a rank": launch.cores(), "machine": launch.machine(), "mpi": launch.library_name()}
         for name, function in rows.items():
+            if arguments.only not in (None, name):
+                continue
             function()
             without, recorded, spans = [], [], 0
             for number in range(arguments.rounds):
@@ -62,12 +68,13 @@ def main():
                     else:
                         without.append(seconds(group.comm, function))
             each = STEPS if name == "training step" else TOKENS
-            found[name] = {"seconds": float(np.median(without)) / each, "spans": spans / each,
-                           "ratio": float(np.median(np.array(recorded) / np.array(without)))}
+            ratio, of_processor = np.median(np.array(recorded) / np.array(without), axis=0)
+            found[name] = {"seconds": float(np.median(without, axis=0)[0]) / each, "spans": spans / each,
+                           "ratio": float(ratio), "processor_ratio": float(of_processor)}
             if group.rank == 0:
                 row = found[name]
                 print(f"{name:14} {row['seconds'] * 1e3:8.2f} ms, {row['spans']:.0f} spans: with a timeline "
-                      f"{row['ratio']:.3f} of that", flush=True)
+                      f"{row['ratio']:.3f} of that, {row['processor_ratio']:.3f} of the processor's time", flush=True)
         if group.rank == 0 and arguments.out:
             with open(f"{arguments.out}/timeline-n{group.size}.json", "w") as file:
                 json.dump(found, file, indent=1)

@@ -1,4 +1,5 @@
 """The plan against what runs: what stays to the byte, the peak within 2%, messages as the ledger counts them."""
+import argparse
 import gc
 import json
 import math
@@ -15,7 +16,7 @@ import mpitp
 from decoder_cases import KINDS, NEWER_KINDS, config
 from mpitp.checkpoints import room
 from mpitp.comm import launch
-from mpitp.commands import Parser, bench
+from mpitp.commands import Parser, ask_plan, bench
 from mpitp.commands import plan as plan_command
 from mpitp.commands.bench_calibrate import run_calibration
 from mpitp.errors import InputError
@@ -46,6 +47,15 @@ OF_MEMORY = {
     "side by side": dict(LLAMA, parallel_residual=True, gated=False, qk_norm=True),
 }
 
+MODES = {"rows": dict(sequence_parallel=True), "gathered again": dict(sequence_parallel=True, gather_again=True),
+         "block": dict(recompute="block"), "attention": dict(recompute="attention"),
+         "rows, block": dict(sequence_parallel=True, recompute="block"),
+         "gathered again, attention": dict(sequence_parallel=True, gather_again=True, recompute="attention")}
+OF_MODES = (*(("llama, one kv head", mode) for mode in MODES), ("gemma3", "rows, block"),
+            ("neox with query norm", "rows"), ("neox with query norm", "block"),
+            ("neox with query norm", "gathered again, attention"),
+            ("olmo2, over all heads", "gathered again, attention"))
+
 
 def layout_of(group):
     return Layout(group.size, 1, group.blocks if group.reproducible else None)
@@ -61,14 +71,15 @@ def found(**arrays):
             for name, array in named.items()}
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
-def test_training_keeps_what_the_plan_names(group, kind, tmp_path):
+@pytest.mark.parametrize("kind, mode", [*((kind, "whole") for kind in ALL_KINDS), *OF_MODES])
+def test_training_keeps_and_sends_what_the_plan_names(group, kind, mode, tmp_path):
     (tmp_path / "text").write_bytes(bytes(i * i % 27 for i in range(300)))
     made = Trainer(group, config(kind), Tokens(tmp_path / "text", 27, 7, 0),
-                   Settings(micro_batch_size=2, gradient_accumulation=2, label_smoothing=0.1))
+                   Settings(micro_batch_size=2, gradient_accumulation=2, label_smoothing=0.1, **MODES.get(mode, {})))
     group.ledger.clear()
     made.train_step()
-    plan, layout = Job(config(kind), "train", 2, 7, accumulation=2, label_smoothing=0.1), layout_of(group)
+    plan, layout = Job(config(kind), "train", 2, 7, accumulation=2, label_smoothing=0.1, **MODES.get(mode, {})), \
+        layout_of(group)
     optimizer, attentions = made.optimizer, {block.attention.name: block.attention for block in made.model.blocks}
     expected = found(weights=made.model.weights, exp_avg=optimizer.exp_avg, exp_avg_sq=optimizer.exp_avg_sq,
                      cos={name: a.tables[0] for name, a in attentions.items() if a.rotary},
@@ -85,23 +96,24 @@ def test_training_keeps_what_the_plan_names(group, kind, tmp_path):
     assert len(flats) == len({kind for kind, _ in of_plan if "gradients" in kind})
     of_ranks = tensors.bytes_of_ranks(plan, layout)
     assert everywhere(sum(sizes[group.rank] for sizes in of_ranks.values()) == sum(n for _, n in of_plan.values()))
-    step = messages.messages(plan, layout, "step")
+    step = messages.messages(plan, layout, "step", group.rank)
     assert everywhere(messages.counts(step) == group.ledger.counts())
     if not group.reproducible:                      # where the tree may send more
         assert everywhere(abs(messages.totals(step)[1] - group.ledger.wire_bytes()) <= len(group.ledger.data))
 
 
-@pytest.mark.parametrize("batch, accumulation", [(4, 3), (3, 1), (1, 1)])
-def test_a_grid(world, batch, accumulation, tmp_path):
+@pytest.mark.parametrize("batch, accumulation, mode", [(4, 3, "whole"), (3, 1, "rows, block"), (1, 1, "whole")])
+def test_a_grid(world, batch, accumulation, mode, tmp_path):
     """Each data rank has its part of the global batch; what the data group sums is in its own ledger."""
     (tmp_path / "text").write_bytes(bytes(i * i % 27 for i in range(300)))
     data = 2 if world.size % 2 == 0 else world.size
     with mpitp.Grid(data=data) as grid:
+        options = MODES.get(mode, {})
         made = Trainer(grid, config("llama, one kv head"), Tokens(tmp_path / "text", 27, 7, 0),
-                       Settings(micro_batch_size=batch, gradient_accumulation=accumulation))
+                       Settings(micro_batch_size=batch, gradient_accumulation=accumulation, **options))
         grid.tensor.ledger.clear()
         made.train_step()
-        plan = Job(made.config, "train", batch, 7, accumulation=accumulation)
+        plan = Job(made.config, "train", batch, 7, accumulation=accumulation, **options)
         layout, rank = Layout(grid.tensor.size, data), grid.tensor.rank
         sizes = [piece.stop - piece.start for piece in made.dealing.pieces]
         of_data = grid.data.comm.allgather(sizes)
@@ -152,15 +164,20 @@ def traced_peak(make, run):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("kind", OF_MEMORY)
-def test_the_peak_of_training(world, kind):
+@pytest.mark.parametrize("kind, mode", [*((kind, "whole") for kind in OF_MEMORY), *(("llama", mode) for mode in MODES),
+                                        ("side by side", "gathered again"), ("side by side", "rows, block"),
+                                        ("tied, norms around", "gathered again, attention")])
+def test_the_peak_of_training(world, kind, mode):
     if world.size > 1 and kind not in ("llama", "side by side"):
         pytest.skip("the others say no more on several ranks")
+    if world.size == 1 and mode in MODES and kind == "llama" and "recompute" not in MODES[mode]:
+        pytest.skip("one rank has all rows")
+    options = MODES.get(mode, {})
     with mpitp.TensorParallelGroup() as group:
-        plan = Job(mpitp.DecoderConfig(**OF_MEMORY[kind]), "train", 4, 256)
+        plan = Job(mpitp.DecoderConfig(**OF_MEMORY[kind]), "train", 4, 256, **options)
         tokens = Tokens(None, 256, 256, 0)
         tokens.vocab_size = plan.config.vocab_size
-        peak = traced_peak(lambda: Trainer(group, plan.config, tokens, Settings(micro_batch_size=4)),
+        peak = traced_peak(lambda: Trainer(group, plan.config, tokens, Settings(micro_batch_size=4, **options)),
                            Trainer.train_step)
         said = outcome.memory(plan, layout_of(group))[1][group.rank]
         assert everywhere(abs(said / peak - 1) < 0.02), said / peak
@@ -276,15 +293,50 @@ def test_what_it_refuses(tmp_path):
             (("--machine", tmp_path / "machine.json"), "machine.json: found no device, expected 'cpu' or 'gpu'"),
             (("--machine", tmp_path / "config.json"), "expected a machine file"),
             (("--train", "--decode"), "found --train and --decode"),
+            (("--decode", "--sequence-parallel", "--recompute", "block"), "found --decode with --sequence-parallel, "
+             "--recompute, expected --train"),
+            (("--gather-again",), "found --gather-again without --sequence-parallel, expected both"),
             (("--model", tmp_path, "--hidden-size", 64), "found --model and --hidden-size"),
             (("--config", tmp_path / "lacks.json"), "lacks.json: found no hidden_size, expected it there"),
             (("--config", tmp_path / "gone.json"), "gone.json: found No such file"),
             (("-n", "2,0"), "found -n 2,0"), (("-n", 7, "--data-parallel", 2), "found 7 ranks with --data-parallel 2"),
             (("--dtype", "bfloat16"), "found dtype 'bfloat16'"), (("--batch", 0), "batch = 0"),
-            (("--plot", tmp_path / "no" / "plan.png"), "expected a file in an existing")):
+            (("--plot", tmp_path / "no" / "plan.png"), "expected a file in an existing"),
+            (("--plot", tmp_path / "plan.txt"), "plan.txt, expected a file that ends with .png, .svg, .pdf")):
         with pytest.raises(InputError) as refused:
             run_command(*words)
         assert message in str(refused.value)
+
+
+def test_recomputation_repeats_products_and_rows_take_other_collectives():
+    """Forward's products but the last of each branch that backward needs no more; norms of a rank's rows alone."""
+    plans = {name: Job(mpitp.DecoderConfig(**LLAMA), "train", 1, 64, **mode)
+             for name, mode in {"whole": {}, **MODES}.items()}
+    items = {name: work(of, Layout(2), "step") for name, of in plans.items()}
+
+    def of(name, kind, what):
+        return sum(item.count for item in items[name] if (item.kind, item.what) == (kind, what))
+
+    per_block = {name: (of(name, "product", "forward") - 1) // 2 for name in items}
+    assert per_block == {"whole": 7, "rows": 7, "gathered again": 7, "block": 13, "attention": 10, "rows, block": 13,
+                         "gathered again, attention": 10}
+    assert all(of(name, "product", "dw") == 15 for name in items)
+    assert of("whole", "message", "all_gather") == of("whole", "message", "reduce_scatter") == 0
+    assert of("rows", "message", "all_gather") == of("rows", "message", "reduce_scatter") == 2 * 4 + 2
+    norms = {name: {item.size for item in found if item.what == "rmsnorm forward"} for name, found in items.items()}
+    assert norms["whole"] == {(64 * 256,)} and norms["rows"] == {(32 * 256,)}
+    machine = MACHINES["infiniband"]
+    seconds = {name: outcome.of_ranks(of, machine, Layout(2)).seconds for name, of in plans.items()}
+    assert seconds["rows"] < seconds["whole"] < seconds["attention"] < seconds["block"]
+
+
+def test_ranks_that_are_not_named_are_those_that_the_machine_has(capsys, tmp_path):
+    for words, numbers in ((("--machine", "laptop"), [1, 2, 4, 8]), (("--machine", "h100x2"), [1, 2]),
+                           (("--machine", "infiniband", "--train", "--data-parallel", 4), [4, 8, 16, 32, 64]),
+                           (("--machine", "infiniband", "-n", "3,1"), [1, 3])):
+        run_command(*words, "--hidden-size", 64, "--json", tmp_path / "plan.json")
+        job, *_ = json.loads((tmp_path / "plan.json").read_text())["jobs"]
+        assert [of["ranks"] for of in job["of_ranks"]] == numbers
 
 
 # --- the question before the work ------------------------------------------------------------------------------------
@@ -308,6 +360,19 @@ def test_what_has_no_memory_is_refused_with_the_number_that_has(world, ranks, mo
         monkeypatch.setattr(room, "free_bytes", lambda: 1000)
         with pytest.raises(InputError, match="no number of ranks needs as little"):
             room.require_room(group, "it", plan)
+
+
+def test_training_asks_with_its_modes(world, monkeypatch):
+    """What has room with recomputation and rows has none without."""
+    config = mpitp.DecoderConfig(**OF_MEMORY["llama"])
+    with mpitp.TensorParallelGroup() as group:
+        plan = Job(config, "train", 4, 256, sequence_parallel=True, gather_again=True, recompute="block")
+        monkeypatch.setattr(room, "free_bytes", lambda: sum(outcome.memory(plan, layout_of(group))[1]))
+        arguments = argparse.Namespace(seq_length=256, dtype="float32")
+        modes = dict(sequence_parallel=True, gather_again=True, recompute="block")
+        ask_plan.training(group, arguments, config, Settings(micro_batch_size=4, **modes))
+        with pytest.raises(InputError, match="activations of the"):
+            ask_plan.training(group, arguments, config, Settings(micro_batch_size=4))
 
 
 @pytest.mark.launcher
@@ -341,6 +406,7 @@ def test_a_measured_machine_is_read_as_it_was_written(world, tmp_path):
     write_machine(tmp_path / "machine.json", machine, "float32")
     assert read_machine(tmp_path / "machine.json") == machine
     tables = machine.tables
+    assert set(tables.row_messages) == ({"all_gather", "reduce_scatter"} if world.size > 1 else set())
     for kind in ALL_KINDS:
         for how, phases in outcome.PHASES.items():
             for item in (item for phase in phases
@@ -362,6 +428,7 @@ def test_a_measured_machine_is_read_as_it_was_written(world, tmp_path):
                             ({"tables": {**good["tables"], "reads": [[1, -1.0]]}}, "tables: found reads = "),
                             ({"tables": {**good["tables"], "products": {"forward": [[1, 2, 3, 1.0], [2, 2, 4, 1.0]]}}},
                              "found 2 points of forward, expected 4, a grid's"),
+                            ({"tables": {**good["tables"], "row_messages": {"bcast": []}}}, "found row_messages = "),
                             ({"tables": {**good["tables"], "passes": {"bias": [[1, 1.0]]}}}, "passes: found no add")):
         (tmp_path / "bad.json").write_text(json.dumps({**good, **change}))
         with pytest.raises(InputError) as refused:

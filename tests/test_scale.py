@@ -7,8 +7,13 @@ import sys
 import pytest
 
 from mpitp.commands import parse_or_help
-from mpitp.commands.scale import Point, check_arguments, launcher_words, points_of
+from mpitp.commands.scale import KINDS, Point, check_arguments, launcher_words, points_of
+from mpitp.commands.scale_plan import Predictions
 from mpitp.errors import InputError
+from mpitp.measure.decode import decode_config
+from mpitp.plan import outcome
+from mpitp.plan.job import Job, Layout
+from mpitp.plan.machines import MACHINES
 from spmd import ROOT, job, job_environment, mpirun
 
 
@@ -17,6 +22,14 @@ def report(ranks, tokens, **seconds):
                  share_of_limit=0.9) for case, t in seconds.items()]
     limit = dict(bench="ffn", case="products", median_seconds=1, least_seconds=1, most_seconds=1, share_of_limit=None)
     return dict(ranks=ranks, tokens=tokens, rows=[*rows, limit])
+
+
+def test_limits_are_no_points_and_tokens_are_not_divided():
+    rows = [dict(bench=bench, case=case, median_seconds=1, least_seconds=1, most_seconds=1, share_of_limit=1.0)
+            for bench, case in (("decode", "decode"), ("decode", "matrix-vector products"), ("ffn", "forward"),
+                                ("ffn", "one token forward"), ("matmul", "read"))]
+    found = {kind: [p.case for p in points_of(dict(ranks=1, tokens=8, rows=rows), kind, [])] for kind in KINDS}
+    assert found == {"strong": ["decode", "forward", "one token forward"], "weak": ["forward"]}
 
 
 def test_efficiencies():
@@ -35,13 +48,46 @@ def test_efficiencies():
     (["--ranks", "1,x"], "such as 1,2,4"), (["matmul"], "found bench matmul, expected one of ffn, block, decode"),
     (["--scaling", "sideways"], "strong, weak"), (["decode", "--scaling", "weak"], "one token is not divided"),
     (["--rounds", "0"], "rounds = 0"), (["--limit", "0"], "seconds above 0"), (["--threads", "0"], "threads = 0"),
-    (["--json", "/nowhere/x.json"], "/nowhere/x.json")])
+    (["--json", "/nowhere/x.json"], "/nowhere/x.json"), (["--plot", "x.txt"], "ends with .png, .svg, .pdf")])
 def test_bad_input(options, message, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("PMI_", "OMPI_COMM"))]:
         monkeypatch.delenv(name)
     with pytest.raises(InputError) as found:
         check_arguments(parse_or_help(["scale", *options])[1])
     assert message in str(found.value)
+
+
+def predictions(*words, calibrate=None):
+    return Predictions(parse_or_help(["scale", *words])[1], calibrate)
+
+
+def test_predictions(tmp_path, monkeypatch):
+    """They are plan's for the same work; what no machine is known for is not planned, another kind of it refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    nothing = predictions()
+    assert nothing.seconds("ffn", "forward", 1, 64) is None and "nothing is planned" in nothing.note
+    laptop = predictions("--machine", "laptop", "--hidden-size", "256")
+    seconds = {case: laptop.seconds(*case.split(": "), 2, 64) for case in (
+        "ffn: forward", "ffn: forward+backward", "ffn: one token forward", "block: forward", "block: forward+backward",
+        "decode: decode")}
+    assert 2 < seconds["ffn: forward+backward"] / seconds["ffn: forward"] < 4
+    assert seconds["ffn: one token forward"] < seconds["ffn: forward"] < seconds["block: forward"]
+    job = Job(decode_config(256), "decode", 1, 64, 2)
+    token = outcome.of_ranks(job, MACHINES["laptop"], Layout(2)).phases[1].seconds
+    assert 0.9 * token < seconds["decode: decode"] < token              # which chooses none
+    assert laptop.seconds("ffn", "forward", 1024, 64) is None           # of one host
+    asked = []
+    measured = predictions("--calibrate", calibrate=lambda ranks: asked.append(ranks) or MACHINES["laptop"])
+    assert [measured.seconds("ffn", "forward", ranks, 64) is None for ranks in (1, 2, 2)] == 3 * [False]
+    assert asked == [1, 2]
+    for words, message in ((("--machine", "h100x2"), "found machine 'h100x2', a gpu, with --device cpu"),
+                           (("--machine", "cray-1"), "found machine 'cray-1'"),
+                           (("--machine", "laptop", "--calibrate"), "found --machine and --calibrate"),
+                           (("--calibrate", "--device", "gpu"), "found --calibrate with --device gpu"),
+                           (("--machine", "laptop", "--dtype", "int8"), "found int8 on machine 'laptop'")):
+        with pytest.raises(InputError) as refused:
+            predictions(*words)
+        assert message in str(refused.value)
 
 
 def test_launchers(monkeypatch):
@@ -63,7 +109,7 @@ def study(*arguments):
 
 @pytest.mark.launcher
 def test_a_study(tmp_path):
-    found = study("--launcher", mpirun(1)[0], "ffn", "--json", tmp_path / "scale.json")
+    found = study("--launcher", mpirun(1)[0], "ffn", "--machine", "laptop", "--json", tmp_path / "scale.json")
     assert found.returncode == 0, found.stderr
     written = json.loads((tmp_path / "scale.json").read_text())
     points = [Point(**point) for point in written["points"]]
@@ -73,6 +119,8 @@ def test_a_study(tmp_path):
     assert found.stdout.count("\n  ffn ") == len(points)
     for p in points:
         assert f"{p.efficiency:.0%}" in found.stdout
+        assert p.planned_seconds > 0 and f"{p.planned_seconds / p.median_seconds:.2f}" in found.stdout
+    assert "\nplanned for laptop\n" in found.stdout
 
 
 @pytest.mark.launcher

@@ -55,7 +55,7 @@ def require_room(group: TensorParallelGroup, subject: str, job: Job, tensor: Ten
 
 def needed_for(job: Job) -> str:
     """Return what a job needs memory for, in words."""
-    words = NEEDED_FOR[job.kind] + (["activations"] if job.activations and job.kind != "load" else [])
+    words = NEEDED_FOR[job.kind] + (["activations"] if job.kind != "load" else [])
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 

@@ -61,15 +61,14 @@ def ask(group: TensorParallelGroup, arguments: argparse.Namespace, kind: str, ba
 def training(ranks: Any, arguments: argparse.Namespace, config: DecoderConfig, settings: Settings) -> None:
     """Refuse a training for which there is no memory. Collective.
 
-    Of sequence parallelism and recomputation, which are there to keep less, only what stays is asked for.
-
     ranks : a TensorParallelGroup, or a Grid of them
     """
     world, tensor = getattr(ranks, "world", ranks), getattr(ranks, "tensor", ranks)
     try:
         job = Job(config, "train", settings.micro_batch_size, arguments.seq_length,
                   accumulation=settings.gradient_accumulation, unit=settings.reproducible_unit, dtype=arguments.dtype,
-                  activations=not (settings.sequence_parallel or settings.recompute), device=world.device)
+                  sequence_parallel=settings.sequence_parallel, gather_again=settings.gather_again,
+                  recompute=settings.recompute, device=world.device)
     except InputError:                          # on every rank: what is wrong is refused where it is made
         return
     require_room(world, "the model", job, tensor)

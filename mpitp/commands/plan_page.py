@@ -56,6 +56,9 @@ class JobReport:
     fastest_ranks: int | None
     cheapest_ranks: int | None
     why: str
+    sequence_parallel: bool
+    gather_again: bool
+    recompute: str | None
 
 
 def lines(report: PlanReport, note: str) -> Iterator[str]:
@@ -77,7 +80,10 @@ def of_job(report: PlanReport, job: JobReport) -> Iterator[str]:
     sequences = tables.count(job.batch, "sequence")
     if job.kind == "train":
         micro = f", {job.accumulation} times a step" if job.accumulation > 1 else ""
-        yield f"Training: {sequences} of {job.tokens} tokens{micro}"
+        modes = ", rows of the tokens on each rank" if job.sequence_parallel else ""
+        modes += ", gathered again" if job.gather_again else ""
+        modes += f", {job.recompute} recomputed" if job.recompute else ""
+        yield f"Training: {sequences} of {job.tokens} tokens{micro}{modes}"
     else:
         yield f"Generation: {sequences} of {job.tokens} tokens, and {job.new_tokens} new ones"
     yield "Look at `a host`: where it does not fit, the times are those of a larger host."

@@ -28,7 +28,10 @@ def draw_bench(path: str, reports: Sequence[Report]) -> None:
 
 
 def draw_scaling(path: str, study: dict[str, Any]) -> None:
-    """Draw the points of a scaling study: time against ranks, a panel for each kind, dotted what 100% would be."""
+    """Draw the points of a scaling study: time against ranks, a panel for each kind.
+
+    Dotted is what 100% would be, dashed with hollow marks what the plan says.
+    """
     kinds = list(dict.fromkeys(point["kind"] for point in study["points"]))
     figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 4.6), squeeze=False, layout="constrained")
     for kind, axis in zip(kinds, axes[0]):
@@ -38,10 +41,15 @@ def draw_scaling(path: str, study: dict[str, Any]) -> None:
             line, = axis.loglog(*zip(*points), marker=marker, label=" ".join(name))
             ideal = [points[0][1] * (points[0][0] / ranks if kind == "strong" else 1) for ranks, _ in points]
             axis.loglog([ranks for ranks, _ in points], ideal, ":", color=line.get_color(), linewidth=1)
+            planned = [(p["ranks"], p["planned_seconds"] * 1e3) for p in of_kind
+                       if (p["bench"], p["case"]) == name and p.get("planned_seconds")]
+            if planned:
+                axis.loglog(*zip(*planned), "--", marker=marker, markerfacecolor="none", color=line.get_color(),
+                            linewidth=1)
         ranks = sorted({point["ranks"] for point in of_kind})
         axis.set_xticks(ranks, [str(rank) for rank in ranks])
         axis.minorticks_off()
-        axis.set(xlabel="ranks", ylabel="time (milliseconds)", title=f"{kind} scaling (dotted: 100%)")
+        axis.set(xlabel="ranks", ylabel="time (milliseconds)", title=f"{kind} scaling (dotted: 100%, dashed: the plan)")
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(f"mpitp {study['mpitp']}, {study['mpi']}, {study['machine']}", fontsize=9)

@@ -6,7 +6,9 @@ the words of --launcher or MPITP_LAUNCHER.
     strong   the same work on more ranks: P times as fast would be 100%
     weak     as many tokens a rank on more ranks: 100% would be the same time
 
-What each job runs is `bench ffn block decode` with the options given here.
+What each job runs is `bench ffn block decode` with the options given here. Beside each time stands what `plan` says:
+of the machine at hand where `bench --calibrate` was run on it, of --machine, or, with --calibrate, of each number of
+ranks as it was measured just before.
 """
 import argparse
 import os
@@ -24,8 +26,12 @@ from .. import __version__, tables
 from ..comm.launch import THREAD_VARIABLES, usable_cores
 from ..comm.launch import launcher as started_by
 from ..errors import InputError, require, require_positive
+from ..plan.machine import Machine
+from ..plan.machine_file import read_machine
 from .bench_page import read_report
+from .pictures import require_picture
 from .progress import Progress
+from .scale_plan import Predictions
 
 KINDS = ("strong", "weak")
 BENCHES = ("ffn", "block", "decode")
@@ -39,7 +45,7 @@ class Point:
     """One row of bench on one number of ranks.
 
     efficiency is T1 / (P/P1 TP) in strong scaling, T1 / TP in weak scaling, where T1 is the time of the smallest number
-    of ranks P1.
+    of ranks P1. planned_seconds is what the plan says, None where it knows no such machine.
     """
     kind: str
     bench: str
@@ -50,6 +56,7 @@ class Point:
     least_seconds: float
     most_seconds: float
     efficiency: float
+    planned_seconds: float | None = None
 
 
 @dataclass
@@ -61,6 +68,7 @@ class Study:
     launcher: str
     threads: int
     options: list[str]
+    planned: str
     points: list[Point]
 
 
@@ -80,6 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="how many times each is timed (9)")
     parser.add_argument("--dtype", default="float32", help="float32 (the default), float64; on a GPU 16-bit ones too")
     parser.add_argument("--device", default="cpu", help="cpu (NumPy, the default) or gpu (CuPy)")
+    parser.add_argument("--machine", metavar="FILE|NAME", help="plan the times for this machine, as `plan --machine` "
+                        "does")
+    parser.add_argument("--calibrate", action="store_true", help="calibrate each number of ranks first, for the plan: "
+                        "minutes each")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them (needs matplotlib: pip install 'mpitp[plot]')")
 
@@ -88,17 +100,22 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the study; returns 0."""
     ranks, kinds = check_arguments(arguments)
     words = launcher_words(arguments.launcher)
+    predictions = Predictions(arguments, lambda size: calibrated(words, size, arguments))
     points: list[Point] = []
     report: dict[str, Any] = {}
     with Progress("scale", len(kinds) * len(ranks)) as bar:
         for kind, size in product(kinds, ranks):
             bar.what = f"{kind} scaling, {tables.count(size, 'rank')}"
+            predictions.machine_for(size)
             tokens = arguments.seq_length * (size // ranks[0] if kind == "weak" else 1)
             report = run_job(words, size, tokens, arguments)
             points += points_of(report, kind, points)
+            for point in points:
+                if point.ranks == size and point.kind == kind:
+                    point.planned_seconds = predictions.seconds(point.bench, point.case, size, tokens)
             bar.advance()
     study = Study(__version__, report["machine"], report["mpi"], shlex.join(words), arguments.threads,
-                  options_of(arguments), points)
+                  options_of(arguments), predictions.note, points)
     print("\n".join(lines(study)), flush=True)
     if arguments.json:
         tables.write_json(arguments.json, "mpitp.scale/1", study)
@@ -128,12 +145,9 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[list[int], list[str]
     require_positive(threads=arguments.threads)
     require(arguments.limit > 0, f"--limit {arguments.limit}", "seconds above 0")
     if arguments.plot:
-        try:
-            import matplotlib       # noqa: F401
-        except ImportError:
-            raise InputError("found no matplotlib, expected it for --plot: pip install 'mpitp[plot]'") from None
-    for path in filter(None, (arguments.json, arguments.plot)):
-        tables.require_writable(path)
+        require_picture(arguments.plot)
+    if arguments.json:
+        tables.require_writable(arguments.json)
     return ranks, kinds
 
 
@@ -151,32 +165,47 @@ def options_of(arguments: argparse.Namespace) -> list[str]:
 
 def run_job(words: list[str], ranks: int, tokens: int, arguments: argparse.Namespace) -> dict:
     """Run bench on so many ranks; returns its report. Raises InputError, with what the job said, where it fails."""
+    with tempfile.TemporaryDirectory(prefix="mpitp-scale-") as folder:
+        path = Path(folder, "bench.json")
+        run_bench(words, ranks, arguments, [*(arguments.what or BENCHES), *options_of(arguments),
+                                            f"--seq-length={tokens}", f"--json={path}"], path)
+        return read_report(str(path))
+
+
+def calibrated(words: list[str], ranks: int, arguments: argparse.Namespace) -> Machine:
+    """Return this machine as so many ranks of it were measured. Raises InputError as run_job."""
+    with tempfile.TemporaryDirectory(prefix="mpitp-scale-") as folder:
+        path = Path(folder, "machine.json")
+        run_bench(words, ranks, arguments, [f"--calibrate={path}", f"--dtype={arguments.dtype}"], path)
+        return read_machine(str(path))
+
+
+def run_bench(words: list[str], ranks: int, arguments: argparse.Namespace, options: list[str], path: Path) -> None:
+    """Run bench with these options on so many ranks, which is to write `path`."""
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(OF_A_LAUNCHER) or name.startswith(SETTINGS)}
     environment |= dict.fromkeys(THREAD_VARIABLES, str(arguments.threads))
-    with tempfile.TemporaryDirectory(prefix="mpitp-scale-") as folder:
-        path = Path(folder, "bench.json")
-        command = [*words, "-n", str(ranks), sys.executable, "-m", "mpitp", "bench", *(arguments.what or BENCHES),
-                   *options_of(arguments), f"--seq-length={tokens}", f"--json={path}"]
-        try:
-            done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=arguments.limit)
-        except FileNotFoundError:
-            raise InputError(f"found no {words[0]}, expected a launcher: --launcher WORDS") from None
-        except subprocess.TimeoutExpired:
-            raise InputError(f"found {tables.count(ranks, 'rank')} still at work after {arguments.limit:g} seconds, "
-                             f"expected an end: --limit") from None
-        if done.returncode or not path.exists():
-            said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-            raise InputError(f"{shlex.join(command[:len(words) + 2])}: found exit status {done.returncode}, expected "
-                             f"0; it said: {said}")
-        return read_report(str(path))
+    command = [*words, "-n", str(ranks), sys.executable, "-m", "mpitp", "bench", *options]
+    try:
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=arguments.limit)
+    except FileNotFoundError:
+        raise InputError(f"found no {words[0]}, expected a launcher: --launcher WORDS") from None
+    except subprocess.TimeoutExpired:
+        raise InputError(f"found {tables.count(ranks, 'rank')} still at work after {arguments.limit:g} seconds, "
+                         f"expected an end: --limit") from None
+    if done.returncode or not path.exists():
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+        raise InputError(f"{shlex.join(command[:len(words) + 2])}: found exit status {done.returncode}, expected "
+                         f"0; it said: {said}")
 
 
 def points_of(report: dict, kind: str, before: list[Point]) -> list[Point]:
     """Return the points of one job; `before`, those of smaller numbers of ranks, have what they are measured by."""
     points = []
     for row in report["rows"]:
-        if row["share_of_limit"] is None or kind == "weak" and "token" in row["case"] or row["bench"] not in BENCHES:
+        is_token = row["bench"] == "decode" or "token" in row["case"]
+        if row["share_of_limit"] is None or "products" in row["case"] or row["bench"] not in BENCHES or \
+                is_token and kind == "weak":
             continue                                        # limits are not layers, and one token is not divided
         first = next((point for point in before if (point.kind, point.bench, point.case)
                       == (kind, row["bench"], row["case"])), None)
@@ -192,10 +221,20 @@ def lines(study: Study) -> Iterator[str]:
     yield f"mpitp {study.mpitp}, {study.mpi}, {study.launcher}; {tables.count(study.threads, 'thread')} a rank"
     yield study.machine
     yield f"bench {' '.join(study.options)}"
+    yield study.planned
     yield "Look at `efficiency`: to 100% is missing communication, and what does not shrink with the share."
     for kind in dict.fromkeys(point.kind for point in study.points):
         yield ""
-        yield from tables.table((f"{kind} scaling", "ranks", "tokens", "median", "fastest", "slowest", "efficiency"), [
+        yield from tables.table((f"{kind} scaling", "ranks", "tokens", "median", "fastest", "slowest", "efficiency",
+                                 "planned", "of median"), [
             (f"{point.bench} {point.case}", str(point.ranks), str(point.tokens), tables.seconds(point.median_seconds),
-             tables.seconds(point.least_seconds), tables.seconds(point.most_seconds), f"{point.efficiency:.0%}")
+             tables.seconds(point.least_seconds), tables.seconds(point.most_seconds), f"{point.efficiency:.0%}",
+             *planned(point))
             for point in sorted((p for p in study.points if p.kind == kind), key=lambda p: (p.bench, p.case, p.ranks))])
+
+
+def planned(point: Point) -> tuple[str, str]:
+    """Return the planned time, and how many times the measured one it is."""
+    if point.planned_seconds is None:
+        return "-", "-"
+    return tables.seconds(point.planned_seconds), f"{point.planned_seconds / point.median_seconds:.2f}"

@@ -19,6 +19,7 @@ from ..arrays import Array, compute_dtype
 from ..comm.group import TensorParallelGroup
 from ..comm.launch import machine as machine_here
 from ..comm.ledger import wire_bytes
+from ..comm.rows import Rows
 from ..ops.activation import ACTIVATIONS, activation_backward, activation_forward, add_to, gated_backward, gated_forward
 from ..ops.adamw import adamw_step
 from ..ops.attention import attention_backward, attention_forward
@@ -246,6 +247,19 @@ class Calibration:
             if bytes_sent not in sent:                          # on one rank nothing is sent
                 sent.add(bytes_sent)
                 yield ("messages", "", (bytes_sent,)), partial(self.group.all_reduce, x, out=x)
+        yield from self.messages_of_rows()
+
+    def messages_of_rows(self) -> Iterator[Case]:
+        """Yield the all-gathers and reduce-scatters of sequence parallelism, as many rows on each of several ranks."""
+        ranks, most = self.group.size, self.sizes.most()
+        sizes = {min(size // self.dtype.itemsize, most) for size in self.sizes.messages} if ranks > 1 else set()
+        for elements in sorted(sizes):
+            D = max(1, min(1024, elements // ranks))
+            rows = Rows(self.group, (ranks, max(1, elements // (ranks * D))))
+            x = self.view(0, rows.partition.size, D)
+            sent = (x.size - x.size // ranks) * self.dtype.itemsize
+            yield ("messages", "all_gather", (sent,)), partial(rows.all_gather, x[rows.own])
+            yield ("messages", "reduce_scatter", (sent,)), partial(rows.scatter_array, x, self.dtype)
 
     # --- the machine ---------------------------------------------------------------------------------------------
 
@@ -262,7 +276,7 @@ class Calibration:
             if table == "scores" and what != "token":
                 seconds /= SCORED_HEADS
             tables[table][what][size] = seconds
-        reads, messages = tables["reads"][""], tables["messages"][""]
+        reads, messages = tables["reads"][""], tables["messages"].pop("")
         (small,), (large,), (most,) = min(messages), max(messages), max(reads)
         rate = (large - small) / max(messages[large,] - messages[small,], 1e-9) if large else 1e12
         rows, outs, ins = large_product = self.sizes.rows[-1], self.sizes.sides[-1], self.sizes.sides[-1]
@@ -275,7 +289,7 @@ class Calibration:
             pass_bytes_per_second=3 * elements[-1] * self.dtype.itemsize / tables["passes"]["add"][elements[-1:]],
             python_seconds=tables["passes"]["add"][elements[:1]], inside=Link(messages[small,], rate),
             tables=Tables(dict(tables["products"]), dict(tables["scores"]), dict(tables["passes"]), reads, messages,
-                          python or {}))
+                          python or {}, dict(tables["messages"])))
 
 
 def total_memory() -> int:

@@ -67,7 +67,8 @@ class Tiny:
                          for layers in LAYERS)
             found[f"block {phase}"] = max(0.0, (many - few) / (LAYERS[1] - LAYERS[0]))
             found[phase] = max(0.0, few - LAYERS[0] * found[f"block {phase}"])
-        found |= {"block prefill": found["block window"], "prefill": found["token"], "window": found["token"]}
+        found |= {"block prefill": found["block window"], "block recomputed": found["block window"],
+                  "prefill": found["token"], "window": found["token"]}
         return found
 
     def items_of(self, layers: int, phase: str) -> list[Item]:

@@ -34,10 +34,14 @@ def decode_cases(group: TensorParallelGroup, tokens: int, hidden: int, heads: in
 
     It is of Llama's kind, with 2 layers and a vocabulary of 8,192. A call decodes one token behind `tokens` others.
     """
-    config = DecoderConfig(8192, hidden, 2, heads, normalization="rmsnorm", activation="silu", gated=True,
-                           qkv_bias=False, attention_bias=False, mlp_bias=False, tie_word_embeddings=True)
-    model = Decoder(group, config, dtype=dtype)
+    model = Decoder(group, decode_config(hidden, heads), dtype=dtype)
     return {"decode": Decode(model, tokens).run, "matrix-vector products": matrix_vector_products(model)}, model
+
+
+def decode_config(hidden: int, heads: int = BLOCK_HEADS) -> DecoderConfig:
+    """Return the config of that decoder."""
+    return DecoderConfig(8192, hidden, 2, heads, normalization="rmsnorm", activation="silu", gated=True, qkv_bias=False,
+                         attention_bias=False, mlp_bias=False, tie_word_embeddings=True)
 
 
 def matrix_vector_products(model: Decoder) -> Case:

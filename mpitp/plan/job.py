@@ -9,6 +9,7 @@ from ..errors import one_of, require, require_positive
 from ..sharding.partition import Partition
 
 KINDS = ("train", "decode", "score", "load")
+RECOMPUTED = (None, "block", "attention")
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,18 @@ class Job:
         Of the training loss.
     dtype : str
         Of the weights, and of what is computed.
-    activations : bool
-        Whether what is alive for a time counts; False where a plan does not know it.
     weights : str
         "bfloat16" where matrices stay so in the memory of a CPU.
     device : str
         "cpu" or "gpu", which decides what dtypes there are.
+    sequence_parallel, gather_again, recompute : bool, bool, str or None
+        Of "train": as the Decoder's. Generation works on whole rows, and keeps nothing for backward.
 
     Raises
     ------
     InputError
-        For a number that is not positive, an unknown kind or dtype, more positions than the model has learned.
+        For a number that is not positive, an unknown kind, dtype or recomputation, gather_again without
+        sequence_parallel, more positions than the model has learned.
     """
     config: DecoderConfig
     kind: str
@@ -57,15 +59,19 @@ class Job:
     unit: str = "sequence"
     label_smoothing: float = 0.0
     dtype: str = "float32"
-    activations: bool = True
     weights: str = "float32"
     device: str = "cpu"
+    sequence_parallel: bool = False
+    gather_again: bool = False
+    recompute: str | None = None
 
     def __post_init__(self) -> None:
         one_of("kind of job", self.kind, KINDS)
         require_positive(batch=self.batch, tokens=self.tokens, new_tokens=self.new_tokens,
                          gradient_accumulation=self.accumulation)
         compute_dtype(self.dtype, self.device)
+        require(self.recompute in RECOMPUTED, f"recompute {self.recompute!r}", "'block', 'attention' or None")
+        require(self.sequence_parallel or not self.gather_again, "gather_again without sequence_parallel", "both")
         if self.config.position_embedding == "learned":
             most = self.config.max_position_embeddings or 0
             require(self.positions <= most, f"{self.positions} positions", f"at most {most}, which the model has "
@@ -98,6 +104,13 @@ class Layout:
     def ranks(self) -> int:
         """All ranks of the run."""
         return self.tensor * self.data
+
+
+def own_rows(job: Job, layout: Layout, rows: int) -> list[int]:
+    """Return how many of so many rows (tokens) of a training forward each rank of a tensor group has by itself."""
+    if not (job.kind == "train" and job.sequence_parallel):
+        return [rows] * layout.tensor
+    return list(Partition(rows, layout.tensor, layout.blocks or layout.tensor).lengths)
 
 
 def pieces(job: Job, layout: Layout) -> list[int]:

@@ -84,7 +84,8 @@ class Machine:
             Of all arrays that the phase works on: where they do not fit into a cache, an item's arrays are not there.
         """
         if item.kind == "message":
-            return item.count * self.message_seconds(*item.size)
+            sent_bytes, ranks, sharing = item.size
+            return item.count * self.message_seconds(sent_bytes, ranks, sharing, item.what)
         if self.tables is not None:
             return item.count * self.tables.seconds(item, itemsize, working_bytes)
         return item.count * (self.least_seconds(item, dtype, itemsize) + STARTS[item.kind] * self.python_seconds)
@@ -98,7 +99,7 @@ class Machine:
             return item.size[0] * itemsize * TRAFFIC.get(item.what, OF_ACTIVATIONS) / self.pass_bytes_per_second
         return 0.0
 
-    def message_seconds(self, sent_bytes: int, ranks: int, sharing: int = 1) -> float:
+    def message_seconds(self, sent_bytes: int, ranks: int, sharing: int = 1, operation: str = "all_reduce") -> float:
         """Return the time of one collective in which a rank sends so many bytes.
 
         Parameters
@@ -107,14 +108,16 @@ class Machine:
             Of a rank; how many take part.
         sharing : int
             Ranks of a host whose messages leave it at the same time, each in a collective of its own.
+        operation : str
+            Where it was measured by itself; by rates each takes what its bytes take.
         """
         if ranks == 1:
-            return self.tables.message(0) if self.tables else 0.0
+            return self.tables.message(0, operation) if self.tables else 0.0
         hops = math.ceil(math.log2(ranks))
         if ranks * sharing <= self.ranks_per_host:
             if self.tables is not None:
-                return self.tables.message(sent_bytes) + (hops - math.ceil(math.log2(max(2, self.ranks_per_host)))) * \
-                    self.inside.alpha_seconds
+                more_hops = hops - math.ceil(math.log2(max(2, self.ranks_per_host)))
+                return self.tables.message(sent_bytes, operation) + more_hops * self.inside.alpha_seconds
             return hops * self.inside.alpha_seconds + sent_bytes / self.inside.bytes_per_second
         link, sharing = self.outside, min(sharing, self.ranks_per_host)
         if link is None:
@@ -169,9 +172,12 @@ class Tables:
     reads : dict
         {bytes: seconds of reading them once}.
     messages : dict
-        {bytes that a rank sends: seconds}.
+        Of all-reduces: {bytes that a rank sends: seconds}.
     python : dict
         {layer and phase: seconds beside its items}.
+    row_messages : dict
+        {"all_gather", "reduce_scatter" of rows: as messages}; what is missing takes as long as an all-reduce of as many
+        bytes.
     """
     products: dict[str, dict[tuple[int, ...], float]]
     scores: dict[str, dict[tuple[int, ...], float]]
@@ -179,6 +185,7 @@ class Tables:
     reads: dict[tuple[int, ...], float]
     messages: dict[tuple[int, ...], float]
     python: dict[str, float] = field(default_factory=dict)
+    row_messages: dict[str, dict[tuple[int, ...], float]] = field(default_factory=dict)
 
     def seconds(self, item: Item, itemsize: int, working_bytes: int) -> float:
         """Return the time of one item that is no message.
@@ -210,9 +217,10 @@ class Tables:
         """Return the time of one byte where so many are read again and again."""
         return self.grids["read", ""].seconds((size,)) / size if size else 0.0
 
-    def message(self, sent_bytes: int) -> float:
-        """Return the time of one all-reduce in which a rank sends so many bytes."""
-        return self.grids["message", ""].seconds((sent_bytes,))
+    def message(self, sent_bytes: int, operation: str = "all_reduce") -> float:
+        """Return the time of one collective in which a rank sends so many bytes."""
+        what = operation if ("message", operation) in self.grids else ""
+        return self.grids["message", what].seconds((sent_bytes,))
 
     @cached_property
     def grids(self) -> dict[tuple[str, str], Grid]:
@@ -220,6 +228,7 @@ class Tables:
         found = {("product", what): Grid(points) for what, points in self.products.items()}
         found |= {("scores", what): Grid(points) for what, points in self.scores.items()}
         found |= {("pass", what): Grid(points) for what, points in self.passes.items()}
+        found |= {("message", what): Grid(points) for what, points in self.row_messages.items()}
         return found | {("read", ""): Grid(self.reads), ("message", ""): Grid(self.messages)}
 
 

@@ -14,6 +14,7 @@ from .machine import Link, Machine, Tables
 
 SCHEMA = "mpitp.machine/1"
 AXES = {"products": 3, "scores": 2, "passes": 1}            # sizes in front of the seconds of a point
+ROW_MESSAGES = "all_gather", "reduce_scatter"
 MOST_BYTES = 1 << 24
 
 
@@ -43,7 +44,8 @@ def write_machine(path: str, machine: Machine, dtype: str) -> None:
     found["tables"] = {
         **{kind: {what: as_rows(points) for what, points in getattr(machine.tables, kind).items()} for kind in AXES},
         "reads": as_rows(machine.tables.reads), "messages": as_rows(machine.tables.messages),
-        "python": machine.tables.python}
+        "python": machine.tables.python,
+        "row_messages": {what: as_rows(points) for what, points in machine.tables.row_messages.items()}}
     tables.write_json(path, SCHEMA, found)
 
 
@@ -116,8 +118,13 @@ class Getter:
                 Getter(f"{inner.path}: {what}", found[what]).one(operation, bool, "a list of points")
         python = inner.one("python", lambda value: isinstance(value, dict) and all(
             isinstance(seconds, (int, float)) and isfinite(seconds) for seconds in value.values()), "seconds by layer")
+        by_rows: dict[str, Any] = {}
+        if "row_messages" in inner.values:                      # which older files lack
+            of_rows = Getter(f"{inner.path}: row_messages", inner.one("row_messages", lambda value: isinstance(
+                value, dict) and set(value) <= set(ROW_MESSAGES), f"an object of {' and '.join(ROW_MESSAGES)}"))
+            by_rows = {what: of_rows.points(what, 1) for what in of_rows.values}
         return Tables(found["products"], found["scores"], found["passes"], inner.points("reads", 1),
-                      inner.points("messages", 1), python)
+                      inner.points("messages", 1), python, by_rows)
 
     def points(self, key: str, axes: int) -> dict[tuple[int, ...], float]:
         """Return points of so many sizes and a time each, which fill a grid."""

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 from ..arrays import compute_dtype, sum_dtype
 from ..comm.ledger import Collective, wire_bytes
 from ..config import DecoderConfig
+from ..layers.closed_forms import Ways, block_collectives, norm_collectives
 from ..layers.decoder import Decoder
 from ..layers.loss import cross_entropy_collectives
 from ..sharding.parameters import Place
-from .job import Job, Layout, pieces
+from .job import Job, Layout, own_rows, pieces
 from .paper import PaperGroup
 from .tensors import bytes_of_ranks
 
@@ -63,16 +64,20 @@ def messages(job: Job, layout: Layout, phase: str, rank: int | None = None) -> l
     sequences = pieces(job, layout) if phase == "step" else [1]
     for batch, times in Counter(sequences).items():
         rows = batch * job.tokens if phase == "step" else whole
-        for where, layer, count in (("embedding", model.embedding, 1),
-                                    ("layers.*", model.blocks[0], job.config.num_layers), ("head", model.head, 1)):
-            forward, backward = layer.collectives(rows)
-            found += of_one.messages(where, "forward", forward, count * times)
+        lengths = own_rows(job, layout, rows)
+        by_rows = replace(of_one, own=max(lengths) if rank is None else lengths[rank], rows=rows)
+        for where, forward, backward, count in of_layers(job, model, rows):
+            found += by_rows.messages(where, "forward", forward, count * times)
             if phase == "step":
-                found += of_one.messages(where, "backward", backward, count * times)
+                found += by_rows.messages(where, "backward", backward, count * times)
         if phase in ("step", "window"):
             loss = cross_entropy_collectives(rows, job.label_smoothing, job.dtype)
             found += of_one.messages("loss", "forward", loss, times)
     if phase == "step":
+        if job.sequence_parallel:               # once for all forwards
+            norms = [norm for norm in (model.embedding_norm, model.final_norm) if norm]
+            layers = [*job.config.num_layers * [model.blocks[0]], *norms]
+            found += of_one.messages("norms", "backward", norm_collectives(layers, len(sequences)), 1)
         found += of_one.messages("gradient norm", "backward", Counter({Collective("all_reduce", 1, "float64"): 1}), 1)
         if layout.data > 1:
             found += Group("data", layout.data).messages("gradients", "backward", of_gradients(job, layout, rank), 1)
@@ -80,6 +85,20 @@ def messages(job: Job, layout: Layout, phase: str, rank: int | None = None) -> l
         greatest = Counter({Collective("all_gather", layout.tensor * job.batch * 2, "float64"): 1})
         found += of_one.messages("choice", "forward", greatest, 1)
     return found
+
+
+def of_layers(job: Job, model: Any, rows: int) -> Iterator[tuple[str, Counter, Counter, int]]:
+    """Yield (where, forward's collectives, backward's, how many such layers there are) of a forward of so many rows."""
+    block, layers = model.blocks[0], job.config.num_layers
+    if not job.sequence_parallel:
+        for where, layer, count in (("embedding", model.embedding, 1), ("layers.*", block, layers),
+                                    ("head", model.head, 1)):
+            yield where, *layer.collectives(rows), count
+        return
+    ways = Ways(rows * job.config.hidden_size, block.dtype.name, True)
+    yield "embedding", ways.summed(), ways.to_all(), 1
+    yield "layers.*", *block_collectives(block, rows, job.gather_again, with_norms=False), layers
+    yield "head", ways.to_all(), ways.summed() + (ways.to_all() if job.gather_again else Counter()), 1
 
 
 def of_gradients(job: Job, layout: Layout, rank: int | None) -> Counter:
@@ -95,9 +114,14 @@ def of_gradients(job: Job, layout: Layout, rank: int | None) -> Counter:
 
 @dataclass(frozen=True)
 class Group:
-    """A Group is the ranks that take part in a collective: the "tensor" group of a rank, or its "data" group."""
+    """A Group is the ranks that take part in a collective: the "tensor" group of a rank, or its "data" group.
+
+    own, rows : of a rank in sequence parallelism, its rows and all of them, which it sends the others
+    """
     over: str
     ranks: int
+    own: int = 0
+    rows: int = 0
 
     def messages(self, where: str, direction: str, counts: Mapping[Collective, int], times: int) -> list[Message]:
         """Return the Messages of a Counter of collectives that happens so many times."""
@@ -106,6 +130,10 @@ class Group:
             kind = compute_dtype(dtype, "gpu")
             itemsize = sum_dtype(kind).itemsize if operation == "all_reduce" and self.ranks > 1 else kind.itemsize
             sent = wire_bytes(operation, elements, itemsize, self.ranks)
+            if self.rows and operation == "all_gather":         # its rows to each other rank
+                sent = (self.ranks - 1) * elements // self.rows * self.own * itemsize
+            elif self.rows and operation == "reduce_scatter":   # of its partial result the rows of the others
+                sent = elements // self.rows * (self.rows - self.own) * sum_dtype(kind).itemsize
             found.append(Message(where, direction, operation, elements, dtype, calls * times, sent * calls * times,
                                  self.over, self.ranks))
         return found
@@ -128,8 +156,10 @@ def counts(found: list[Message], over: str = "tensor") -> Counter:
 @lru_cache(maxsize=64)
 def paper_decoder(job: Job, layout: Layout) -> Any:
     """Return a Decoder on paper with one layer, whose collectives are those of each of the job's layers."""
-    group: Any = PaperGroup(Place(0, layout.tensor, layout.blocks or layout.tensor), job.device)
-    return Decoder(group, of_one_layer(job.config), dtype=job.dtype, seed=None)
+    group: Any = PaperGroup(Place(0, layout.tensor, layout.blocks or layout.tensor), job.device,
+                            layout.blocks is not None)
+    return Decoder(group, of_one_layer(job.config), dtype=job.dtype, seed=None,
+                   sequence_parallel=job.sequence_parallel, gather_again=job.gather_again, recompute=job.recompute)
 
 
 def of_one_layer(config: DecoderConfig) -> DecoderConfig:

@@ -14,7 +14,7 @@ from .machine import PARTS, Machine
 from .messages import Message, messages
 from .tensors import Tensor, bytes_of_ranks, persistent, specs_of
 from .transient import peaks
-from .work import work, working_bytes
+from .work import Item, work, working_bytes
 
 MOST_RANKS = 1 << 14
 PHASES = {"train": ("step",), "decode": ("prefill", "token"), "score": ("window",)}
@@ -118,22 +118,32 @@ def fullest_host(of_ranks: Sequence[int], layout: Layout, on_host: int) -> int:
 
 def phase_of(job: Job, machine: Machine, layout: Layout, name: str, rank: int) -> Phase:
     """Return the time of one phase."""
-    itemsize = compute_dtype(job.dtype, job.device).itemsize
-    working, seconds_of = working_bytes(job, layout, name, rank), dict.fromkeys(PARTS, 0.0)
-    started = 0.0
-    for item in work(job, layout, name, rank):
-        seconds = machine.seconds(item, job.dtype, itemsize, working)
-        if machine.device == "gpu" and item.kind != "message":
-            on_device = item.count * machine.least_seconds(item, job.dtype, itemsize)
-            started += seconds - on_device
-            seconds = on_device
-        seconds_of[machine.part(item, job.dtype, itemsize)] += seconds
-    if machine.device == "gpu":                                     # which computes while Python starts the next one,
-        started *= name != "token"                                  # and a token is one recorded graph
-        seconds_of["python"] = max(0.0, started - seconds_of["products"] - seconds_of["memory"])
+    seconds_of = parts_of_time(machine, work(job, layout, name, rank), job.dtype,
+                               compute_dtype(job.dtype, job.device).itemsize, working_bytes(job, layout, name, rank),
+                               name == "token")
     sent = messages(job, layout, name)
     return Phase(name, sum(seconds_of.values()), seconds_of, sum(m.calls for m in sent),
                  sum(m.sent_bytes for m in sent))
+
+
+def parts_of_time(machine: Machine, items: Sequence[Item], dtype: str, itemsize: int, working_bytes: int,
+                  is_token: bool) -> dict[str, float]:
+    """Return {part: seconds} of some work.
+
+    A GPU computes while Python starts the next operation; there a token is one recorded graph.
+    """
+    seconds_of, started = dict.fromkeys(PARTS, 0.0), 0.0
+    for item in items:
+        seconds = machine.seconds(item, dtype, itemsize, working_bytes)
+        if machine.device == "gpu" and item.kind != "message":
+            on_device = item.count * machine.least_seconds(item, dtype, itemsize)
+            started += seconds - on_device
+            seconds = on_device
+        seconds_of[machine.part(item, dtype, itemsize)] += seconds
+    if machine.device == "gpu":
+        started *= not is_token
+        seconds_of["python"] = max(0.0, started - seconds_of["products"] - seconds_of["memory"])
+    return seconds_of
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------------
@@ -171,7 +181,6 @@ def why(found: Sequence[OfRanks]) -> str:
     last = before_it[-1]
     return f"The largest number is the fastest: {share}, and {best.ranks / last.ranks:.3g} times as many ranks as " \
            f"{last.ranks} make a {noun} {last.seconds / best.seconds:.3g} times as fast."
-
 
 
 def smallest_that_fits(job: Job, memory_bytes: int, ranks_per_host: int, layout: Layout) -> int | None:

@@ -34,10 +34,12 @@ class PaperGroup:
         The rank, the ranks and the blocks.
     device : str
         "cpu" or "gpu", which decides what dtypes there are.
+    reproducible : bool
+        Whether sums are trees over blocks.
     """
 
-    def __init__(self, place: Place, device: str = "cpu"):
-        self.place, self.device = place, device
+    def __init__(self, place: Place, device: str = "cpu", reproducible: bool = False):
+        self.place, self.device, self.reproducible = place, device, reproducible
         self.rank, self.size, self.blocks = place
         self.xp = PaperArrays()
         self.summed_dtypes = COMPUTE_DTYPES if device == "cpu" else GPU_DTYPES

@@ -3,8 +3,9 @@
 Counted as the arrays of layers/ and ops/ live and die on a CPU. What a norm, an activation or a softmax makes in
 pieces that stay in cache counts as one constant.
 
-Dimension key: N rows (tokens) of a forward, D hidden; of this rank: Q features of its query heads and U of the
-key/value heads that they need, H and G those heads, F feed-forward features, V columns of the vocabulary.
+Dimension key: N rows (tokens) of a forward, n those of this rank, which are all but in sequence parallelism, D hidden;
+of this rank: Q features of its query heads and U of the key/value heads that they need, H and G those heads, F
+feed-forward features, V columns of the vocabulary.
 """
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from ..arrays import compute_dtype
 from ..config import DecoderConfig
 from ..sharding.decoder_specs import block_specs
 from ..sharding.specs import column_parallel_specs
-from .job import Job, Layout, pieces
+from .job import Job, Layout, own_rows, pieces
 from .tensors import held_lengths
 
 PIECES = 3 << 16            # numbers of a norm's pieces
@@ -48,69 +49,126 @@ def sizes(config: DecoderConfig, layout: Layout) -> list[Sizes]:
 
 def peaks(job: Job, layout: Layout) -> list[int]:
     """Return the bytes that each rank of a tensor group needs at most beside what stays."""
-    of_ranks = sizes(job.config, layout)
     batch = max(pieces(job, layout))
-    found = {s: peak(job, s, batch) for s in set(of_ranks)}
-    return [found[s] for s in of_ranks]
+    of_ranks = list(zip(sizes(job.config, layout), own_rows(job, layout, batch * job.tokens)))
+    found = {of: peak(job, *of, batch) for of in set(of_ranks)}
+    return [found[of] for of in of_ranks]
 
 
-def peak(job: Job, s: Sizes, batch: int) -> int:
+def peak(job: Job, s: Sizes, own: int, batch: int) -> int:
     """Return the bytes that a rank of these sizes needs at most beside what stays, with so many sequences at once."""
     size = compute_dtype(job.dtype, job.device).itemsize
-    if job.kind == "load" or not job.activations:
+    if job.kind == "load":
         return 0
     job = replace(job, batch=batch)
-    numbers = kept_by_forward(job, s) + most_of_backward(job, s) if job.kind == "train" else most_of_forward(job, s)
-    return numbers * size
+    if job.kind != "train":
+        return most_of_forward(job, s) * size
+    return (kept_by_forward(job, s, own) + most_of_backward(job, s, own)) * size
 
 
 # --- training: everything that forward keeps, and the largest moment of backward ------------------------------------
 
-def kept_by_forward(job: Job, s: Sizes) -> int:
+def kept_by_forward(job: Job, s: Sizes, n: int) -> int:
     """Return the numbers that the loss and all layers keep until backward has come to its end."""
-    config, N, norm = job.config, job.batch * job.tokens, 2 * s.D + 1             # xhat and y, rstd
-    at_ends = norm * (config.final_norm + config.embedding_norm)
-    at_ends += 0 if config.final_norm else s.D                      # the head's x
-    at_ends += s.D * bool(config.hidden_dropout)                    # the embedding's scales
+    config, N = job.config, job.batch * job.tokens
+    at_ends = n * (s.D + 1) * (config.final_norm + config.embedding_norm)           # xhat and rstd
+    at_ends += n * s.D * (config.embedding_norm + bool(config.hidden_dropout))      # and y; the embedding's scales
+    at_ends += kept_inputs(job, n) * s.D                                            # the head's x
     ids_and_loss = 10 * 8 // compute_dtype(job.dtype, job.device).itemsize
-    return N * (config.num_layers * kept_by_block(config, s) + at_ends + 2 * s.V + ids_and_loss)
+    of_block = n * s.D if job.recompute == "block" else kept_by_block(job, s, n, kept_inputs(job, n))
+    return config.num_layers * of_block + at_ends + N * (2 * s.V + ids_and_loss)
 
 
-def kept_by_block(config: DecoderConfig, s: Sizes) -> int:
-    """Return the numbers that one block keeps of a row."""
+def kept_inputs(job: Job, n: int) -> int:
+    """Return the rows of a product's input that are kept: those of all ranks, unless they are gathered again."""
+    return n if job.gather_again else job.batch * job.tokens
+
+
+def kept_by_block(job: Job, s: Sizes, n: int, inputs: int) -> int:
+    """Return the numbers that one block keeps, and of the inputs of its products so many rows."""
+    config, N, D = job.config, job.batch * job.tokens, s.D
     branches = 1 if config.shared_norm else 2
-    kept = branches * (2 * s.D + 1)                                 # of a norm xhat and rstd; of a branch its x
-    if config.norm_placement == "both":
-        kept += branches * (s.D + 1)
-    kept += 2 * s.Q + 2 * s.U + s.H                                 # queries, heads' outputs, keys, values, log-sums
-    if config.qk_norm:
-        kept += s.Q + s.U + (2 if config.qk_norm_over_heads else s.H + s.G)
-    kept += (4 if config.gated else 2) * s.F                        # activation and slope; of a gate its factors, too
+    kept = branches * n * (D + 1) * (2 if config.norm_placement == "both" else 1)   # of a norm xhat and rstd
+    if job.recompute == "attention" and not config.parallel_residual:
+        kept += (n + inputs) * D
+    else:
+        kept += branches * inputs * D
+    kept += kept_by_heads(job, s) if job.recompute != "attention" else 0
+    kept += N * (4 if config.gated else 2) * s.F            # activation and slope; of a gate its factors, too
     if config.hidden_dropout:
-        kept += (1 if config.parallel_residual else 2) * s.D
+        kept += (1 if config.parallel_residual else 2) * n * D
     return kept
 
 
-def most_of_backward(job: Job, s: Sizes) -> int:
+def kept_by_heads(job: Job, s: Sizes) -> int:
+    """Return the numbers that attention keeps beside its input: queries, heads' outputs, keys, values, log-sums."""
+    config, kept = job.config, 2 * s.Q + 2 * s.U + s.H
+    if config.qk_norm:
+        kept += s.Q + s.U + (2 if config.qk_norm_over_heads else s.H + s.G)
+    return job.batch * job.tokens * kept
+
+
+def kept_again(job: Job, s: Sizes, n: int) -> int:
+    """Return the numbers that a recomputation makes, which live as long as one block's backward."""
+    N = job.batch * job.tokens
+    if job.recompute == "block":
+        return kept_by_block(replace(job, recompute=None), s, n, N)
+    if job.recompute != "attention":
+        return 0
+    if job.config.parallel_residual:
+        gathered = (1 if job.config.shared_norm else 2) * job.gather_again
+    else:
+        gathered = int(job.sequence_parallel)
+    return kept_by_heads(job, s) + gathered * N * s.D
+
+
+def most_of_backward(job: Job, s: Sizes, n: int) -> int:
     """Return the numbers that are alive beside that at the largest moment of backward."""
-    N, D, config = job.batch * job.tokens, s.D, job.config
+    N, D, config, rows = job.batch * job.tokens, s.D, job.config, job.sequence_parallel
     # dy behind the branch's norm, and times what the branch is multiplied by.
     scaled = D * bool(config.norm_placement != "before" or config.hidden_dropout or config.residual_multiplier != 1)
-    mlp = 2 * s.F + 2 * D if config.gated else s.F + D
-    scores = N * (2 * s.Q + 2 * s.U) + numbers_of_scores(job, s)
-    new = bool(config.qk_norm or config.position_embedding == "rotary")     # dq and dk before norm or rotary
-    of_heads, of_units = (1 + new) * s.Q, (2 + new) * s.U
-    if config.parallel_residual:
-        both = 1 if config.shared_norm else 2
-        block = max(N * (D + scaled) + scores,
-                    N * (D + scaled + of_units + s.Q + both * D + max(new * s.Q + 2 * D, D + mlp)),
-                    N * (D + of_units + s.Q + both * D + 2 * D) + PIECES)
-    else:
-        block = max(N * (D + scaled + mlp), N * (2 * D + scaled) + scores,
-                    N * (2 * D + scaled + of_heads + of_units + 2 * D))
-    norm = N * (4 * D + scaled) + PIECES
-    tied = N * 2 * D + s.V * D if config.tie_word_embeddings else 0
-    return max(block, norm, tied)
+    norm = n * (4 * D + scaled + rows * D) + PIECES
+    tied = (N + n) * D + s.V * D if config.tie_word_embeddings else 0
+    block = most_of_parallel_block if config.parallel_residual else most_of_block
+    return max(kept_again(job, s, n) + block(job, s, n, scaled), norm, tied)
+
+
+def most_of_block(job: Job, s: Sizes, n: int, scaled: int) -> int:
+    """Return the numbers that are alive at the largest moment of the backward of branches one after the other."""
+    N, D = job.batch * job.tokens, s.D
+    gathered = N * D * job.sequence_parallel                                    # dy of all ranks
+    again = N * D * (job.gather_again and job.recompute != "block")             # a product's input
+    of_heads, of_units = projected(job.config, s)
+    attention = n * (2 * D + scaled) + gathered + again * (job.recompute != "attention")
+    return max(n * (D + scaled) + gathered + again + N * most_of_mlp(job.config, s),
+               attention + N * (2 * s.Q + 2 * s.U) + numbers_of_scores(job, s),
+               attention + N * (of_heads + of_units + 2 * D))
+
+
+def most_of_parallel_block(job: Job, s: Sizes, n: int, scaled: int) -> int:
+    """Return the numbers that are alive at the largest moment of the backward of branches side by side."""
+    N, D, rows = job.batch * job.tokens, s.D, job.sequence_parallel
+    both = 1 if job.config.shared_norm else 2                       # gradients of the branches' inputs
+    gathered = N * D * rows + N * D * both * (job.gather_again and job.recompute is None)
+    of_heads, of_units = projected(job.config, s)
+    d_scores = N * (of_units + s.Q)
+    sent = 2 * both * N * D * (rows and both > 1)                   # each rank's rows of both, put together
+    return max(n * (D + scaled) + gathered + N * (2 * s.Q + 2 * s.U) + numbers_of_scores(job, s),
+               n * (D + scaled) + gathered + d_scores + N * (both * D + max(of_heads - s.Q + 2 * D,
+                                                                            D + most_of_mlp(job.config, s))),
+               n * (D + scaled) + gathered + d_scores + N * both * D + sent + n * both * D * rows,
+               n * (D + 2 * D + rows * (both + 1) * D) + gathered + d_scores + N * both * D + PIECES)
+
+
+def most_of_mlp(config: DecoderConfig, s: Sizes) -> int:
+    """Return the numbers of a row at the largest moment of the feed-forward block's backward."""
+    return 2 * s.F + 2 * s.D if config.gated else s.F + s.D
+
+
+def projected(config: DecoderConfig, s: Sizes) -> tuple[int, int]:
+    """Return the numbers of a row of dq, and of dk and dv: those of queries and keys before norm or rotary are new."""
+    new = bool(config.qk_norm or config.position_embedding == "rotary")
+    return (1 + new) * s.Q, (2 + new) * s.U
 
 
 def numbers_of_scores(job: Job, s: Sizes) -> int:

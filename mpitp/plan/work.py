@@ -1,5 +1,8 @@
 """What a rank does in one step, prefill or token: products, passes over memory, messages, and Python around them.
 
+In sequence parallelism norms and residuals work on this rank's n rows, products on all N; a recomputation repeats a
+block's forward but for its last product.
+
 Dimension key: as in transient.py.
 """
 from __future__ import annotations
@@ -9,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ..arrays import compute_dtype
 from ..config import DecoderConfig
-from .job import Job, Layout, pieces
+from .job import Job, Layout, own_rows, pieces
 from .messages import messages
 from .tensors import is_matrix, local_elements, specs_of
 from .transient import Sizes, peaks, sizes
@@ -51,7 +54,8 @@ def work(job: Job, layout: Layout, phase: str, rank: int = 0) -> list[Item]:
     if phase == "step":
         found, sequences = [], pieces(job, layout)
         for batch, count in Counter(sequences).items():
-            found += times(training_forward_backward(job, s, batch * job.tokens), count)
+            N = batch * job.tokens
+            found += times(training_forward_backward(job, s, N, own_rows(job, layout, N)[rank]), count)
         parameters = sum(local_elements(spec, layout)[rank] for spec in specs_of(job.config).values())
         found += [Item("pass", "add", (parameters,), len(sequences) - 1)]
         count = len(specs_of(job.config))
@@ -71,15 +75,15 @@ def work(job: Job, layout: Layout, phase: str, rank: int = 0) -> list[Item]:
     return [item for item in found if item.count]
 
 
-def training_forward_backward(job: Job, s: Sizes, N: int) -> list[Item]:
-    """Return forward, loss and backward of N tokens, without messages."""
+def training_forward_backward(job: Job, s: Sizes, N: int, n: int) -> list[Item]:
+    """Return forward, loss and backward of N tokens, n of them this rank's rows, without messages."""
     config = job.config
     found = [Item("pass", "embedding", (N * s.D,)), Item("pass", "embedding backward", (N * s.D,)),
              Item("pass", "zero", (s.V * s.D,))]
-    found += times(block_forward(config, s, N, job.tokens, "step") + block_backward(config, s, N, job.tokens),
-                   config.num_layers)
+    block = block_forward(config, s, N, job.tokens, "step", n) + block_backward(config, s, N, job.tokens, n)
+    found += times(block + recomputation(job, s, N, n), config.num_layers)
     if config.final_norm:
-        found += norm(config, N * s.D, "forward") + norm(config, N * s.D, "backward")
+        found += norm(config, n * s.D, "forward") + norm(config, n * s.D, "backward")
     found += [Item("product", what, (N, s.V, s.D)) for what in ("forward", "dx", "dw")]
     found += [Item("pass", "loss", (N * s.V,)), Item("pass", "loss backward", (N * s.V,))]
     if config.tie_word_embeddings:
@@ -87,23 +91,50 @@ def training_forward_backward(job: Job, s: Sizes, N: int) -> list[Item]:
     return found
 
 
+def recomputation(job: Job, s: Sizes, N: int, n: int) -> list[Item]:
+    """Return what backward computes again of one block, whose last product it leaves out."""
+    config, python = job.config, [Item("python", "block recomputed", ())]
+    if job.recompute == "attention":
+        again = attention_forward(config, s, N, job.tokens, "step")
+        return without(again, Item("product", "forward", (N, s.D, s.Q))) + python
+    if job.recompute == "block":
+        again = [item for item in block_forward(config, s, N, job.tokens, "step", n) if item.kind != "python"]
+        if config.parallel_residual:
+            again = without(again, Item("product", "forward", (N, s.D, s.Q)))
+        if config.parallel_residual or config.norm_placement == "before":       # a norm behind it needs the product
+            again = without(again, Item("product", "forward", (N, s.D, s.F)))
+        return again + python
+    return []
+
+
+def without(items: list[Item], one: Item) -> list[Item]:
+    """Return the items without one of them."""
+    at = items.index(one)
+    return items[:at] + items[at + 1:]
+
+
 # --- a block -------------------------------------------------------------------------------------------------------
 
-def block_forward(config: DecoderConfig, s: Sizes, N: int, keys: int, phase: str) -> list[Item]:
-    """Return one block's forward of N tokens, which see up to `keys` keys; in a "step" it keeps what backward needs."""
-    found = norm(config, N * s.D, "forward") * norms(config)
+def block_forward(config: DecoderConfig, s: Sizes, N: int, keys: int, phase: str, n: int | None = None) -> list[Item]:
+    """Return one block's forward of N tokens, which see up to `keys` keys; in a "step" it keeps what backward needs.
+
+    n : this rank's rows; None for all
+    """
+    own = (N if n is None else n) * s.D
+    found = norm(config, own, "forward") * norms(config)
     found += attention_forward(config, s, N, keys, phase)
     found += mlp_forward(config.activation, config.gated, config.mlp_bias, s, N, phase == "step")
-    found += [Item("pass", "add", (N * s.D,), 2), Item("python", f"block {phase}", ())]
+    found += [Item("pass", "add", (own,), 2), Item("python", f"block {phase}", ())]
     return found
 
 
-def block_backward(config: DecoderConfig, s: Sizes, N: int, keys: int) -> list[Item]:
-    """Return one block's backward."""
-    found = norm(config, N * s.D, "backward") * norms(config)
+def block_backward(config: DecoderConfig, s: Sizes, N: int, keys: int, n: int | None = None) -> list[Item]:
+    """Return one block's backward; n as block_forward's."""
+    own = (N if n is None else n) * s.D
+    found = norm(config, own, "backward") * norms(config)
     found += attention_backward(config, s, N, keys)
     found += mlp_backward(config.gated, config.mlp_bias, s, N)
-    found += [Item("pass", "add", (N * s.D,), 2)]
+    found += [Item("pass", "add", (own,), 2)]
     return found
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import tables
-from .spans import MPI, PRODUCTS, Span
+from .places import MPI, PRODUCTS
+from .spans import Span
 from .waiting import Waiting, blamed
 
 LEAST = 0.01            # of the time: less waiting than that has no culprit

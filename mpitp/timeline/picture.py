@@ -3,7 +3,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
-from .spans import MPI, PRODUCTS, PYTHON, Span
+from .places import MPI, PRODUCTS, PYTHON
+from .spans import Span
 from .waiting import Waiting, collectives_of
 
 COLORS = {PYTHON: "#9ecae1", PRODUCTS: "#3182bd", "transfer": "#e6550d", "waiting": "#fdd0a2"}

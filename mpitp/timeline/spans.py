@@ -5,34 +5,21 @@ and of each operation that layers import, and a timed ledger in the place of the
 """
 import importlib
 import pkgutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from threading import get_ident
-from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from .. import layers
+from ..arrays import Array
 from ..comm.ledger import Ledger
-from ..layers.base import ParallelLayer
+from .places import DEVICE, MPI, WORKERS, timed_places
 
 now = time.perf_counter_ns
-HOME = __name__.partition(".")[0]
-PYTHON, PRODUCTS, MPI, WORKERS, DEVICE = "Python", "BLAS products", "MPI", "workers", "GPU"
-TRACKS = (PYTHON, PRODUCTS, MPI, WORKERS, DEVICE)
 MOST = 1_000_000                # spans of a rank; later ones are left out, and the answer says so
-# Operations that are matrix products, or hold those of attention.
-IS_PRODUCT = ("linear_forward", "two_linears_forward", "linear_backward", "linear_weight_backward", "product",
-              "attention_forward", "attention_backward", "last_query_forward")
-LAYER_METHODS = ("forward", "backward", "extend", "loss", "loss_backward")
-# Other functions that are named in a timeline where their module is in use: module, class or "", name.
-OTHERS = (("training.loop", "Trainer", "train_step"), ("training.loop", "Trainer", "validate"),
-          ("training.loop", "Trainer", "save"), ("training.optimizer", "AdamW", "step"),
-          ("training.optimizer", "", "gradient_norm"), ("inference.generation", "Choice", "__call__"),
-          ("inference.graph", "Captured", "__call__"))
-# Where operations are called from; those that operations call are part of them.
-CALLERS = (f"{HOME}.layers.", f"{HOME}.training.", f"{HOME}.inference.")
+FIELDS = 5                      # entries of Spans.calls that each takes
 
 
 class Span(NamedTuple):
@@ -57,26 +44,46 @@ class OfGroup(NamedTuple):
     ranks: list[int]
 
 
+class Place(NamedTuple):
+    """A place is what is called again and again.
+
+    Attributes
+    ----------
+    track, name : str
+    is_method : bool
+        Whether its spans are named for the object, too.
+    arrays : (int, int)
+        Which of its parameters are its first two arrays; the same number twice if it has one.
+    """
+    track: str
+    name: str
+    is_method: bool = False
+    arrays: tuple[int, int] = (0, 0)
+
+
+COLLECTIVE, ON_DEVICE = Place(MPI, ""), Place(DEVICE, "")
+
+
 class TimedLedger(Ledger):
     """A ledger that makes a span of each collective, from where this rank enters it to where it leaves."""
 
     spans: "Spans"
     ranks: list[int] | None = None
-    entered: tuple = ()
+    inside: Any = None
+    began: int = 0
 
     @property
     def current(self) -> Any:
         """What this rank is inside of, as Ledger's."""
-        return self.entered[0] if self.entered else None
+        return self.inside
 
     @current.setter
     def current(self, collective: Any) -> None:
         if collective is not None:
-            self.entered = collective, now()
-        elif self.entered:
-            (what, start), self.entered = self.entered, ()
-            name = what if isinstance(what, str) else what.operation
-            self.spans.add(MPI, name, start, now(), what if self.ranks is None else OfGroup(what, self.ranks))
+            self.inside, self.began = collective, now()
+        elif self.inside is not None:
+            self.spans.add(COLLECTIVE, self.began, now(), self.inside, self.ranks)
+            self.inside = None
 
 
 class Spans:
@@ -88,26 +95,41 @@ class Spans:
         Of the groups whose collectives become spans, and their ranks where they are not all.
     device : object, optional
         A DeviceClock: each operation becomes a span of the GPU, too.
+    has_workers : bool
+        Whether other threads compute, too.
     """
 
-    def __init__(self, ledgers: list[tuple[Ledger, list[int] | None]], device: Any = None):
-        self.ledgers, self.device, self.thread = ledgers, device, get_ident()
-        self.calls: list[tuple] = []            # (track, name, or object and name, start, end, details)
+    def __init__(self, ledgers: list[tuple[Ledger, list[int] | None]], device: Any = None, has_workers: bool = False):
+        self.ledgers, self.device, self.thread, self.has_workers = ledgers, device, get_ident(), has_workers
+        # Five entries a call, one after the other, as a tuple of each would be one more object for the garbage
+        # collector: Place, start, end; an operation's two shapes, or a method's object and the shape of what it got.
+        self.calls: list[Any] = []
         self.left_out = 0
         self.replaced: list[tuple[Any, str, Any]] = []
 
-    def add(self, track: str, name: Any, start: int, end: int, details: Any) -> None:
-        """Keep a span."""
-        if len(self.calls) < MOST:
-            self.calls.append((track if get_ident() == self.thread else WORKERS, name, start, end, details))
-        else:
+    def add(self, place: Place, start: int, end: int, first: Any, second: Any) -> None:
+        """Keep a call of this thread, or of a worker."""
+        if len(self.calls) >= FIELDS * MOST:
             self.left_out += 1
+            return
+        if get_ident() != self.thread:
+            place = place._replace(track=WORKERS)
+        self.calls += place, start, end, first, second
 
     @property
     def found(self) -> list[Span]:
         """The spans; a method's is named for its object."""
-        return [Span(track, name if isinstance(name, str) else f"{name_of(name[0])} {name[1]}", start, end, details)
-                for track, name, start, end, details in self.calls]
+        spans = []
+        for place, start, end, first, second in zip(*(self.calls[field::FIELDS] for field in range(FIELDS))):
+            name, details = place.name, details_of(place, first, second)
+            if place.is_method:
+                name = f"{name_of(first)} {place.name}"
+            elif place.track == MPI:
+                name = first if isinstance(first, str) else first.operation
+            elif place.track == DEVICE:
+                name = first
+            spans.append(Span(place.track, name, start, end, details))
+        return spans
 
     def start(self) -> None:
         """Put timed functions in the place of what layers do, and timed ledgers in the place of the groups'."""
@@ -134,9 +156,72 @@ class Spans:
             ledger.current = None
 
 
+def details_of(place: Place, first: Any, second: Any) -> Any:
+    """Return the details of a span, out of the two entries that its place keeps of a call."""
+    if place.track == MPI:
+        return first if second is None else OfGroup(first, second)
+    if place.track == DEVICE:
+        return second
+    if place.is_method:
+        return [second]
+    return [first] if place.arrays[0] == place.arrays[1] else [first, second]
+
+
 def timed(function: Callable, spans: Spans, track: str, is_method: bool) -> Callable:
-    """Return the function, which adds a span to `spans` at each call; a method's is named for its object."""
-    name, device, calls, thread = function.__name__, spans.device, spans.calls, spans.thread
+    """Return the function, which adds its call to `spans` each time."""
+    place = Place(track, function.__name__, is_method, (0, 0) if is_method else positions_of_arrays(function))
+    if spans.device or spans.has_workers:
+        return timed_anywhere(function, spans, place)
+    return timed_method(function, spans, place) if is_method else timed_operation(function, spans, place)
+
+
+def timed_operation(function: Callable, spans: Spans, place: Place) -> Callable:
+    """Return an operation with its times and the shapes of its first two arrays.
+
+    A token has a hundred operations of some microseconds each, so everything is written out, and nothing is named.
+    """
+    calls, most = spans.calls, FIELDS * MOST
+    one, two = place.arrays
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = now()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            end = now()
+            try:
+                if len(calls) < most:
+                    calls.extend((place, start, end, args[one].shape, args[two].shape))
+                else:
+                    spans.left_out += 1
+            except (AttributeError, IndexError):            # None, or given by its name
+                calls.extend((place, start, end, None, None))
+    return call
+
+
+def timed_method(function: Callable, spans: Spans, place: Place) -> Callable:
+    """Return a method with its times, its object and the shape of what it was given."""
+    calls, most = spans.calls, FIELDS * MOST
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = now()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            end = now()
+            if len(calls) < most:
+                calls.extend((place, start, end, args[0], getattr(args[1], "shape", None) if len(args) > 1 else None))
+            else:
+                spans.left_out += 1
+    return call
+
+
+def timed_anywhere(function: Callable, spans: Spans, place: Place) -> Callable:
+    """Return a function of either kind with its times, which other threads may call, and the GPU's."""
+    device, is_method = spans.device, place.is_method
+    one, two = place.arrays
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -144,51 +229,25 @@ def timed(function: Callable, spans: Spans, track: str, is_method: bool) -> Call
         start = now()
         try:
             return function(*args, **kwargs)
-        finally:                                # written out, and names are made later: a token has hundreds of calls
-            end, of = now(), (args[0], name) if is_method else name
-            shapes = [getattr(x, "shape", None) for x in (args[1:2] if is_method else args[:2])]
-            if len(calls) < MOST and get_ident() == thread:
-                calls.append((track, of, start, end, shapes))
-            else:
-                spans.add(track, of, start, end, shapes)
+        finally:
+            end = now()
+            shapes = [getattr(args[at], "shape", None) if at < len(args) else None for at in (one, two)]
+            if is_method:
+                shapes = [args[0], getattr(args[1], "shape", None) if len(args) > 1 else None]
+            spans.add(place, start, end, *shapes)
             if first is not None:
-                spans.add(DEVICE, name, start, end, (first, device.event()))
+                spans.add(ON_DEVICE, start, end, place.name, (first, device.event()))
     return call
+
+
+def positions_of_arrays(function: Callable) -> tuple[int, int]:
+    """Return which of a function's parameters are its first two arrays; those that may be None do not count."""
+    positions = [at for at, parameter in enumerate(signature(function).parameters.values())
+                 if parameter.annotation in (Array, "Array", "PackedWeight")]
+    first = positions[0] if positions else 0
+    return first, positions[1] if len(positions) > 1 else first
 
 
 def name_of(layer: Any) -> str:
     """Return the name of a layer, "layers.0.mlp"; that of its class where it has none."""
     return getattr(layer, "name", "") or type(layer).__name__
-
-
-def timed_places() -> Iterator[tuple[Any, str, str]]:
-    """Yield (class or module, name, track) of every function that is timed."""
-    for cls in subclasses(ParallelLayer):
-        for name in LAYER_METHODS:
-            if name in cls.__dict__:
-                yield cls, name, PYTHON
-        for name, held in list(vars(cls).items()):
-            if isinstance(held, staticmethod) and is_operation(held.__func__):      # one that subclasses may replace
-                yield cls, name, PRODUCTS if held.__func__.__name__ in IS_PRODUCT else PYTHON
-    for module in [module for name, module in sys.modules.items() if name.startswith(CALLERS)]:
-        for name, function in list(vars(module).items()):
-            if is_operation(function):
-                yield module, name, PRODUCTS if name in IS_PRODUCT else PYTHON
-    for home, cls_name, name in OTHERS:
-        loaded: ModuleType | None = sys.modules.get(f"{HOME}.{home}")
-        owner = getattr(loaded, cls_name) if loaded and cls_name else loaded
-        if owner:
-            yield owner, name, PYTHON
-
-
-def is_operation(function: Any) -> bool:
-    """Return whether this is a function of mpitp/ops."""
-    return isinstance(function, FunctionType) and function.__module__.startswith(f"{HOME}.ops.")
-
-
-def subclasses(cls: type) -> Iterator[type]:
-    """Yield the subclasses of a class, and theirs."""
-    sub: type
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from subclasses(sub)

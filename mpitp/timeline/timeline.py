@@ -4,13 +4,15 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from .. import tables
 from ..comm.group import TensorParallelGroup
 from ..errors import require
 from .answer import answer, table
 from .clocks import Clock, read_clock
 from .device import DeviceClock
 from .picture import draw, require_matplotlib
-from .spans import DEVICE, OfGroup, Span, Spans
+from .places import DEVICE
+from .spans import OfGroup, Span, Spans
 from .trace import write_trace
 from .waiting import waiting_of
 
@@ -67,15 +69,15 @@ class Timeline:
         assert self.path, "there is a file"
         if self.path.endswith(".png"):
             require_matplotlib()
-        with open(self.path, "ab"):
-            pass
+        tables.require_writable(self.path)
 
     def start(self) -> None:
         """Begin to record. Collective."""
         require(Timeline.running is None, "two timelines at once", "one of a process, whose functions it times")
         self.device = DeviceClock(self.group.xp) if self.group.device == "gpu" else None
         ledgers = [(part.ledger, part.comm.allgather(self.group.rank)) for part in self.parts]
-        self.spans = Spans([(self.group.ledger, None), *ledgers], self.device)
+        self.spans = Spans([(self.group.ledger, None), *ledgers], self.device,
+                           any(part.workers is not None for part in (self.group, *self.parts)))
         self.began = read_clock(self.group.comm)
         Timeline.running = self.group.timeline = self       # type: ignore[attr-defined]
         self.spans.start()

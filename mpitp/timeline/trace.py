@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .spans import MPI, TRACKS, Span
+from .places import MPI, TRACKS
+from .spans import Span
 from .waiting import Waiting, collectives_of
 
+FIRST_THREAD = 1_000_000        # beyond the number of any rank, as the thread of a process's number is its first one
 
 def write_trace(path: str, of_ranks: Sequence[Sequence[Span]], hosts: Sequence[str], waiting: Waiting,
                 facts: dict[str, Any]) -> None:
@@ -41,7 +43,14 @@ def names(hosts: Sequence[str]) -> Iterator[dict]:
         yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank} on {host}"}}
         yield {"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}}
         for number, track in enumerate(TRACKS):
-            yield {"ph": "M", "name": "thread_name", "pid": rank, "tid": number, "args": {"name": track}}
+            of_thread = {"ph": "M", "pid": rank, "tid": thread_of(rank, track)}
+            yield of_thread | {"name": "thread_name", "args": {"name": track}}
+            yield of_thread | {"name": "thread_sort_index", "args": {"sort_index": number}}
+
+
+def thread_of(rank: int, track: str) -> int:
+    """Return the number of a track. Perfetto knows a thread by its number alone, which no other process may have."""
+    return FIRST_THREAD + 10 * rank + TRACKS.index(track)
 
 
 def complete_events(of_ranks: Sequence[Sequence[Span]], first: float) -> Iterator[dict]:
@@ -57,20 +66,22 @@ def parts_and_arrows(of_ranks: Sequence[Sequence[Span]], waiting: Waiting, first
         return
     lists = [collectives_of(spans) for spans in of_ranks]
     waited_of = waiting.waited
-    for column, (last, complete_at) in enumerate(zip(waiting.last, waiting.complete)):
-        start = microseconds(complete_at - first)
+    for column, (last, complete_at) in enumerate(zip(waiting.last.tolist(), waiting.complete)):
+        start, arrows = microseconds(complete_at - first), {}
         for rank in np.flatnonzero(waiting.number[:, column] >= 0).tolist():
             span, waited = lists[rank][waiting.number[rank, column]], float(waited_of[rank, column])
             yield complete("waiting", rank, MPI, span.start - first, span.start + waited - first, None)
             yield complete("transfer", rank, MPI, span.start + waited - first, span.end - first, None)
             arrow = {"name": "last to arrive", "cat": "collective", "id": column, "pid": rank,
-                     "tid": TRACKS.index(MPI), "ts": start}
-            yield arrow | ({"ph": "s"} if rank == last else {"ph": "f", "bp": "e"})
+                     "tid": thread_of(rank, MPI), "ts": start}
+            arrows[rank] = arrow | ({"ph": "s"} if rank == last else {"ph": "f", "bp": "e"})
+        yield arrows.pop(last)                              # an end before its start in the file would be lost
+        yield from arrows.values()
 
 
 def complete(name: str, rank: int, track: str, start: float, end: float, details: Any) -> dict:
     """Return a complete event, of nanoseconds. Both ends are rounded, so that what nests goes on to nest."""
-    event = {"ph": "X", "name": name, "cat": track, "pid": rank, "tid": TRACKS.index(track),
+    event = {"ph": "X", "name": name, "cat": track, "pid": rank, "tid": thread_of(rank, track),
              "ts": microseconds(start), "dur": round(microseconds(end) - microseconds(start), 3)}
     return event | {"args": details} if details else event
 

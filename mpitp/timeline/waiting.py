@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .spans import MPI, PRODUCTS, PYTHON, Span
+from .places import MPI, PRODUCTS, PYTHON
+from .spans import Span
 
 # Collectives that no rank leaves before the last one has come.
 ALL_WAIT = ("all_reduce", "all_gather", "reduce_scatter", "agreement", "any")
