@@ -60,6 +60,7 @@ class Mail:
         self.to = {head: head for head in beats.heads if head not in beats.here}    # {lowest rank: who reads there}
         self.unanswered = dict.fromkeys(self.to, 0)
         self.sent: dict[int, tuple[MPI.Request, bytes]] = {}
+        self.under_way: list[Any] = []
         self.rounds, self.round = -(-len(self.to) // MANY), 0
         self.records: dict[int, dict] | None = None
         self.is_open = False                        # while the thread may call MPI
@@ -87,7 +88,7 @@ class Mail:
                 self.is_open = False
                 self.receive()
                 for _ in range(self.rounds):
-                    self.send(records)
+                    self.send(records, last=True)
             finally:
                 self.lock.release()
 
@@ -116,15 +117,17 @@ class Mail:
             for rank, record in json.loads(zlib.decompress(content)).items():
                 self.beats.write(record, int(rank))
 
-    def send(self, records: dict[int, dict]) -> None:
-        """Begin to send the records to the next hosts, but for those that still have a message to take."""
+    def send(self, records: dict[int, dict], last: bool = False) -> None:
+        """Begin to send the records to the next hosts; but for the last ones not to those with a message to take."""
         content = zlib.compress(json.dumps(records).encode())       # small messages leave without being asked for
         heads: list[Any] = sorted(self.to)[self.round * MANY:(self.round + 1) * MANY]
         self.round = (self.round + 1) % self.rounds
         for head in heads:
             readers = self.readers(head)
-            if readers and (head not in self.sent or self.sent[head][0].Test()):
+            if readers and (last or head not in self.sent or self.sent[head][0].Test()):
                 self.unanswered[head] += 1
                 others = readers[self.unanswered[head] % len(readers)]
                 reader = others if self.unanswered[head] > UNANSWERED or self.to[head] not in readers else self.to[head]
+                if last:
+                    self.under_way.append(self.sent.get(head))              # MPI may still read its content
                 self.sent[head] = self.comm.Isend([content, MPI.BYTE], reader, 0), content
