@@ -94,14 +94,28 @@ def test_examples_run_and_their_tables_fit(folder, tmp_path, name, line, ranks):
 
 SLOW = """
 import sys, time
-from mpitp.commands.progress import Progress, progress
+from mpitp.commands.progress import Progress, is_watched, progress
+class Written:
+    text = ""
+    def __init__(self, stream):
+        self.stream = stream
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+    def write(self, text):
+        Written.text += text
+        return self.stream.write(text)
+def seconds(least, words):
+    time.sleep(least)
+    while is_watched() and words not in Written.text:       # on a busy machine the bar comes later
+        time.sleep(0.02)
+sys.stderr = Written(sys.stderr)
 with Progress("nothing to see"):
     pass
 print("tqdm" in sys.modules)
 with Progress("loading", 2) as bar:
-    time.sleep(1.2)
+    seconds(1.2, "loading")
     bar.advance("checking")
-    time.sleep(1.1)
+    seconds(1.1, "checking  1/2" if sys.modules.get("tqdm") else "loading")
 print(list(progress(range(3), 3, "windows")))
 """
 
