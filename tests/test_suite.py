@@ -18,13 +18,16 @@ def collected(ranks, *files, **environment):
 @pytest.mark.any_mpi
 def test_several_ranks_run_what_needs_them():
     """By its fixtures, by a fixture that makes a group, by its own code; a Hypothesis test too. The others run once."""
-    files = [f"tests/test_{name}.py" for name in ("partition", "norm", "same_bits", "decoder_dense", "ledger", "guard")]
+    names = ("partition", "norm", "same_bits", "decoder_dense", "ledger", "guard", "suite")
+    files = [f"tests/test_{name}.py" for name in names]
     one, two, other = collected(1, *files), collected(2, *files), collected(1, *files, MPITP_SECOND_MPI="1")
     of_ranks = {"test_mlp", "test_any_size", "test_both_modes_record_the_same_logical_operation"}
     of_the_launcher = {"test_ctrl_c_without_a_launcher"}
     of_one_process = {"test_units_cover_the_heads_and_do_not_depend_on_the_ranks", "test_one_entry_a_kind"}
     assert of_ranks | of_the_launcher | of_one_process <= one
     assert of_ranks <= two and not two & (of_the_launcher | of_one_process)
+    of_any_mpi = {"test_in_the_background_of_a_shell"}
+    assert of_any_mpi <= one and not of_any_mpi & other and "test_a_test_that_hangs_is_named" in other
     of_sums = {"test_mlp", "test_both_modes_record_the_same_logical_operation"}
     assert of_sums | of_the_launcher <= other and not other & (of_one_process | {"test_any_size"})
     assert of_sums <= collected(2, *files, MPITP_SECOND_MPI="1") < two
