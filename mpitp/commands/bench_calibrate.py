@@ -19,7 +19,6 @@ def run_calibration(arguments: argparse.Namespace, sizes: Sizes | None = None) -
     """Measure on all ranks, write on rank 0; return 0."""
     require(not (arguments.what or arguments.plot or arguments.csv or arguments.json or arguments.reports),
             "--calibrate with other benches, or with files for their figures", "it alone")
-    require(arguments.device == "cpu", f"--calibrate with --device {arguments.device}", "cpu")
     with device.group_of(arguments, reproducible=False) as group:
         path = arguments.calibrate
         group.on_root(lambda: prepare(path))

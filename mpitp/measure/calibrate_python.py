@@ -1,9 +1,13 @@
-"""What Python takes around the operations of a layer: the time of tiny layers, less that of all they compute."""
+"""What Python takes around the operations of a layer: the time of tiny layers, less that of all they compute.
+
+On a GPU both work at the same time, and Python takes longer for tiny layers: there their time is Python's, but for a
+token's, which is a recorded graph.
+"""
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config import DecoderConfig
@@ -16,7 +20,7 @@ from ..training.data import Tokens
 from ..training.loop import Trainer
 from ..training.settings import Settings
 from .block import block_cases, block_config
-from .calibrate import Calibration
+from .calibrate import Calibration, Case
 from .decode import Decode
 from .feed_forward import mlp_cases
 
@@ -45,10 +49,15 @@ class Tiny:
                                   Settings(micro_batch_size=1, train_iters=1 << 30, lr=0.0), dtype=dtype)
                 self.cases[f"step {layers}"] = trainer.train_step
 
+    def points(self) -> Iterator[Case]:
+        """Yield every case; the host's clock times it."""
+        for name, case in self.cases.items():
+            yield ("python", name, ()), case
+
     def run_pass(self) -> None:
         """Time every case. Collective."""
-        for name, case in self.cases.items():
-            self.calibration.time(("python", name, ()), case)
+        for point, case in self.points():
+            self.calibration.time(point, case, walls=True)
 
     def seconds(self) -> dict[str, float]:
         """Return {layer and phase: seconds beside its items}, as Tables has them."""
@@ -63,7 +72,7 @@ class Tiny:
             items = block_work(block_config(HIDDEN, HEADS), TOKENS, self.group.size, "backward" in direction, dtype)
             found[name] = self.left(bare, taken[f"block {direction}"], items)
         for phase in ("token", "step"):
-            few, many = (self.left(bare, taken[f"{phase} {layers}"], self.items_of(layers, phase))
+            few, many = (self.left(bare, taken[f"{phase} {layers}"], self.items_of(layers, phase), phase == "token")
                          for layers in LAYERS)
             found[f"block {phase}"] = max(0.0, (many - few) / (LAYERS[1] - LAYERS[0]))
             found[phase] = max(0.0, few - LAYERS[0] * found[f"block {phase}"])
@@ -74,13 +83,15 @@ class Tiny:
     def items_of(self, layers: int, phase: str) -> list[Item]:
         """Return the items of a tiny decoder's token or step."""
         job = Job(tiny_config(layers), "train" if phase == "step" else "decode", 1, TOKENS, 2,
-                  dtype=self.calibration.dtype.name)
+                  dtype=self.calibration.dtype.name, device=self.group.device)
         items = work(job, Layout(self.group.size), phase)
         return [item for item in items if item.what not in ("greatest", "all_gather")]     # extend() alone
 
-    def left(self, machine: Machine, seconds: float, items: list[Item]) -> float:
-        """Return what is left of a time without its items."""
+    def left(self, machine: Machine, seconds: float, items: list[Item], recorded: bool = False) -> float:
+        """Return what is left of a time without its items; on a GPU all of it, where it was not recorded."""
         dtype = self.calibration.dtype
+        if machine.device == "gpu" and not recorded:
+            return seconds
         return max(0.0, seconds - sum(machine.seconds(item, dtype.name, dtype.itemsize) for item in items))
 
 

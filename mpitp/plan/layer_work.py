@@ -38,11 +38,11 @@ def mlp_bytes(tokens: int, hidden: int, ffn: int, ranks: int, backward: bool, it
                        tokens * ((4 * hidden + 3 * own) if backward else (2 * hidden + own)))
 
 
-def block_bytes(config: DecoderConfig, tokens: int, ranks: int, backward: bool) -> int:
+def block_bytes(config: DecoderConfig, tokens: int, ranks: int, backward: bool, itemsize: int = 4) -> int:
     """Return the bytes that a rank works on in block_work: weights, gradients, activations."""
     layout, job = Layout(ranks), Job(config, "train" if backward else "score", 1, tokens)
-    weights = sum(max(local_elements(spec, layout)) for spec in block_specs(config, 0, "")) * 4
-    return weights * (2 if backward else 1) + max(peaks(job, layout))
+    weights = sum(max(local_elements(spec, layout)) for spec in block_specs(config, 0, "")) * itemsize
+    return weights * (2 if backward else 1) + max(peaks(job, layout)) * itemsize // 4
 
 
 def sum_of(elements: int, ranks: int, dtype: str, count: int) -> Item:

@@ -120,6 +120,9 @@ class Machine:
                 return self.tables.message(sent_bytes, operation) + more_hops * self.inside.alpha_seconds
             return hops * self.inside.alpha_seconds + sent_bytes / self.inside.bytes_per_second
         link, sharing = self.outside, min(sharing, self.ranks_per_host)
+        if link is not None and self.tables is not None and self.tables.outside_messages:
+            more_hops = hops - math.ceil(math.log2(max(2, self.tables.outside_ranks)))
+            return self.tables.message(sharing * sent_bytes, "outside") + more_hops * link.alpha_seconds
         if link is None:
             raise InputError(f"found {ranks} ranks that add up on machine {self.name!r}, expected at most "
                              f"{self.ranks_per_host}: it is one host")
@@ -178,6 +181,8 @@ class Tables:
     row_messages : dict
         {"all_gather", "reduce_scatter" of rows: as messages}; what is missing takes as long as an all-reduce of as many
         bytes.
+    outside_messages, outside_ranks : dict, int
+        Of all-reduces over several hosts, as messages, and the ranks that took part in them.
     """
     products: dict[str, dict[tuple[int, ...], float]]
     scores: dict[str, dict[tuple[int, ...], float]]
@@ -186,6 +191,8 @@ class Tables:
     messages: dict[tuple[int, ...], float]
     python: dict[str, float] = field(default_factory=dict)
     row_messages: dict[str, dict[tuple[int, ...], float]] = field(default_factory=dict)
+    outside_messages: dict[tuple[int, ...], float] = field(default_factory=dict)
+    outside_ranks: int = 0
 
     def seconds(self, item: Item, itemsize: int, working_bytes: int) -> float:
         """Return the time of one item that is no message.
@@ -200,8 +207,9 @@ class Tables:
             return found + self.fetched(item.size[0] * itemsize * min(4, TRAFFIC.get(item.what, 3)), working_bytes)
         if item.kind == "scores":
             heads, second, keys, features = item.size
-            if item.what == "token":
-                return self.grids["scores", "token"].seconds((2 * second * keys * features,))
+            if item.what == "token":                # which reads keys and values that other layers' follow
+                numbers = 2 * second * keys * features
+                return self.grids["scores", "token"].one(numbers) + self.fetched(numbers * itemsize, working_bytes)
             return heads * self.grids["scores", item.what].seconds((keys, features))
         grid = self.grids["product", item.what]
         inside = [min(size, axis[-1]) for size, axis in zip(item.size, grid.axes)]
@@ -215,12 +223,12 @@ class Tables:
 
     def seconds_per_byte(self, size: int) -> float:
         """Return the time of one byte where so many are read again and again."""
-        return self.grids["read", ""].seconds((size,)) / size if size else 0.0
+        return self.grids["read", ""].one(size) / size if size else 0.0
 
     def message(self, sent_bytes: int, operation: str = "all_reduce") -> float:
         """Return the time of one collective in which a rank sends so many bytes."""
         what = operation if ("message", operation) in self.grids else ""
-        return self.grids["message", what].seconds((sent_bytes,))
+        return self.grids["message", what].one(sent_bytes)
 
     @cached_property
     def grids(self) -> dict[tuple[str, str], Grid]:
@@ -229,6 +237,8 @@ class Tables:
         found |= {("scores", what): Grid(points) for what, points in self.scores.items()}
         found |= {("pass", what): Grid(points) for what, points in self.passes.items()}
         found |= {("message", what): Grid(points) for what, points in self.row_messages.items()}
+        if self.outside_messages:
+            found["message", "outside"] = Grid(self.outside_messages)
         return found | {("read", ""): Grid(self.reads), ("message", ""): Grid(self.messages)}
 
 
@@ -246,6 +256,10 @@ class Grid:
     def __init__(self, points: dict[tuple[int, ...], float]):
         self.points = points
         self.axes = [sorted(set(axis)) for axis in zip(*points)]
+
+    def one(self, size: int) -> float:
+        """Return the time of a size, on a grid of one axis."""
+        return self.seconds((size,))
 
     def seconds(self, size: Sequence[int]) -> float:
         """Return the time of a size, of as many numbers as the grid has axes."""

@@ -45,7 +45,8 @@ def write_machine(path: str, machine: Machine, dtype: str) -> None:
         **{kind: {what: as_rows(points) for what, points in getattr(machine.tables, kind).items()} for kind in AXES},
         "reads": as_rows(machine.tables.reads), "messages": as_rows(machine.tables.messages),
         "python": machine.tables.python,
-        "row_messages": {what: as_rows(points) for what, points in machine.tables.row_messages.items()}}
+        "row_messages": {what: as_rows(points) for what, points in machine.tables.row_messages.items()},
+        "outside_messages": as_rows(machine.tables.outside_messages), "outside_ranks": machine.tables.outside_ranks}
     tables.write_json(path, SCHEMA, found)
 
 
@@ -123,8 +124,10 @@ class Getter:
             of_rows = Getter(f"{inner.path}: row_messages", inner.one("row_messages", lambda value: isinstance(
                 value, dict) and set(value) <= set(ROW_MESSAGES), f"an object of {' and '.join(ROW_MESSAGES)}"))
             by_rows = {what: of_rows.points(what, 1) for what in of_rows.values}
+        outside = inner.points("outside_messages", 1) if inner.values.get("outside_messages") else {}
+        ranks = int(inner.number("outside_ranks")) if outside else 0
         return Tables(found["products"], found["scores"], found["passes"], inner.points("reads", 1),
-                      inner.points("messages", 1), python, by_rows)
+                      inner.points("messages", 1), python, by_rows, outside, ranks)
 
     def points(self, key: str, axes: int) -> dict[tuple[int, ...], float]:
         """Return points of so many sizes and a time each, which fill a grid."""

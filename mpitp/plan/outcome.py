@@ -133,16 +133,19 @@ def parts_of_time(machine: Machine, items: Sequence[Item], dtype: str, itemsize:
     A GPU computes while Python starts the next operation; there a token is one recorded graph.
     """
     seconds_of, started = dict.fromkeys(PARTS, 0.0), 0.0
+    on_gpu = machine.device == "gpu"
     for item in items:
         seconds = machine.seconds(item, dtype, itemsize, working_bytes)
-        if machine.device == "gpu" and item.kind != "message":
+        if on_gpu and machine.tables is None and item.kind != "message":
             on_device = item.count * machine.least_seconds(item, dtype, itemsize)
             started += seconds - on_device
             seconds = on_device
         seconds_of[machine.part(item, dtype, itemsize)] += seconds
-    if machine.device == "gpu":
+    if on_gpu and machine.tables is None:
         started *= not is_token
         seconds_of["python"] = max(0.0, started - seconds_of["products"] - seconds_of["memory"])
+    elif on_gpu and not is_token:               # what was measured of Python is all that it takes, messages included
+        seconds_of["python"] = max(0.0, 2 * seconds_of["python"] - sum(seconds_of.values()))
     return seconds_of
 
 

@@ -208,10 +208,15 @@ def biases(config: DecoderConfig, s: Sizes, N: int, what: str) -> list[Item]:
 
 
 def working_bytes(job: Job, layout: Layout, phase: str, rank: int = 0) -> int:
-    """Return the bytes of this rank's arrays that a phase works on: weights, in a step gradients, and what it makes."""
+    """Return the bytes of this rank's arrays that a phase works on.
+
+    These are weights; in a step gradients, too; keys and values of a token; and what the phase makes.
+    """
     specs = [spec for name, spec in specs_of(job.config).items() if is_matrix(name, spec)
              and (name != "embedding.weight" or job.config.tie_word_embeddings)]
     itemsize = compute_dtype(job.dtype, job.device).itemsize
     weights = sum(local_elements(spec, layout)[rank] for spec in specs) * itemsize
-    made = 0 if phase == "token" else peaks(job, layout)[rank]
-    return weights * (2 if phase == "step" else 1) + made
+    if phase == "token":
+        held = 2 * job.batch * job.positions * sizes(job.config, layout)[rank].U
+        return weights + held * job.config.num_layers * itemsize
+    return weights * (2 if phase == "step" else 1) + peaks(job, layout)[rank]
