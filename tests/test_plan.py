@@ -1,5 +1,6 @@
 """The plan against what runs: what stays to the byte, the peak within 2%, messages as the ledger counts them."""
 import argparse
+import dataclasses
 import gc
 import json
 import math
@@ -22,14 +23,15 @@ from mpitp.commands.bench_calibrate import run_calibration
 from mpitp.errors import InputError
 from mpitp.inference.kv import KeyValues
 from mpitp.measure.calibrate import Calibration, Sizes
+from mpitp.measure.calibrate_in_use import in_use, sums, without_sums
 from mpitp.measure.calibrate_python import calibrate
 from mpitp.ops.greatest import greatest_of_rank
 from mpitp.plan import messages, outcome, tensors
 from mpitp.plan.job import Job, Layout, pieces
-from mpitp.plan.machine import Grid
+from mpitp.plan.machine import LARGE_ARRAY, SMALL_ARRAY, Grid, Link, Machine, Tables
 from mpitp.plan.machine_file import calibrated_here, read_machine, write_machine
 from mpitp.plan.machines import MACHINES
-from mpitp.plan.work import work
+from mpitp.plan.work import Item, work, working_bytes
 from mpitp.training.data import Tokens
 from mpitp.training.loop import Settings, Trainer
 from spmd import everywhere, job, job_environment
@@ -403,6 +405,11 @@ def test_a_measured_machine_is_read_as_it_was_written(world, tmp_path):
     with mpitp.TensorParallelGroup() as group:
         machine = calibrate(Calibration(group, sizes=FEW), 1)
         assert machine.ranks_per_host == group.size and machine.source == launch.machine()
+        assert machine.outside is None and not machine.tables.outside_messages
+    outside = dataclasses.replace(machine, outside=Link(1e-4, 1e8), tables=dataclasses.replace(
+        machine.tables, outside_messages={(8,): 1e-4}, outside_ranks=3, large_reads={(1 << 26,): 1e-2}))
+    write_machine(tmp_path / "machine.json", outside, "float32")
+    assert read_machine(tmp_path / "machine.json") == outside
     write_machine(tmp_path / "machine.json", machine, "float32")
     assert read_machine(tmp_path / "machine.json") == machine
     tables = machine.tables
@@ -434,6 +441,75 @@ def test_a_measured_machine_is_read_as_it_was_written(world, tmp_path):
         with pytest.raises(InputError) as refused:
             read_machine(tmp_path / "bad.json")
         assert message in str(refused.value)
+
+
+def machine_of(device="cpu", **tables):
+    """A machine that reads 100 GB/s in its cache, and 10 GB/s out of 64 MiB and more, large arrays in half the time."""
+    reads = {(size,): size / (1e11 if size < 1 << 24 else 1e10) for size in (1 << 20, 1 << 22, 1 << 26, 1 << 28)}
+    grid = {(rows, outs, ins): rows * outs * ins * 4e-11
+            for rows in (1, 64) for outs in (64, 4096) for ins in (64, 4096)}
+    found = dict(products=dict.fromkeys(("forward", "dx", "dw"), grid), passes={"add": {(64,): 1e-6, (128,): 2e-6}},
+                 scores={"forward": {(16, 16): 1e-6}, "backward": {(16, 16): 2e-6}, "token": {(64,): 1e-6}},
+                 reads=reads, messages={(8,): 2e-6, (1 << 20,): 1e-3}, python={"block step": 1e-3, "step": 1e-3},
+                 large_reads={size: seconds / 2 for size, seconds in reads.items() if size[0] >= LARGE_ARRAY})
+    return Machine("it", "nowhere", device, 2, 1 << 40, {"float32": 1e11}, 1e10, 1e10, 1e-6, Link(2e-6, 1e9),
+                   Link(5e-5, 1e8) if "outside_messages" in tables else None, Tables(**{**found, **tables}))
+
+
+def test_a_weight_is_read_as_fast_as_the_memory_gives_it():
+    """Out of a cache, out of the memory in small pages, and in large ones; a measured time is not undercut."""
+    machine, mebi = machine_of(), 1 << 20
+    small, large = (Item("product", "forward", (1, side, side)) for side in (1024, 4096))
+    in_cache = machine.seconds(small, "float32", 4, 5 * mebi)
+    out_of_memory = machine.seconds(small, "float32", 4, 256 * mebi)
+    assert in_cache < 1e-4 and math.isclose(out_of_memory, 4 * (mebi + 2048) / 1e10, rel_tol=0.3)
+    of_large = machine.seconds(large, "float32", 4, 256 * mebi)
+    share = SMALL_ARRAY / (64 * mebi)
+    assert math.isclose(of_large, 4 * (16 * mebi + 8192) / 1e10 * (share + (1 - share) / 2), rel_tol=0.01)
+    token = Item("scores", "token", (8, 8, 1024, 64))
+    assert machine.seconds(token, "float32", 4, 256 * mebi) > machine.seconds(token, "float32", 4) + 1e-4
+
+
+def test_sums_in_use():
+    """A small sum takes what it takes behind a product; reads are freed of the sums between them."""
+    medians = {("messages", "", (8,)): 1e-6, ("messages", "", (1 << 20,)): 1e-3, ("in use", " product", (0,)): 1e-5,
+               ("in use", "", (8,)): 1.5e-5, ("messages", "outside", (8,)): 1.0}
+    found = in_use(medians, "")
+    assert set(found) == {(8,), (1 << 20,)} and math.isclose(found[8,], 5e-6) and found[1 << 20,] == 1e-3
+    assert in_use({**medians, ("in use", "", (8,)): 1e-5}, "")[8,] == 1e-6         # at least as long as without
+    assert sums(1 << 22, SMALL_ARRAY) == 0 and sums(1 << 26, SMALL_ARRAY) == 8
+    assert without_sums({(1 << 26,): 1e-2}, SMALL_ARRAY, 1e-4) == {(1 << 26,): pytest.approx(9.2e-3)}
+
+
+def test_sums_over_hosts():
+    """As measured over as many hosts; a further hop for more of them, all that leave a host together share its link."""
+    machine = machine_of(outside_messages={(8,): 1e-4, (1 << 20,): 1e-2}, outside_ranks=2)
+    assert machine.message_seconds(8, 2) == pytest.approx(2e-6)                        # inside of a host
+    assert machine.message_seconds(1 << 20, 3) == pytest.approx(1e-2 + 5e-5)
+    assert machine.message_seconds(1 << 20, 2, sharing=2) == pytest.approx(2e-2)
+
+
+def test_a_gpu_computes_while_python_starts_the_next():
+    """The longer of both counts; a token is recorded, and what it takes beside its items is added."""
+    machine, items = machine_of("gpu"), [Item("python", "block step", (), 2), Item("pass", "add", (128,), 100)]
+    for count, python in ((1, 2e-3 - 2e-4), (20, 0.0)):
+        parts = outcome.parts_of_time(machine, [items[0], *count * [items[1]]], "float32", 4, 0, False)
+        assert parts["memory"] == pytest.approx(count * 2e-4) and parts["python"] == pytest.approx(python)
+    assert outcome.parts_of_time(machine, items, "float32", 4, 0, True)["python"] == pytest.approx(2e-3)
+
+
+def test_a_token_works_on_its_keys_and_values():
+    plan = Job(mpitp.DecoderConfig(**LLAMA), "decode", 1, 1000, 2)
+    short = Job(mpitp.DecoderConfig(**LLAMA), "decode", 1, 1, 1)
+    more = working_bytes(plan, Layout(2), "token") - working_bytes(short, Layout(2), "token")
+    assert more == 2 * 2 * 1000 * 2 * 32 * 4            # keys and values, layers, positions, heads, features
+
+
+@pytest.mark.launcher
+def test_a_gpu_is_calibrated(tmp_path):
+    """On a stand-in, in 16 bits, too; the plan asks for nothing that was not measured."""
+    done = job(2, "tests/support/plan_gpu_job.py", tmp_path / "machine.json")
+    assert done.returncode == 0 and "planned" in done.stdout, done.stderr
 
 
 def test_the_machine_at_hand_is_used_where_it_was_calibrated(tmp_path, monkeypatch):

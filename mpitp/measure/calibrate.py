@@ -20,8 +20,8 @@ from ..comm.launch import machine as machine_here
 from ..ops.attention import attention_backward, attention_forward
 from ..ops.keys_values import last_query_forward
 from ..ops.linear import linear_forward, product
-from ..plan.machine import Grid, Link, Machine, Tables
-from .calibrate_in_use import Hosts, Points, hops, in_use, messages, reads, without_sums
+from ..plan.machine import LARGE_ARRAY, SMALL_ARRAY, Link, Machine, Tables
+from .calibrate_in_use import Hosts, Points, hops, in_use, messages, of_one_sum, reads, without_sums
 from .calibrate_passes import passes
 from .timers import timer_of
 
@@ -188,7 +188,9 @@ class Calibration:
             tables[table][what][size] = seconds
         inside, outside = in_use(medians, ""), in_use(medians, "outside")
         of_rows = {what: points for what, points in tables["messages"].items() if what not in ("", "outside")}
-        of_reads = without_sums(tables["reads"][""], Grid(outside or inside).one, self.group.size, self.sums.itemsize)
+        of_sum = of_one_sum(outside or inside, self.group.size, self.sums.itemsize)
+        of_reads, of_large = (without_sums(tables["reads"][what], piece, of_sum)
+                              for what, piece in (("", SMALL_ARRAY), ("large", LARGE_ARRAY)))
         (most,), sizes, ranks = max(of_reads), self.sizes, self.group.size
         rows, outs, ins = large_product = sizes.rows[-1], sizes.sides[-1], sizes.sides[-1]
         return Machine(
@@ -201,7 +203,7 @@ class Calibration:
             python_seconds=tables["passes"]["add"][sizes.elements[:1]], inside=link_of(inside, self.hosts.ranks),
             outside=link_of(outside, ranks) if outside else None,
             tables=Tables(dict(tables["products"]), dict(tables["scores"]), dict(tables["passes"]), of_reads, inside,
-                          python or {}, of_rows, outside, ranks if outside else 0))
+                          python or {}, of_rows, outside, ranks if outside else 0, of_large))
 
     def source(self) -> str:
         """Return what was measured: the processor, and the GPU where it computes."""

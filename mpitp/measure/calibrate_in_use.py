@@ -2,13 +2,14 @@
 
 A token reads one weight after the other, arrays of their own that no cache has kept, and after every second product the
 ranks add up. A sum then waits for the rank that reads slowest, and finds neither its code nor its buffers in the cache.
-Measured on two cores of an AMD EPYC: weights of 4 MiB are read in 1.2 times the time of one of 64 MiB.
+Linux gives NumPy pages of 2 MiB inside of arrays from 4 MiB on, pages of 4 KiB elsewhere. Measured on an AMD EPYC out
+of 200 MiB of weights: 1.2 times the time for arrays of 4 MiB as for those of 64 MiB.
 """
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,11 @@ from ..comm.group import TensorParallelGroup
 from ..comm.ledger import wire_bytes
 from ..comm.rows import Rows
 from ..ops.linear import linear_forward
+from ..plan.machine import LARGE_ARRAY, SMALL_ARRAY, Grid
 
 if TYPE_CHECKING:
     from .calibrate import Calibration, Case
 
-PIECE = 4 << 20                 # bytes of a weight
 SUM_EVERY = 2                   # products
 FEATURES = 1024                 # of what is added up after them
 IN_USE = 1 << 18                # bytes that a rank sends, up to which a sum is timed behind a product
@@ -49,20 +50,24 @@ class Hosts:
 
 
 def reads(of: Calibration) -> Iterator[Case]:
-    """Yield reading so many bytes of weights, by products with one row, in use: sums(size) sums are between them."""
-    xp, itemsize = of.xp, of.dtype.itemsize
+    """Yield reading so many bytes of weights, by products with one row, in use: of small arrays, and of large ones."""
+    most = max(most_bytes(of.group), of.sizes.reads[0])
+    sizes = sorted(size for size in of.sizes.reads if size <= most)
+    yield from reads_of(of, sizes, SMALL_ARRAY, "")
+    yield from reads_of(of, [size for size in sizes if size >= LARGE_ARRAY], LARGE_ARRAY, "large")
+
+
+def reads_of(of: Calibration, sizes: list[int], piece: int, what: str) -> Iterator[Case]:
+    """Yield reading so many bytes of weights of `piece` bytes each; sums(size, piece) sums are between them."""
+    xp, row_bytes = of.xp, FEATURES * of.dtype.itemsize
     x, summed = of.view(0, 1, FEATURES), xp.zeros((1, FEATURES), of.sums)
-    rows, most = PIECE // (FEATURES * itemsize), most_bytes(of.group)
     weights: list[Array] = []
-    for size in sorted(size for size in of.sizes.reads if size <= max(most, of.sizes.reads[0])):
-        while len(weights) * PIECE < size:
-            weights.append(xp.zeros((rows, FEATURES), of.dtype))
+    for size in sizes:
+        while len(weights) * piece < size:
+            weights.append(xp.zeros((piece // row_bytes, FEATURES), of.dtype))
             weights[-1][...] = 0.01                         # zeros may all be one page of memory
-        if size < PIECE:
-            parts = [weights[0][:max(1, size // (FEATURES * itemsize))]]
-        else:
-            parts = weights[:size // PIECE]
-        yield ("reads", "", (size,)), partial(read, of.group, x, parts, summed)
+        parts = weights[:size // piece] or [weights[0][:max(1, size // row_bytes)]]
+        yield ("reads", what, (size,)), partial(read, of.group, x, parts, summed)
 
 
 def read(group: TensorParallelGroup, x: Array, weights: list[Array], summed: Array) -> None:
@@ -73,9 +78,9 @@ def read(group: TensorParallelGroup, x: Array, weights: list[Array], summed: Arr
             group.all_reduce(summed, out=summed)
 
 
-def sums(size: int) -> int:
+def sums(size: int, piece: int) -> int:
     """Return how many sums are in a read of so many bytes on several ranks."""
-    return size // PIECE // SUM_EVERY
+    return size // piece // SUM_EVERY
 
 
 def most_bytes(group: TensorParallelGroup) -> int:
@@ -145,11 +150,14 @@ def in_use(medians: Mapping[Any, float], where: str) -> Points:
     return found
 
 
-def without_sums(of_reads: Points, of_sums: Callable[[int], float], ranks: int, itemsize: int) -> Points:
-    """Return {bytes: seconds} of reads without the sums between them; of_sums(bytes that a rank sends) are seconds."""
-    sent = wire_bytes("all_reduce", FEATURES, itemsize, ranks)
-    return {size: max(seconds - (sums(size[0]) * of_sums(sent) if ranks > 1 else 0.0), seconds / 2)
-            for size, seconds in of_reads.items()}
+def without_sums(of_reads: Points, piece: int, of_sum: float) -> Points:
+    """Return {bytes: seconds} of reads without the sums between them, each of which takes so long."""
+    return {size: max(seconds - sums(size[0], piece) * of_sum, seconds / 2) for size, seconds in of_reads.items()}
+
+
+def of_one_sum(points: Points, ranks: int, itemsize: int) -> float:
+    """Return the seconds of a sum between two reads."""
+    return 0.0 if ranks == 1 else Grid(points).one(wire_bytes("all_reduce", FEATURES, itemsize, ranks))
 
 
 def hops(ranks: int) -> int:

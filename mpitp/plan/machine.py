@@ -22,7 +22,8 @@ OF_ACTIVATIONS = 5                  # where a name of the table above is none of
 STARTS = {"product": 1, "pass": 1, "scores": 3, "message": 1, "python": 8}
 PARTS = ("products", "memory", "messages", "python")
 TILE = 64                           # queries of attention that see the same keys
-FEW = 16                            # rows up to which a product is one pass over its weight
+# Bytes of weights. Of the first size half lies in pages of 2 MiB, of more ever more; see measure/calibrate_in_use.py.
+SMALL_ARRAY, LARGE_ARRAY = 4 << 20, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,8 @@ class Tables:
         {"forward", "backward": {(tokens, features of a head): seconds of a head}, "token": {numbers read: seconds}}.
     passes : dict
         {operation: {elements: seconds}}.
-    reads : dict
-        {bytes: seconds of reading them once}.
+    reads, large_reads : dict
+        {bytes: seconds of reading them once}, of arrays of 4 MiB, and of 64 MiB.
     messages : dict
         Of all-reduces: {bytes that a rank sends: seconds}.
     python : dict
@@ -193,12 +194,14 @@ class Tables:
     row_messages: dict[str, dict[tuple[int, ...], float]] = field(default_factory=dict)
     outside_messages: dict[tuple[int, ...], float] = field(default_factory=dict)
     outside_ranks: int = 0
+    large_reads: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def seconds(self, item: Item, itemsize: int, working_bytes: int) -> float:
         """Return the time of one item that is no message.
 
         The tables are of arrays that are used again and again. To that comes the time in which as many bytes are read
         out of the working set, less that in which they are read out of these arrays alone.
+        No product takes less than its numbers take out of the working set.
         """
         if item.kind == "python":
             return self.python.get(item.what, 0.0)
@@ -214,16 +217,24 @@ class Tables:
         grid = self.grids["product", item.what]
         inside = [min(size, axis[-1]) for size, axis in zip(item.size, grid.axes)]
         numbers, of_grid = (effort(replace(item, size=tuple(size)))[1] for size in (item.size, inside))
-        return grid.seconds(item.size) + self.fetched(numbers * itemsize, working_bytes, of_grid * itemsize)
+        size = numbers * itemsize
+        return max(grid.seconds(item.size) + self.fetched(size, working_bytes, of_grid * itemsize),
+                   size * self.seconds_per_byte(max(working_bytes, size), size) if working_bytes else 0.0)
 
     def fetched(self, size: int, working_bytes: int, own: int | None = None) -> float:
         """Return the time that so many bytes take more out of the working set than out of their own arrays."""
         own = size if own is None else own
-        return size * max(0.0, self.seconds_per_byte(max(working_bytes, own)) - self.seconds_per_byte(own))
+        return size * max(0.0, self.seconds_per_byte(max(working_bytes, own), size) - self.seconds_per_byte(own, size))
 
-    def seconds_per_byte(self, size: int) -> float:
-        """Return the time of one byte where so many are read again and again."""
-        return self.grids["read", ""].one(size) / size if size else 0.0
+    def seconds_per_byte(self, size: int, array: int) -> float:
+        """Return the time of one byte of an array of `array` bytes where `size` bytes are read again and again."""
+        if not size:
+            return 0.0
+        small = self.grids["read", ""].one(size) / size
+        if not self.large_reads or size < LARGE_ARRAY or array <= SMALL_ARRAY:
+            return small
+        share = SMALL_ARRAY / array
+        return share * small + (1 - share) * self.grids["read", "large"].one(size) / size
 
     def message(self, sent_bytes: int, operation: str = "all_reduce") -> float:
         """Return the time of one collective in which a rank sends so many bytes."""
@@ -237,6 +248,8 @@ class Tables:
         found |= {("scores", what): Grid(points) for what, points in self.scores.items()}
         found |= {("pass", what): Grid(points) for what, points in self.passes.items()}
         found |= {("message", what): Grid(points) for what, points in self.row_messages.items()}
+        if self.large_reads:
+            found["read", "large"] = Grid(self.large_reads)
         if self.outside_messages:
             found["message", "outside"] = Grid(self.outside_messages)
         return found | {("read", ""): Grid(self.reads), ("message", ""): Grid(self.messages)}

@@ -46,7 +46,8 @@ def write_machine(path: str, machine: Machine, dtype: str) -> None:
         "reads": as_rows(machine.tables.reads), "messages": as_rows(machine.tables.messages),
         "python": machine.tables.python,
         "row_messages": {what: as_rows(points) for what, points in machine.tables.row_messages.items()},
-        "outside_messages": as_rows(machine.tables.outside_messages), "outside_ranks": machine.tables.outside_ranks}
+        "outside_messages": as_rows(machine.tables.outside_messages), "outside_ranks": machine.tables.outside_ranks,
+        "large_reads": as_rows(machine.tables.large_reads)}
     tables.write_json(path, SCHEMA, found)
 
 
@@ -126,8 +127,9 @@ class Getter:
             by_rows = {what: of_rows.points(what, 1) for what in of_rows.values}
         outside = inner.points("outside_messages", 1) if inner.values.get("outside_messages") else {}
         ranks = int(inner.number("outside_ranks")) if outside else 0
+        large = inner.points("large_reads", 1) if inner.values.get("large_reads") else {}
         return Tables(found["products"], found["scores"], found["passes"], inner.points("reads", 1),
-                      inner.points("messages", 1), python, by_rows, outside, ranks)
+                      inner.points("messages", 1), python, by_rows, outside, ranks, large)
 
     def points(self, key: str, axes: int) -> dict[tuple[int, ...], float]:
         """Return points of so many sizes and a time each, which fill a grid."""
