@@ -14,6 +14,7 @@ import pytest
 
 import make_tiny_checkpoints as tiny
 import mpitp
+import stand_in
 from decoder_cases import KINDS, NEWER_KINDS, config
 from mpitp.checkpoints import room
 from mpitp.comm import launch
@@ -361,6 +362,20 @@ def test_what_has_no_memory_is_refused_with_the_number_that_has(world, ranks, mo
         assert not outcome.fits(plan, Layout(number - 1), free, group.size)
         monkeypatch.setattr(room, "free_bytes", lambda: 1000)
         with pytest.raises(InputError, match="no number of ranks needs as little"):
+            room.require_room(group, "it", plan)
+
+
+def test_a_gpu_is_asked_for_what_stays(world, monkeypatch):
+    stand_in.install(monkeypatch)
+    plan = Job(mpitp.DecoderConfig(**OF_MEMORY["llama"]), "train", 1, 64, device="gpu")
+    with mpitp.TensorParallelGroup(device="gpu", share_gpu=True) as group:
+        needed = [of_rank - transient for of_rank, transient in
+                  zip(outcome.memory(plan, layout_of(group))[1], outcome.peaks(plan, layout_of(group)))]
+        monkeypatch.setattr(stand_in.runtime, "memGetInfo", lambda: (max(needed), 1 << 40))
+        room.require_room(group, "it", plan)
+        monkeypatch.setattr(stand_in.runtime, "memGetInfo", lambda: (max(needed) - 1, 1 << 40))
+        with pytest.raises(InputError, match=r"free on GPU .* weights, gradients and optimizer of the 1 rank there \("
+                                             r"\d ranks, 1 a GPU, would do"):
             room.require_room(group, "it", plan)
 
 

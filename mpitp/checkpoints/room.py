@@ -16,9 +16,10 @@ NEEDED_FOR = {"load": ["weights"], "train": ["weights", "gradients", "optimizer"
 
 
 def require_room(group: TensorParallelGroup, subject: str, job: Job, tensor: TensorParallelGroup | None = None) -> None:
-    """Raise InputError on every rank where a host's memory cannot hold what its ranks need. Collective.
+    """Raise InputError on every rank where the memory of a host or a GPU cannot hold what its ranks need. Collective.
 
-    The page cache counts as free, as the kernel gives it up. On a GPU, whose memory is another one, nothing is asked.
+    The page cache counts as free, as the kernel gives it up. Of a GPU only what stays is asked for: weights, gradients,
+    optimizer, keys and values, and not what a forward makes.
 
     Parameters
     ----------
@@ -36,26 +37,33 @@ def require_room(group: TensorParallelGroup, subject: str, job: Job, tensor: Ten
     InputError
         With the smallest number of ranks, as many on a host as now, that such hosts have the memory for.
     """
-    if group.device != "cpu":
-        return
-    tensor = tensor or group
+    tensor, on_gpu = tensor or group, group.device == "gpu"
     layout = Layout(tensor.size, group.size // tensor.size, tensor.blocks if tensor.reproducible else None)
-    of_ranks = group.comm.allgather((platform.node(), memory(job, layout)[1][tensor.rank], free_bytes()))
-    for host in dict.fromkeys(host for host, _, _ in of_ranks):
-        needed = [size for other, size, _ in of_ranks if other == host]
-        free = min((free for other, _, free in of_ranks if other == host and free is not None), default=None)
+    of_kinds, most = memory(job, layout)
+    needs = most[tensor.rank] - on_gpu * of_kinds["transient"][tensor.rank]
+    of_ranks = group.comm.allgather((*free_on_gpu(group), needs) if on_gpu else (platform.node(), free_bytes(), needs))
+    for place in dict.fromkeys(place for place, _, _ in of_ranks):
+        needed = [size for other, _, size in of_ranks if other == place]
+        free = min((free for other, free, _ in of_ranks if other == place and free is not None), default=None)
         if free is not None and sum(needed) > free:
             here, kept = len(needed), job.dtype if job.weights == "float32" else job.weights
-            enough = smallest_that_fits(job, free, here, layout)
-            remedy = f"{enough} ranks, {here} a host, would do" if enough else "no number of ranks needs as little"
-            raise InputError(f"{subject}: found {free / GIB:.1f} GiB of memory free on {host}, expected "
-                             f"{sum(needed) / GIB:.1f} GiB for the {kept} {needed_for(job)} of the "
+            enough, a_place = smallest_that_fits(job, free, here, layout), "GPU" if on_gpu else "host"
+            remedy = f"{enough} ranks, {here} a {a_place}, would do" if enough else "no number of ranks needs as little"
+            raise InputError(f"{subject}: found {free / GIB:.1f} GiB of memory free on {place}, expected "
+                             f"{sum(needed) / GIB:.1f} GiB for the {kept} {needed_for(job, on_gpu)} of the "
                              f"{here} rank{'s' if here > 1 else ''} there ({remedy})")
 
 
-def needed_for(job: Job) -> str:
+def free_on_gpu(group: TensorParallelGroup) -> tuple[str, int]:
+    """Return this rank's GPU, in words, and the bytes that are free on it."""
+    runtime = group.xp.cuda.runtime
+    uuid = runtime.getDeviceProperties(runtime.getDevice())["uuid"].hex()
+    return f"GPU {uuid} of {platform.node()}", runtime.memGetInfo()[0]
+
+
+def needed_for(job: Job, on_gpu: bool) -> str:
     """Return what a job needs memory for, in words."""
-    words = NEEDED_FOR[job.kind] + (["activations"] if job.kind != "load" else [])
+    words = NEEDED_FOR[job.kind] + (["activations"] if job.kind != "load" and not on_gpu else [])
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
