@@ -41,7 +41,7 @@ from mpitp.measure.timers import timer_of           # noqa: E402
 from mpitp.plan.job import Job, Layout              # noqa: E402
 from mpitp.plan.layer_work import block_bytes, block_work, mlp_bytes, mlp_work      # noqa: E402
 from mpitp.plan.machine_file import write_machine   # noqa: E402
-from mpitp.plan.outcome import parts_of_time        # noqa: E402
+from mpitp.plan.outcome import memory, parts_of_time        # noqa: E402
 from mpitp.plan.work import work, working_bytes     # noqa: E402
 from mpitp.training.data import Tokens              # noqa: E402
 from mpitp.training.loop import Settings, Trainer   # noqa: E402
@@ -234,6 +234,33 @@ def write(folder, group, machine, rows, rounds, dtype, errors):
         out.write("\n")
 
 
+def peaks_of_gpu(group, dtype, sizes):
+    """Print what a training step has at most of the GPU's memory, by the pool's own record, beside the plan."""
+    class Record(group.xp.cuda.MemoryHook):
+        name, used, most = "record", 0, 0
+
+        def malloc_postprocess(self, **of):
+            self.used += of["mem_size"]
+            self.most = max(self.most, self.used)
+
+        def free_postprocess(self, **of):
+            self.used -= of["mem_size"]
+
+    for hidden, layers, batch, tokens in sizes:
+        config = llama(hidden, layers, 256)
+        job = Job(config, "train", batch, tokens, dtype=dtype, device="gpu")
+        planned = memory(job, Layout(group.size))[1][group.rank]
+        with Record() as record:
+            trainer = Trainer(group, config, Tokens(None, 256, tokens, 0),
+                              Settings(micro_batch_size=batch, train_iters=1 << 30), dtype=dtype)
+            for _ in range(2):
+                trainer.train_step()
+            del trainer
+        if group.rank == 0:
+            print(f"memory of a training step, {hidden}x{layers}x{batch}x{tokens}: {tables.size(record.most)} measured, "
+                  f"{tables.size(planned)} planned, {planned / record.most:.3f} of it", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -253,6 +280,8 @@ def main():
             *errors, good = show(rows, group, machine, rounds)
             if arguments.out:
                 write(arguments.out, group, machine, rows, rounds, arguments.dtype, errors)
+        if hasattr(group.xp, "cuda") and hasattr(group.xp.cuda, "MemoryHook"):
+            peaks_of_gpu(group, arguments.dtype, sizes["train"])
     return 0 if good else 1
 
 
