@@ -33,7 +33,7 @@ from mpitp.arrays import compute_dtype              # noqa: E402
 from mpitp.comm.guard import guarded                # noqa: E402
 from mpitp.layers.block import ParallelBlock        # noqa: E402
 from mpitp.measure.block import block_config        # noqa: E402
-from mpitp.measure.calibrate import Calibration     # noqa: E402
+from mpitp.measure.calibrate import Calibration, Sizes      # noqa: E402
 from mpitp.measure.calibrate_python import Tiny     # noqa: E402
 from mpitp.measure.decode import Decode             # noqa: E402
 from mpitp.measure.feed_forward import LayerCases   # noqa: E402
@@ -55,6 +55,9 @@ ALL = {"ffn": FFN, "block": BLOCKS, "decode": DECODES, "train": STEPS}
 # Of several hosts: what a slow network and a processor that ranks share can do in minutes.
 FEW = {"ffn": ((256, 1), (256, 128), (512, 1), (512, 128), (1024, 16)), "block": ((256, 1), (256, 64), (512, 128)),
        "decode": ((256, 128), (512, 128)), "train": ((256, 2, 4, 64),)}
+CALIBRATED_FOR_FEW = Sizes(rows=(1, 2, 16, 64, 128, 256), tokens=(16, 64, 256), features=(16, 64), keys=(4, 64, 1024),
+                           elements=(64, 1 << 12, 1 << 16, 1 << 19), reads=tuple(1 << n for n in range(16, 27, 2)),
+                           messages=tuple(8 ** n for n in range(1, 8)))
 LARGE = {"ffn": ((1024, 1), (1024, 128), (1024, 1024), (4096, 1), (4096, 16), (4096, 512), (8192, 1), (8192, 128)),
          "block": ((1024, 64), (1024, 1024), (2048, 256), (4096, 16), (4096, 512)),
          "decode": ((512, 128), (1024, 128), (2048, 1024), (4096, 128)),
@@ -139,10 +142,12 @@ class Interleaved:
     group, dtype
     cases : int
         Of a round.
+    calibrated : Sizes or None
+        As Calibration has them.
     """
 
-    def __init__(self, group, dtype, cases):
-        self.calibration = Calibration(group, dtype)
+    def __init__(self, group, dtype, cases, calibrated):
+        self.calibration = Calibration(group, dtype, calibrated)
         self.tiny = Tiny(self.calibration)
         self.points = sum(1 for _ in self.calibration.cases()) + len(self.tiny.cases)
         self.part, self.waiting = -(-self.points // cases), iter(())
@@ -167,7 +172,7 @@ def measure(group, dtype, sizes, rounds, seconds):
     """The machine, {(kind, size, name): ([seconds of each round], items, bytes worked on)}, and the rounds."""
     start, found, made = time.perf_counter(), {}, Cases(group, dtype)
     timer = timer_of(group)
-    interleaved = Interleaved(group, dtype, sum(map(len, sizes.values())))
+    interleaved = Interleaved(group, dtype, sum(map(len, sizes.values())), CALIBRATED_FOR_FEW if sizes is FEW else None)
     for number in range(rounds):
         before = time.perf_counter()
         interleaved.begin_round()
@@ -257,8 +262,8 @@ def peaks_of_gpu(group, dtype, sizes):
                 trainer.train_step()
             del trainer
         if group.rank == 0:
-            print(f"memory of a training step, {hidden}x{layers}x{batch}x{tokens}: {tables.size(record.most)} measured, "
-                  f"{tables.size(planned)} planned, {planned / record.most:.3f} of it", flush=True)
+            print(f"memory of a training step, {hidden}x{layers}x{batch}x{tokens}: {tables.size(record.most)} "
+                  f"measured, {tables.size(planned)} planned, {planned / record.most:.3f} of it", flush=True)
 
 
 def main():
