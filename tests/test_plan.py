@@ -311,6 +311,13 @@ def test_what_it_refuses(tmp_path):
         assert message in str(refused.value)
 
 
+def test_no_matplotlib_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)            # which makes its import fail
+    monkeypatch.setattr(plan_command, "plan", None)
+    with pytest.raises(InputError, match="found no matplotlib, expected it for --plot"):
+        run_command("--plot", tmp_path / "plan.png")
+
+
 def test_recomputation_repeats_products_and_rows_take_other_collectives():
     """Forward's products but the last of each branch that backward needs no more; norms of a rank's rows alone."""
     plans = {name: Job(mpitp.DecoderConfig(**LLAMA), "train", 1, 64, **mode)
@@ -401,7 +408,8 @@ def test_commands_ask_before_they_load(tmp_path):
                                                       "num_attention_heads": 5, "num_key_value_heads": 1}))
     for words, needed in ((("generate", "--model", tmp_path, "--ids", "1,2"), "weights, keys, values and activations"),
                           (("score", "--model", tmp_path, "--ids-file", tmp_path / "ids"), "weights and activations"),
-                          (("train", "--hidden-size", 8192, "--num-layers", 16), "optimizer and activations")):
+                          (("train", "--hidden-size", 8192, "--num-layers", 16, "--micro-batch-size", 1, "--seq-length",
+                            16), "optimizer and activations")):
         (tmp_path / "ids").write_text("1,2,3")
         done = job(2, "-m", "mpitp", *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
