@@ -33,10 +33,11 @@ from mpitp.arrays import compute_dtype              # noqa: E402
 from mpitp.comm.guard import guarded                # noqa: E402
 from mpitp.layers.block import ParallelBlock        # noqa: E402
 from mpitp.measure.block import block_config        # noqa: E402
-from mpitp.measure.calibrate import Calibration, Sizes      # noqa: E402
+from mpitp.measure.calibrate import Calibration     # noqa: E402
 from mpitp.measure.calibrate_python import Tiny     # noqa: E402
 from mpitp.measure.decode import Decode             # noqa: E402
 from mpitp.measure.feed_forward import LayerCases   # noqa: E402
+from mpitp.measure.timed_cases import Sizes         # noqa: E402
 from mpitp.measure.timers import timer_of           # noqa: E402
 from mpitp.plan.job import Job, Layout              # noqa: E402
 from mpitp.plan.layer_work import block_bytes, block_work, mlp_bytes, mlp_work      # noqa: E402

@@ -23,9 +23,11 @@ from mpitp.commands import plan as plan_command
 from mpitp.commands.bench_calibrate import run_calibration
 from mpitp.errors import InputError
 from mpitp.inference.kv import KeyValues
-from mpitp.measure.calibrate import Calibration, Sizes
+from mpitp.measure import timed_cases
+from mpitp.measure.calibrate import Calibration
 from mpitp.measure.calibrate_in_use import in_use, sums, without_sums
 from mpitp.measure.calibrate_python import calibrate
+from mpitp.measure.timed_cases import Sizes
 from mpitp.ops.greatest import greatest_of_rank
 from mpitp.plan import messages, outcome, tensors
 from mpitp.plan.job import Job, Layout, pieces
@@ -464,6 +466,25 @@ def test_a_measured_machine_is_read_as_it_was_written(world, tmp_path):
         with pytest.raises(InputError) as refused:
             read_machine(tmp_path / "bad.json")
         assert message in str(refused.value)
+
+
+def test_sums_over_hosts_are_measured_apart(world, monkeypatch):
+    """As if each rank had a host of its own; hosts with different numbers of ranks are refused."""
+    if world.size == 1:
+        pytest.skip("one rank has one host")
+    monkeypatch.setattr(timed_cases, "nodes_of", lambda comm: list(range(comm.size)))
+    with mpitp.TensorParallelGroup() as group:
+        calibration = Calibration(group, sizes=FEW)
+        calibration.run_pass()
+        machine = calibration.machine()
+        assert machine.ranks_per_host == 1 and set(machine.tables.messages) == {(0,)}
+        assert machine.tables.outside_ranks == world.size and len(machine.tables.outside_messages) == 2
+        of, = outcome.plan(Job(config("gpt2"), "train", 1, 7), machine, [world.size])
+        assert of.hosts == world.size and of.phases[0].seconds_of["messages"] > 0
+        if world.size > 2:
+            monkeypatch.setattr(timed_cases, "nodes_of", lambda comm: [0, *range(comm.size - 1)])
+            with pytest.raises(InputError, match="ranks on . hosts, up to 2 on one, expected as many on each"):
+                Calibration(group, sizes=FEW)
 
 
 def machine_of(device="cpu", **tables):

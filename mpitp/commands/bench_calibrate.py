@@ -6,8 +6,9 @@ import os
 
 from .. import tables
 from ..errors import require
-from ..measure.calibrate import Calibration, Sizes
+from ..measure.calibrate import Calibration
 from ..measure.calibrate_python import calibrate
+from ..measure.timed_cases import Sizes
 from ..plan.machine_file import default_path, write_machine
 from . import device
 from .progress import Progress

@@ -7,64 +7,25 @@ from __future__ import annotations
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, compute_dtype, sum_dtype
+from ..arrays import Array
 from ..comm.group import TensorParallelGroup
 from ..comm.launch import machine as machine_here
 from ..ops.attention import attention_backward, attention_forward
 from ..ops.keys_values import last_query_forward
 from ..ops.linear import linear_forward, product
 from ..plan.machine import LARGE_ARRAY, SMALL_ARRAY, Link, Machine, Tables
-from .calibrate_in_use import Hosts, Points, hops, in_use, messages, of_one_sum, reads, without_sums
+from .calibrate_in_use import Points, hops, in_use, messages, of_one_sum, reads, without_sums
 from .calibrate_passes import passes
-from .timers import timer_of
-
-Point = tuple[str, str, tuple[int, ...]]            # table, operation, size
-Case = tuple[Point, Callable[[], Any]]
-
-SCORED_HEADS, READ_HEADS = 4, 8
-LEAST_SECONDS = 2e-3                                # that a case is repeated for
+from .timed_cases import READ_HEADS, SCORED_HEADS, Case, TimedCases
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes that are timed; between them times are interpolated.
-
-    Attributes
-    ----------
-    rows, sides : tuple of int
-        Of products: rows of x (up to 64 they are computed the other way round), in and out features.
-    tokens, features : tuple of int
-        Of attention.
-    keys : tuple of int
-        That a token attends to.
-    elements : tuple of int
-        Of operations on arrays.
-    reads, messages : tuple of int
-        Bytes. Reads that would take too much of the memory are left out.
-    """
-    rows: tuple[int, ...] = (1, 2, 8, 16, 64, 96, 256, 1024)
-    sides: tuple[int, ...] = (64, 256, 1024, 4096)
-    tokens: tuple[int, ...] = (16, 64, 256, 1024)
-    features: tuple[int, ...] = (16, 64, 512)
-    keys: tuple[int, ...] = (4, 64, 1024, 4096)
-    elements: tuple[int, ...] = (64, 1 << 12, 1 << 16, 1 << 19, 1 << 22)
-    reads: tuple[int, ...] = tuple(1 << exponent for exponent in (16, 18, 20, 22, 24, 26, 28, 29))
-    messages: tuple[int, ...] = tuple(8 ** exponent for exponent in range(1, 9))
-
-    def most(self) -> int:
-        """Return the numbers of the largest array."""
-        return max(self.rows[-1] * self.sides[-1], self.sides[-1] ** 2, self.elements[-1], 1 << 18,
-                   self.tokens[-1] * self.features[-1] * SCORED_HEADS, self.keys[-1] * READ_HEADS * 64)
-
-
-class Calibration:
+class Calibration(TimedCases):
     """A Calibration times every case once a pass; the machine has the medians of all passes.
 
     On a GPU a time is what the GPU takes, without what Python takes to start it.
@@ -79,16 +40,6 @@ class Calibration:
         What is timed; None: all of Sizes().
     """
 
-    def __init__(self, group: TensorParallelGroup, dtype: str = "float32", sizes: Sizes | None = None):
-        self.group, self.dtype, self.sizes = group, compute_dtype(dtype, group.device), sizes or Sizes()
-        self.xp, self.sums, self.hosts = group.xp, sum_dtype(self.dtype), Hosts(group)
-        most, generator = self.sizes.most(), np.random.default_rng(5)
-        self.buffers = [self.xp.asarray(generator.standard_normal(most).astype(self.dtype)) for _ in range(2)]
-        self.buffers += [self.xp.ones(most, self.dtype) for _ in range(2)]
-        self.timer = timer_of(group, int(most ** 0.5))
-        self.seconds: defaultdict[Point, list[float]] = defaultdict(list)
-        self.repeats: dict[Point, int] = {}
-
     def cases(self) -> Iterator[Case]:
         """Yield every case; one may be timed until the next one is asked for."""
         for cases in (self.products(), passes(self), self.scores(), reads(self), messages(self)):
@@ -98,35 +49,6 @@ class Calibration:
         """Time every case. Collective."""
         for point, function in self.cases():
             self.time(point, function)
-
-    def time(self, point: Point, function: Callable[[], Any], walls: bool = False) -> None:
-        """Time one case, repeated until it takes long enough. Collective.
-
-        walls : whether the host's clock counts on a GPU, too
-        """
-        comm, measured = self.group.comm, self.timer.walls if walls else self.timer.seconds
-        if point not in self.repeats:
-            function()                                          # warm
-            once = comm.bcast(self.timer.walls(function, 1))
-            self.repeats[point] = min(self.timer.most_calls, max(1, int(LEAST_SECONDS / max(once, 1e-7))))
-        repeats = self.repeats[point]
-        if repeats > 1:
-            function()                                          # warm again, where that costs little
-        comm.Barrier()
-        self.seconds[point].append(max(comm.allgather(measured(function, repeats))))
-
-    def view(self, number: int, *shape: int) -> Array:
-        """Return an array of this shape at the beginning of one of the buffers."""
-        count = int(np.prod(shape))
-        return self.buffers[number][:count].reshape(shape)
-
-    def sum_view(self, *shape: int) -> Array:
-        """Return an array of this shape whose dtype is that of sums and gradients."""
-        return self.view(2, *shape) if self.sums == self.dtype else self.xp.empty(shape, self.sums)
-
-    def median(self, table: str, what: str, size: tuple[int, ...]) -> float:
-        """Return the median over the passes of one case."""
-        return statistics.median(self.seconds[table, what, size])
 
     # --- the cases ---------------------------------------------------------------------------------------------
 

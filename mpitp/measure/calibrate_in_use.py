@@ -5,24 +5,20 @@ ranks add up. A sum then waits for the rank that reads slowest, and finds neithe
 Linux gives NumPy pages of 2 MiB inside of arrays from 4 MiB on, pages of 4 KiB elsewhere. Measured on an AMD EPYC out
 of 200 MiB of weights: 1.2 times the time for arrays of 4 MiB as for those of 64 MiB.
 """
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..arrays import Array
-from ..comm.grid_nodes import nodes_of
 from ..comm.group import TensorParallelGroup
 from ..comm.ledger import wire_bytes
 from ..comm.rows import Rows
 from ..ops.linear import linear_forward
 from ..plan.machine import LARGE_ARRAY, SMALL_ARRAY, Grid
+from .timed_cases import Case, TimedCases
 
-if TYPE_CHECKING:
-    from .calibrate import Calibration, Case
 
 SUM_EVERY = 2                   # products
 FEATURES = 1024                 # of what is added up after them
@@ -31,25 +27,7 @@ BASE = (FEATURES // 4, FEATURES)            # of that product's weight
 OF_MEMORY = 8                   # share of the free memory that weights may take: one of so many parts
 
 
-class Hosts:
-    """The hosts of a group: how many, how many ranks each has, and the ranks of this one as a group.
-
-    Parameters
-    ----------
-    group : TensorParallelGroup
-        As many ranks on each host, or the last one has fewer. Collective.
-    """
-
-    def __init__(self, group: TensorParallelGroup):
-        nodes = nodes_of(group.comm)
-        self.count = len(set(nodes))
-        self.ranks = max(map(nodes.count, nodes))
-        inside = group if self.count == 1 else group.subgroup(nodes[group.rank])
-        assert inside is not None, "every rank has a node"
-        self.inside = inside
-
-
-def reads(of: Calibration) -> Iterator[Case]:
+def reads(of: TimedCases) -> Iterator[Case]:
     """Yield reading so many bytes of weights, by products with one row, in use: of small arrays, and of large ones."""
     most = max(most_bytes(of.group), of.sizes.reads[0])
     sizes = sorted(size for size in of.sizes.reads if size <= most)
@@ -57,7 +35,7 @@ def reads(of: Calibration) -> Iterator[Case]:
     yield from reads_of(of, [size for size in sizes if size >= LARGE_ARRAY], LARGE_ARRAY, "large")
 
 
-def reads_of(of: Calibration, sizes: list[int], piece: int, what: str) -> Iterator[Case]:
+def reads_of(of: TimedCases, sizes: list[int], piece: int, what: str) -> Iterator[Case]:
     """Yield reading so many bytes of weights of `piece` bytes each; sums(size, piece) sums are between them."""
     xp, row_bytes = of.xp, FEATURES * of.dtype.itemsize
     x, summed = of.view(0, 1, FEATURES), xp.zeros((1, FEATURES), of.sums)
@@ -91,7 +69,7 @@ def most_bytes(group: TensorParallelGroup) -> int:
     return min(group.comm.allgather(free // (OF_MEMORY * group.size)))
 
 
-def messages(of: Calibration) -> Iterator[Case]:
+def messages(of: TimedCases) -> Iterator[Case]:
     """Yield all-reduces by the bytes that a rank sends: inside a host and, with several hosts, over all of them."""
     yield from all_reduces(of, of.hosts.inside, "")
     if of.hosts.count > 1:
@@ -100,7 +78,7 @@ def messages(of: Calibration) -> Iterator[Case]:
         yield from messages_of_rows(of)
 
 
-def all_reduces(of: Calibration, group: TensorParallelGroup, where: str) -> Iterator[Case]:
+def all_reduces(of: TimedCases, group: TensorParallelGroup, where: str) -> Iterator[Case]:
     """Yield all-reduces of a group, small ones a second time behind a product, and that product alone."""
     sent: set[int] = set()
     row, w = of.view(0, 1, BASE[1]), of.view(1, *BASE)
@@ -123,7 +101,7 @@ def sum_behind_product(group: TensorParallelGroup, x: Array, row: Array, w: Arra
     group.all_reduce(x, out=x)
 
 
-def messages_of_rows(of: Calibration) -> Iterator[Case]:
+def messages_of_rows(of: TimedCases) -> Iterator[Case]:
     """Yield the all-gathers and reduce-scatters of sequence parallelism, as many rows on each of several ranks."""
     ranks, most = of.group.size, of.sizes.most()
     for elements in sorted({min(size // of.dtype.itemsize, most) for size in of.sizes.messages}):

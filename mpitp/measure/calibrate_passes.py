@@ -1,10 +1,8 @@
 """The operations that pass over arrays, as a Calibration times them: by their numbers of elements."""
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import matmul
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +16,11 @@ from ..ops.keys_values import append
 from ..ops.linear import add_bias, bias_backward
 from ..ops.norm import norm_backward, norm_forward
 from ..ops.rotary import rotary_forward
-
-if TYPE_CHECKING:
-    from .calibrate import Calibration, Case
+from .timed_cases import Case, TimedCases
 
 
-def passes(of: Calibration) -> Iterator[Case]:
+
+def passes(of: TimedCases) -> Iterator[Case]:
     """Yield the operations of a calibration's sizes."""
     for elements in of.sizes.elements:
         D = min(elements, 1024)
@@ -64,7 +61,7 @@ def gated_backward_of_copy(x: Array, y: Array, z: Array, w: Array) -> None:
     gated_backward(z, (y, w, y))
 
 
-def others(of: Calibration, x: Array, y: Array, z: Array, w: Array) -> dict[str, Callable[[], Any]]:
+def others(of: TimedCases, x: Array, y: Array, z: Array, w: Array) -> dict[str, Callable[[], Any]]:
     """Return sums, embeddings, biases, and the optimizer's step."""
     xp, D, flat = of.xp, x.shape[1], x.reshape(-1)
     ids, rows = xp.asarray(np.arange(len(x)) % 64), of.view(1, 64, D)
@@ -79,7 +76,7 @@ def others(of: Calibration, x: Array, y: Array, z: Array, w: Array) -> dict[str,
             "greatest": partial(greatest_of_rank, x.reshape(1, -1), 0)}
 
 
-def norms(of: Calibration, x: Array, y: Array) -> dict[str, Callable[[], Any]]:
+def norms(of: TimedCases, x: Array, y: Array) -> dict[str, Callable[[], Any]]:
     """Return both kinds of norm."""
     cases: dict[str, Callable[[], Any]] = {}
     D, xp = x.shape[1], of.xp
@@ -92,7 +89,7 @@ def norms(of: Calibration, x: Array, y: Array) -> dict[str, Callable[[], Any]]:
     return cases
 
 
-def losses(of: Calibration, x: Array) -> dict[str, Callable[[], Any]]:
+def losses(of: TimedCases, x: Array) -> dict[str, Callable[[], Any]]:
     """Return the loss, and its backward."""
     targets = of.xp.zeros(len(x), np.int64)
     return {"loss": partial(loss, x, targets),
@@ -105,7 +102,7 @@ def loss(x: Array, targets: Array) -> None:
     row_sums(x, row_maximum(x), targets, False)
 
 
-def of_heads(of: Calibration, x: Array) -> dict[str, Callable[[], Any]]:
+def of_heads(of: TimedCases, x: Array) -> dict[str, Callable[[], Any]]:
     """Return rotary embedding, and what appends keys and values."""
     heads = x.reshape(1, len(x), x.shape[1] // 64, 64)
     cos, sin = (of.xp.ones((len(x), 32), of.sums) for _ in range(2))

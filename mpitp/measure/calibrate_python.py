@@ -20,9 +20,10 @@ from ..training.data import Tokens
 from ..training.loop import Trainer
 from ..training.settings import Settings
 from .block import block_cases, block_config
-from .calibrate import Calibration, Case
+from .calibrate import Calibration
 from .decode import Decode
 from .feed_forward import mlp_cases
+from .timed_cases import Case
 
 HIDDEN, HEADS, FFN, TOKENS, LAYERS = 64, 4, 256, 4, (2, 4)
 

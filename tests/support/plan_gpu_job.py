@@ -9,7 +9,7 @@ stand_in.install(kernels=True)
 from mpitp.commands import Parser, bench        # noqa: E402
 from mpitp.commands.bench_calibrate import run_calibration      # noqa: E402
 from mpitp.config import DecoderConfig          # noqa: E402
-from mpitp.measure.calibrate import Sizes       # noqa: E402
+from mpitp.measure.timed_cases import Sizes     # noqa: E402
 from mpitp.plan import outcome                  # noqa: E402
 from mpitp.plan.job import Job                  # noqa: E402
 from mpitp.plan.machine_file import read_machine        # noqa: E402
