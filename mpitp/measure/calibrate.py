@@ -69,9 +69,9 @@ class Calibration(TimedCases):
         """Yield attention by tokens and features of a head, and a token's by the numbers that it reads."""
         for tokens in self.sizes.tokens:
             for features in self.sizes.features:
-                q, k, v = (self.heads(number, tokens, features) for number in (0, 1, 0))
-                out, dq = (self.new_heads(tokens, features, self.dtype) for _ in range(2))
-                dk, dv = (self.new_heads(tokens, features, self.sums)[:, 0] for _ in range(2))
+                q, k, v = (as_heads(self.view(number, tokens, SCORED_HEADS, features)) for number in (0, 1, 0))
+                out, dq = (as_heads(self.ones(tokens, SCORED_HEADS, features)) for _ in range(2))
+                dk, dv = (as_heads(self.xp.ones((tokens, SCORED_HEADS, features), self.sums))[:, 0] for _ in range(2))
                 scale = features ** -0.5
                 lse = attention_forward(q, k[:, 0], v[:, 0], scale, out=out)
                 yield ("scores", "forward", (tokens, features)), \
@@ -84,14 +84,6 @@ class Calibration(TimedCases):
             last = self.xp.asarray(np.array([keys - 1]))
             yield ("scores", "token", (2 * READ_HEADS * keys * 64,)), \
                 partial(last_query_forward, q, k, v, last, 0.1, out=out)
-
-    def new_heads(self, tokens: int, features: int, dtype: Any) -> Array:
-        """Return a new array of heads (heads, 1, tokens, features) as they lie in a projection."""
-        return self.xp.ones((tokens, SCORED_HEADS, features), dtype).transpose(1, 0, 2)[:, None]
-
-    def heads(self, number: int, tokens: int, features: int) -> Array:
-        """Return heads (heads, 1, tokens, features) as they lie in a projection."""
-        return self.view(number, tokens, SCORED_HEADS, features).transpose(1, 0, 2)[:, None]
 
     # --- the machine ---------------------------------------------------------------------------------------------
 
@@ -134,6 +126,11 @@ class Calibration(TimedCases):
         runtime = self.xp.cuda.runtime
         gpu = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
         return f"{machine_here()}; {gpu}, {self.group.transport.name}"
+
+
+def as_heads(x: Array) -> Array:
+    """Return a projection (tokens, heads, features) as heads (heads, 1, tokens, features)."""
+    return x.transpose(1, 0, 2)[:, None]
 
 
 def link_of(points: Points, ranks: int) -> Link:

@@ -43,7 +43,8 @@ def reads_of(of: TimedCases, sizes: list[int], piece: int, what: str) -> Iterato
     for size in sizes:
         while len(weights) * piece < size:
             weights.append(xp.zeros((piece // row_bytes, FEATURES), of.dtype))
-            weights[-1][...] = 0.01                         # zeros may all be one page of memory
+            if of.group.device == "cpu":
+                weights[-1][...] = 0.01                     # zeros may all be one page of memory
         parts = weights[:size // piece] or [weights[0][:max(1, size // row_bytes)]]
         yield ("reads", what, (size,)), partial(read, of.group, x, parts, summed)
 

@@ -63,15 +63,15 @@ def gated_backward_of_copy(x: Array, y: Array, z: Array, w: Array) -> None:
 
 def others(of: TimedCases, x: Array, y: Array, z: Array, w: Array) -> dict[str, Callable[[], Any]]:
     """Return sums, embeddings, biases, and the optimizer's step."""
-    xp, D, flat = of.xp, x.shape[1], x.reshape(-1)
+    xp, D = of.xp, x.shape[1]
     ids, rows = xp.asarray(np.arange(len(x)) % 64), of.view(1, 64, D)
-    moved, mean, square = (xp.ones(x.size, of.sums) for _ in range(3))
-    return {"add": partial(add_to, z, x), "bias": partial(add_bias, z, xp.ones(D, of.dtype)),
-            "bias backward": partial(bias_backward, x, xp.zeros(D, of.sums)), "zero": partial(z.fill, 0),
+    moved, gradient, mean, square = (xp.ones(x.size, of.sums) for _ in range(4))
+    return {"add": partial(add_to, z, x), "bias": partial(add_bias, z, of.ones(D)),
+            "bias backward": partial(bias_backward, x, xp.zeros(D, of.sums)), "zero": partial(moved.fill, 0),
             "embedding": partial(embedding_forward, rows, ids),
             "embedding backward": partial(embedding_backward, x, ids, 64, xp.zeros((64, D), of.sums)),
-            "sum of squares": partial(matmul, flat, flat),
-            "adamw": partial(adamw_step, moved, flat.astype(of.sums), mean, square, beta1=0.9, beta2=0.95, rate=1e-3,
+            "sum of squares": partial(matmul, gradient, gradient),
+            "adamw": partial(adamw_step, moved, gradient, mean, square, beta1=0.9, beta2=0.95, rate=1e-3,
                              root=1.0, eps=1e-8, decay=0.999, scale=0.5),
             "greatest": partial(greatest_of_rank, x.reshape(1, -1), 0)}
 
@@ -81,8 +81,8 @@ def norms(of: TimedCases, x: Array, y: Array) -> dict[str, Callable[[], Any]]:
     cases: dict[str, Callable[[], Any]] = {}
     D, xp = x.shape[1], of.xp
     for kind in ("layernorm", "rmsnorm"):
-        w = xp.ones(D, of.dtype)
-        b = xp.ones(D, of.dtype) if kind == "layernorm" else None
+        w = of.ones(D)
+        b = of.ones(D) if kind == "layernorm" else None
         cases[f"{kind} forward"] = partial(norm_forward, x, w, b, kind, 1e-5)
         saved = norm_forward(y, w, b, kind, 1e-5)[1]
         cases[f"{kind} backward"] = partial(norm_backward, x, saved, xp.zeros(D, of.sums), xp.zeros(D, of.sums))
@@ -92,9 +92,9 @@ def norms(of: TimedCases, x: Array, y: Array) -> dict[str, Callable[[], Any]]:
 def losses(of: TimedCases, x: Array) -> dict[str, Callable[[], Any]]:
     """Return the loss, and its backward."""
     targets = of.xp.zeros(len(x), np.int64)
+    ones = of.xp.ones(len(x), of.sums)
     return {"loss": partial(loss, x, targets),
-            "loss backward": partial(row_gradient, x, x[:, 0].astype(of.sums), targets, of.xp.ones(len(x), of.sums),
-                                     of.xp.ones(len(x), of.sums), None, of.xp.empty_like(x))}
+            "loss backward": partial(row_gradient, x, 4 * ones, targets, ones, ones, None, of.xp.empty_like(x))}
 
 
 def loss(x: Array, targets: Array) -> None:

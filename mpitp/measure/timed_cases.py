@@ -99,7 +99,7 @@ class TimedCases:
         self.xp, self.sums, self.hosts = group.xp, sum_dtype(self.dtype), Hosts(group)
         most, generator = self.sizes.most(), np.random.default_rng(5)
         self.buffers = [self.xp.asarray(generator.standard_normal(most).astype(self.dtype)) for _ in range(2)]
-        self.buffers += [self.xp.ones(most, self.dtype) for _ in range(2)]
+        self.buffers += [self.ones(most) for _ in range(2)]
         self.timer = timer_of(group, int(most ** 0.5))
         self.seconds: defaultdict[Point, list[float]] = defaultdict(list)
         self.repeats: dict[Point, int] = {}
@@ -119,6 +119,10 @@ class TimedCases:
             function()                                          # warm again, where that costs little
         comm.Barrier()
         self.seconds[point].append(max(comm.allgather(measured(function, repeats))))
+
+    def ones(self, *shape: int) -> Array:
+        """Return an array of ones, made on the host, where every dtype can be."""
+        return self.xp.asarray(np.ones(shape, self.dtype))
 
     def view(self, number: int, *shape: int) -> Array:
         """Return an array of this shape at the beginning of one of the buffers."""
