@@ -8,7 +8,7 @@ import pytest
 
 from mpitp.commands import parse_or_help
 from mpitp.commands.scale import KINDS, Point, check_arguments, launcher_words, points_of
-from mpitp.commands.scale_plan import Predictions
+from mpitp.commands.scale_plan import Predictions, work_of
 from mpitp.errors import InputError
 from mpitp.measure.decode import decode_config
 from mpitp.plan import outcome
@@ -71,6 +71,8 @@ def test_predictions(tmp_path, monkeypatch):
         "ffn: forward", "ffn: forward+backward", "ffn: one token forward", "block: forward", "block: forward+backward",
         "decode: decode")}
     assert 2 < seconds["ffn: forward+backward"] / seconds["ffn: forward"] < 4
+    all_tokens = 2 * 4 * (2 * 256 * 512) + 4 * 64 * (4 * 256 + 3 * 512)     # push the weights of one out of the cache
+    assert work_of("ffn", "one token forward", 2, 64, laptop.arguments)[1] == all_tokens
     assert seconds["ffn: one token forward"] < seconds["ffn: forward"] < seconds["block: forward"]
     job = Job(decode_config(256), "decode", 1, 64, 2)
     token = outcome.of_ranks(job, MACHINES["laptop"], Layout(2)).phases[1].seconds
@@ -93,12 +95,12 @@ def test_predictions(tmp_path, monkeypatch):
 def test_launchers(monkeypatch):
     monkeypatch.delenv("MPITP_LAUNCHER", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert launcher_words(None) == ["mpirun"]
-    assert launcher_words("srun --mpi='pmix v4'") == ["srun", "--mpi=pmix v4"]
+    assert launcher_words(None, 2) == ["mpirun"]
+    assert launcher_words("srun --mpi='pmix v4'", 2) == ["srun", "--mpi=pmix v4"]
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert launcher_words(None) == ["srun", "--overlap"]
+    assert launcher_words(None, 2) == ["srun", "--overlap", "--cpus-per-task=2"]
     monkeypatch.setenv("MPITP_LAUNCHER", "mpiexec.hydra -bind-to none")
-    assert launcher_words(None) == ["mpiexec.hydra", "-bind-to", "none"]
+    assert launcher_words(None, 2) == ["mpiexec.hydra", "-bind-to", "none"]
 
 
 def study(*arguments):
