@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mpitp.commands import parse_or_help
-from mpitp.commands.scale import KINDS, Point, check_arguments, launcher_words, points_of
+from mpitp.commands.scale import KINDS, Point, check_arguments, launcher_words, points_of, run_bench, shared_folder
 from mpitp.commands.scale_plan import Predictions, work_of
 from mpitp.errors import InputError
 from mpitp.measure.decode import decode_config
@@ -123,6 +123,31 @@ def test_a_study(tmp_path):
         assert f"{p.efficiency:.0%}" in found.stdout
         assert p.planned_seconds > 0 and f"{p.planned_seconds / p.median_seconds:.2f}" in found.stdout
     assert "\nplanned for laptop\n" in found.stdout
+
+
+def test_jobs_that_do_not_end_as_they_should(tmp_path):
+    """A launcher that takes too long is asked to end, not killed; one that wrote no report is not believed."""
+    arguments = parse_or_help(["scale", "--limit", "0.5", "--threads", "1"])[1]
+    stubborn = ["sh", "-c", f"trap 'echo ended > {tmp_path}/ended; exit' TERM; sleep 60 & wait"]
+    with pytest.raises(InputError, match=r"found 3 ranks still at work after 0.5 seconds, expected an end: --limit"):
+        run_bench(stubborn, 3, arguments, [], tmp_path / "report")
+    assert (tmp_path / "ended").exists()
+    with pytest.raises(InputError, match=r"true -n 3: no report in .*, expected a folder that rank 0 shares: TMPDIR"):
+        run_bench(["true"], 3, arguments, [], tmp_path / "report")
+    with pytest.raises(InputError, match="found exit status 3, expected 0; it said: no such partition"):
+        run_bench(["sh", "-c", "echo no such partition >&2; exit 3"], 3, arguments, [], tmp_path / "report")
+
+
+def test_the_folder_of_a_report(monkeypatch, tmp_path):
+    """The /tmp of a node is not that of another one; the folder that a job is started in is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with shared_folder() as folder:
+        assert os.path.samefile(os.path.dirname(folder), tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with shared_folder() as folder:
+        assert not os.path.samefile(os.path.dirname(folder), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.launcher
