@@ -33,7 +33,7 @@ NEW_MODEL = dict(vocab_size=256, hidden_size=256, num_layers=4, num_attention_he
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
             "save_interval", "keep", "lr_decay_iters", "save_minutes", "spike_limit", "z_loss", "reproducible_unit",
-            "sequence_parallel", "gather_again", "recompute")
+            "sequence_parallel", "gather_again", "recompute", "overlap_grad_reduce")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "product are gathered a second time in backward, in place of being kept")
     parser.add_argument("--recompute", choices=("block", "attention"), help="compute again in backward, to keep less: "
                         "whole blocks, or attention's part (neither)")
+    parser.add_argument("--overlap-grad-reduce", action=argparse.BooleanOptionalAction, help="begin the sums over data "
+                        "ranks while backward computes (where NCCL adds up)")
     parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
     parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
 
@@ -191,6 +193,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
                 "both")
     require(arguments.sequence_parallel or not arguments.gather_again, "--gather-again without --sequence-parallel",
             "both: elsewhere nothing is gathered")
+    require(not (arguments.overlap_grad_reduce and arguments.reproducible), "--overlap-grad-reduce with --reproducible",
+            "one of them: the tree's sums come after backward")
     return Settings(warmup=warmup, **{name: getattr(arguments, name) for name in SETTINGS})
 
 
