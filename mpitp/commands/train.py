@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recompute", choices=("block", "attention"), help="compute again in backward, to keep less: "
                         "whole blocks, or attention's part (neither)")
     parser.add_argument("--overlap-grad-reduce", action=argparse.BooleanOptionalAction, help="begin the sums over data "
-                        "ranks while backward computes (where NCCL adds up)")
+                        "ranks while backward computes (with NCCL and peer access alone)")
     parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
     parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
 

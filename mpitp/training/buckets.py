@@ -24,7 +24,7 @@ from .gradients import GradientSum, buckets
 
 
 class GradientBuckets(GradientSum):
-    """GradientSum whose messages are begun beside backward: by NCCL on another stream, by MPI as MPI_Iallreduce.
+    """GradientSum whose messages are begun beside backward: on GPUs on another stream, by MPI as MPI_Iallreduce.
 
     They are the same messages, of the same numbers. In sequence parallelism gradients of norms are complete at the end
     of a step, so they lie before all others, in the buckets that are begun last.

@@ -33,7 +33,7 @@ class Settings:
         alone. "micro-batch": faster, and the bits depend on the cut into micro-batches, too
     sequence_parallel, gather_again, recompute : of the decoder, see Decoder; they change nothing in what is computed
     overlap_grad_reduce : whether the sums over data ranks are begun while backward computes, see buckets.py. None:
-        where the transport adds up by itself meanwhile, as NCCL does
+        where the transport adds up by itself meanwhile, as GPUs by NCCL or by peer access do
 
     Raises
     ------
