@@ -93,6 +93,18 @@ def test_a_run_and_its_ledger(text):
     assert everywhere(far(found, exact) == []), far(found, exact)
 
 
+@pytest.mark.skipif(SIZE != 2, reason="the same on more ranks")
+def test_a_timeline_has_each_message_once(text):
+    """Where it is waited for."""
+    with mpitp.Grid(data=SIZE) as grid:
+        made = trainer(grid, text, **BESIDE)
+        with mpitp.Timeline(grid) as timeline:
+            made.train_step()
+        found = [span.details for span in timeline.spans.found if getattr(span.details, "ranks", None) == [0, 1]]
+        found = Counter(details.what for details in found if hasattr(details.what, "elements"))
+        assert everywhere(found == made.sum.collectives())
+
+
 # --- the order --------------------------------------------------------------------------------------------------------
 
 def test_a_bucket_is_begun_before_the_backward_of_earlier_blocks(text, grid, monkeypatch):

@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("ffn-hidden-size", None, "features of the feed-forward middle (8/3 of the hidden size, gated)"),
             ("num-layers", None, "blocks (4)"), ("num-attention-heads", None, "query heads (8)"),
             ("num-query-groups", None, "key/value heads (as many)"), ("seq-length", 128, "tokens of a window"),
-            ("data-parallel", 1, "copies of the model, each on ranks / N tensor ranks, that share every batch"),
+            ("data-parallel", 1, "copies of the model, each on ranks / N tensor ranks, that share batches of any "
+             "size"),
             ("micro-batch-size", defaults.micro_batch_size, "windows of a forward, at most"),
             ("gradient-accumulation", 1, "micro-batches of a step: --micro-batch-size times this is the global batch, "
              "whatever --data-parallel is (Megatron's is a data rank's)"),
