@@ -199,9 +199,8 @@ def test_fault_a_bucket_that_misses_one_gradient(text, grid, monkeypatch):
 
 
 def test_fault_a_bucket_that_is_not_begun(text, grid, monkeypatch):
-    right = gradients.buckets
-    from mpitp.training import buckets
-    monkeypatch.setattr(buckets, "buckets", lambda *given: right(*given)[1:])
+    right = GradientBuckets.messages
+    monkeypatch.setattr(GradientBuckets, "messages", lambda *given: right(*given)[1:])
     assert {"embedding.weight", "norm"} <= set(problems(grid, text, **BESIDE))
 
 

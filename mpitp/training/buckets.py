@@ -20,7 +20,7 @@ from ..comm.pending import PendingReduction
 from ..layers.block import ParallelBlock
 from ..layers.decoder import Decoder
 from ..sharding.partition import Block, Partition
-from .gradients import GradientSum, buckets
+from .gradients import GradientSum
 
 
 class GradientBuckets(GradientSum):
@@ -48,7 +48,7 @@ class GradientBuckets(GradientSum):
         super().begin()
         assert self.total is not None
         self.complete_from = self.total.array.size
-        self.waiting = buckets(self.total.array.size, self.total.array.itemsize)
+        self.waiting = self.messages(self.total.array)
 
     def complete(self, block: ParallelBlock) -> None:
         """Begin the buckets that are complete, now that backward of this block is done, and of all behind it."""

@@ -146,9 +146,13 @@ class GradientSum:
 
     def sum_over_ranks(self, data: TensorParallelGroup, total: Array) -> None:
         """Make `total` the sum over the data ranks. Collective: an all-reduce of each bucket."""
-        for part in buckets(total.size, total.itemsize):
+        for part in self.messages(total):
             bucket = total[part]
             data.all_reduce(bucket, out=bucket)
+
+    def messages(self, total: Array) -> list[slice]:
+        """Return which part of `total` each message to the data ranks has."""
+        return buckets(total.size, total.itemsize)
 
     def abandon(self) -> None:
         """Leave a step that one of the data ranks cannot finish. Collective, as finish() is."""
