@@ -87,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                "ranks, and any cut of the global batch into micro-batches")
     parser.add_argument("--reproducible-unit", choices=UNITS, help="what is computed by itself with --reproducible: a "
                         f"sequence, or, faster, a micro-batch, for the same bytes with this cut alone ({SEQUENCE})")
+    add_layout_arguments(parser)
+    parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
+    parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
+
+
+def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what changes who keeps, computes and sends what, and no result."""
     parser.add_argument("--sequence-parallel", action="store_true", help="each tensor rank has some tokens only, where "
                         "no product needs them all")
     parser.add_argument("--gather-again", action="store_true", help="with --sequence-parallel: all tokens that enter a "
@@ -95,8 +102,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "whole blocks, or attention's part (neither)")
     parser.add_argument("--overlap-grad-reduce", action=argparse.BooleanOptionalAction, help="begin the sums over data "
                         "ranks while backward computes (with NCCL and peer access alone)")
-    parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
-    parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
 
 
 def run(arguments: argparse.Namespace) -> int:
