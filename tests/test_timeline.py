@@ -16,7 +16,7 @@ from mpitp.timeline.clocks import Clock, Reading, read_clock
 from mpitp.timeline.places import DEVICE, MPI as IN_MPI, PRODUCTS, PYTHON, TRACKS, WORKERS, timed_places
 from mpitp.timeline.spans import Span, Spans, timed
 from mpitp.timeline.timeline import Timeline, described
-from mpitp.timeline.trace import thread_of
+from mpitp.timeline.trace import thread_of, write_trace
 from mpitp.timeline.waiting import blamed, own_times, waiting_of
 import slow_ranks
 from spmd import job
@@ -303,6 +303,15 @@ def test_bytes_of_a_collective():
     assert [described(Collective("all_reduce", 3, dtype))["bytes"] for dtype in ("float32", "bfloat16", "int64")] == [
         12, 6, 24]
     assert described("agreement") is None
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text("an earlier one")
+    of_ranks = [[Span(PYTHON, "x", 0, 1, {"shapes": object()})]]
+    with pytest.raises(TypeError):
+        write_trace(str(path), of_ranks, ["host"], waiting_of(of_ranks), {})
+    assert path.read_text() == "an earlier one"
 
 
 def test_waiting_of_known_arrivals():
