@@ -5,21 +5,25 @@
 
 TREE is the source tree of another version, DIR a folder saved from the Hugging Face hub. Each start is a job of its
 own, from mpirun to the first byte that it prints; the two versions follow each other, now this one first, now that one.
-The ratio is the median of the ratios of neighbours, which a machine that others use disturbs least.
+The ratio is the median of the ratios of neighbours, which a machine that others use disturbs least; beside it stand the
+processor seconds of all processes of a job, to its end. Both versions run as installed ones do, from compiled modules,
+which a first start of each, not counted, leaves in a temporary folder.
 """
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 from decode import CLEAN, TEXT, first_ids
 
 
 def first_output(command, environment):
-    """Return the seconds until a process writes something; it has to end well."""
-    began = time.perf_counter()
+    """Return the seconds until a process writes something, and its processor seconds; it has to end well."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     running = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     os.read(running.stdout.fileno(), 1)
@@ -27,7 +31,8 @@ def first_output(command, environment):
     _, err = running.communicate(timeout=600)
     if running.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{err.decode()}")
-    return seconds
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main():
@@ -43,18 +48,24 @@ def main():
              "now": os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}
     prompts = {"ids": ["--ids", ",".join(map(str, first_ids(arguments.model)))], "text": ["--prompt", TEXT]}
     found = {(kind, version): [] for kind in prompts for version in trees}
-    for number in range(arguments.starts):
-        for kind, prompt in prompts.items():
-            for version in sorted(trees, reverse=number % 2 == 1):
-                command = [arguments.mpirun, "-n", arguments.ranks, sys.executable, "-m", "mpitp", "generate",
-                           "--model", arguments.model, "--max-new-tokens", 1, *prompt]
-                found[kind, version].append(first_output(command, {**CLEAN, "PYTHONPATH": trees[version]}))
+    with tempfile.TemporaryDirectory() as compiled:
+        environment = {**CLEAN, "PYTHONPYCACHEPREFIX": compiled}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        for number in range(-1, arguments.starts):
+            for kind, prompt in prompts.items():
+                for version in sorted(trees, reverse=number % 2 == 1):
+                    command = [arguments.mpirun, "-n", arguments.ranks, sys.executable, "-m", "mpitp", "generate",
+                               "--model", arguments.model, "--max-new-tokens", 1, *prompt]
+                    seconds = first_output(command, {**environment, "PYTHONPATH": trees[version]})
+                    if number >= 0:
+                        found[kind, version].append(seconds)
     for kind in prompts:
         for version in trees:
-            seconds = found[kind, version]
-            print(f"  first token from {kind:<5}{version:<7}{statistics.median(seconds) * 1e3:9.1f} ms   "
+            seconds, of_processors = zip(*found[kind, version])
+            print(f"  first token from {kind:<5}{version:<7}{statistics.median(seconds) * 1e3:9.1f} ms, "
+                  f"{statistics.median(of_processors):.2f} processor seconds   "
                   f"({', '.join(f'{one * 1e3:.0f}' for one in seconds)})")
-        ratio = statistics.median(a / b for a, b in zip(found[kind, "before"], found[kind, "now"]))
+        ratio = statistics.median(a[0] / b[0] for a, b in zip(found[kind, "before"], found[kind, "now"]))
         print(f"  from {kind}: {ratio:.2f} times as soon as before")
 
 

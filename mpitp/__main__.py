@@ -3,6 +3,8 @@ import os
 import sys
 from collections.abc import Mapping
 
+WITH_TEXT = ["generate"], ["score"]             # the commands that may need a tokenizer
+
 
 def foreign_launcher(library: str, environment: Mapping[str, str]) -> str | None:
     """Return what is wrong when Open MPI's mpirun starts a library of the MPICH kind, else None."""
@@ -18,6 +20,9 @@ def main() -> int:
     if sys.argv[1:2] == ["train"]:              # it answers signals, which may come before it has begun
         from .training.requests import hold_signals
         hold_signals()
+    if sys.argv[1:2] in WITH_TEXT:              # a large vocabulary takes as long as everything else before the text
+        from .commands.tokenizer import begin_before_mpi
+        begin_before_mpi(sys.argv[2:], os.environ)
     try:
         import mpi4py
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True      # MPICH dies in MPI_Init under Open MPI's mpirun:
@@ -66,7 +71,7 @@ def run() -> int:
     # Before anything imports NumPy, whose BLAS reads the number of threads once.
     launch.set_blas_threads(MPI.COMM_WORLD, reproducible="--reproducible" in sys.argv)
     launch.keep_freed_memory()
-    if sys.argv[1:2] in (["generate"], ["score"]) and MPI.COMM_WORLD.rank == 0:
+    if sys.argv[1:2] in WITH_TEXT and MPI.COMM_WORLD.rank == 0:
         from .commands.tokenizer import begin
         begin(sys.argv[2:])
     from .commands import run_command

@@ -166,6 +166,29 @@ def test_the_text_model_of_a_folder_with_images(world, prefix, tmp_path):
 
 
 @IMAGES
+@pytest.mark.parametrize("outer, inner, stored, is_tied", [
+    (False, True, "language_model.lm_head", False), (False, None, "lm_head", False), (None, False, None, True),
+    (True, False, None, True), (True, None, "language_model.lm_head", False)])
+def test_the_head_of_a_folder_with_images(outer, inner, stored, is_tied, tmp_path):
+    """Its config.json decides whether the head is tied, not the text_config inside it, as in transformers."""
+    golden = tiny.load("gemma3")
+    tiny.write(tmp_path, golden)
+    config, tensors = golden["config"], tiny.tensors(golden)
+    config.pop("tie_word_embeddings", None)
+    config["text_config"].pop("tie_word_embeddings", None)
+    config.update({} if outer is None else dict(tie_word_embeddings=outer))
+    config["text_config"].update({} if inner is None else dict(tie_word_embeddings=inner))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    head = 2 * tensors["language_model.model.embed_tokens.weight"]
+    save_file({**tensors, **({} if stored is None else {f"{stored}.weight": head})}, tmp_path / "model.safetensors")
+    folder = open_folder(tmp_path)
+    assert folder.config.tie_word_embeddings == is_tied
+    assert is_tied or np.array_equal(folder.views["head.weight"][:, :], head)
+    said = f"found tie_word_embeddings = True, but {stored}.weight differs from the embedding"
+    assert any(said in line for line in folder.warnings()) == (bool(outer) and not is_tied)
+
+
+@IMAGES
 @pytest.mark.parametrize("case", ["gemma", "gemma2", "opt", "gemma3", "gpt_bigcode", "phi3"])
 def test_the_feed_forward_block_of_a_layer(case, tmp_path):
     """What `verify --model` checks: out of its tensors, or its rows of a fused one."""

@@ -118,8 +118,14 @@ def test_a_tokenizer_that_begins_to_load_early(folder):
                   ["--model", str(folder), "--ids=1"], ["--help", "--model", str(folder)], ["--model"]):
         tokenizer.begin(words)
         assert not tokenizer._begun
-    tokenizer.begin(["--prompt", "x", "--model", str(folder)])
+    words = ["--prompt", "x", "--model", str(folder)]
+    for environment in ({}, {"PMI_RANK": "1"}, {"PMI_RANK": "2", "PMIX_RANK": "0"}):        # not rank 0, or not known
+        tokenizer.begin_before_mpi(words, environment)
+        assert not tokenizer._begun
+    tokenizer.begin_before_mpi(words, {"OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"})
     begun = tokenizer._begun[str(folder)]
+    tokenizer.begin(words)                                  # after MPI: it has begun
+    assert tokenizer._begun == {str(folder): begun}
     assert tokenizer.tokenizer_of(str(folder)) is begun and not tokenizer._begun
     other = tokenizer.tokenizer_of(str(folder))
     assert other is not begun and list(begun.encode("ab")[0]) == list(other.encode("ab")[0]) == [0, 1]

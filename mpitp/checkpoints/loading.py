@@ -11,6 +11,7 @@ from ..arrays import Array, compute_dtype
 from ..comm.agreement import require_everywhere, same_everywhere
 from ..comm.group import TensorParallelGroup
 from ..comm.launch import is_first_rank
+from ..comm.patience import sleep_until_all
 from ..errors import InputError, one_of, require
 from ..layers.decoder import Decoder
 from ..plan.job import Job
@@ -144,6 +145,8 @@ def read_slices(folder: ModelFolder, model: Decoder, weights: str = "float32", a
             read_slice(folder.views[name], model.specs[name].window(group.place), model.weights[name], group.xp)
     except OSError as error:
         raise InputError(f"{folder.checkpoint.folder}: found {error.strerror}, expected to read it") from None
+    finally:
+        sleep_until_all(group, "load_model")            # a tokenizer may load on the cores meanwhile
     return "read"
 
 

@@ -61,7 +61,7 @@ class ModelFolder:
             found.append(f"found {', '.join(map(short, self.other_keys))}, expected keys that model_type "
                          f"{self.family.model_type} has: left out")
         if self.own_head:
-            found.append(f"found tie_word_embeddings = True, but {self.family.head(self.config)} differs from the "
+            found.append(f"found tie_word_embeddings = True, but {self.layouts['head.weight'].name} differs from the "
                          f"embedding: the head is used as it is stored")
         if self.left_out:
             found.append(f"found {summary(self.left_out)} with values of its own, expected those that the model "
@@ -116,7 +116,7 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
     family = family_named(keys.get("model_type", default=None))
     config = family.config(keys)
     prefix = family.prefix_in(names, config)
-    embedding, head = family.embedding(config, prefix), family.head(config)
+    embedding, head = family.embedding(config, prefix), family.head(config, names)
     if config.tie_word_embeddings and embedding not in checkpoint.where and head in checkpoint.where:
         embedding = head                        # tied, and stored under the other name
     # First of all shapes, as a wrong size in config.json is plainest here.
@@ -134,6 +134,8 @@ def examine(checkpoint: Checkpoint, own_head: bool | None = None) -> ModelFolder
     specs = decoder_specs(config)
     layouts = family.layouts(config, specs, prefix)
     layouts["embedding.weight"] = replace(layouts["embedding.weight"], name=embedding)
+    if "head.weight" in layouts:
+        layouts["head.weight"] = replace(layouts["head.weight"], name=head)
     needed = {name for layout in layouts.values() for name in layout.names}
     beside = {name for name in names if name not in needed and not (name == head and config.tie_word_embeddings)}
     other_parts = {name for name in beside if family.is_of_other_part(name)}

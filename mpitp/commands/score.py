@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import tables
 from ..checkpoints.loading import load_model
+from ..comm.patience import on_root_asleep
 from ..errors import require, require_positive
 from ..layers.decoder import Decoder
 from . import ask_plan, device, model, prompts, report, text
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             decoder = load_model(arguments.model, group, arguments.dtype, strict=arguments.strict,
                                  verify_weights=arguments.verify_weights, weights=arguments.weights,
                                  activations=arguments.activations)
-        ids = text.give_ids(group, group.on_root(lambda: tokens_of(arguments, given)))
+        ids = text.give_ids(group, on_root_asleep(group, lambda: tokens_of(arguments, given)))
         require(decoder.config.causal, f"attention in both directions in {arguments.model}",
                 "a causal model, whose tokens do not see those that they are to predict")
         window, stride = sizes(arguments, decoder)

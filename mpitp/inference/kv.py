@@ -27,6 +27,8 @@ class LayerKeyValues:
         KeyValues', shared by all layers.
     capacity : int
         Positions that there is room for, C.
+    tables : dict
+        Those of the layers before this one, to which its own are added: many layers have the same.
 
     Attributes
     ----------
@@ -36,15 +38,17 @@ class LayerKeyValues:
         (B, C, u, K) each.
     """
 
-    def __init__(self, layer: ParallelAttention, lengths: np.ndarray, starts: Array, capacity: int):
+    def __init__(self, layer: ParallelAttention, lengths: np.ndarray, starts: Array, capacity: int, tables: dict):
         xp, B = layer.group.xp, len(lengths)
         self.lengths, self.starts = lengths, starts
         self.units: dict[KeyValueUnit, list[Array]] = {}
         for unit in layer.heads.held_units:
             self.units[unit] = [xp.zeros((B, capacity, unit.stop - unit.start, layer.kv_channels), layer.dtype)
                                 for _ in ("key", "value")]
-        self.tables = rotary_tables(layer.rotary, layer.kv_channels, range(capacity), layer.sum_dtype, xp) \
-            if layer.rotary else ()
+        if layer.rotary not in tables:
+            tables[layer.rotary] = rotary_tables(layer.rotary, layer.kv_channels, range(capacity), layer.sum_dtype,
+                                                 xp) if layer.rotary else ()
+        self.tables = tables[layer.rotary]
 
     def append(self, unit: KeyValueUnit, k_BSuK: Array, v_BSuK: Array) -> list[Array]:
         """Put the new positions behind the old ones; returns all keys and values (B, C, u, K)."""
@@ -92,7 +96,9 @@ class KeyValues:
         self.capacity, self.lengths = capacity, np.zeros(batch, np.int64)
         # On a GPU a copy there, which operations read: so a recorded token can be replayed at any position.
         self.starts: Any = self.lengths if model.group.xp is np else model.group.xp.asarray(self.lengths)
-        self.layers = [LayerKeyValues(block.attention, self.lengths, self.starts, capacity) for block in model.blocks]
+        tables: dict = {}
+        self.layers = [LayerKeyValues(block.attention, self.lengths, self.starts, capacity, tables)
+                       for block in model.blocks]
 
     def require_room(self, shape: tuple[int, ...]) -> None:
         """Raise InputError unless ids of `shape` (B, S) fit behind the positions that there are."""

@@ -139,7 +139,7 @@ def gated_forward(name: str, h: Array, up: Array, bias: Array | None = None, up_
         up += up_bias
     if not saved:
         act, _ = activation_forward(name, h, out=h, bias=bias)
-        return act * up, None
+        return np.multiply(act, up, out=up), None
     act, _ = activation_forward(name, h, derivative=h, bias=bias)           # the derivative takes the place of h
     return act * up, (act, h, up)
 

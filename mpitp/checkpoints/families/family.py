@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from ...config import DecoderConfig
@@ -36,6 +36,7 @@ class Family:
     refused : (key, values that change nothing), beside those of keys.REFUSED
     reads : keys that `read` reads although keys.REFUSED names them
     other_prefixes : those that are read as well
+    other_head : another name of the stored head that is read as well, "" for none
     other_parts : pattern of stored tensors of other parts of the model, such as one that sees images: left out
     saved_as : the family that a model is saved as, "" for this one
     both_directions : a key beside is_causal that has attention see later positions, too, "" for none
@@ -53,6 +54,7 @@ class Family:
     refused: tuple = ()
     reads: frozenset = frozenset()
     other_prefixes: tuple = ()
+    other_head: str = ""
     other_parts: str = "(?!)"
     saved_as: str = ""
     both_directions: str = ""
@@ -85,9 +87,10 @@ class Family:
                                  kind == "weight" and module in self.transposed, fused.get(module))
         return found
 
-    def head(self, config: DecoderConfig) -> str:
-        """Return the stored tensor of the head's weight, which a tied model need not have."""
-        return self.names(config)["head"] + ".weight"
+    def head(self, config: DecoderConfig, names: Container[str]) -> str:
+        """Return the stored tensor of the head's weight among a checkpoint's names; a tied model need not have it."""
+        other = f"{self.other_head}.weight"
+        return other if other in names else self.names(config)["head"] + ".weight"
 
     def embedding(self, config: DecoderConfig, prefix: str) -> str:
         """Return the stored tensor of the embedding's weight."""

@@ -28,8 +28,8 @@ TEXT_CONFIG = dict(vocab_size=262208, hidden_size=2304, intermediate_size=9216, 
 
 def read_text_part(keys: Keys) -> DecoderConfig:
     """Return the config of the text model inside a model that sees images, too."""
-    text = keys.part("text_config", dict(TEXT_CONFIG, tie_word_embeddings=keys.flag("tie_word_embeddings",
-                                                                                  default=True)))
+    text = keys.part("text_config", TEXT_CONFIG, dict(tie_word_embeddings=keys.flag("tie_word_embeddings",
+                                                                                   default=True)))
     text.refuse({"model_type": ("gemma3_text",), BOTH_DIRECTIONS: (False,), "is_causal": (True,),
                  "final_logit_softcapping": ()})        # which theirs does not apply beside images
     return GEMMA3_TEXT.config(text)
@@ -42,6 +42,7 @@ FAMILIES = [
     replace(GEMMA3_TEXT, model_type="gemma3", read=read_text_part, saved_as="gemma3_text", both_directions="",
             refused=(("is_causal", (True,)),),
             prefix="model.language_model.", other_prefixes=("language_model.model.",),
+            other_head="language_model.lm_head",
             other_parts=r"(model\.)?(vision_tower|multi_modal_projector)\..*",
             without_effect=("vision_config", "initializer_range", "mm_tokens_per_image", "boi_token_index",
                             "eoi_token_index", "image_token_index")),

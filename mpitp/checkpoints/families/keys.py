@@ -118,15 +118,18 @@ class Keys:
             self.fail(names, value, "an object")
         return None if value is None else Keys(value, f"{self.where}: {names[0]}")
 
-    def part(self, name: str, defaults: Mapping[str, Any]) -> Keys:
+    def part(self, name: str, defaults: Mapping[str, Any], outer: Mapping[str, Any]) -> Keys:
         """Return the keys of the config.json of a part of the model, which is an object inside this one.
+
+        defaults : what it has where it says nothing; outer : what the whole model decides, whatever it says
 
         Raises InputError where there is none.
         """
         found = self.inner(name)
         if found is None:
             raise InputError(f"{self.where}: found no {name}, expected it there")
-        self.inside.append(Keys({**defaults, **found.values}, found.where, self.most_layers, self.most_features))
+        self.inside.append(Keys({**defaults, **found.values, **outer}, found.where, self.most_layers,
+                                self.most_features))
         return self.inside[-1]
 
     def layer_types(self, layers: int) -> list[str] | None:
