@@ -40,7 +40,7 @@ def job_environment(**more):
     clean = {key: value for key, value in os.environ.items()
              if not key.startswith(("PMI", "PMIX", "OMPI_", "PRTE", "MPI_LOCAL", "HYDRA", "HYDI", "MPIR"))
              or key.startswith(("OMPI_ALLOW", "OMPI_MCA", "PRTE_MCA"))}
-    for name in ("PYTEST_ADDOPTS", "MPITP_PROGRESS"):           # of this session alone
+    for name in ("PYTEST_ADDOPTS", "MPITP_PROGRESS", "PYTHONUNBUFFERED"):       # of this session alone
         clean.pop(name, None)
     clean.update(PYTHONPATH=f"{ROOT}:{SUPPORT}", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1",
                  OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
