@@ -380,9 +380,9 @@ def train(folder, python):
 
 
 def digest(folder):
-    """What the files of a folder are, by name."""
+    """What the files of a folder are, by name; locks come and go with the rows that run beside this one."""
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+            for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != "lock.json"}
 
 
 def command_line(row, python):

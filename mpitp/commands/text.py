@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..arrays import on_host
-from ..checkpoints.json_files import read_json
+from ..checkpoints.json_files import read_json, require_file
 from ..checkpoints.step_models import model_files
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require
@@ -94,12 +94,15 @@ def read_text(path: str) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """Read a file. Raises InputError where it cannot be read."""
+    """Read a file. Raises InputError where it cannot be read, is a pipe or a device, or is larger than memory."""
+    require_file(path, "a file")
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}, expected a file") from None
+    except MemoryError:
+        raise InputError(f"{path}: found {os.path.getsize(path)} bytes, expected a file that fits into memory") from None
 
 
 def lines_of(text: str) -> list[str]:
