@@ -150,7 +150,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, read):
 def test_a_text_that_is_larger_than_memory(tmp_path, monkeypatch):
     (tmp_path / "text").write_bytes(b"12345")
     monkeypatch.setattr("builtins.open", no_memory)
-    with pytest.raises(InputError, match="text: found 5 bytes, expected a file that fits into memory$"):
+    with pytest.raises(InputError, match="text: found 5 bytes, expected a file of fewer than memory has$"):
         text.read_text(str(tmp_path / "text"))
 
 

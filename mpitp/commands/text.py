@@ -102,7 +102,8 @@ def read_bytes(path: str) -> bytes:
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}, expected a file") from None
     except MemoryError:
-        raise InputError(f"{path}: found {os.path.getsize(path)} bytes, expected a file that fits into memory") from None
+        raise InputError(f"{path}: found {os.path.getsize(path)} bytes, expected a file of fewer than "
+                         f"memory has") from None
 
 
 def lines_of(text: str) -> list[str]:

@@ -45,7 +45,7 @@ def job_environment(**more):
     clean.update(PYTHONPATH=f"{ROOT}:{SUPPORT}", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1",
                  OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
                  PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe", OMPI_MCA_rmaps_base_oversubscribe="1",
-                 OMPI_MCA_mpi_yield_when_idle="1", OMPI_MCA_pml="ob1", OMPI_MCA_btl="self,vader")     # of Open MPI 4 and 5
+                 OMPI_MCA_mpi_yield_when_idle="1", OMPI_MCA_pml="ob1", OMPI_MCA_btl="self,vader")     # "sm" since 5
     return {**clean, **more}
 
 
