@@ -147,6 +147,20 @@ def test_a_pipe_is_not_waited_for(tmp_path, read):
             read(str(path))
 
 
+def test_what_ends_a_text_is_not_passed_over(tmp_path):
+    path = tmp_path / "generation_config.json"
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    assert text.end_tokens(str(tmp_path)) == [3]
+    path.write_text('{"eos_token_id": [4, 5]}')
+    assert text.end_tokens(str(tmp_path)) == [4, 5]
+    for make, found in ((lambda: os.mkfifo(path), "a pipe"), (lambda: path.symlink_to("/dev/zero"), "a device"),
+                        (lambda: path.symlink_to("gone"), "No such file"), (path.mkdir, "Is a directory")):
+        path.unlink()
+        make()
+        with pytest.raises(InputError, match=f"generation_config.json: found {found}.*, expected a JSON file"):
+            text.end_tokens(str(tmp_path))
+
+
 def test_a_text_that_is_larger_than_memory(tmp_path, monkeypatch):
     (tmp_path / "text").write_bytes(b"12345")
     monkeypatch.setattr("builtins.open", no_memory)

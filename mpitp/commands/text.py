@@ -50,7 +50,7 @@ def end_tokens(folder: str) -> list[int]:
     """Return the ids that end a text: eos_token_id, one or several, of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
         path = os.path.join(model_files(folder), name)
-        if os.path.isfile(path):
+        if os.path.lexists(path):               # read_json refuses what is no file
             found = read_json(path).get("eos_token_id")
             if found is not None:
                 found = found if isinstance(found, list) else [found]
