@@ -76,18 +76,24 @@ def plain(value: Any) -> Any:
 
 
 def require_writable(path: str) -> None:
-    """Raise InputError now rather than after the work when a report could not be written there."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    """Raise InputError now rather than after the work when a report could not be written there.
+
+    A device or a pipe of that name would give way to the file, and be gone for every program of the machine.
+    """
+    target = os.path.realpath(path)
+    folder, is_other = os.path.dirname(target), os.path.exists(target) and not os.path.isfile(target)
+    if is_other or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise InputError(f"found no way to write {path!r}, expected a file in an existing, writable folder")
 
 
 def write_json(path: str, schema: str, value: Any) -> None:
-    """Write a report, whole or not at all: a temporary name, then a rename."""
-    with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(os.path.abspath(path)), delete=False) as out:
+    """Write a report, whole or not at all: a temporary name, then a rename; a link stays, and its file is written."""
+    require_writable(path)                      # once more: what lies there may have become something else
+    target = os.path.realpath(path)
+    with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(target), delete=False) as out:
         json.dump({"schema": schema, **plain(value)}, out, indent=1)
         out.write("\n")
         out.flush()
         os.fsync(out.fileno())
     os.chmod(out.name, 0o644)
-    os.replace(out.name, path)
+    os.replace(out.name, target)

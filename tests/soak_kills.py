@@ -54,6 +54,16 @@ def ranks_of(out):
     return found
 
 
+def what_is_said(running, out):
+    """What a job says until its end, for which two minutes must do; the error names what is left of it by then."""
+    try:
+        return running.communicate(timeout=120)[1]
+    except subprocess.TimeoutExpired:
+        left = [f"{pid} {line[7:]}" for pid in ranks_of(out)
+                for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("State:")]
+        raise AssertionError(f"not over in 120 s; ranks that are left: {', '.join(left) or 'none'}") from None
+
+
 def steps_in(out):
     names = os.listdir(out) if out.exists() else []
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8}", name))
@@ -101,7 +111,7 @@ def main():
                         with contextlib.suppress(ProcessLookupError):       # its job has ended it meanwhile
                             os.kill(pid, signal.SIGKILL)
                     kills, moments[kind] = kills + 1, moments[kind] + 1
-                _, said = running.communicate(timeout=120)
+                said = what_is_said(running, out)
                 assert running.returncode or steps in steps_in(out), said
                 for step in steps_in(out):
                     require_whole(out, step)

@@ -82,6 +82,7 @@ def test_attention_of_x_and_mask(group):
         refuses(f"found a mask bool {shape}, expected bool (2, 7) or (2, 7, 7)", layer.forward, x,
                 mask=np.ones(shape, bool))
     refuses("found a mask float64 (2, 7)", layer.forward, x, mask=np.ones((2, 7)))
+    refuses("and no masked array", layer.forward, x, mask=np.ma.masked_array(np.ones((2, 7), bool), True))
     refuses("found a mask None None", layer.forward, x, mask=[[True] * 7] * 2)
     refuses("found x of shape (20,)", layer.forward, x[0, 0])
     refuses("found dtype float64", layer.forward, x.astype(float))

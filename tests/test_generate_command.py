@@ -224,7 +224,7 @@ def test_a_stream_decodes_a_few_tokens_at_a_time():
     (["--ids", "1", "--dtype", "float16"], "dtype 'float16'"),
     (["--ids", "1", "--json", "/gone/x"], "'/gone/x'"),
     (["--batch-file", "/gone/x"], "/gone/x: found No such file or directory, expected a file"),
-    (["--batch-file", "/dev/null"], "found no text in /dev/null, expected a text a line"),
+    (["--batch-file", "/dev/null"], "/dev/null: found a device, expected a file"),
     (["--ids", "1", "--model", "/gone"], "/gone"),
     (["--prompt", "x", "--model", "/gone"], "/gone"),
 ])

@@ -122,9 +122,26 @@ def test_another_array_in_the_place_of_a_weight(mlp):
     for replace in (lambda w: w.update(other), lambda w: w.__setitem__("up.bias", other["up.bias"])):
         with pytest.raises(InputError, match=r"found another array for weights\['up.bias'\]"):
             replace(mlp.weights)
-    with pytest.raises(TypeError):
-        mlp.weights |= other
+    for replace in (lambda w: w.__ior__(other), lambda w: w.pop("up.bias"), lambda w: w.__delitem__("up.bias"),
+                    lambda w: w.popitem(), lambda w: w.clear(), lambda w: w.setdefault("up.bias", other["up.bias"])):
+        with pytest.raises(InputError, match="found weights to take away or to put in, expected to write into"):
+            replace(mlp.weights)
+    with pytest.raises(InputError, match="found another array for weights"):
+        mlp.weights["up.bais"] = other["up.bias"]
+    with pytest.raises(InputError, match="found another dict for weights, expected load_dense of it"):
+        mlp.weights = dict(mlp.weights)
     mlp.weights.update(mlp.weights)                 # the same arrays
+    assert mlp.weights.keys() == mlp.specs.keys()
+
+
+def test_one_array_for_two_gradients(group):
+    layer = mpitp.ParallelAttention(group, mpitp.AttentionConfig(20, 5))
+    x = np.ones((1, 2, 20), "f")
+    _, saved = layer.forward(x)
+    _, gradients = layer.backward(x, saved)
+    for wrong in (gradients["query.weight"], layer.weights["query.weight"]):
+        with pytest.raises(InputError, match="found an array twice in out, or a weight, expected one for each grad"):
+            layer.backward(x, saved, out={**gradients, "key.weight": wrong})
 
 
 def test_a_name_used_twice():

@@ -148,7 +148,7 @@ def test_text(folder):
     ([], "found neither --text nor --ids-file, expected one of them"),
     (["--text", "x", "--ids-file", "y"], "found --text and --ids-file, expected one of them"),
     (["--ids-file", "/gone/x"], "/gone/x: found No such file or directory"),
-    (["--ids-file", "/dev/null"], "found 0 tokens in /dev/null, expected at least 2"),
+    (["--ids-file", "/dev/null"], "/dev/null: found a device, expected a file"),
     (["--ids-file", "IDS", "--window", "0"], "found window = 0"),
     (["--ids-file", "IDS", "--window", "4", "--stride", "5"], "found stride = 5, expected at most 4, the window"),
     (["--ids-file", "IDS", "--model", "/gone"], "/gone"),

@@ -1,17 +1,20 @@
 """Functions of a few lines that commands and the watchdog stand on, each by itself."""
 import inspect as python
+import os
 import threading
+from stat import S_ISCHR, S_ISFIFO
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from mpitp import InputError
-from mpitp.commands import inspect, progress
+from mpitp import InputError, tables
+from mpitp.commands import bench_page, chat, inspect, progress, text
 from mpitp.comm import mpi, stand, watchdog
 from mpitp.comm.workers import Workers
 from mpitp.court import verdict
 from mpitp.court.mistakes import left_out, vocabulary
+from mpitp.training import log
 
 
 def test_blocks_are_computed_by_this_thread_or_by_others():
@@ -114,3 +117,71 @@ def test_orders_in_which_tokens_may_be_gathered(ranks, orders):
 def test_gradients_are_turned_back_where_positions_are_rotary(kind, position, mistakes):
     case = SimpleNamespace(kind=kind, config=SimpleNamespace(position_embedding=position), with_faults=dict)
     assert len(list(left_out.rotary_back(case))) == mistakes
+
+
+# --- files that are none -------------------------------------------------------------------------------------------
+
+def test_a_report_takes_no_device_or_pipe_away(tmp_path):
+    """A rename over a device would take it from every program of the machine; a link stays a link."""
+    pipe, link, dangling = (tmp_path / name for name in ("pipe", "link", "dangling"))
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "linked.json")
+    (tmp_path / "linked.json").write_text("old")
+    dangling.symlink_to(pipe)
+    for path in (pipe, dangling, tmp_path, "/dev/null", tmp_path / "nowhere" / "x"):
+        with pytest.raises(InputError, match="found no way to write '.*', expected a file in an existing, writable"):
+            tables.require_writable(str(path))
+        with pytest.raises(InputError, match="found no way to write"):
+            tables.write_json(str(path), "x/1", {})
+    assert S_ISFIFO(os.stat(pipe).st_mode) and S_ISCHR(os.stat("/dev/null").st_mode)
+    tables.write_json(str(link), "x/1", {"a": 1})
+    assert link.is_symlink() and '"a": 1' in (tmp_path / "linked.json").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "link", "linked.json", "pipe"]
+
+
+@pytest.mark.parametrize("read", [text.read_text, text.read_ids, chat.read_messages, bench_page.read_report])
+def test_a_pipe_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "a pipe"), ("/dev/zero", "a device"), (tmp_path, "Is a directory")):
+        with pytest.raises(InputError, match=f"^{path}: found {kind}, expected a "):
+            read(str(path))
+
+
+def test_what_ends_a_text_is_not_passed_over(tmp_path):
+    path = tmp_path / "generation_config.json"
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    assert text.end_tokens(str(tmp_path)) == [3]
+    path.write_text('{"eos_token_id": [4, 5]}')
+    assert text.end_tokens(str(tmp_path)) == [4, 5]
+    for make, found in ((lambda: os.mkfifo(path), "a pipe"), (lambda: path.symlink_to("/dev/zero"), "a device"),
+                        (lambda: path.symlink_to("gone"), "No such file"), (path.mkdir, "Is a directory")):
+        path.unlink()
+        make()
+        with pytest.raises(InputError, match=f"generation_config.json: found {found}.*, expected a JSON file"):
+            text.end_tokens(str(tmp_path))
+
+
+def test_a_text_that_is_larger_than_memory(tmp_path, monkeypatch):
+    (tmp_path / "text").write_bytes(b"12345")
+    monkeypatch.setattr("builtins.open", no_memory)
+    with pytest.raises(InputError, match="text: found 5 bytes, expected a file of fewer than memory has$"):
+        text.read_text(str(tmp_path / "text"))
+
+
+def no_memory(*_):
+    raise MemoryError
+
+
+def test_a_report_of_another_kind(tmp_path):
+    for content in ("[" * 100_000, '{"schema": "mpitp.plan/1"}', "[]", '{"schema": "mpitp.bench/1", "schema": 1}'):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(InputError, match="found .*, expected "):
+            bench_page.read_report(str(tmp_path / "x.json"))
+
+
+def test_a_log_whose_unfinished_copy_is_a_pipe(tmp_path):
+    for step in (1, 2):
+        log.append_log(str(tmp_path), step, {"loss": 1.0})
+    os.mkfifo(tmp_path / "log.jsonl.partial")
+    log.cut_log(str(tmp_path), 1)
+    assert [line["step"] for line in log.read_log(str(tmp_path))] == [1] and len(os.listdir(tmp_path)) == 1

@@ -218,3 +218,39 @@ def test_a_lock_of_another_host_that_is_touched(tmp_path, monkeypatch):
         mine.require_own()
     mine.release()
     assert os.listdir(tmp_path) == ["lock.json"]            # not ours to remove
+
+
+def test_of_two_jobs_that_see_a_stale_lock_one_takes_it(tmp_path, monkeypatch):
+    write(tmp_path, pid=2 ** 22 + 1)
+    first, second = lock.FolderLock(tmp_path), lock.FolderLock(tmp_path)
+    second.mine["pid"] = first.mine["pid"] + 1              # of names
+    right = lock.FolderLock.lives
+
+    def lives(one, owner):
+        """The first job takes the lock between what the second one sees and what it does."""
+        found = right(one, owner)
+        if one is second and not found:
+            assert "which has ended" in first.acquire()
+        return found
+    monkeypatch.setattr(lock.FolderLock, "lives", lives)
+    with pytest.raises(InputError, match=f"found the lock of process {os.getpid()} on "):
+        second.acquire()
+    first.require_own()
+    first.release()
+    assert not os.listdir(tmp_path)
+
+
+def test_what_is_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "WRITING", 0.1)
+    path = tmp_path / "lock.json"
+    path.mkdir()
+    with pytest.raises(InputError, match="lock.json: found a folder, expected a lock, or nothing$"):
+        lock.FolderLock(tmp_path).acquire()
+    path.rmdir()
+    for make in (lambda: path.write_text("[" * 60_000), lambda: os.mkfifo(path),
+                 lambda: path.symlink_to("/dev/zero"), lambda: path.write_text("9" * 60_000)):
+        make()
+        mine = lock.FolderLock(tmp_path)
+        assert "which has ended" in mine.acquire()
+        mine.release()
+        assert not os.listdir(tmp_path)

@@ -112,6 +112,13 @@ class Collectives:
         else:
             self._describe(operation, *arguments, **options)
 
+    def _begin(self: Any, name: str) -> None:
+        """Refuse another thread than the group's; with check=True compare the name on all ranks."""
+        if get_ident() != self.ledger.thread:
+            refuse_thread()
+        if self.check:
+            self._agree(tuple, [name])
+
     def _agree(self: Any, describe: Any, *arguments: Any, **options: Any) -> None:
         """Compare what describe(...) returns on each rank. Collective: 16 bytes."""
         from .agreement import require_everywhere

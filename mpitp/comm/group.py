@@ -161,8 +161,7 @@ class TensorParallelGroup(Collectives, Sums):
 
         Collective: MPI_Comm_split. The subgroup has this group's options.
         """
-        if self.check:
-            self._agree(tuple, ["subgroup"])
+        self._begin("subgroup")
         part = self.comm.Split(MPI.UNDEFINED if color is None else color, key)
         if part == MPI.COMM_NULL:
             return None
@@ -190,7 +189,7 @@ class TensorParallelGroup(Collectives, Sums):
 
         A ValueError or OSError of rank 0 becomes an InputError on every rank.
         """
-        return self.root_first(function if self.rank == 0 else _nothing)
+        return self.root_first(function if self.rank == 0 else lambda: None)
 
     def root_first(self, function: Callable[[], T]) -> T:
         """Call function() on rank 0, and on the others only when it succeeded there. Returns each rank's own result.
@@ -213,8 +212,7 @@ class TensorParallelGroup(Collectives, Sums):
     def close(self) -> None:
         """Free the communicator. Collective. With check=True it proves that all ranks are through."""
         if self.comm != MPI.COMM_NULL:
-            if self.check:
-                self._agree(tuple, ["close"])
+            self._begin("close")
             for begun in list(self.pending):
                 begun.wait()
             self.transport.close()
@@ -236,10 +234,6 @@ class TensorParallelGroup(Collectives, Sums):
                 leave(self, early)
                 raise
         leave(self, error)
-
-
-def _nothing() -> None:
-    """Do nothing, on the ranks that on_root does not mean."""
 
 
 def _uncaught(show: Callable, process: int, *failure: Any) -> None:

@@ -1,11 +1,11 @@
 """What `bench` prints and writes: its rows as a table, as JSON and as CSV; and reports read back to be drawn."""
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .. import tables
-from ..errors import InputError
+from ..checkpoints.json_files import read_json
+from ..errors import require
 from . import report
 
 
@@ -89,14 +89,10 @@ def write_csv(path: str, rows: list[Row]) -> None:
 
 def read_report(path: str) -> dict:
     """Return a report that --json wrote. Raises InputError for any other file."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-        if value["schema"] == "mpitp.bench/1":
-            return value
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise InputError(f"{path}: found no mpitp.bench/1 report, expected a file that bench --json wrote")
+    value = read_json(path)
+    require(value.get("schema") == "mpitp.bench/1", f"no mpitp.bench/1 report in {path}",
+            "a file that bench --json wrote")
+    return value
 
 
 def draw(path: str, reports: list[dict]) -> None:

@@ -20,7 +20,6 @@ Messages = list[dict[str, Any]]
 
 def read_messages(path: str) -> Messages:
     """Read the messages of a JSON file: a list of {"role": ..., "content": ...}, which may have more fields."""
-    require_file(path, "a JSON file")
     content = text.read_text(path)
     require(len(content) <= MOST_MESSAGES, f"more than {MOST_MESSAGES} characters in {path}", "messages of at most so "
             "many")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..arrays import on_host
-from ..checkpoints.json_files import read_json
+from ..checkpoints.json_files import read_json, require_file
 from ..checkpoints.step_models import model_files
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, require
@@ -50,7 +50,7 @@ def end_tokens(folder: str) -> list[int]:
     """Return the ids that end a text: eos_token_id, one or several, of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
         path = os.path.join(model_files(folder), name)
-        if os.path.isfile(path):
+        if os.path.lexists(path):               # read_json refuses what is no file
             found = read_json(path).get("eos_token_id")
             if found is not None:
                 found = found if isinstance(found, list) else [found]
@@ -94,12 +94,16 @@ def read_text(path: str) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """Read a file. Raises InputError where it cannot be read."""
+    """Read a file. Raises InputError where it cannot be read, is a pipe or a device, or is larger than memory."""
+    require_file(path, "a file")
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
         raise InputError(f"{path}: found {error.strerror}, expected a file") from None
+    except MemoryError:
+        raise InputError(f"{path}: found {os.path.getsize(path)} bytes, expected a file of fewer than "
+                         f"memory has") from None
 
 
 def lines_of(text: str) -> list[str]:

@@ -15,12 +15,14 @@ class Weights(dict):
     """This rank's slices by name. A layer computes with these arrays: another one in the place of one is refused."""
 
     def __setitem__(self, name: str, array: Array) -> None:
-        require(name not in self or array is self[name], f"another array for weights[{name!r}]",
+        require(array is self.get(name), f"another array for weights[{name!r}]",
                 f"weights[{name!r}][...] = array, or load_dense, which write into the layer's")
-        super().__setitem__(name, array)
 
-    update = MutableMapping.update              # by __setitem__, which dict's own passes by, and |= with it
-    __ior__: Any = None
+    def __delitem__(self, *_: Any) -> Any:
+        raise InputError("found weights to take away or to put in, expected to write into the layer's arrays")
+
+    update = MutableMapping.update              # by __setitem__, which dict's own passes by
+    pop = popitem = clear = setdefault = __ior__ = __delitem__
 
 
 class ParallelLayer:
@@ -43,11 +45,14 @@ class ParallelLayer:
         self.set_dtype(group, dtype)
         require(seed is None or is_integer(seed), f"seed {seed!r}", "an integer, or None for zeros")
         self.group, self.name, self.specs = group, name, by_name(specs)
-        self.weights = Weights()
-        for full_name, spec in self.specs.items():
-            self.weights[full_name] = group.xp.zeros(spec.local_shape(group.place), self.dtype) if seed is None else \
-                group.xp.asarray(initialise(spec, seed, self.dtype, group.place))
+        self.weights = Weights({
+            name: group.xp.zeros(spec.local_shape(group.place), self.dtype) if seed is None else
+            group.xp.asarray(initialise(spec, seed, self.dtype, group.place)) for name, spec in self.specs.items()})
         self.set_own()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        require(name != "weights" or isinstance(value, Weights), "another dict for weights", "load_dense of it")
+        super().__setattr__(name, value)
 
     def set_dtype(self, group: TensorParallelGroup, dtype: str) -> None:
         """Compute in `dtype` from now on. Raises InputError for one that the group's device does not compute in."""
@@ -146,6 +151,8 @@ class ParallelLayer:
                 raise InputError(f"out[{name!r}]: found {getattr(g, 'dtype', type(g).__name__)} "
                                  f"{getattr(g, 'shape', '')}, expected C-contiguous {self.sum_dtype} {w.shape}, "
                                  f"aligned and writable, beside the weights")
+        arrays = *out.values(), *self.weights.values()
+        require(len(set(map(id, arrays))) == len(arrays), "an array twice in out, or a weight", "one for each gradient")
         return out
 
     def require_names(self, arrays: Any, what: str) -> None:

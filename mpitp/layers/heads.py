@@ -98,8 +98,8 @@ def require_mask(mask: Any, B: int, S: int) -> None:
     """Raise InputError unless mask is None or bool, for each key (B, S) or each query and key (B, S, S)."""
     if mask is not None:
         dtype, shape = getattr(mask, "dtype", None), getattr(mask, "shape", None)
-        require(str(dtype) == "bool" and shape in ((B, S), (B, S, S)), f"a mask {dtype} {shape}",
-                f"bool {(B, S)} or {(B, S, S)}")
+        require(str(dtype) == "bool" and shape in ((B, S), (B, S, S)) and not hasattr(mask, "mask"),
+                f"a mask {dtype} {shape}", f"bool {(B, S)} or {(B, S, S)}, and no masked array")
 
 
 def by_group(x_BSHK: Array, b: int, unit: KeyValueUnit, heads: slice, block: Block) -> Array:

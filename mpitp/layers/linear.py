@@ -14,7 +14,7 @@ from ..errors import require_positive
 from ..ops.linear import add_bias, bias_backward
 from ..sharding.partition import Block
 from ..sharding.specs import column_parallel_specs, join, row_parallel_specs
-from .base import ParallelLayer, require_saved
+from .base import ParallelLayer, Weights, require_saved
 from .gather import (gather_from_ranks_backward, gather_from_ranks_forward, scatter_to_ranks_backward,
                      scatter_to_ranks_forward)
 from .products import (column_parallel_backward, column_parallel_forward, columns_of, copy_to_ranks_backward,
@@ -67,7 +67,7 @@ class ColumnParallelLinear(ParallelLayer):
         super().__init__(group, specs[1:] if tied_to else specs, dtype, seed, name)
         if tied_to:
             self.specs[self.weight_name] = tied_to.specs[self.weight_name]
-            self.weights[self.weight_name] = tied_to.weights[self.weight_name]
+            self.weights = Weights(self.weights | {self.weight_name: tied_to.weights[self.weight_name]})
         self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
         self.set_partition(group.partition(out_features))
         self.local_features = self.partition.lengths[group.rank]

@@ -45,7 +45,7 @@ class FolderLock:
             if self.lives(owner):
                 raise InputError(f"{self.folder}: found the lock of {described(owner)}, expected no other job that "
                                  f"writes there (where none does, remove {self.path})")
-            self.remove_stale()
+            self.remove_stale(owner)
             said = f"removed the lock of {described(owner)}, which has ended"
         self.thread.start()
         return said
@@ -67,9 +67,8 @@ class FolderLock:
         deadline = time.monotonic() + WRITING
         while True:
             if os.path.isfile(self.path):
-                with contextlib.suppress(OSError, ValueError), open(self.path, "rb") as file:
-                    found = json.loads(file.read(1 << 16))
-                    if isinstance(found, dict) and isinstance(found.get("pid"), int):
+                with contextlib.suppress(OSError):
+                    if found := lock_in(self.path):
                         return found
             if not os.path.lexists(self.path) or time.monotonic() > deadline:
                 return {}
@@ -96,12 +95,24 @@ class FolderLock:
         except OSError:
             return None
 
-    def remove_stale(self) -> None:
-        """Remove the lock under a name of this process's own: of two jobs that see it stale, one does."""
+    def remove_stale(self, owner: dict) -> None:
+        """Remove the lock of a dead owner, under a name of this process's own: of two jobs that see it, one does.
+
+        Another job may have been faster: then what was taken away is its own lock, and comes back.
+        """
         away = f"{self.path}.{self.mine['host']}.{self.mine['pid']}"
-        with contextlib.suppress(FileNotFoundError):
+        if os.path.isdir(self.path):
+            raise InputError(f"{self.path}: found a folder, expected a lock, or nothing")
+        try:
             os.rename(self.path, away)
+            if os.path.isfile(away) and lock_in(away) != owner:
+                with contextlib.suppress(FileExistsError):
+                    os.link(away, self.path)
             os.unlink(away)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise InputError(f"{self.path}: found {error.strerror}, expected a lock, or nothing") from None
 
     def require_own(self) -> None:
         """Raise InputError where another job has taken the lock, which it does after this one stood still for long."""
@@ -122,6 +133,15 @@ class FolderLock:
         with contextlib.suppress(OSError):
             if self.read() == self.mine:
                 os.unlink(self.path)
+
+
+def lock_in(path: str) -> dict:
+    """Return what a lock file says; {} where it holds nothing that could be a lock's contents. Raises OSError."""
+    with open(path, "rb") as file, contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(file.read(1 << 16))
+        if isinstance(found, dict) and isinstance(found.get("pid"), int):
+            return found
+    return {}
 
 
 def this_process() -> dict:

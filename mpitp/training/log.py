@@ -49,7 +49,9 @@ def cut_log(folder: str, step: int) -> None:
         return
     lines = [line for line in read_log(folder) if line["step"] <= step]
     try:
-        with open(f"{path}.partial", "w", encoding="utf-8") as out:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{path}.partial")        # of a run that was killed; or a pipe, which would be waited for
+        with open(f"{path}.partial", "x", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
         os.replace(f"{path}.partial", path)
     except OSError as error:

@@ -40,12 +40,12 @@ def job_environment(**more):
     clean = {key: value for key, value in os.environ.items()
              if not key.startswith(("PMI", "PMIX", "OMPI_", "PRTE", "MPI_LOCAL", "HYDRA", "HYDI", "MPIR"))
              or key.startswith(("OMPI_ALLOW", "OMPI_MCA", "PRTE_MCA"))}
-    for name in ("PYTEST_ADDOPTS", "MPITP_PROGRESS"):           # of this session alone
+    for name in ("PYTEST_ADDOPTS", "MPITP_PROGRESS", "PYTHONUNBUFFERED"):       # of this session alone
         clean.pop(name, None)
     clean.update(PYTHONPATH=f"{ROOT}:{SUPPORT}", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1",
                  OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
                  PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe", OMPI_MCA_rmaps_base_oversubscribe="1",
-                 OMPI_MCA_mpi_yield_when_idle="1", OMPI_MCA_pml="ob1", OMPI_MCA_btl="self,sm")
+                 OMPI_MCA_mpi_yield_when_idle="1", OMPI_MCA_pml="ob1", OMPI_MCA_btl="self,vader")     # "sm" since 5
     return {**clean, **more}
 
 
