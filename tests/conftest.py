@@ -56,6 +56,8 @@ if WORLD.size > 1:                              # ranks that share pytest's fold
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "gpu", "stand-in"),
                      help="gpu: the tests of groups, layers, decoders and training on CuPy arrays, see devices.py")
+    parser.addoption("--longest", type=float, default=LONGEST, metavar="SECONDS",
+                     help="that a test may take before it ends the job by its name")
     parser.addoption("--transport", default="auto", choices=("auto", "mpi", "nccl", "staged", "peer"),
                      help="between GPUs")
 
@@ -148,13 +150,13 @@ def end_hanging(item):
     if capture:
         capture.suspend_global_capture(in_=True)
     faulthandler.dump_traceback(sys.__stderr__)
-    end_job(f"{item.nodeid}\nfound it running after {LONGEST} seconds")
+    end_job(f"{item.nodeid}\nfound it running after {item.config.option.longest:g} seconds")
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
     """A test that hangs is named: the limit of a whole session would not say which one it was."""
-    limit = threading.Timer(LONGEST, end_hanging, [item])
+    limit = threading.Timer(item.config.option.longest, end_hanging, [item])
     limit.daemon = True
     limit.start()
     yield

@@ -36,8 +36,8 @@ def test_several_ranks_run_what_needs_them():
 def test_a_test_that_hangs_is_named(tmp_path):
     """On the rank that waits, whatever the others do; the session ends."""
     (tmp_path / "test_hangs.py").write_text("import time\ndef test_waits(world):\n    time.sleep(100 * world.rank)\n")
-    limited = "import sys, conftest, pytest; conftest.LONGEST = 2; sys.exit(pytest.main(sys.argv[1:], [conftest]))"
-    done = job(2, "-c", limited, "-q", "-p", "no:cacheprovider", tmp_path / "test_hangs.py",
+    done = job(2, "-m", "pytest", "-p", "conftest", "--longest=2", "-q", "-p", "no:cacheprovider",
+               tmp_path / "test_hangs.py",
                environment={"PYTHONPATH": f"{ROOT}:{ROOT}/tests:{SUPPORT}", "MPITP_SECOND_MPI": "0"})
     assert done.returncode != 0 and "rank 1 of 2 failed" in done.stderr, done.stdout + done.stderr
     assert "test_hangs.py::test_waits\nfound it running after 2 seconds" in done.stderr
