@@ -131,9 +131,8 @@ make_venv() {
 }
 
 install() {     # into .venv, the project as it lies here
-    local patience=
     # A compute node often has no network, and its time costs. By variables, since pip runs itself for what builds.
-    [ -z "$site" ] || patience="env PIP_RETRIES=1 PIP_DEFAULT_TIMEOUT=5"
+    local patience="env PIP_RETRIES=${PIP_RETRIES:-1} PIP_DEFAULT_TIMEOUT=${PIP_DEFAULT_TIMEOUT:-8}"
     $patience "$python" -m pip install --quiet --disable-pip-version-check "$@" 2> "$venv/pip.log" || {
         ! grep -qE 'NewConnectionError|ConnectTimeout|ReadTimeout|ProxyError|name resolution' "$venv/pip.log" ||
             die "found no package index that answers $(uname -n), expected a network for what is not in $venv yet:" \
@@ -355,8 +354,7 @@ choose_mpi() {
             [ -z "$said" ] || printf '%s\n' "$said" | tail -n 4 | sed 's/^/    /' >&2
             no_world
         elif [ -z "$found" ]; then
-            [ -z "${MPI4PY_LIBMPI:-}" ] ||
-                die "found no launcher on PATH for MPI4PY_LIBMPI=$MPI4PY_LIBMPI, expected its mpirun"
+            [ -z "${MPI4PY_LIBMPI:-}" ] || no_launcher_of "$MPI4PY_LIBMPI"
             # Under the lock even when there is an mpirun: another first use may be in the middle of installing it.
             if [ -n "${MPITP_VENV:-}" ] || [ ! -w "$here" ]; then add_mpich; else with_lock add_mpich; fi
             found=$venv/bin/mpirun
@@ -377,6 +375,14 @@ choose_mpi() {
         "Grid Engineopenmpi"*) grid_engine_hosts ;;
     esac
     case $is in openmpi*) other_hosts ;; esac
+}
+
+no_launcher_of() {      # $1 the library that the user named
+    [ -z "$said" ] || printf '%s\n' "$said" | tail -n 2 | sed 's/^/    /' >&2
+    [ "$(vendor)" != unknown ] || die "found MPI4PY_LIBMPI=$1, which mpi4py cannot load, expected an MPI: .../libmpi.so"
+    [ -n "$launcher" ] || die "found no mpirun on PATH, expected that of MPI4PY_LIBMPI=$1: export PATH=.../bin:\$PATH"
+    die "found $launcher, which starts no world of two ranks with MPI4PY_LIBMPI=$1," \
+        "expected the mpirun of that library first on PATH: export PATH=.../bin:\$PATH"
 }
 
 no_world() {    # nothing works inside a job: what was tried, and the ways out

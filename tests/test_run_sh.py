@@ -462,12 +462,33 @@ def test_prepare_installs_what_every_use_needs(site, clone, tmp_path):
     assert "found --prepare with MPITP_VENV" in site.run("--prepare").stderr
 
 
+@pytest.mark.parametrize("library, words", [
+    ("/nowhere/libmpi.so", "found MPI4PY_LIBMPI=/nowhere/libmpi.so, which mpi4py cannot load"),
+    (sys.executable, f"found MPI4PY_LIBMPI={sys.executable}, which mpi4py cannot load"),
+    (None, "which starts no world of two ranks with MPI4PY_LIBMPI=")])
+def test_a_library_by_name_that_does_not_do(site, library, words):
+    """The library cannot be loaded, or it can and the launcher is that of another; the last lines say why."""
+    site.stub("mpirun", 'shift 2; "$@" & "$@"')
+    site.environment["MPI4PY_LIBMPI"] = library or this_library()
+    done = site.run("verify")
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1], done.stderr
+    assert done.stderr.splitlines()[-1].startswith("run.sh: found ") and done.stderr.count("run.sh: ") == 1
+
+
+def this_library():
+    """Return the MPI library of this process."""
+    with open("/proc/self/maps") as maps:
+        return next(line.split()[-1] for line in maps if "/libmpi" in line)
+
+
 @pytest.mark.parametrize("pip, lines, words", [
     ("WARNING: Retrying: NewConnectionError('Temporary failure in name resolution')\nERROR: none\n", 2,
      "found no package index that answers"),
     ("WARNING: old\nERROR: no such version\n", 3, "pip could not install -e")])
 def test_a_node_without_a_network_is_told_of_prepare(site, clone, tmp_path, pip, lines, words):
-    """In a job pip gives up early, and so does the pip that it starts; what it says is shown only where it helps."""
+    """pip gives up early, and so does the pip that it starts; what it says is shown only where it helps."""
+    for name in ("PIP_RETRIES", "PIP_DEFAULT_TIMEOUT"):
+        site.environment.pop(name, None)
     site.stub("srun")
     site.environment.update(SLURM_JOB_ID="7", SLURM_NTASKS="2")
     (tmp_path / "pip.offline").write_text(pip)
@@ -475,7 +496,7 @@ def test_a_node_without_a_network_is_told_of_prepare(site, clone, tmp_path, pip,
     done = site.run(script=clone / "run.sh")
     assert done.returncode == 2 and "./run.sh --prepare" in done.stderr and words in done.stderr
     assert done.stderr.count("\n") == lines and "has changed" in done.stderr and "WARNING" not in done.stderr
-    assert (tmp_path / "pip").read_text().endswith(" 1 5\n")
+    assert (tmp_path / "pip").read_text().endswith(" 1 8\n")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to give a folder away")
