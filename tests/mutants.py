@@ -16,6 +16,7 @@ Why not a library: mutmut (3.8) imports the program once and forks a process for
 does not survive; cosmic-ray (8.7) can run `mpirun -n P pytest`, but always the same command, whatever the mutant.
 """
 import argparse
+import itertools
 import json
 import os
 import queue
@@ -85,35 +86,51 @@ def cover(arguments):
     (WORK / "coverage").mkdir(parents=True)
     (WORK / "coveragerc").write_text(COVERAGE.format(root=ROOT))
     waiting, ends = queue.SimpleQueue(), time.monotonic() + arguments.minutes * 60
-    for name in ("jobs", "two", "one"):                             # the longest first
-        for file in sorted(ROOT.glob("tests/test_*.py"), key=lambda file: -file.stat().st_size):
-            if f"tests/{file.name}" not in NEVER and (name != "jobs" or "launcher" in file.read_text()):
-                waiting.put((name, f"tests/{file.name}"))
+    files = sorted(ROOT.glob("tests/test_*.py"), key=lambda file: -file.stat().st_size)
+    files = [f"tests/{file.name}" for file in files if f"tests/{file.name}" not in NEVER]
+    with_jobs = [file for file in files if "launcher" in (ROOT / file).read_text()]
+    for tests in [*in_fours(collected(with_jobs)), *([file] for file in files)]:        # the longest first
+        for name in ("jobs",) if "::" in tests[0] else ("two", "one"):
+            waiting.put((name, tests, WORK / "coverage" / f"{name}-{waiting.qsize()}"))
 
     def work(worker):
         while time.monotonic() < ends:
             try:
-                cover_file(*waiting.get_nowait(), worker, arguments.workers, ends)
+                cover_some(*waiting.get_nowait(), worker, arguments.workers, ends)
             except queue.Empty:
                 return
             except subprocess.TimeoutExpired as error:
-                print(f"left out, time is up: {' '.join(error.cmd[-6:])}", flush=True)
+                print(f"left out, time is up: {error.cmd[-1]}", flush=True)
     in_threads(work, arguments.workers)
     with Pool(arguments.workers) as pool:
         for name in SESSIONS:
             combine(name, pool)
 
 
-def cover_file(name, file, worker, workers, ends):
-    """Run the tests of a file in a session; where one ends it, once more without that one."""
+def collected(files):
+    """The tests of files that start jobs."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "--color=no", "-m", "launcher", *files],
+                          cwd=ROOT, text=True, capture_output=True, env=environment(ROOT))
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def in_fours(tests):
+    """Tests of one file, at most four together: a session of a whole file would take minutes."""
+    for file, of_file in itertools.groupby(tests, key=lambda test: test.split("::")[0]):
+        of_file = list(of_file)
+        yield from (of_file[first:first + 4] for first in range(0, len(of_file), 4))
+
+
+def cover_some(name, tests, folder, worker, workers, ends):
+    """Run tests, or files, in a session; where one ends it, once more without that one."""
     ranks, options, *_ = SESSIONS[name]
-    folder, left_out = WORK / "coverage" / f"{name}-{Path(file).stem}", []
+    left_out = []
     for _ in range(4):
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "tmp").mkdir(parents=True)
         command = [*launcher(ranks, worker, workers), sys.executable, "-m", "coverage", "run",
-                   f"--rcfile={WORK}/coveragerc", "-m", "pytest", "-q", "--color=no", "-p", "contexts", *options, file,
-                   *(f"--deselect={test}" for test in left_out)]
+                   f"--rcfile={WORK}/coveragerc", "-m", "pytest", "-q", "--color=no", "-p", "contexts", *options,
+                   *(f"--deselect={test}" for test in left_out), *tests]
         done = subprocess.run(
             command, cwd=ROOT, text=True, capture_output=True, errors="replace", timeout=max(1, ends - time.monotonic()),
             env=environment(ROOT, MPITP_COVERAGE=str(folder / "of"), MPITP_SECONDS=str(folder / "seconds.json"),
@@ -121,11 +138,11 @@ def cover_file(name, file, worker, workers, ends):
         failed = failures(done.stdout + done.stderr)
         for test in failed:
             print(f"left out, fails without a mutant: {name} {test}", flush=True)
-        if done.returncode in (0, 1, 5) and (ranks == 1 or not failed) or not set(failed) - set(left_out):
+        if ranks == 1 or not set(failed) - set(left_out):
             break
         left_out += failed
     if done.returncode not in (0, 1, 5):
-        print(f"{name} {file}: status {done.returncode}\n{(done.stdout + done.stderr)[-600:]}", flush=True)
+        print(f"{name} {tests}: status {done.returncode}\n{(done.stdout + done.stderr)[-600:]}", flush=True)
     shutil.rmtree(folder / "tmp", ignore_errors=True)
 
 
