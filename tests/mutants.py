@@ -109,14 +109,14 @@ def cover(arguments):
 
 def collected(files):
     """The tests of files that start jobs."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "--color=no", "-m", "launcher", *files],
-                          cwd=ROOT, text=True, capture_output=True, env=environment(ROOT))
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--color=no", "-m", "launcher", *files]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment(ROOT))
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
 def in_fours(tests):
     """Tests of one file, at most four together: a session of a whole file would take minutes."""
-    for file, of_file in itertools.groupby(tests, key=lambda test: test.split("::")[0]):
+    for _, of_file in itertools.groupby(tests, key=lambda test: test.split("::")[0]):
         of_file = list(of_file)
         yield from (of_file[first:first + 4] for first in range(0, len(of_file), 4))
 
@@ -131,10 +131,10 @@ def cover_some(name, tests, folder, worker, workers, ends):
         command = [*launcher(ranks, worker, workers), sys.executable, "-m", "coverage", "run",
                    f"--rcfile={WORK}/coveragerc", "-m", "pytest", "-q", "--color=no", "-p", "contexts", *options,
                    *(f"--deselect={test}" for test in left_out), *tests]
-        done = subprocess.run(
-            command, cwd=ROOT, text=True, capture_output=True, errors="replace", timeout=max(1, ends - time.monotonic()),
-            env=environment(ROOT, MPITP_COVERAGE=str(folder / "of"), MPITP_SECONDS=str(folder / "seconds.json"),
-                            TMPDIR=str(folder / "tmp")))
+        its = environment(ROOT, MPITP_COVERAGE=str(folder / "of"), MPITP_SECONDS=str(folder / "seconds.json"),
+                          TMPDIR=str(folder / "tmp"))
+        done = subprocess.run(command, cwd=ROOT, env=its, text=True, capture_output=True, errors="replace",
+                              timeout=max(1, ends - time.monotonic()))
         failed = failures(done.stdout + done.stderr)
         for test in failed:
             print(f"left out, fails without a mutant: {name} {test}", flush=True)
@@ -270,7 +270,7 @@ class Worker:
                "now": mutation.apply(text).splitlines()[number].strip(), "result": "not covered", "tests": 0, "of": 0}
         path.write_text(mutation.apply(text))
         try:
-            for name, (ranks, _, most, limit) in SESSIONS.items():
+            for name, (_, _, most, limit) in SESSIONS.items():
                 if name not in self.chooser.of:
                     continue
                 tests, _, of = self.chooser.tests(name, mutation, *((10 ** 6, 10 ** 6) if self.all_tests
@@ -370,8 +370,8 @@ def report(arguments):
     equivalent = sum(reason is not None and reason[0] == "equivalent" for reason in given)
     if rows:
         of_all, of_others = len(caught) / len(rows), len(caught) / max(1, len(rows) - equivalent)
-        print(f"seed {arguments.seed}: {len(rows)} of {arguments.count} mutants, {len(caught)} caught ({of_all:.1%} of all, {of_others:.1%} "
-              f"of those that are not equivalent), {len(alive)} survive, {equivalent} of them equivalent")
+        print(f"seed {arguments.seed}: {len(rows)} of {arguments.count} mutants, {len(caught)} caught "
+              f"({of_all:.1%} of all, {of_others:.1%} of those that are not equivalent), {len(alive)} survive, {equivalent} of them equivalent")
     for kind in sorted({row["kind"] for row in rows}):
         of_kind = [row["result"] for row in rows if row["kind"] == kind]
         print(f"    {kind:10s} {len(of_kind):4d}, {of_kind.count('caught'):4d} caught")
