@@ -371,7 +371,8 @@ def report(arguments):
     if rows:
         of_all, of_others = len(caught) / len(rows), len(caught) / max(1, len(rows) - equivalent)
         print(f"seed {arguments.seed}: {len(rows)} of {arguments.count} mutants, {len(caught)} caught "
-              f"({of_all:.1%} of all, {of_others:.1%} of those that are not equivalent), {len(alive)} survive, {equivalent} of them equivalent")
+              f"({of_all:.1%} of all, {of_others:.1%} of those that are not equivalent), {len(alive)} survive, "
+              f"{equivalent} of them equivalent")
     for kind in sorted({row["kind"] for row in rows}):
         of_kind = [row["result"] for row in rows if row["kind"] == kind]
         print(f"    {kind:10s} {len(of_kind):4d}, {of_kind.count('caught'):4d} caught")
