@@ -1,8 +1,8 @@
 """SHA-256 of outputs and gradients in reproducible mode: the same lines for every number of ranks and every MPI.
 
-    mpirun -n P python tests/hashes.py [--device gpu] [workers]
+    mpirun -n P python tests/hashes.py [--device gpu] [--every N] [workers]
 
-On a GPU in its 16-bit types, too.
+On a GPU in its 16-bit types, too. With --every N: each N-th layer and each N-th kind of decoder.
 """
 import hashlib
 import sys
@@ -15,6 +15,10 @@ import numpy as np
 if sys.argv[1:2] == ["--device"]:           # arrays go there and come back: see devices.py
     import devices
     devices.install(sys.argv[2], "auto")
+    del sys.argv[1:3]
+EVERY = 1
+if sys.argv[1:2] == ["--every"]:
+    EVERY = int(sys.argv[2])
     del sys.argv[1:3]
 
 import mpitp
@@ -31,7 +35,7 @@ CASES = [       # tokens, hidden, ffn, activation, gated, blocks
 
 
 def main(workers=None):
-    for tokens, hidden, ffn, activation, gated, blocks in CASES:
+    for tokens, hidden, ffn, activation, gated, blocks in CASES[::EVERY]:
         with mpitp.TensorParallelGroup(reproducible=True, blocks=blocks, check=True) as group:
             if workers:
                 group.workers.count = workers
@@ -56,7 +60,7 @@ def main(workers=None):
                 for of_layer, split in ((layer, gradients), (row, row_gradients), (column, column_gradients)):
                     found.update(of_layer.gather(split) or {})
                 show(group, (tokens, hidden, ffn, activation, gated, blocks, name), found)
-    for kind in KINDS:
+    for kind in list(KINDS)[::EVERY]:
         for blocks, dtype in ((8, "float32"), (3, "float64")):
             with mpitp.TensorParallelGroup(reproducible=True, blocks=blocks, check=True) as group:
                 if workers:

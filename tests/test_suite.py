@@ -9,7 +9,7 @@ pytestmark = pytest.mark.launcher
 
 
 def collected(ranks, *files, **environment):
-    environment = {"MPITP_SECOND_MPI": "0", **environment}      # this session may be of the second MPI itself
+    environment = {"MPITP_SECOND_MPI": "0", "MPITP_SAMPLE": "1", **environment}     # this session may have others
     done = job(ranks, "-m", "pytest", "--collect-only", "-q", *files, environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return {line.split("::")[-1].split("[")[0] for line in done.stdout.splitlines() if "::" in line}
