@@ -16,14 +16,15 @@ if sys.argv[1:2] == ["--device"]:           # arrays go there and come back: see
     import devices
     devices.install(sys.argv[2], "auto")
     del sys.argv[1:3]
-EVERY = 1
-if sys.argv[1:2] == ["--every"]:
-    EVERY = int(sys.argv[2])
-    del sys.argv[1:3]
 
 import mpitp
 from decoder_cases import KINDS, config
 from mpitp.arrays import HALF_DTYPES, compute_dtype
+
+EVERY = 1
+if sys.argv[1:2] == ["--every"]:
+    EVERY = int(sys.argv[2])
+    del sys.argv[1:3]
 
 CASES = [       # tokens, hidden, ffn, activation, gated, blocks
     (64, 96, 384, "gelu_tanh", False, 8), (1, 96, 384, "gelu_tanh", False, 8), (17, 33, 131, "gelu", True, 8),

@@ -41,8 +41,8 @@ WORK = ROOT / "build" / "mutants"
 LEFT_OUT = ("mpitp/ops/cuda/", "mpitp/comm/gpu/peer_kernels.py")         # kernels: sources of another language
 NEVER = ("tests/test_packaging.py", "tests/test_run_sh.py", "tests/test_cluster.py")    # not about the numbers
 # name: (ranks, options of pytest, most tests, most seconds of them) in the order in which they are tried
-SESSIONS = {"one": (1, ["-m", "not launcher"], 160, 60), "two": (2, [], 60, 40),
-            "jobs": (1, ["-m", "launcher"], 12, 60)}
+SESSIONS = {"one": (1, ["-m", "not launcher"], 400, 60), "two": (2, [], 100, 40),
+            "jobs": (1, ["-m", "launcher"], 30, 90)}
 COVERAGE = """[run]
 parallel = true
 source = {root}/mpitp
@@ -198,6 +198,8 @@ class Chooser:
         self.of = {name: json.loads((WORK / f"lines-{name}.json").read_text()) for name in SESSIONS
                    if (WORK / f"lines-{name}.json").exists()}
 
+        self.unseen = set()             # mutants whose lines no test is known to run
+
     def tests(self, name, mutation, most, limit):
         """The tests of a session that run the lines of a mutation, those most worth their time first."""
         seconds, of_file = self.of[name]["tests"], self.of[name]["lines"].get(mutation.file, {})
@@ -206,6 +208,9 @@ class Chooser:
         if not mutation.function or mutation.body:      # run at import: who runs the function, or anything of the file
             lines = range(mutation.body[0], mutation.body[1] + 1) if mutation.body else map(int, of_file)
         found = {names[place] for line in lines for place in of_file.get(str(line), ())}
+        if not found and name == "jobs" and mutation.key in self.unseen:
+            # what a killed process ran is lost: then the tests of jobs that ran anything of the file
+            found = {names[place] for tests in of_file.values() for place in tests}
         by_file, chosen, total = defaultdict(list), [], 0.0
         for test in sorted(found, key=lambda test: (seconds[test], test)):
             by_file[test.split("::")[0]].append(test)
@@ -269,6 +274,8 @@ class Worker:
                "kind": mutation.kind, "was": text.splitlines()[number].strip(),
                "now": mutation.apply(text).splitlines()[number].strip(), "result": "not covered", "tests": 0, "of": 0}
         path.write_text(mutation.apply(text))
+        if not any(self.chooser.tests(name, mutation, 1, 0)[2] for name in self.chooser.of):
+            self.chooser.unseen.add(mutation.key)
         try:
             for name, (_, _, most, limit) in SESSIONS.items():
                 if name not in self.chooser.of:
@@ -317,7 +324,8 @@ def run(arguments):
     chosen = random.Random(arguments.seed).sample(candidates(), arguments.count)
     for mutation in chosen:
         row = done.get(mutation.key)
-        if row is None or arguments.again and row["result"] != "caught" and not row.get("again"):
+        if row is None or (arguments.again and row["result"] != "caught" and row["tests"] < row["of"]
+                           and not row.get("again")):
             waiting.put(mutation)
     total = waiting.qsize()
 
