@@ -41,8 +41,8 @@ WORK = ROOT / "build" / "mutants"
 LEFT_OUT = ("mpitp/ops/cuda/", "mpitp/comm/gpu/peer_kernels.py")         # kernels: sources of another language
 NEVER = ("tests/test_packaging.py", "tests/test_run_sh.py", "tests/test_cluster.py")    # not about the numbers
 # name: (ranks, options of pytest, most tests, most seconds of them) in the order in which they are tried
-SESSIONS = {"one": (1, ["-m", "not launcher"], 400, 60), "two": (2, [], 100, 40),
-            "jobs": (1, ["-m", "launcher"], 30, 90)}
+SESSIONS = {"one": (1, ["-m", "not launcher"], 800, 70), "two": (2, [], 200, 40),
+            "jobs": (1, ["-m", "launcher"], 40, 90)}
 COVERAGE = """[run]
 parallel = true
 source = {root}/mpitp
@@ -88,9 +88,10 @@ def cover(arguments):
     waiting, ends = queue.SimpleQueue(), time.monotonic() + arguments.minutes * 60
     files = sorted(ROOT.glob("tests/test_*.py"), key=lambda file: -file.stat().st_size)
     files = [f"tests/{file.name}" for file in files if f"tests/{file.name}" not in NEVER]
-    with_jobs = [file for file in files if "launcher" in (ROOT / file).read_text()]
-    for tests in [*in_fours(collected(with_jobs)), *([file] for file in files)]:        # the longest first
-        for name in ("jobs",) if "::" in tests[0] else ("two", "one"):
+    with_jobs = [file for file in files if "launcher" in (ROOT / file).read_text() and "jobs" in arguments.sessions]
+    of_jobs = in_fours(collected(with_jobs)) if with_jobs else ()
+    for tests in [*of_jobs, *([file] for file in files)]:                               # the longest first
+        for name in {"jobs"} if "::" in tests[0] else {"one", "two"} & set(arguments.sessions):
             waiting.put((name, tests, WORK / "coverage" / f"{name}-{waiting.qsize()}"))
 
     def work(worker):
@@ -103,7 +104,7 @@ def cover(arguments):
                 print(f"left out, time is up: {error.cmd[-1]}", flush=True)
     in_threads(work, arguments.workers)
     with Pool(arguments.workers) as pool:
-        for name in SESSIONS:
+        for name in arguments.sessions:
             combine(name, pool)
 
 
@@ -280,7 +281,7 @@ class Worker:
             for name, (_, _, most, limit) in SESSIONS.items():
                 if name not in self.chooser.of:
                     continue
-                tests, _, of = self.chooser.tests(name, mutation, *((10 ** 6, 10 ** 6) if self.all_tests
+                tests, _, of = self.chooser.tests(name, mutation, *((10 ** 6, 3 * limit) if self.all_tests
                                                                     else (most, limit)))
                 row["tests"], row["of"] = row["tests"] + len(tests), row["of"] + of
                 if not tests:
@@ -318,14 +319,13 @@ def read_rows(path):
 
 
 def run(arguments):
-    """Try the mutants of a seed that have no result yet; with --again, the survivors once more with every test."""
+    """Try the mutants of a seed that have no result yet; with --again, the survivors once more with more tests."""
     path, ends = WORK / f"seed-{arguments.seed}.jsonl", time.monotonic() + arguments.minutes * 60
     done, chooser, waiting, lock = read_rows(path), Chooser(), queue.SimpleQueue(), threading.Lock()
     chosen = random.Random(arguments.seed).sample(candidates(), arguments.count)
     for mutation in chosen:
         row = done.get(mutation.key)
-        if row is None or (arguments.again and row["result"] != "caught" and row["tests"] < row["of"]
-                           and not row.get("again")):
+        if row is None or arguments.again and row["result"] != "caught" and not row.get("again"):
             waiting.put(mutation)
     total = waiting.qsize()
 
@@ -397,7 +397,9 @@ def main(words):
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=10 ** 6, help="cover, run: end then, whatever is done")
-    parser.add_argument("--again", action="store_true", help="run: survivors once more, with every test of their lines")
+    parser.add_argument("--sessions", nargs="*", default=list(SESSIONS), metavar="NAME",
+                        help="cover: those of %(default)s that are recorded, the others stay as they were")
+    parser.add_argument("--again", action="store_true", help="run: survivors once more, with three times as many tests")
     parser.add_argument("--check", action="store_true", help="run: at the end, what caught mutants without any")
     arguments = parser.parse_args(words)
     {"cover": cover, "run": run, "report": report}[arguments.command](arguments)
