@@ -50,3 +50,17 @@ def test_in_the_background_of_a_shell():
     done = subprocess.run(["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "pytest", "-q", test],
                           cwd=ROOT, env=job_environment(), text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.any_mpi
+def test_a_sample_of_many_cases():
+    """On four ranks a quarter of the 96 cases of a test; on one rank all that is not weekly."""
+    def cases(ranks, file):
+        done = job(ranks, "-m", "pytest", "--collect-only", "-q", file,
+                   environment={"MPITP_SECOND_MPI": "0", "MPITP_SAMPLE": "4"})
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+    found = cases(4, "tests/test_layers.py")
+    assert 12 < found.count("::test_mlp_equals_dense[") < 36 and found.count("::test_numeric_gradients[") < 10
+    found = cases(1, "tests/test_reproducible.py")
+    assert all((f"any_number_of_ranks[{ranks}]" in found) == (ranks in (3, 9)) for ranks in (2, 3, 5, 9))

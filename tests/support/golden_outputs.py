@@ -90,6 +90,19 @@ def study():
     return {"points": points, "mpitp": "0", "mpi": "an MPI", "machine": "a machine"}
 
 
+def spans():
+    """Two ranks: Python, a product, and a sum for which rank 0 waits two milliseconds."""
+    import numpy as np
+
+    from mpitp.timeline.places import MPI, PRODUCTS, PYTHON
+    from mpitp.timeline.spans import Span
+    from mpitp.timeline.waiting import Waiting
+    ends = 9_000_000
+    of_ranks = [[Span(PYTHON, "forward", 1_000_000, arrived, None), Span(PRODUCTS, "x @ w", 2_000_000, 4_500_000, None),
+                 Span(MPI, "all_reduce", arrived, ends, None)] for arrived in (5_000_000, 7_000_000)]
+    return of_ranks, Waiting(np.zeros((2, 1), int), np.array([[5e6], [7e6]]), np.full((2, 1), float(ends)))
+
+
 def pictures(folder):
     """{name: what is drawn}: lines, bars, ticks, words."""
     import matplotlib.pyplot as plt
@@ -97,6 +110,7 @@ def pictures(folder):
 
     from mpitp.commands import Parser, plots
     from mpitp.commands import plan as command
+    from mpitp.timeline import picture
     kept, current, close, save = {}, [], plt.close, Figure.savefig
 
     def keep(figure):
@@ -111,6 +125,7 @@ def pictures(folder):
                 (["one report"], plots.draw_bench, ([report(1, 0.5)],)),
                 (["scaling"], plots.draw_scaling, (study(),)),
                 (["training"], plots.draw_training, (bits, [(2, 7.0), (3, 6.5)], 5.0, "a run")),
+                (["timeline"], picture.draw, (*spans(), "two ranks")),
                 (["training alone"], plots.draw_training, (bits, [], None, "a run"))):
             draw(str(folder / "drawn.png"), *words)
         for name in ("laptop", "attention again, rows", "GPUs"):
@@ -133,6 +148,7 @@ def drawn(axis):
         "lines": [[line.get_label(), line.get_linestyle(), line.get_marker(), *map(list, line.get_data())]
                   for line in axis.lines],
         "bars": [[patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()] for patch in axis.patches],
+        "spans": [[list(path.get_extents().bounds) for path in spans.get_paths()] for spans in axis.collections],
         "legend": [text.get_text() for text in legend.get_texts()] if legend else []})
 
 
