@@ -54,6 +54,11 @@ class Uneven(Tokens):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
+    return write_text(tmp_path_factory)
+
+
+def write_text(tmp_path_factory):
+    """The path of the bytes that are trained on."""
     path = WORLD.bcast(str(tmp_path_factory.mktemp("data") / "text"))
     if WORLD.rank == 0:
         with open(path, "wb") as out:
@@ -67,9 +72,9 @@ def reproducible(request):
     return request.param
 
 
-def trainer(ranks, text, kind=KIND, dtype="float64", folder=None, tokens=Tokens, dropout=0.0, **more):
+def trainer(ranks, text, kind=KIND, dtype="float64", folder=None, tokens=Tokens, dropout=0.0, layers=1, **more):
     settings = Settings(**{**SETTINGS, **more})
-    configuration = config(kind, num_layers=1, hidden_dropout=dropout, attention_dropout=dropout)
+    configuration = config(kind, num_layers=layers, hidden_dropout=dropout, attention_dropout=dropout)
     return Trainer(ranks, configuration, tokens(text, configuration.vocab_size, 7, settings.seed), settings,
                    dtype=dtype, folder=folder, say=lambda line: None)
 

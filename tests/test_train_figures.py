@@ -107,6 +107,11 @@ def test_flags_reach_the_settings():
     assert (made.min_lr, made.warmup, made.lr_decay_iters, made.z_loss) == (0.05, 7, 0, 0.0)
     made = train.settings_of(parser.parse_args(["--sequence-parallel", "--gather-again", "--recompute", "attention"]))
     assert (made.sequence_parallel, made.gather_again, made.recompute) == (True, True, "attention")
+    asked = [train.settings_of(parser.parse_args(words)).overlap_grad_reduce
+             for words in ([], ["--overlap-grad-reduce"], ["--no-overlap-grad-reduce"])]
+    assert asked == [None, True, False]
+    with pytest.raises(InputError, match="found --overlap-grad-reduce with --reproducible, expected one of them"):
+        train.settings_of(parser.parse_args(["--overlap-grad-reduce", "--reproducible"]))
     with pytest.raises(InputError, match="found --gather-again without --sequence-parallel, expected both"):
         train.settings_of(parser.parse_args(["--gather-again"]))
 

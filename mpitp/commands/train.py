@@ -33,7 +33,7 @@ NEW_MODEL = dict(vocab_size=256, hidden_size=256, num_layers=4, num_attention_he
 SETTINGS = ("micro_batch_size", "gradient_accumulation", "train_iters", "lr", "min_lr", "weight_decay", "clip_grad",
             "seed", "adam_beta1", "adam_beta2", "adam_eps", "label_smoothing", "eval_interval", "eval_batches",
             "save_interval", "keep", "lr_decay_iters", "save_minutes", "spike_limit", "z_loss", "reproducible_unit",
-            "sequence_parallel", "gather_again", "recompute")
+            "sequence_parallel", "gather_again", "recompute", "overlap_grad_reduce")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("ffn-hidden-size", None, "features of the feed-forward middle (8/3 of the hidden size, gated)"),
             ("num-layers", None, "blocks (4)"), ("num-attention-heads", None, "query heads (8)"),
             ("num-query-groups", None, "key/value heads (as many)"), ("seq-length", 128, "tokens of a window"),
-            ("data-parallel", 1, "copies of the model, each on ranks / N tensor ranks, that share every batch"),
+            ("data-parallel", 1, "copies of the model, each on ranks / N tensor ranks, that share batches of any "
+             "size"),
             ("micro-batch-size", defaults.micro_batch_size, "windows of a forward, at most"),
             ("gradient-accumulation", 1, "micro-batches of a step: --micro-batch-size times this is the global batch, "
              "whatever --data-parallel is (Megatron's is a data rank's)"),
@@ -86,14 +87,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                "ranks, and any cut of the global batch into micro-batches")
     parser.add_argument("--reproducible-unit", choices=UNITS, help="what is computed by itself with --reproducible: a "
                         f"sequence, or, faster, a micro-batch, for the same bytes with this cut alone ({SEQUENCE})")
+    add_layout_arguments(parser)
+    parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
+    parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
+
+
+def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what changes who keeps, computes and sends what, and no result."""
     parser.add_argument("--sequence-parallel", action="store_true", help="each tensor rank has some tokens only, where "
                         "no product needs them all")
     parser.add_argument("--gather-again", action="store_true", help="with --sequence-parallel: all tokens that enter a "
                         "product are gathered a second time in backward, in place of being kept")
     parser.add_argument("--recompute", choices=("block", "attention"), help="compute again in backward, to keep less: "
                         "whole blocks, or attention's part (neither)")
-    parser.add_argument("--baseline", action="store_true", help="compare with an order-2 model of the same tokens")
-    parser.add_argument("--plot", metavar="FILE.png", help="the curve (needs matplotlib: pip install 'mpitp[plot]')")
+    parser.add_argument("--overlap-grad-reduce", action=argparse.BooleanOptionalAction, help="begin the sums over data "
+                        "ranks while backward computes (with NCCL and peer access alone)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -191,6 +199,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
                 "both")
     require(arguments.sequence_parallel or not arguments.gather_again, "--gather-again without --sequence-parallel",
             "both: elsewhere nothing is gathered")
+    require(not (arguments.overlap_grad_reduce and arguments.reproducible), "--overlap-grad-reduce with --reproducible",
+            "one of them: the tree's sums come after backward")
     return Settings(warmup=warmup, **{name: getattr(arguments, name) for name in SETTINGS})
 
 

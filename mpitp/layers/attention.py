@@ -17,14 +17,14 @@ from ..ops.alibi import alibi_slopes
 from ..ops.attention import attention_backward, attention_forward
 from ..ops.keys_values import last_query_forward
 from ..ops.linear import add_bias, bias_backward, linear_weight_backward, product
-from ..ops.norm import norm_backward, norm_of_heads
-from ..ops.rotary import rotary_backward, rotary_forward, rotary_tables
+from ..ops.rotary import rotary_tables
 from ..sharding.decoder_specs import attention_specs
 from ..sharding.heads import KeyValueUnit
 from ..sharding.partition import Block
 from ..sharding.specs import join
-from .base import ParallelLayer, require_saved
+from .base import require_saved
 from .heads import AttentionCall, Heads, as_heads, as_rows, by_group, require_mask
+from .normed_heads import NormedHeads
 from .products import (column_parallel_backward, column_parallel_forward, copy_to_ranks_backward, copy_to_ranks_forward,
                        reduce_from_ranks_backward, reduce_from_ranks_forward, row_parallel_backward,
                        row_parallel_forward, rows_of, two_column_parallel_forward)
@@ -32,7 +32,7 @@ from .products import (column_parallel_backward, column_parallel_forward, copy_t
 Units = dict[KeyValueUnit, tuple]           # keys, values (B, S, u, K) of each unit, and what the norm's backward needs
 
 
-class ParallelAttention(ParallelLayer):
+class ParallelAttention(NormedHeads):
     """y = sum over heads h of softmax(scale q_h k_g^T + bias) v_g W_h^T, g = the key/value head of query head h.
 
     q_h = x Wq_h^T and so on. The query heads are dealt over the ranks. Rank p computes its heads from all of x and
@@ -67,8 +67,6 @@ class ParallelAttention(ParallelLayer):
     several ranks hold, one of N x D (f, which query, key and value share), and with qk_norm one of 2 x K.
     Megatron-LM (arXiv 1909.08053, section 3); grouped queries: Ainslie et al. (arXiv 2305.13245).
     """
-
-    norms_of = "any head"           # one weight for all; the subclasses are in norm_over_heads.py and norm_by_head.py
     attend = staticmethod(attention_forward)
 
     def __init__(self, group: TensorParallelGroup, config: AttentionConfig, *, dtype: str = "float32",
@@ -81,11 +79,7 @@ class ParallelAttention(ParallelLayer):
         self.causal, self.sliding_window, self.rotary = config.causal, config.sliding_window, config.rotary
         self.scale, self.dropout, self.seed = config.scale, config.dropout, 0 if seed is None else seed
         self.slopes = group.xp.asarray(alibi_slopes(self.num_attention_heads), self.sum_dtype) if config.alibi else None
-        require(config.norms_of == self.norms_of, f"query and key norms of {config.norms_of}",
-                f"those of {self.norms_of}, as {type(self).__name__} has them")
-        self.norm = (config.qk_norm, config.norm_epsilon, config.zero_centered_gamma) \
-            if config.qk_norm and self.norms_of == "any head" else None
-        self.shared_norms = [name for name, spec in self.specs.items() if "_norm." in name and spec.axis is None]
+        self.set_norms(config)
         self.heads = Heads(group, self.num_attention_heads, int(config.query_groups), self.kv_channels)
         self.set_partition(self.heads.partition)
         self.tables: tuple = ()
@@ -272,23 +266,6 @@ class ParallelAttention(ParallelLayer):
                 product(d_NuK, rows_of(self.own[f"{part}.weight"], self.heads.unit_rows(unit)), dx_ND, add=True)
         return dx_ND, (dq_norm, [d_units[unit][2] for unit in owned])
 
-    def norm_summands(self, dq_norm: Array, dk_norms: list[Array]) -> Array:
-        """Return a block's part in the gradients of the norms' parameters that all heads share, one row each."""
-        return self.group.xp.stack([dq_norm, sum(dk_norms, self.group.xp.zeros(self.kv_channels, self.sum_dtype))])
-
-    def end_norms(self, norms: dict, gradients: dict[str, Array], sums: Any) -> None:
-        """Write the gradients of the norms that all heads share, or leave them to NormSums of the caller."""
-        if self.shared_norms:
-            self.sum_norm_gradients(norms, gradients) if sums is None else sums.add_heads(self, norms)
-
-    def sum_norm_gradients(self, norms: dict, gradients: dict[str, Array]) -> None:
-        """Write the gradients of query and key norm, summed over all heads. Collective: an all-reduce of K for each."""
-        total = self.group.sum(self.partition, (len(self.shared_norms), self.kv_channels), self.sum_dtype)
-        for block in self.own_blocks:
-            total.add(block, self.norm_summands(*norms[block.index]))
-        for name, d_K in zip(self.shared_norms, total.all_reduce()):
-            gradients[name][...] = d_K
-
     # --- what both have ---------------------------------------------------------------------------------------------
 
     def project(self, part: str, x_ND: Array, rows: slice, call: AttentionCall) -> Array:
@@ -304,30 +281,6 @@ class ParallelAttention(ParallelLayer):
         """Return these rows of a projection plus its bias, as (B, S, heads, K)."""
         add_bias(y_NHK, rows_of(self.own.get(f"{part}.bias"), rows))
         return as_heads(y_NHK, call.B, call.S, self.kv_channels)
-
-    def norm_and_rotate(self, part: str, x_BSHK: Array, rows: slice, call: AttentionCall) -> tuple[Array, Any]:
-        """Return query or key heads after norm and rotary positions, in either order; and what norm_backward needs."""
-        of_norm, last = None, self.config.qk_norm_after_rotary
-        if self.norm and not last:
-            x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
-        if self.rotary:
-            starts = None if call.kv is None else call.kv.starts
-            x_BSHK = rotary_forward(x_BSHK, call.tables[0], call.tables[1], self.rotary.interleaved, starts)
-        if self.norm and last:
-            x_BSHK, of_norm = norm_of_heads(f"{part}_norm", x_BSHK, self.own[f"{part}_norm.weight"], *self.norm)
-        return x_BSHK, of_norm
-
-    def norm_and_rotate_backward(self, part: str, dx_BSHK: Array, of_norm: Any,
-                                 call: AttentionCall) -> tuple[Array, Array | None]:
-        """Return the gradient before rotary and norm, as (N, heads K), and that of the norm's weight, or None."""
-        dw_K, last = None, self.config.qk_norm_after_rotary
-        if self.norm and last:
-            dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
-        if self.rotary:
-            dx_BSHK = rotary_backward(dx_BSHK, call.tables[0], call.tables[1], self.rotary.interleaved)
-        if self.norm and not last:
-            dx_BSHK, dw_K, _ = norm_backward(dx_BSHK, of_norm)
-        return as_rows(dx_BSHK), dw_K
 
     def add_bias(self, y_ND: Array) -> None:
         """Add the output's bias on every rank, after the sum, so that it counts once."""

@@ -177,11 +177,13 @@ class Decoder(Composite):
             x, _ = self.final_norm.forward(x, save=False)
         return self.head.forward(x, save=False)[0]
 
-    def backward(self, d_logits: Array, saved: Any, *, out: Any = None, step_sums: Any = None) -> dict[str, Array]:
+    def backward(self, d_logits: Array, saved: Any, *, out: Any = None, step_sums: Any = None,
+                 beside: Any = None) -> dict[str, Array]:
         """Return {name: gradient} of this rank's slices, of d_logits (..., S, V p).
 
         out : an earlier backward's gradients, whose arrays are used again
         step_sums : NormSumsOfStep of a caller who adds up norms' gradients once for several backwards, or None
+        beside : GradientBuckets of a caller who adds up over data ranks meanwhile, or None
         """
         of_hidden, of_head = require_saved(saved, self)
         of_embedding, of_position, of_embedding_norm, scale, of_blocks, of_final_norm, rows = of_hidden
@@ -194,6 +196,8 @@ class Decoder(Composite):
             dx = self.layer_backward(self.final_norm, dx, of_final_norm, gradients, sums)
         for block, of_block in zip(reversed(self.blocks), reversed(of_blocks)):
             dx, _ = block.backward(dx, of_block, out=self.gradients_of(block, gradients), norm_sums=sums)
+            if beside is not None:
+                beside.complete(block)
         dx = scaled(dx, scale)
         if self.embedding_norm:
             dx = self.layer_backward(self.embedding_norm, dx, of_embedding_norm, gradients, sums)

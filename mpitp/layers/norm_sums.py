@@ -59,6 +59,14 @@ def parameters_of(norm: Any) -> list[str]:
     return [join(norm.name, own) for own in ("weight", "bias") if own in norm.own]
 
 
+def names_of_step(model: Any) -> set[str]:
+    """Return the parameters of a decoder whose gradients NormSumsOfStep adds up in sequence parallelism."""
+    norms = [norm for norm in (model.embedding_norm, model.final_norm) if norm]
+    norms += [norm for block in model.blocks for norm in block.norms.values()]
+    of_heads = {name for block in model.blocks for name in block.attention.shared_norms}
+    return of_heads | {name for norm in norms for name in norm.weights}
+
+
 class Summands:
     """This rank's summands of some gradients, for each of its blocks of one partition.
 

@@ -1,8 +1,8 @@
 """Gradients add up: over the pieces of a global batch, and over the ranks of a data group.
 
-In ordinary mode each rank adds up its own pieces, then all ranks of the data group all-reduce the sums, in messages of
-BUCKET bytes. In reproducible mode the pieces are the leaves of one fixed tree, as the blocks of a dimension are: the
-same additions on every grid (see comm/tree.py).
+In ordinary mode each rank adds up its own pieces, and the ranks of the data group all-reduce the sums in buckets, after
+backward or beside it (see buckets.py). In reproducible mode the pieces are the leaves of one fixed tree, as the blocks
+of a dimension are: the same additions on every grid (see comm/tree.py), after the last backward.
 
 In sequence parallelism a rank's gradients of norms are summands of its own rows, until the step's end: then one message
 to its tensor group adds up those of all pieces (see layers/norm_sums.py), before the data group's sum.
@@ -19,17 +19,23 @@ from ..arrays import Array
 from ..comm.group import TensorParallelGroup
 from ..comm.ledger import Collective
 from ..comm.tree import Fold, finish, root_width
+from ..layers.base import ParallelLayer
 from ..layers.closed_forms import step_norm_collectives
 from ..layers.decoder import Decoder
-from ..layers.norm_sums import NormSumsOfStep
+from ..layers.norm_sums import NormSumsOfStep, names_of_step
 from ..sharding.partition import Block, Partition
 
-BUCKET = 32 << 20       # bytes of a message: an MPI library needs as much again, and waits for few of them
+# Bytes of a message. Each costs a start, and reaches the speed of a link from some megabytes on; but MPI needs as much
+# memory again, and beside backward a message begins when the gradients of all of it are complete.
+BUCKET = 32 << 20
 ALIGNED = 64            # elements: each gradient begins where a product is fast, and where cuBLAS copies nothing
 
 
 class Flat:
     """The gradients of a model in one array, so that one operation adds them all.
+
+    They lie in the order of the layers, so backward completes them from the end of the array to its start. Those of
+    norms in sequence parallelism, which are complete at a step's end, are the first.
 
     Parameters
     ----------
@@ -42,15 +48,25 @@ class Flat:
     array : (n,) array
     named : {name: array}
         Views of it, shaped as this rank's slices.
+    starts : {name: int}
+        Where each begins in it.
+    first : set of str
+        Those that lie before the others: of norms, in sequence parallelism.
     """
 
     def __init__(self, model: Decoder, array: Array | None = None):
         if array is None:                           # what lies between them is added up, too
             array = model.group.xp.zeros(flat_size(model), model.sum_dtype)
-        self.array, self.named, start = array, {}, 0
-        for name, w in model.weights.items():
-            self.named[name] = array[start:start + w.size].reshape(w.shape)
+        self.array, self.named, self.starts, start = array, {}, {}, 0
+        self.first = names_of_step(model) if model.sequence_parallel else set()
+        for name in sorted(model.weights, key=lambda name: name not in self.first):         # the others in their order
+            w = model.weights[name]
+            self.named[name], self.starts[name] = array[start:start + w.size].reshape(w.shape), start
             start += padded(w.size)
+
+    def start_of(self, layer: ParallelLayer) -> int:
+        """Return where the gradients of one of the model's layers begin, but for those that lie first of all."""
+        return min(self.starts[name] for name in layer.specs if name not in self.first)
 
 
 def padded(size: int) -> int:
@@ -64,7 +80,7 @@ def flat_size(model: Decoder) -> int:
 
 
 class GradientSum:
-    """The sum over pieces and data ranks in ordinary mode.
+    """The sum over pieces and data ranks in ordinary mode, over the data ranks after the last backward.
 
     Use: begin(), then for each piece of this rank backward into room() and add(), then finish().
 
@@ -81,6 +97,7 @@ class GradientSum:
     norms : NormSumsOfStep or None
         What each piece's backward is given, in sequence parallelism.
     """
+    overlaps = False        # whether the last piece's backward is given this sum, to begin it beside
 
     def __init__(self, model: Decoder, data: TensorParallelGroup | None, partition: Partition):
         self.model, self.data, self.partition = model, data, partition
@@ -123,11 +140,22 @@ class GradientSum:
             return self.loss, self.total.named
         if self.count == 0:                         # more data ranks than sequences
             self.total.array[...] = 0
-        for part in buckets(self.total.array.size, self.total.array.itemsize):
-            bucket = self.total.array[part]
-            self.data.all_reduce(bucket, out=bucket)
+        self.sum_over_ranks(self.data, self.total.array)
         loss = self.data.xp.full(1, self.loss, np.float64)
         return float(self.data.all_reduce(loss, out=loss)[0]), self.total.named
+
+    def sum_over_ranks(self, data: TensorParallelGroup, total: Array) -> None:
+        """Make `total` the sum over the data ranks. Collective: an all-reduce of each bucket."""
+        for part in self.messages(total):
+            bucket = total[part]
+            data.all_reduce(bucket, out=bucket)
+
+    def messages(self, total: Array) -> list[slice]:
+        """Return which part of `total` each message to the data ranks has."""
+        return buckets(total.size, total.itemsize)
+
+    def abandon(self) -> None:
+        """Leave a step that one of the data ranks cannot finish. Collective, as finish() is."""
 
     def collectives(self) -> Counter:
         """Return the closed form of the data group's collectives of a step: a Counter of Collective."""

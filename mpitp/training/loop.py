@@ -16,6 +16,7 @@ from ..comm.agreement import disagreement
 from ..comm.group import TensorParallelGroup
 from ..comm.launch import machine
 from ..config import DecoderConfig
+from ..errors import require
 from ..layers.decoder import Decoder
 from ..layers.norm import NormOverflow
 from ..sharding.partition import Block
@@ -85,12 +86,23 @@ class Trainer:
                                settings.weight_decay)
         self.dealing = Dealing(settings, self.data.rank if self.data else 0, self.data.size if self.data else 1,
                                self.group.reproducible)
-        kind = GradientTreeSum if self.group.reproducible else GradientSum
-        self.sum = kind(self.model, self.data, self.dealing.partition)
+        self.sum = self.gradient_sum()
         self.step = 0                           # steps done
         self.gradients: dict[str, Array] = {}   # of the last step, whose arrays the next one uses again
         self.spikes = Spikes(settings.spike_limit)
         self.last_saved = time.monotonic()
+
+    def gradient_sum(self) -> GradientSum:
+        """Return what adds up gradients over the pieces of a batch and the data ranks."""
+        asked, data = self.settings.overlap_grad_reduce, self.data
+        require(not (asked and self.group.reproducible), "overlap_grad_reduce in reproducible mode",
+                "one of them: the tree's sums come after backward")
+        # With check=True every message waits for all ranks, so nothing would be beside anything.
+        if data and not data.check and (data.overlaps if asked is None else asked):
+            from .buckets import GradientBuckets                # where it is used
+            return GradientBuckets(self.model, data, self.dealing.partition)
+        kind = GradientTreeSum if self.group.reproducible else GradientSum
+        return kind(self.model, data, self.dealing.partition)
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -125,6 +137,7 @@ class Trainer:
             with self.world.ledger.record_control("overflow"):
                 problem = max(self.world.comm.allgather(problem))
         if problem:
+            self.sum.abandon()
             raise TrainingStopped(f"step {self.step + 1}: {problem}; the weights of the last checkpoint stay")
         loss, self.gradients = self.sum.finish()
         return loss
@@ -136,8 +149,9 @@ class Trainer:
         logits, saved = self.model.forward(ids, step=self.dealing.address(self.step, piece))
         loss, saved_loss = self.model.loss(logits, targets, label_smoothing=self.settings.label_smoothing,
                                            z_loss=self.settings.z_loss, ignore_index=IGNORED)
+        beside = self.sum if self.sum.overlaps and piece == self.dealing.pieces[-1] else None
         self.model.backward(self.model.loss_backward(saved_loss, 1 / times), saved, out=self.sum.room(),
-                            step_sums=self.sum.norms)
+                            step_sums=self.sum.norms, beside=beside)
         self.sum.add(piece, loss / times)
 
     def require_finite(self, loss: float, norm: float) -> None:

@@ -32,6 +32,8 @@ class Settings:
     reproducible_unit : what is computed by itself in reproducible mode. "sequence": the bits depend on the global batch
         alone. "micro-batch": faster, and the bits depend on the cut into micro-batches, too
     sequence_parallel, gather_again, recompute : of the decoder, see Decoder; they change nothing in what is computed
+    overlap_grad_reduce : whether the sums over data ranks are begun while backward computes, see buckets.py. None:
+        where the transport adds up by itself meanwhile, as GPUs by NCCL or by peer access do
 
     Raises
     ------
@@ -64,6 +66,7 @@ class Settings:
     sequence_parallel: bool = False
     gather_again: bool = False
     recompute: str | None = None
+    overlap_grad_reduce: bool | None = None
 
     def __post_init__(self) -> None:
         require_positive(micro_batch_size=self.micro_batch_size, gradient_accumulation=self.gradient_accumulation,
@@ -92,7 +95,8 @@ class Settings:
         """
         own = asdict(self)
         for name in ("eval_interval", "eval_batches", "save_interval", "keep", "check_interval", "save_minutes",
-                     "spike_limit", "reproducible_unit", "sequence_parallel", "gather_again", "recompute"):
+                     "spike_limit", "reproducible_unit", "sequence_parallel", "gather_again", "recompute",
+                     "overlap_grad_reduce"):
             del own[name]
         if unit == SEQUENCE:
             own |= dict(micro_batch_size=self.global_batch_size, gradient_accumulation=1)
