@@ -13,7 +13,7 @@ from mpitp.checkpoints.families.rope import temperature
 from mpitp.comm import mpi, stand, watchdog
 from mpitp.comm.gpu.peer import peer_bytes
 from mpitp.comm.workers import Workers
-from mpitp.commands import inspect, progress, score
+from mpitp.commands import bench_calibrate, inspect, progress, score
 from mpitp.court import verdict
 from mpitp.court.mistakes import left_out, vocabulary
 from mpitp.inference.generation import as_prompts
@@ -195,3 +195,12 @@ def test_the_bytes_of_a_sum_over_peers():
 def test_verify_refuses_sizes_that_are_not_positive(sizes):
     with pytest.raises(InputError, match="ffn_hidden_size" if sizes[0] else "hidden_size"):
         feed_forward.require_room(None, *sizes, False, 1)
+
+
+def test_a_second_calibration_finds_its_folder(tmp_path, monkeypatch):
+    path = str(tmp_path / "cache" / "machine.json")
+    monkeypatch.setattr(bench_calibrate, "default_path", lambda: path)
+    for _ in range(2):
+        bench_calibrate.prepare(path)
+    with pytest.raises(InputError, match="expected a file in an existing, writable folder"):
+        bench_calibrate.prepare(str(tmp_path / "mistyped" / "machine.json"))
