@@ -49,8 +49,8 @@ MANY_PARAMETERS = {
 }
 # Decorators.
 NESTED_FUNCTIONS = {"ops.twin:cuda_twin.decorate", "ops.twin:cuda_twin.decorate.dispatch",
-                    "timeline.spans:timed_operation.call", "timeline.spans:timed_method.call",
-                    "timeline.spans:timed_anywhere.call"}
+                    "timeline.spans:timed_call.call", "timeline.spans:timed_by_thread.call",
+                    "timeline.spans:timed_on_device.call"}
 
 
 def sources():

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from mpitp.commands import parse_or_help
-from mpitp.commands.scale import KINDS, Point, check_arguments, launcher_words, points_of
-from mpitp.commands.scale_plan import Predictions
+from mpitp.commands.scale import KINDS, Point, check_arguments, launcher_words, points_of, run_bench, shared_folder
+from mpitp.commands.scale_plan import Predictions, work_of
 from mpitp.errors import InputError
 from mpitp.measure.decode import decode_config
 from mpitp.plan import outcome
@@ -71,6 +71,8 @@ def test_predictions(tmp_path, monkeypatch):
         "ffn: forward", "ffn: forward+backward", "ffn: one token forward", "block: forward", "block: forward+backward",
         "decode: decode")}
     assert 2 < seconds["ffn: forward+backward"] / seconds["ffn: forward"] < 4
+    all_tokens = 2 * 4 * (2 * 256 * 512) + 4 * 64 * (4 * 256 + 3 * 512)     # push the weights of one out of the cache
+    assert work_of("ffn", "one token forward", 2, 64, laptop.arguments)[1] == all_tokens
     assert seconds["ffn: one token forward"] < seconds["ffn: forward"] < seconds["block: forward"]
     job = Job(decode_config(256), "decode", 1, 64, 2)
     token = outcome.of_ranks(job, MACHINES["laptop"], Layout(2)).phases[1].seconds
@@ -93,12 +95,12 @@ def test_predictions(tmp_path, monkeypatch):
 def test_launchers(monkeypatch):
     monkeypatch.delenv("MPITP_LAUNCHER", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert launcher_words(None) == ["mpirun"]
-    assert launcher_words("srun --mpi='pmix v4'") == ["srun", "--mpi=pmix v4"]
+    assert launcher_words(None, 2) == ["mpirun"]
+    assert launcher_words("srun --mpi='pmix v4'", 2) == ["srun", "--mpi=pmix v4"]
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert launcher_words(None) == ["srun", "--overlap"]
+    assert launcher_words(None, 2) == ["srun", "--overlap", "--cpus-per-task=2"]
     monkeypatch.setenv("MPITP_LAUNCHER", "mpiexec.hydra -bind-to none")
-    assert launcher_words(None) == ["mpiexec.hydra", "-bind-to", "none"]
+    assert launcher_words(None, 2) == ["mpiexec.hydra", "-bind-to", "none"]
 
 
 def study(*arguments):
@@ -121,6 +123,31 @@ def test_a_study(tmp_path):
         assert f"{p.efficiency:.0%}" in found.stdout
         assert p.planned_seconds > 0 and f"{p.planned_seconds / p.median_seconds:.2f}" in found.stdout
     assert "\nplanned for laptop\n" in found.stdout
+
+
+def test_jobs_that_do_not_end_as_they_should(tmp_path):
+    """A launcher that takes too long is asked to end, not killed; one that wrote no report is not believed."""
+    arguments = parse_or_help(["scale", "--limit", "0.5", "--threads", "1"])[1]
+    stubborn = ["sh", "-c", f"trap 'echo ended > {tmp_path}/ended; exit' TERM; sleep 60 & wait"]
+    with pytest.raises(InputError, match=r"found 3 ranks still at work after 0.5 seconds, expected an end: --limit"):
+        run_bench(stubborn, 3, arguments, [], tmp_path / "report")
+    assert (tmp_path / "ended").exists()
+    with pytest.raises(InputError, match=r"true -n 3: no report in .*, expected a folder that rank 0 shares: TMPDIR"):
+        run_bench(["true"], 3, arguments, [], tmp_path / "report")
+    with pytest.raises(InputError, match="found exit status 3, expected 0; it said: no such partition"):
+        run_bench(["sh", "-c", "echo no such partition >&2; exit 3"], 3, arguments, [], tmp_path / "report")
+
+
+def test_the_folder_of_a_report(monkeypatch, tmp_path):
+    """The /tmp of a node is not that of another one; the folder that a job is started in is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with shared_folder() as folder:
+        assert os.path.samefile(os.path.dirname(folder), tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with shared_folder() as folder:
+        assert not os.path.samefile(os.path.dirname(folder), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.launcher

@@ -1,5 +1,6 @@
 """Timelines: what they hold, who they blame, and that nothing of them is left when they end."""
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from mpitp.comm.ledger import Collective, Ledger
 from mpitp.errors import InputError
 from mpitp.timeline.answer import answer
 from mpitp.timeline.clocks import Clock, Reading, read_clock
-from mpitp.timeline.places import DEVICE, MPI as IN_MPI, PRODUCTS, PYTHON, TRACKS, timed_places
+from mpitp.timeline.places import DEVICE, MPI as IN_MPI, PRODUCTS, PYTHON, TRACKS, WORKERS, timed_places
 from mpitp.timeline.spans import Span, Spans, timed
-from mpitp.timeline.timeline import Timeline
-from mpitp.timeline.trace import thread_of
+from mpitp.timeline.timeline import Timeline, described
+from mpitp.timeline.trace import thread_of, write_trace
 from mpitp.timeline.waiting import blamed, own_times, waiting_of
 import slow_ranks
 from spmd import job
@@ -41,6 +42,12 @@ def shared_path(group, tmp_path, name):
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """(the trace as rank 0 reads it, the ledger's counts of the recorded step, whether bits and functions stayed)."""
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr("mpitp.timeline.spans.SHORT", 0)    # a small model's calls are
+        yield record(tmp_path_factory)
+
+
+def record(tmp_path_factory):
     path = MPI.COMM_WORLD.bcast(str(tmp_path_factory.mktemp("timeline") / "run.json"))
     with mpitp.TensorParallelGroup() as group:
         model, ids = small_decoder(group), np.arange(24).reshape(2, 12) % 27
@@ -112,7 +119,7 @@ def test_it_has_the_collectives_of_the_ledger(recorded, world):
     for rank in range(world.size):
         found = [event for event in spans(trace, rank, IN_MPI) if "args" in event]
         assert {name: sum(event["name"] == name for event in found) for name in counts} == counts
-        assert all(event["args"]["elements"] > 0 for event in found)
+        assert all(event["args"]["bytes"] == 4 * event["args"]["elements"] > 0 for event in found)
 
 
 def test_the_file_is_of_the_trace_event_format(recorded, world):
@@ -140,8 +147,9 @@ def test_the_file_is_of_the_trace_event_format(recorded, world):
 
 
 @pytest.mark.parametrize("has_workers", [False, True])
-def test_shapes_are_those_of_the_arrays(has_workers):
-    """Of an operation its first two, of which one may be missing; of a method what it was given."""
+def test_shapes_are_those_of_the_arrays(has_workers, monkeypatch):
+    """Of an operation its first two, of which one may be missing; of a method what it was given; of a long call."""
+    monkeypatch.setattr("mpitp.timeline.spans.SHORT", 0)
     found = Spans([], has_workers=has_workers)
 
     def product(name: str, a: mpitp.arrays.Array, b: mpitp.arrays.Array, out: mpitp.arrays.Array | None = None):
@@ -168,19 +176,33 @@ def test_shapes_are_those_of_the_arrays(has_workers):
     Layer.forward, Layer.train_step = (timed(f, found, PYTHON, True) for f in (Layer.forward, Layer.train_step))
     assert Layer().forward(a) is a and Layer().train_step() == 1
     assert [(span.name, span.details) for span in found.found] == [
-        ("product", [(2, 3), (3, 4)]), ("product", [(3, 4), (2, 3)]), ("negative", [(3, 4)]),
-        ("product", [(2, 3), (3, 4)]), ("product", [None, None]), ("Layer forward", [(2, 3)]),
-        ("Layer train_step", [None])]
+        ("product", ((2, 3), (3, 4))), ("product", ((3, 4), (2, 3))), ("negative", ((3, 4),)),
+        ("product", ((2, 3), (3, 4))), ("product", ()), ("Layer forward", ((2, 3),)), ("Layer train_step", ())]
     assert all(span.start <= span.end for span in found.found)
+    monkeypatch.setattr("mpitp.timeline.spans.SHORT", 10**12)
+    call("name", a, b)
+    assert found.found[-1].details is None
+    track = {WORKERS} if has_workers else {PRODUCTS}
+    thread = threading.Thread(target=call, args=("name", a, b))
+    thread.start()
+    thread.join()
+    assert {span.track for span in found.found[-1:]} == track and {span.track for span in found.found[:2]} == {PRODUCTS}
 
 
-def test_more_calls_than_there_is_room_for_are_counted(monkeypatch):
-    monkeypatch.setattr("mpitp.timeline.spans.MOST", 2)
-    found = Spans([])
-    call = timed(lambda x: x, found, PYTHON, False)
-    for _ in range(5):
-        call(np.ones(3))
-    assert len(found.found) == 2 and found.left_out == 3
+@pytest.mark.parametrize("by", ["calls", "collectives"])
+def test_where_there_is_no_more_room_nothing_is_timed(group, monkeypatch, by):
+    monkeypatch.setattr("mpitp.timeline.spans.SHORT", 0 if by == "calls" else 10**12)
+    monkeypatch.setattr("mpitp.timeline.spans.MOST", 50)
+    model, ids = small_decoder(group), np.arange(24).reshape(2, 12) % 27
+    before = {(owner, name): owner.__dict__[name] for owner, name, _ in timed_places()}
+    with Timeline(group) as timeline:
+        for _ in range(20):
+            step(model, ids)
+            if by == "collectives":
+                group.any(False)
+        assert 50 < len(timeline.spans.found) < 150 and type(group.ledger) is Ledger
+        assert all(owner.__dict__[name] is function for (owner, name), function in before.items())
+    assert group.rank > 0 or "later ones are left out" in timeline.answer
 
 
 def test_waiting_and_transfer_are_apart_and_arrows_join_the_ranks(recorded, world):
@@ -275,6 +297,21 @@ def test_own_times_add_up_to_the_time_outside_of_collectives():
         inside = sum(span.end - span.start for span in spans_ if span.track == IN_MPI)
         whole = max(span.end for span in spans_) - min(span.start for span in spans_)
         assert sum(took for _, _, took in own_times(spans_)) == whole - inside
+
+
+def test_bytes_of_a_collective():
+    assert [described(Collective("all_reduce", 3, dtype))["bytes"] for dtype in ("float32", "bfloat16", "int64")] == [
+        12, 6, 24]
+    assert described("agreement") is None
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text("an earlier one")
+    of_ranks = [[Span(PYTHON, "x", 0, 1, {"shapes": object()})]]
+    with pytest.raises(TypeError):
+        write_trace(str(path), of_ranks, ["host"], waiting_of(of_ranks), {})
+    assert path.read_text() == "an earlier one"
 
 
 def test_waiting_of_known_arrivals():

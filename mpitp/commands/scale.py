@@ -37,6 +37,7 @@ KINDS = ("strong", "weak")
 BENCHES = ("ffn", "block", "decode")
 # What a launcher tells its processes: a job that is started here is not part of another one.
 OF_A_LAUNCHER = ("PMI", "PMIX", "OMPI_", "PRTE", "MPI_LOCAL", "HYDRA", "HYDI", "MPIR")
+STOP_SECONDS = 10          # that a launcher has to end its ranks
 SETTINGS = ("OMPI_ALLOW", "OMPI_MCA", "PRTE_MCA", "PMIX_MCA")
 
 
@@ -99,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the study; returns 0."""
     ranks, kinds = check_arguments(arguments)
-    words = launcher_words(arguments.launcher)
+    words = launcher_words(arguments.launcher, arguments.threads)
     predictions = Predictions(arguments, lambda size: calibrated(words, size, arguments))
     points: list[Point] = []
     report: dict[str, Any] = {}
@@ -151,10 +152,16 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[list[int], list[str]
     return ranks, kinds
 
 
-def launcher_words(asked: str | None) -> list[str]:
-    """Return the words that start ranks: those asked for, srun in a Slurm job, else mpirun."""
+def launcher_words(asked: str | None, threads: int) -> list[str]:
+    """Return the words that start ranks: those asked for, in a Slurm job srun with a core a thread, else mpirun."""
     words = shlex.split(asked or os.environ.get("MPITP_LAUNCHER", ""))
-    return words or (["srun", "--overlap"] if "SLURM_JOB_ID" in os.environ else ["mpirun"])
+    in_slurm = ["srun", "--overlap", f"--cpus-per-task={threads}"]
+    return words or (in_slurm if "SLURM_JOB_ID" in os.environ else ["mpirun"])
+
+
+def shared_folder() -> tempfile.TemporaryDirectory:
+    """Return a folder that this process and rank 0 see; in a Slurm job, whose /tmp may be another's, one beside us."""
+    return tempfile.TemporaryDirectory(prefix=".mpitp-scale-", dir="." if "SLURM_JOB_ID" in os.environ else None)
 
 
 def options_of(arguments: argparse.Namespace) -> list[str]:
@@ -165,7 +172,7 @@ def options_of(arguments: argparse.Namespace) -> list[str]:
 
 def run_job(words: list[str], ranks: int, tokens: int, arguments: argparse.Namespace) -> dict:
     """Run bench on so many ranks; returns its report. Raises InputError, with what the job said, where it fails."""
-    with tempfile.TemporaryDirectory(prefix="mpitp-scale-") as folder:
+    with shared_folder() as folder:
         path = Path(folder, "bench.json")
         run_bench(words, ranks, arguments, [*(arguments.what or BENCHES), *options_of(arguments),
                                             f"--seq-length={tokens}", f"--json={path}"], path)
@@ -174,7 +181,7 @@ def run_job(words: list[str], ranks: int, tokens: int, arguments: argparse.Names
 
 def calibrated(words: list[str], ranks: int, arguments: argparse.Namespace) -> Machine:
     """Return this machine as so many ranks of it were measured. Raises InputError as run_job."""
-    with tempfile.TemporaryDirectory(prefix="mpitp-scale-") as folder:
+    with shared_folder() as folder:
         path = Path(folder, "machine.json")
         run_bench(words, ranks, arguments, [f"--calibrate={path}", f"--dtype={arguments.dtype}"], path)
         return read_machine(str(path))
@@ -187,16 +194,33 @@ def run_bench(words: list[str], ranks: int, arguments: argparse.Namespace, optio
     environment |= dict.fromkeys(THREAD_VARIABLES, str(arguments.threads))
     command = [*words, "-n", str(ranks), sys.executable, "-m", "mpitp", "bench", *options]
     try:
-        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=arguments.limit)
+        job = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     except FileNotFoundError:
         raise InputError(f"found no {words[0]}, expected a launcher: --launcher WORDS") from None
+    with job:
+        try:
+            output, errors = job.communicate(timeout=arguments.limit)
+        except BaseException as error:
+            stop(job)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise InputError(f"found {tables.count(ranks, 'rank')} still at work after {arguments.limit:g} seconds, "
+                             f"expected an end: --limit") from None
+    what = shlex.join(command[:len(words) + 2])
+    if job.returncode:
+        said = (errors.strip() or output.strip() or "nothing").splitlines()[-1]
+        raise InputError(f"{what}: found exit status {job.returncode}, expected 0; it said: {said}")
+    require(path.exists(), f"{what}: no report in {path.parent}", "a folder that rank 0 shares: TMPDIR=FOLDER")
+
+
+def stop(job: subprocess.Popen) -> None:
+    """End a launcher and what it started: killed at once, it could not end its ranks."""
+    job.terminate()
+    try:
+        job.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        raise InputError(f"found {tables.count(ranks, 'rank')} still at work after {arguments.limit:g} seconds, "
-                         f"expected an end: --limit") from None
-    if done.returncode or not path.exists():
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-        raise InputError(f"{shlex.join(command[:len(words) + 2])}: found exit status {done.returncode}, expected "
-                         f"0; it said: {said}")
+        job.kill()
 
 
 def points_of(report: dict, kind: str, before: list[Point]) -> list[Point]:

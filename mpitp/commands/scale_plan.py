@@ -88,8 +88,11 @@ def work_of(bench: str, case: str, ranks: int, tokens: int, arguments: argparse.
     D, heads, dtype = arguments.hidden_size, arguments.num_attention_heads, arguments.dtype
     backward, itemsize = "backward" in case, compute_dtype(dtype, arguments.device).itemsize
     if bench == "ffn":
-        sizes = 1 if case.startswith("one token") else tokens, D, 4 * D, ranks, backward
-        return mlp_work(*sizes, dtype), mlp_bytes(*sizes, itemsize)
+        is_token = case.startswith("one token")
+        sizes = 1 if is_token else tokens, D, 4 * D, ranks, backward
+        # The cases of a round take turns: the weights of one token have left the cache for what all tokens work on.
+        working = mlp_bytes(tokens, D, 4 * D, ranks, is_token or backward, itemsize)
+        return mlp_work(*sizes, dtype), working
     if bench == "block":
         of_block = block_config(D, heads), tokens, ranks, backward
         return block_work(*of_block, dtype), block_bytes(*of_block)

@@ -18,7 +18,8 @@ from ..comm.ledger import Ledger
 from .places import DEVICE, MPI, WORKERS, timed_places
 
 now = time.perf_counter_ns
-MOST = 1_000_000                # spans of a rank; later ones are left out, and the answer says so
+MOST = 1_000_000                # spans of a rank; then nothing is timed any more, and the answer says so
+SHORT = 10_000                  # nanoseconds: of a shorter call no shapes are kept, which would take a tenth of it
 FIELDS = 5                      # entries of Spans.calls that each takes
 
 
@@ -52,13 +53,13 @@ class Place(NamedTuple):
     track, name : str
     is_method : bool
         Whether its spans are named for the object, too.
-    arrays : (int, int)
-        Which of its parameters are its first two arrays; the same number twice if it has one.
+    arrays : tuple of int
+        Which of its parameters are its first arrays, at most two.
     """
     track: str
     name: str
     is_method: bool = False
-    arrays: tuple[int, int] = (0, 0)
+    arrays: tuple[int, ...] = ()
 
 
 COLLECTIVE, ON_DEVICE = Place(MPI, ""), Place(DEVICE, "")
@@ -82,8 +83,10 @@ class TimedLedger(Ledger):
         if collective is not None:
             self.inside, self.began = collective, now()
         elif self.inside is not None:
-            self.spans.add(COLLECTIVE, self.began, now(), self.inside, self.ranks)
+            self.spans.calls.extend((COLLECTIVE, self.began, now(), self.inside, self.ranks))
             self.inside = None
+            if len(self.spans.calls) > FIELDS * MOST:
+                self.spans.stop_at_limit()
 
 
 class Spans:
@@ -100,21 +103,13 @@ class Spans:
     """
 
     def __init__(self, ledgers: list[tuple[Ledger, list[int] | None]], device: Any = None, has_workers: bool = False):
-        self.ledgers, self.device, self.thread, self.has_workers = ledgers, device, get_ident(), has_workers
+        self.ledgers, self.device, self.has_workers = ledgers, device, has_workers
         # Five entries a call, one after the other, as a tuple of each would be one more object for the garbage
-        # collector: Place, start, end; an operation's two shapes, or a method's object and the shape of what it got.
+        # collector: Place, start, end; the object of a method, and shapes; of a collective it, and its ranks.
         self.calls: list[Any] = []
-        self.left_out = 0
+        self.shapes: dict[tuple, tuple] = {}                # each once, however many calls have them
+        self.is_full = False
         self.replaced: list[tuple[Any, str, Any]] = []
-
-    def add(self, place: Place, start: int, end: int, first: Any, second: Any) -> None:
-        """Keep a call of this thread, or of a worker."""
-        if len(self.calls) >= FIELDS * MOST:
-            self.left_out += 1
-            return
-        if get_ident() != self.thread:
-            place = place._replace(track=WORKERS)
-        self.calls += place, start, end, first, second
 
     @property
     def found(self) -> list[Span]:
@@ -146,6 +141,18 @@ class Spans:
             ledger.__class__ = TimedLedger
             ledger.spans, ledger.ranks = self, ranks        # type: ignore[attr-defined]
 
+    def shapes_of(self, args: tuple, place: Place) -> tuple:
+        """Return the shapes of a call's first arrays, None for what is none; stop where there is no more room."""
+        if len(self.calls) > FIELDS * MOST:
+            self.stop_at_limit()
+        shapes = tuple([getattr(args[at], "shape", None) for at in place.arrays if at < len(args)])
+        return self.shapes.setdefault(shapes, shapes)
+
+    def stop_at_limit(self) -> None:
+        """Stop, as a rank keeps MOST spans."""
+        self.is_full = True
+        self.stop()
+
     def stop(self) -> None:
         """Put everything back."""
         for owner, name, function in reversed(self.replaced):
@@ -157,31 +164,31 @@ class Spans:
 
 
 def details_of(place: Place, first: Any, second: Any) -> Any:
-    """Return the details of a span, out of the two entries that its place keeps of a call."""
+    """Return the details of a span, out of the two entries that are kept of its call."""
     if place.track == MPI:
         return first if second is None else OfGroup(first, second)
-    if place.track == DEVICE:
-        return second
-    if place.is_method:
-        return [second]
-    return [first] if place.arrays[0] == place.arrays[1] else [first, second]
+    return second
 
 
 def timed(function: Callable, spans: Spans, track: str, is_method: bool) -> Callable:
     """Return the function, which adds its call to `spans` each time."""
-    place = Place(track, function.__name__, is_method, (0, 0) if is_method else positions_of_arrays(function))
-    if spans.device or spans.has_workers:
-        return timed_anywhere(function, spans, place)
-    return timed_method(function, spans, place) if is_method else timed_operation(function, spans, place)
+    arrays = (1,) if is_method else positions_of_arrays(function)
+    place = Place(track, function.__name__, is_method, arrays)
+    if spans.has_workers:
+        in_worker = timed_call(function, spans, place._replace(track=WORKERS))
+        function = timed_by_thread(timed_call(function, spans, place), in_worker, get_ident())
+    else:
+        function = timed_call(function, spans, place)
+    return timed_on_device(function, spans) if spans.device and not is_method else function
 
 
-def timed_operation(function: Callable, spans: Spans, place: Place) -> Callable:
-    """Return an operation with its times and the shapes of its first two arrays.
+def timed_call(function: Callable, spans: Spans, place: Place) -> Callable:
+    """Return the function with the times of its calls, its object if it is a method, and shapes if it takes long.
 
-    A token has a hundred operations of some microseconds each, so everything is written out, and nothing is named.
+    A token has a hundred operations of some microseconds each, between weights that push this code out of the caches:
+    what is touched here for each of them is the least that makes a span.
     """
-    calls, most = spans.calls, FIELDS * MOST
-    one, two = place.arrays
+    calls, is_method = spans.calls, place.is_method
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -190,62 +197,36 @@ def timed_operation(function: Callable, spans: Spans, place: Place) -> Callable:
             return function(*args, **kwargs)
         finally:
             end = now()
-            try:
-                if len(calls) < most:
-                    calls.extend((place, start, end, args[one].shape, args[two].shape))
-                else:
-                    spans.left_out += 1
-            except (AttributeError, IndexError):            # None, or given by its name
-                calls.extend((place, start, end, None, None))
+            calls.extend((place, start, end, args[0] if is_method else None,
+                          None if end - start < SHORT else spans.shapes_of(args, place)))
     return call
 
 
-def timed_method(function: Callable, spans: Spans, place: Place) -> Callable:
-    """Return a method with its times, its object and the shape of what it was given."""
-    calls, most = spans.calls, FIELDS * MOST
-
+def timed_by_thread(function: Callable, in_worker: Callable, thread: int) -> Callable:
+    """Return a function that calls the first one in this thread, the second one in others."""
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        start = now()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            end = now()
-            if len(calls) < most:
-                calls.extend((place, start, end, args[0], getattr(args[1], "shape", None) if len(args) > 1 else None))
-            else:
-                spans.left_out += 1
+        return (function if get_ident() == thread else in_worker)(*args, **kwargs)
     return call
 
 
-def timed_anywhere(function: Callable, spans: Spans, place: Place) -> Callable:
-    """Return a function of either kind with its times, which other threads may call, and the GPU's."""
-    device, is_method = spans.device, place.is_method
-    one, two = place.arrays
-
+def timed_on_device(function: Callable, spans: Spans) -> Callable:
+    """Return an operation that also keeps an event of the GPU before and behind each of its calls."""
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        first = device.event() if device and not is_method else None
-        start = now()
+        first = spans.device.event()
         try:
             return function(*args, **kwargs)
         finally:
-            end = now()
-            shapes = [getattr(args[at], "shape", None) if at < len(args) else None for at in (one, two)]
-            if is_method:
-                shapes = [args[0], getattr(args[1], "shape", None) if len(args) > 1 else None]
-            spans.add(place, start, end, *shapes)
             if first is not None:
-                spans.add(ON_DEVICE, start, end, place.name, (first, device.event()))
+                spans.calls.extend((ON_DEVICE, 0, 0, function.__name__, (first, spans.device.event())))
     return call
 
 
-def positions_of_arrays(function: Callable) -> tuple[int, int]:
+def positions_of_arrays(function: Callable) -> tuple[int, ...]:
     """Return which of a function's parameters are its first two arrays; those that may be None do not count."""
-    positions = [at for at, parameter in enumerate(signature(function).parameters.values())
-                 if parameter.annotation in (Array, "Array", "PackedWeight")]
-    first = positions[0] if positions else 0
-    return first, positions[1] if len(positions) > 1 else first
+    return tuple(at for at, parameter in enumerate(signature(function).parameters.values())
+                 if parameter.annotation in (Array, "Array", "PackedWeight"))[:2] or (0,)
 
 
 def name_of(layer: Any) -> str:

@@ -4,6 +4,8 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .. import tables
 from ..comm.group import TensorParallelGroup
 from ..errors import require
@@ -12,7 +14,7 @@ from .clocks import Clock, read_clock
 from .device import DeviceClock
 from .picture import draw, require_matplotlib
 from .places import DEVICE
-from .spans import OfGroup, Span, Spans
+from .spans import MOST, OfGroup, Span, Spans
 from .trace import write_trace
 from .waiting import waiting_of
 
@@ -92,7 +94,7 @@ class Timeline:
         self.stop()
         comm = self.group.comm
         clock = Clock(self.began, read_clock(comm))
-        found = comm.gather((self.aligned(clock), self.spans.left_out))
+        found = comm.gather((self.aligned(clock), self.spans.is_full))
         hosts = comm.gather(socket.gethostname())
         self.group.on_root(lambda: self.write(found, hosts))
 
@@ -110,7 +112,7 @@ class Timeline:
                 details = {**(described(details.what) or {}), "ranks": details.ranks}
             elif hasattr(details, "elements"):
                 details = described(details)
-            elif isinstance(details, list):
+            elif isinstance(details, tuple):
                 details = {"shapes": [list(shape) for shape in details if shape is not None]}
             else:
                 details = None
@@ -122,9 +124,8 @@ class Timeline:
         of_ranks = [spans for spans, _ in found]
         waiting = waiting_of(of_ranks)
         self.answer, self.table = answer(of_ranks, waiting), table(of_ranks, waiting)
-        left_out = sum(more for _, more in found)
-        if left_out:
-            self.answer += f" ({left_out} later calls are left out)"
+        if any(is_full for _, is_full in found):
+            self.answer += f" (of the first {MOST:,} calls of a rank: later ones are left out)"
         if not self.path:
             return
         if self.path.endswith(".png"):
@@ -159,5 +160,8 @@ class Timeline:
 
 
 def described(collective: Any) -> dict[str, Any] | None:
-    """Return a Collective's elements and dtype; None for a check, which has a name alone."""
-    return {"elements": collective.elements, "dtype": collective.dtype} if hasattr(collective, "elements") else None
+    """Return a Collective's elements, dtype and bytes, of the whole array; None for a check, which has a name alone."""
+    if not hasattr(collective, "elements"):
+        return None
+    itemsize = 2 if collective.dtype == "bfloat16" else np.dtype(collective.dtype).itemsize     # not a name of NumPy's
+    return {"elements": collective.elements, "dtype": collective.dtype, "bytes": collective.elements * itemsize}

@@ -4,6 +4,7 @@ Format: "Trace Event Format", the document of the Chromium project: complete eve
 Times are in microseconds, from the first span on.
 """
 import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ FIRST_THREAD = 1_000_000        # beyond the number of any rank, as the thread o
 
 def write_trace(path: str, of_ranks: Sequence[Sequence[Span]], hosts: Sequence[str], waiting: Waiting,
                 facts: dict[str, Any]) -> None:
-    """Write the spans of all ranks into one file: a process a rank, a thread a track.
+    """Write the spans of all ranks into one file, whole or not at all: a process a rank, a thread a track.
 
     Parameters
     ----------
@@ -33,8 +34,9 @@ def write_trace(path: str, of_ranks: Sequence[Sequence[Span]], hosts: Sequence[s
     """
     first = min((span.start for spans in of_ranks for span in spans), default=0)
     events = [*names(hosts), *complete_events(of_ranks, first), *parts_and_arrows(of_ranks, waiting, first)]
-    with open(path, "w", encoding="utf-8") as file:
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
         json.dump({"traceEvents": events, "displayTimeUnit": "ms", "otherData": facts}, file)
+    os.replace(f"{path}.partial", path)
 
 
 def names(hosts: Sequence[str]) -> Iterator[dict]:

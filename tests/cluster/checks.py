@@ -99,6 +99,17 @@ def batch_script(mpi: str) -> None:
     hold("every check holds" in text and ": 4 ranks" in text, Done(0, text))
 
 
+def scaling_study(mpi: str) -> None:
+    """examples/slurm_scaling.sh finds the type of MPI; each of its steps is one world, the second one on both hosts."""
+    name = f"scaling-{mpi.split()[0].lower()}"
+    text = good("h0", f"rm -f scaling.json; sbatch -Q --wait -o ~/{name}.out --nodes=2 --ntasks=4 --cpus-per-task=1 "
+                      "examples/slurm_scaling.sh ffn --ranks 1,4 --scaling strong --hidden-size 64 --seq-length 16 "
+                      f"--rounds 1; cat ~/{name}.out; rm -f ~/{name}.json; mv scaling.json ~/{name}.json", mpi)
+    study = json.loads(good("h0", f"cat ~/{name}.json"))
+    hold({point["ranks"] for point in study["points"]} == {1, 4} and "strong scaling" in text, Done(0, text))
+    hold(not good("h0", "ls -d .mpitp-scale-* 2>/dev/null || true"), Done(0, text))
+
+
 def interactive(mpi: str) -> None:
     """The shell of srun --pty has the whole allocation; a terminal is made by script(1)."""
     text = good("h0", "script -qec \"srun -N 2 -n 2 --pty bash -c './run.sh verify --hidden-size 64'\" /dev/null", mpi)
@@ -189,6 +200,7 @@ CHECKS = [
     Check(SSH, BOTH, "verify, train, generate over two hosts: the bits of one host", bits_over_ssh),
     Check(SLURM, BOTH, "verify, train, generate over two hosts: the bits of one host", bits_over_slurm),
     Check(SLURM, BOTH, "sbatch examples/slurm.sh, 4 ranks on two hosts", batch_script),
+    Check(SLURM, BOTH, "sbatch examples/slurm_scaling.sh, 1 and 4 ranks", scaling_study),
     Check(SLURM, BOTH, "the shell of srun --pty", interactive),
     Check(SLURM, BOTH, "sbatch examples/slurm_train.sh: three jobs in one, to the last step, one log", requeue),
     Check(SLURM, BOTH, "sbatch examples/slurm_train.sh with real time limits: TERM at the limit of one job, USR1 "
