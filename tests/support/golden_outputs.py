@@ -59,8 +59,9 @@ def plans(folder):
 def defaults():
     """{class: {field: default}} of what a user may leave out."""
     import mpitp
+    from mpitp.attention_config import AttentionConfig
     from mpitp.training.loop import Settings
-    classes = [mpitp.DecoderConfig, Settings]
+    classes = [mpitp.DecoderConfig, AttentionConfig, Settings]
     return {kind.__name__: {field.name: repr(field.default) for field in dataclasses.fields(kind)
                             if field.default is not dataclasses.MISSING} for kind in classes}
 
