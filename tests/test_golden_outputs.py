@@ -1,4 +1,4 @@
-"""Plans, pictures and defaults as they were when they were last looked through: see support/golden_outputs.py."""
+"""Plans, pictures and defaults against those of data/golden_outputs.json: see support/golden_outputs.py."""
 import contextlib
 import io
 import json
