@@ -8,6 +8,10 @@ TensorParallelGroup, Grid or COMM_WORLD, themselves or in a fixture. All others 
 MPITP_SECOND_MPI=1, for an MPI after the first one, sessions leave out what would be the same: tests without ranks, jobs
 that run commands, and on other than three ranks what layers make of collectives.
 
+With MPITP_SAMPLE=4 a session that comes after others of the same tests (of more than three ranks, of a second MPI on
+three, on a device) runs one in four of the cases of a test that has many, and no session those that are marked weekly.
+.ci/run sets it, .ci/weekly does not.
+
 A test that is not over after LONGEST seconds ends the job by its name.
 """
 import atexit
@@ -19,6 +23,8 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
+from collections import Counter
 
 # One BLAS thread a rank, before NumPy is imported: the ranks of a test share the machine's cores.
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -37,6 +43,8 @@ from mpitp.errors import InputError
 
 WORLD = MPI.COMM_WORLD
 SECOND_MPI = os.environ.get("MPITP_SECOND_MPI") == "1"
+SAMPLE = int(os.environ.get("MPITP_SAMPLE", "1"))
+MANY = 6                # cases of a test
 
 # A shell that starts pytest in the background makes it ignore SIGINT, and jobs would inherit that. With a handler of
 # its own, the process starts others with SIGINT as it is by default.
@@ -56,6 +64,8 @@ if WORLD.size > 1:                              # ranks that share pytest's fold
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "gpu", "stand-in"),
                      help="gpu: the tests of groups, layers, decoders and training on CuPy arrays, see devices.py")
+    parser.addoption("--longest", type=float, default=LONGEST, metavar="SECONDS",
+                     help="that a test may take before it ends the job by its name")
     parser.addoption("--transport", default="auto", choices=("auto", "mpi", "nccl", "staged", "peer"),
                      help="between GPUs")
 
@@ -117,6 +127,8 @@ def left_out(item, config):
     """Whether this session is not the one for the test, see above."""
     if config.option.device != "cpu":           # there, those that take a group
         return "group" not in item.fixturenames or item.get_closest_marker("host")
+    if SAMPLE > 1 and "weekly" in item.keywords:
+        return True
     again = SECOND_MPI and item.module.__name__ not in EACH_MPI and item.originalname not in EACH_MPI_TOO
     again = again or SECOND_MPI and "any_mpi" in item.keywords
     if "launcher" in item.keywords:
@@ -128,7 +140,11 @@ def left_out(item, config):
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what another session runs."""
-    out = [item for item in items if left_out(item, config)]
+    cases = Counter(item.nodeid.split("[")[0] for item in items)
+    sampled = WORLD.size > 3 or SECOND_MPI and WORLD.size > 1 or config.option.device != "cpu"
+    # by a hash of the names: every fourth one could have the same last parameter
+    out = [item for item in items if left_out(item, config) or sampled and cases[item.nodeid.split("[")[0]] > MANY
+           and zlib.crc32(item.nodeid.encode()) % SAMPLE]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in set(out)]
 
@@ -148,13 +164,13 @@ def end_hanging(item):
     if capture:
         capture.suspend_global_capture(in_=True)
     faulthandler.dump_traceback(sys.__stderr__)
-    end_job(f"{item.nodeid}\nfound it running after {LONGEST} seconds")
+    end_job(f"{item.nodeid}\nfound it running after {item.config.option.longest:g} seconds")
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
     """A test that hangs is named: the limit of a whole session would not say which one it was."""
-    limit = threading.Timer(LONGEST, end_hanging, [item])
+    limit = threading.Timer(item.config.option.longest, end_hanging, [item])
     limit.daemon = True
     limit.start()
     yield

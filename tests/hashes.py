@@ -1,8 +1,8 @@
 """SHA-256 of outputs and gradients in reproducible mode: the same lines for every number of ranks and every MPI.
 
-    mpirun -n P python tests/hashes.py [--device gpu] [workers]
+    mpirun -n P python tests/hashes.py [--device gpu] [--every N] [workers]
 
-On a GPU in its 16-bit types, too.
+On a GPU in its 16-bit types, too. With --every N: each N-th layer and each N-th kind of decoder.
 """
 import hashlib
 import sys
@@ -21,6 +21,11 @@ import mpitp
 from decoder_cases import KINDS, config
 from mpitp.arrays import HALF_DTYPES, compute_dtype
 
+EVERY = 1
+if sys.argv[1:2] == ["--every"]:
+    EVERY = int(sys.argv[2])
+    del sys.argv[1:3]
+
 CASES = [       # tokens, hidden, ffn, activation, gated, blocks
     (64, 96, 384, "gelu_tanh", False, 8), (1, 96, 384, "gelu_tanh", False, 8), (17, 33, 131, "gelu", True, 8),
     (1, 64, 257, "silu", True, 8), (3, 5, 3, "relu", False, 8), (2, 7, 13, "silu", True, 5), (0, 4, 9, "relu", True, 8),
@@ -31,7 +36,7 @@ CASES = [       # tokens, hidden, ffn, activation, gated, blocks
 
 
 def main(workers=None):
-    for tokens, hidden, ffn, activation, gated, blocks in CASES:
+    for tokens, hidden, ffn, activation, gated, blocks in CASES[::EVERY]:
         with mpitp.TensorParallelGroup(reproducible=True, blocks=blocks, check=True) as group:
             if workers:
                 group.workers.count = workers
@@ -56,7 +61,7 @@ def main(workers=None):
                 for of_layer, split in ((layer, gradients), (row, row_gradients), (column, column_gradients)):
                     found.update(of_layer.gather(split) or {})
                 show(group, (tokens, hidden, ffn, activation, gated, blocks, name), found)
-    for kind in KINDS:
+    for kind in list(KINDS)[::EVERY]:
         for blocks, dtype in ((8, "float32"), (3, "float64")):
             with mpitp.TensorParallelGroup(reproducible=True, blocks=blocks, check=True) as group:
                 if workers:

@@ -15,7 +15,7 @@ from mpitp.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from mpitp.ops.embedding import embedding_backward
 from spmd import draw, job, same_bytes
 
-RANKS = (1, 2, 3, 5)
+RANKS = (1, 3, 5)
 
 
 group = group_fixture("ordinary", "reproducible", scope="module")
@@ -242,9 +242,9 @@ def test_bad_positions(group):
 # The same bytes for any number of ranks: this file is the job.
 
 def main():
-    for vocab in (1, 2, 5, 13 * 3 + 1, 64):
-        for dtype in ("float32", "float64"):
-            with mpitp.TensorParallelGroup(reproducible=True, check=True) as group:
+    with mpitp.TensorParallelGroup(reproducible=True, check=True) as group:
+        for vocab in (1, 2, 5, 13 * 3 + 1, 64):
+            for dtype in ("float32", "float64"):
                 layer = VocabParallelEmbedding(group, vocab, 7, 3.3, dtype=dtype, init_std=1.0)
                 layer.weights["weight"][:, ::3] = -0.0
                 y, saved = layer.forward(draw_ids(vocab, (4, 9)))

@@ -17,7 +17,7 @@ from mpitp.layers.loss import vocab_parallel_cross_entropy_backward, vocab_paral
 from mpitp.ops import cross_entropy
 from spmd import draw, job, same_bytes
 
-RANKS = (1, 2, 3, 5)
+RANKS = (1, 3, 5)
 smoothings = pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 
 
@@ -285,12 +285,12 @@ def test_loss_off_by_log_p(group, monkeypatch):
 # The same bytes for any number of ranks: this file is the job.
 
 def main(workers=None):
-    for vocab in (1, 2, 7, 13 * 3 + 1, 64, 4001):
-        for dtype in ("float32", "float64"):
-            for label_smoothing in (0.0, 0.1):
-                with mpitp.TensorParallelGroup(reproducible=True, check=True) as group:
-                    if workers:
-                        group.workers.count = workers
+    with mpitp.TensorParallelGroup(reproducible=True, check=True) as group:
+        if workers:
+            group.workers.count = workers
+        for vocab in (1, 2, 7, 13 * 3 + 1, 64, 4001):
+            for dtype in ("float32", "float64"):
+                for label_smoothing in (0.0, 0.1):
                     partition, _, mine = whole_and_part(group, vocab, (3, 7), dtype, scale=4.0)
                     loss, saved = vocab_parallel_cross_entropy_forward(
                         mine, draw_targets(vocab, (3, 7)), group, partition, label_smoothing=label_smoothing)

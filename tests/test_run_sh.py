@@ -532,6 +532,7 @@ def test_a_path_with_a_colon(site, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.any_mpi
 def test_first_use_and_the_next_without_a_network(site, tmp_path):
     """A fresh clone on a machine with nothing but Python: .venv, MPI, the run; then again, offline and unlocked.

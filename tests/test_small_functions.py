@@ -1,5 +1,6 @@
 """Functions of a few lines that commands and the watchdog stand on, each by itself."""
 import inspect as python
+import math
 import os
 import threading
 from stat import S_ISCHR, S_ISFIFO
@@ -8,13 +9,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mpitp import InputError, tables
-from mpitp.commands import bench_page, chat, inspect, progress, text
+from mpitp import DecoderConfig, InputError, tables
+from mpitp.checkpoints import steps
+from mpitp.checkpoints.families.rope import temperature
 from mpitp.comm import mpi, stand, watchdog
+from mpitp.comm.gpu.peer import peer_bytes
 from mpitp.comm.workers import Workers
+from mpitp.commands import bench_calibrate, bench_page, chat, inspect, progress, score, text
 from mpitp.court import verdict
 from mpitp.court.mistakes import left_out, vocabulary
+from mpitp.inference.generation import as_prompts
+from mpitp.measure.links import busiest
+from mpitp.ops.greatest import greatest_of_rank
+from mpitp.sharding.decoder_specs import output_init_std
+from mpitp.sharding.partition import Partition
 from mpitp.training import log
+from mpitp.training.spikes import FEWEST, Spikes
+from mpitp.verification import feed_forward
 
 
 def test_blocks_are_computed_by_this_thread_or_by_others():
@@ -185,3 +196,82 @@ def test_a_log_whose_unfinished_copy_is_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "log.jsonl.partial")
     log.cut_log(str(tmp_path), 1)
     assert [line["step"] for line in log.read_log(str(tmp_path))] == [1] and len(os.listdir(tmp_path)) == 1
+
+
+# --- what mutants showed that no test asked -------------------------------------------------------------------------
+
+def test_a_spike_needs_a_few_steps_before_it():
+    found = Spikes(2.0)
+    for figure in (1.0, 9.0, *[1.0] * (FEWEST - 2)):                # the second is ten times the first: too early
+        assert found.find({"loss": figure, "gradient_norm": 1.0}) == ""
+    assert found.find({"loss": 1.5, "gradient_norm": 1.0}) == ""
+    assert found.find({"loss": 9.0, "gradient_norm": 1.0}).startswith("found loss 9, expected at most 2 times")
+
+
+def test_ids_behind_the_end_of_a_prompt_may_be_anything():
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=5))
+    ids, lengths = as_prompts(model, [[1, 99, 99], [1, 2, 99]], [1, 2])
+    assert ids.tolist() == [[1, 0], [1, 2]] and lengths.tolist() == [1, 2]
+    with pytest.raises(InputError, match="found token id 99 in prompt 1"):
+        as_prompts(model, [[1, 2], [1, 99]], [1, 2])
+
+
+def test_a_window_is_at_most_the_learned_positions():
+    model = SimpleNamespace(position=SimpleNamespace(max_positions=6))
+    assert score.sizes(SimpleNamespace(window=6, stride=None), model) == (6, 3)
+    assert score.sizes(SimpleNamespace(window=None, stride=6), model) == (6, 6)
+    with pytest.raises(InputError, match="found window = 7, expected at most 6"):
+        score.sizes(SimpleNamespace(window=7, stride=None), model)
+
+
+def test_a_rank_without_logits_has_no_largest():
+    assert greatest_of_rank(np.empty((2, 0)), 3).tolist() == [[-np.inf, 0], [-np.inf, 0]]
+
+
+def test_the_busiest_interface():
+    before, after = {"a": 1000, "b": 5}, {"a": 1010, "b": 105, "new": 50}
+    assert busiest(before, after, 100) == "b" and busiest(before, after, 101) == "" and busiest({}, {}, 0) == ""
+
+
+def test_the_temperature_of_yarn():
+    assert temperature(4.0, 0.7) == pytest.approx(1 + 0.07 * math.log(4)) and temperature(1.0, 0.7) == 1.0
+
+
+def test_the_initial_weights_of_output_projections():
+    config = DecoderConfig(vocab_size=5, hidden_size=4, num_layers=8, num_attention_heads=2, init_method_std=0.04)
+    assert output_init_std(config) == pytest.approx(0.01)
+
+
+def test_a_window_of_no_positions():
+    for window in (0, -1, [2, 0]):
+        with pytest.raises(InputError, match="sliding_window"):
+            DecoderConfig(vocab_size=5, hidden_size=4, num_layers=2, num_attention_heads=2, sliding_window=window)
+
+
+def test_what_a_killed_run_left_may_be_a_file(tmp_path):
+    (tmp_path / "step-00000001.partial").write_text("not a folder")
+    (tmp_path / ".step-00000002.old").mkdir()
+    (tmp_path / "step-00000003").mkdir()
+    assert steps.clean(str(tmp_path)) == [".step-00000002.old", "step-00000001.partial"]
+    assert (tmp_path / "step-00000003").exists() and not (tmp_path / ".step-00000002.old").exists()
+
+
+def test_the_bytes_of_a_sum_over_peers():
+    """Each of 4 ranks folds its 2 blocks to one node, sends 3 quarters of it, and its quarter of the sum to 3."""
+    partition = Partition(8, 4, 8)
+    assert [peer_bytes(partition, rank, 12, 8, 2) for rank in range(4)] == [8 * 9 + 2 * 3 * 3] * 4
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (8, 0), (8, -1)])
+def test_verify_refuses_sizes_that_are_not_positive(sizes):
+    with pytest.raises(InputError, match="ffn_hidden_size" if sizes[0] else "hidden_size"):
+        feed_forward.require_room(None, *sizes, False, 1)
+
+
+def test_a_second_calibration_finds_its_folder(tmp_path, monkeypatch):
+    path = str(tmp_path / "cache" / "machine.json")
+    monkeypatch.setattr(bench_calibrate, "default_path", lambda: path)
+    for _ in range(2):
+        bench_calibrate.prepare(path)
+    with pytest.raises(InputError, match="expected a file in an existing, writable folder"):
+        bench_calibrate.prepare(str(tmp_path / "mistyped" / "machine.json"))

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.launcher
 
 
 def collected(ranks, *files, **environment):
-    environment = {"MPITP_SECOND_MPI": "0", **environment}      # this session may be of the second MPI itself
+    environment = {"MPITP_SECOND_MPI": "0", "MPITP_SAMPLE": "1", **environment}     # this session may have others
     done = job(ranks, "-m", "pytest", "--collect-only", "-q", *files, environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return {line.split("::")[-1].split("[")[0] for line in done.stdout.splitlines() if "::" in line}
@@ -36,8 +36,8 @@ def test_several_ranks_run_what_needs_them():
 def test_a_test_that_hangs_is_named(tmp_path):
     """On the rank that waits, whatever the others do; the session ends."""
     (tmp_path / "test_hangs.py").write_text("import time\ndef test_waits(world):\n    time.sleep(100 * world.rank)\n")
-    limited = "import sys, conftest, pytest; conftest.LONGEST = 2; sys.exit(pytest.main(sys.argv[1:], [conftest]))"
-    done = job(2, "-c", limited, "-q", "-p", "no:cacheprovider", tmp_path / "test_hangs.py",
+    done = job(2, "-m", "pytest", "-p", "conftest", "--longest=2", "-q", "-p", "no:cacheprovider",
+               tmp_path / "test_hangs.py",
                environment={"PYTHONPATH": f"{ROOT}:{ROOT}/tests:{SUPPORT}", "MPITP_SECOND_MPI": "0"})
     assert done.returncode != 0 and "rank 1 of 2 failed" in done.stderr, done.stdout + done.stderr
     assert "test_hangs.py::test_waits\nfound it running after 2 seconds" in done.stderr
@@ -50,3 +50,17 @@ def test_in_the_background_of_a_shell():
     done = subprocess.run(["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "pytest", "-q", test],
                           cwd=ROOT, env=job_environment(), text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.any_mpi
+def test_a_sample_of_many_cases():
+    """On four ranks a quarter of the 96 cases of a test; on one rank all that is not weekly."""
+    def cases(ranks, file):
+        done = job(ranks, "-m", "pytest", "--collect-only", "-q", file,
+                   environment={"MPITP_SECOND_MPI": "0", "MPITP_SAMPLE": "4"})
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+    found = cases(4, "tests/test_layers.py")
+    assert 12 < found.count("::test_mlp_equals_dense[") < 36 and found.count("::test_numeric_gradients[") < 10
+    found = cases(1, "tests/test_reproducible.py")
+    assert all((f"any_number_of_ranks[{ranks}]" in found) == (ranks in (3, 9)) for ranks in (2, 3, 5, 9))

@@ -18,7 +18,7 @@ SMALL = ("--hidden-size", 20, "--num-layers", 1, "--num-attention-heads", 5, "--
          "--seq-length", 16, "--micro-batch-size", 2, "--eval-interval", 0, "--eval-batches", 1,
          "--data", ROOT / "tests" / "data" / "golden_decoder.json", "--reproducible")
 DROPOUT = ("--hidden-dropout", 0.1, "--attention-dropout", 0.2, "--gradient-accumulation", 2)
-MOMENTS = int(os.environ.get("MPITP_KILLS", "2" if os.environ.get("MPITP_SECOND_MPI") == "1" else "4"))
+MOMENTS = int(os.environ.get("MPITP_KILLS", "2"))
 
 
 def train(ranks, out, *more, **options):

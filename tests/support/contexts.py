@@ -6,7 +6,8 @@ import time
 import coverage
 import pytest
 
-seconds = {}
+seconds = {}                # of the tests that passed
+failed = set()
 
 
 def enter(test):
@@ -20,8 +21,14 @@ def pytest_runtest_protocol(item, nextitem):
     enter(item.nodeid)
     start = time.perf_counter()
     yield
-    seconds[item.nodeid] = round(time.perf_counter() - start, 3)
+    if item.nodeid not in failed:
+        seconds[item.nodeid] = round(time.perf_counter() - start, 3)
     enter("")
+
+
+def pytest_runtest_logreport(report):
+    if not report.passed:
+        failed.add(report.nodeid)
 
 
 def pytest_sessionstart(session):
