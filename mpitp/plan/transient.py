@@ -206,7 +206,7 @@ def most_of_forward(job: Job, s: Sizes) -> int:
     keys += normed * s.U
     queries = max(rotary * (5 * s.Q // 2), D + 2 * s.Q) + normed * s.Q         # and turned; y, queries, heads' outputs
     attention = N * (D + before + queries + keys) + score_buffer(job.tokens, s.H)
-    mlp = N * (3 * D + before + (3 if config.gated else 1) * s.F + keys * config.parallel_residual)
+    mlp = N * (3 * D + before + (2 if config.gated else 1) * s.F + keys * config.parallel_residual)
     logits = 2 * job.batch * s.V
     if job.kind == "score":
         positions = job.tokens * D * (config.position_embedding == "learned")
