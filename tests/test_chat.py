@@ -260,7 +260,7 @@ def options(folder, *words):
     (["--ids", "1", "--no-bos"], "found --no-bos with --ids"),
     (["--messages", "x"], "found --messages without --chat"),
     (["--chat", "--messages", "/gone/x"], "/gone/x: found No such file or directory"),
-    (["--chat", "--messages", "/dev/zero"], "/dev/zero: found a device, expected a JSON file"),
+    (["--chat", "--messages", "/dev/zero"], "/dev/zero: found a device, expected a file"),
 ])
 def test_bad_input(folder, arguments, said, monkeypatch):
     monkeypatch.setattr(prompts, "is_at_terminal", lambda: False)
