@@ -200,7 +200,8 @@ CHECKS = [
     Check(SSH, BOTH, "verify, train, generate over two hosts: the bits of one host", bits_over_ssh),
     Check(SLURM, BOTH, "verify, train, generate over two hosts: the bits of one host", bits_over_slurm),
     Check(SLURM, BOTH, "sbatch examples/slurm.sh, 4 ranks on two hosts", batch_script),
-    Check(SLURM, BOTH, "sbatch examples/slurm_scaling.sh, 1 and 4 ranks", scaling_study),
+    Check(SLURM, (MPICH,), "sbatch examples/slurm_scaling.sh, 1 and 4 ranks", scaling_study),
+    Check(SLURM, (OPEN_MPI,), "sbatch examples/slurm_scaling.sh, 1 and 4 ranks", scaling_study, is_long=True),
     Check(SLURM, BOTH, "the shell of srun --pty", interactive),
     Check(SLURM, BOTH, "sbatch examples/slurm_train.sh: three jobs in one, to the last step, one log", requeue),
     Check(SLURM, BOTH, "sbatch examples/slurm_train.sh with real time limits: TERM at the limit of one job, USR1 "
