@@ -22,10 +22,13 @@ from decode import CLEAN, TEXT, first_ids
 
 
 def first_output(command, environment):
-    """Return the seconds until a process writes something, and its processor seconds; it has to end well."""
+    """Return the seconds until a process writes something, and its processor seconds; it has to end well.
+
+    It starts in the folder of its version: `python -m` takes what lies in the folder that it is started in.
+    """
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    running = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    running = subprocess.Popen(list(map(str, command)), env=environment, cwd=environment["PYTHONPATH"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     os.read(running.stdout.fileno(), 1)
     seconds = time.perf_counter() - began
     _, err = running.communicate(timeout=600)
@@ -55,7 +58,7 @@ def main():
             for kind, prompt in prompts.items():
                 for version in sorted(trees, reverse=number % 2 == 1):
                     command = [arguments.mpirun, "-n", arguments.ranks, sys.executable, "-m", "mpitp", "generate",
-                               "--model", arguments.model, "--max-new-tokens", 1, *prompt]
+                               "--model", os.path.abspath(arguments.model), "--max-new-tokens", 1, *prompt]
                     seconds = first_output(command, {**environment, "PYTHONPATH": trees[version]})
                     if number >= 0:
                         found[kind, version].append(seconds)

@@ -240,6 +240,21 @@ def test_bad_input_of_every_rank_leaves_the_body_as_it_is(world):
     assert group.comm == MPI.COMM_NULL
 
 
+def test_a_closed_group_says_that_it_is_closed():
+    """Not MPI's words of an invalid communicator; what was closed may be closed again."""
+    group = mpitp.TensorParallelGroup()
+    layer = mpitp.ParallelMLP(group, 4, 8)
+    x, partition = np.ones((2, 4), "f"), group.partition(4)
+    total = group.sum(partition, (2, 4), np.float32)
+    group.close()
+    group.close()
+    for call in (lambda: group.all_reduce(x), lambda: group.begin_all_reduce(x), lambda: group.broadcast(x),
+                 lambda: group.reduce_scatter(x, partition), lambda: layer.forward(x), lambda: total.all_reduce(),
+                 lambda: group.subgroup(0), lambda: group.report(1)):
+        with pytest.raises(InputError, match="found a collective of a closed group, expected one of an open group"):
+            call()
+
+
 def test_the_context_manager_watches_threads_while_it_lasts(world, monkeypatch):
     import threading
     before = threading.__excepthook__

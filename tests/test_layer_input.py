@@ -86,7 +86,7 @@ def test_backward(mlp):
     weights = {name: w.tobytes() for name, w in mlp.weights.items()}
     for wrong in (mlp.weights["down.weight"], mlp.weights["down.weight"][...]):         # another view of it, too
         if wrong.size:
-            with pytest.raises(InputError, match=r"out\['down.weight'\]: found .*, aligned and writable, beside"):
+            with pytest.raises(InputError, match=r"out: found out\['down.weight'\] and weights\['down.weight'\] in"):
                 mlp.backward(x, saved, out={**gradients, "down.weight": wrong})
     assert before == {name: g.tobytes() for name, g in gradients.items()}
     assert weights == {name: w.tobytes() for name, w in mlp.weights.items()}
@@ -139,9 +139,17 @@ def test_one_array_for_two_gradients(group):
     x = np.ones((1, 2, 20), "f")
     _, saved = layer.forward(x)
     _, gradients = layer.backward(x, saved)
-    for wrong in (gradients["query.weight"], layer.weights["query.weight"]):
-        with pytest.raises(InputError, match="found an array twice in out, or a weight, expected one for each grad"):
-            layer.backward(x, saved, out={**gradients, "key.weight": wrong})
+    many, most = np.zeros(2 * 400, "f"), np.zeros((40, 20), "f")
+    shape = gradients["query.weight"].shape
+    one, other = (many[start:start + 400].reshape(20, 20)[:shape[0]] for start in (0, 1))
+    overlapping = {"query.weight": one, "key.weight": other}
+    apart = {"query.weight": most[:shape[0]], "key.weight": most[20:20 + shape[0]]}
+    cases = [{"key.weight": gradients["query.weight"]}, {"key.weight": layer.weights["query.weight"]},
+             {"key.weight": layer.weights["query.weight"][:]}, overlapping]
+    for wrong in cases if gradients["query.weight"].size else []:
+        with pytest.raises(InputError, match=r"^out: found .* in the same memory, expected an array for each gradient"):
+            layer.backward(x, saved, out={**gradients, **wrong})
+    layer.backward(x, saved, out={**gradients, **apart})            # neighbours in one array are apart
 
 
 def test_a_name_used_twice():

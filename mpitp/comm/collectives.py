@@ -56,7 +56,7 @@ class Collectives:
         """
         from .pending import PendingReduction
         if get_ident() != self.ledger.thread:
-            refuse_thread()
+            refuse_thread(self.ledger.thread)
         out, wire = self._prepare_reduction("begin_all_reduce", x, op, out)
         return PendingReduction(self, self.transport.begin_all_reduce(wire, op), x, wire, out)
 
@@ -115,7 +115,7 @@ class Collectives:
     def _begin(self: Any, name: str) -> None:
         """Refuse another thread than the group's; with check=True compare the name on all ranks."""
         if get_ident() != self.ledger.thread:
-            refuse_thread()
+            refuse_thread(self.ledger.thread)
         if self.check:
             self._agree(tuple, [name])
 

@@ -151,6 +151,7 @@ class TensorParallelGroup(Collectives, Sums):
         if self.watch:
             self.watch.remove(self.ledger)
         self.comm.Free()
+        self.ledger.thread = None               # whose collectives are refused from now on: everybody's
 
     def partition(self, size: int, unit: int = 1, share: int = 1) -> Partition:
         """Return how a dimension of `size` is split over this group; unit, share: as Partition's."""

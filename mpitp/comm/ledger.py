@@ -44,9 +44,10 @@ def wire_bytes(operation: str, elements: int, itemsize: int, size: int) -> int:
     return volume * elements * itemsize * (size - 1) // size
 
 
-def refuse_thread() -> None:
-    """Raise InputError in a thread that is not the group's: two at once would mix up their messages."""
-    raise InputError("found a collective in another thread than the one that made the group, expected that one alone "
+def refuse_thread(owner: int | None) -> None:
+    """Raise InputError in a thread that is not the owner, where two would mix up messages, or after close (None)."""
+    raise InputError("found a collective of a closed group, expected one of an open group" if owner is None else
+                     "found a collective in another thread than the one that made the group, expected that one alone "
                      "(group.ledger.thread = threading.get_ident() hands the group over)")
 
 
@@ -62,7 +63,7 @@ class Recording:
 
     def __enter__(self) -> None:
         if get_ident() != self.ledger.thread:
-            refuse_thread()
+            refuse_thread(self.ledger.thread)
         self.ledger.current = self.key
         self.start = time.perf_counter()
 
@@ -89,14 +90,14 @@ class Ledger:
         Name of what carries them.
     current, cleared : Collective, str or None; int
         What this rank is inside of, and the calls that clear() has forgotten: for the watchdog.
-    thread : int
-        The one thread that may call collectives: that which made the group; another one may be put in its place.
+    thread : int or None
+        The one thread that may call collectives: that which made the group, or was put in its place; None after close.
     """
     data: defaultdict[Collective, Entry] = field(default_factory=lambda: defaultdict(Entry))
     control: defaultdict[str, Entry] = field(default_factory=lambda: defaultdict(Entry))
     transport: str = "mpi"
     current: Collective | str | None = None
-    thread: int = field(default_factory=get_ident)
+    thread: int | None = field(default_factory=get_ident)
     cleared: int = field(default=0, compare=False)
 
     def record_data(self, collective: Collective, sent: int) -> Recording:

@@ -60,7 +60,7 @@ class Sum:
             total = group.xp.zeros(self.shape, self.summand_dtype)
         collective, ledger = Collective("all_reduce", total.size, dtype_name(self.dtype)), group.ledger
         if get_ident() != ledger.thread:
-            refuse_thread()
+            refuse_thread(ledger.thread)
         ledger.current, start = collective, time.perf_counter()
         if self.waiting:
             finish = group.transport.begin_all_reduce(total, "sum")

@@ -145,14 +145,12 @@ class ParallelLayer:
             return {name: self.group.xp.empty(w.shape, self.sum_dtype) for name, w in self.weights.items()}
         self.require_names(out, "out")
         for name, w in self.weights.items():
-            g = out[name]
-            fits = module_of(g) is self.group.xp and g.shape == w.shape and g.dtype == self.sum_dtype
-            if not (fits and is_writable(g)) or self.group.xp.may_share_memory(g, w):
-                raise InputError(f"out[{name!r}]: found {getattr(g, 'dtype', type(g).__name__)} "
-                                 f"{getattr(g, 'shape', '')}, expected C-contiguous {self.sum_dtype} {w.shape}, "
-                                 f"aligned and writable, beside the weights")
-        arrays = *out.values(), *self.weights.values()
-        require(len(set(map(id, arrays))) == len(arrays), "an array twice in out, or a weight", "one for each gradient")
+            g, kind = out[name], (w.shape, self.sum_dtype)
+            if module_of(g) is not self.group.xp or (g.shape, g.dtype) != kind or not is_writable(g):
+                raise InputError(f"out[{name!r}]: found {getattr(g, 'dtype', type(g))} {getattr(g, 'shape', '')}, "
+                                 f"expected C-contiguous {self.sum_dtype} {w.shape}, aligned and writable")
+        from .names import require_apart
+        require_apart(out, self.weights)
         return out
 
     def require_names(self, arrays: Any, what: str) -> None:

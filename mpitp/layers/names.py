@@ -2,6 +2,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
+from ..arrays import Array
 from ..errors import InputError
 
 MANY = 12       # parameters; a message does not list as many
@@ -22,3 +23,23 @@ def some(names: Iterable[object]) -> str:
     """Return a few of the names, for a message."""
     texts = sorted(map(str, names))
     return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "") if texts else "none"
+
+
+def require_apart(out: Mapping[str, Array], weights: Mapping[str, Array]) -> None:
+    """Raise InputError unless the gradients of `out` share no memory, neither with each other nor with weights."""
+    places = []
+    for what, arrays in (("out", out), ("weights", weights)):
+        for name, a in arrays.items():
+            if a.size:
+                start = first_byte(a)
+                places.append((start, start + a.nbytes, what, name))
+    places.sort()
+    for (_, end, one, name), (start, _, other, other_name) in zip(places, places[1:]):
+        if start < end and "out" in (one, other):
+            raise InputError(f"out: found {one}[{name!r}] and {other}[{other_name!r}] in the same memory, "
+                             f"expected an array for each gradient, beside the weights")
+
+
+def first_byte(a: Array) -> int:
+    """Return the address of an array's first number, in the memory that it is in."""
+    return a.data.ptr if hasattr(a.data, "ptr") else a.__array_interface__["data"][0]
