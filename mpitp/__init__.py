@@ -5,6 +5,11 @@
         y, saved = mlp.forward(x)
         dx, gradients = mlp.backward(dy, saved)
 """
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.2.0"
 
 _HOMES = {
@@ -41,8 +46,17 @@ def __getattr__(name: str) -> object:
     # Late: `python -m mpitp` sets the number of BLAS threads before NumPy is imported. Type checkers read __init__.pyi.
     if name not in _HOMES:
         raise AttributeError(f"module 'mpitp' has no attribute {name!r}")
-    from importlib import import_module
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def _uncaught(*failure: Any, show: Any = sys.excepthook, process: int = os.getpid()) -> None:
+    """End the job for an exception that nothing catches, once there is MPI: other ranks may wait for this one."""
+    if "mpi4py.MPI" in sys.modules:
+        return import_module(".comm.guard", __name__).uncaught(show, process, *failure)
+    show(*failure)
+
+
+sys.excepthook = _uncaught
 
 
 def __dir__() -> list[str]:

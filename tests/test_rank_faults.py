@@ -379,3 +379,12 @@ def test_the_dense_side_of_verify_takes_what_it_takes(group):
     assert group.watch is None or group.watch.limit == float("inf")
     mpitp.TensorParallelGroup().close()
     assert group.watch is None or group.watch.limit < float("inf")
+
+
+@pytest.mark.launcher
+def test_an_exception_before_the_first_group(tmp_path):
+    """Rank 1 has imported mpitp, and nothing out of it; rank 0 makes a group, and would wait for it in there."""
+    (tmp_path / "program.py").write_text("import mpitp\nfrom mpi4py import MPI\nif MPI.COMM_WORLD.rank == 1:\n"
+                                         "    raise KeyError('mine')\nmpitp.TensorParallelGroup()\n")
+    done = job(2, tmp_path / "program.py")
+    assert done.returncode != 0 and "rank 1 of 2 ends the job" in done.stderr and "KeyError: 'mine'" in done.stderr

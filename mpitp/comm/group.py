@@ -1,10 +1,8 @@
 """The ranks that share a layer: what every layer is handed."""
 import os
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from operator import index
 from types import TracebackType
 from typing import Any, TypeVar
@@ -235,12 +233,3 @@ class TensorParallelGroup(Collectives, Sums):
                 leave(self, early)
                 raise
         leave(self, error)
-
-
-def _uncaught(show: Callable, process: int, *failure: Any) -> None:
-    """End the job for an exception that nothing catches, or in a process that was forked off only that process."""
-    from .guard import uncaught
-    uncaught(show, process, *failure)
-
-
-sys.excepthook = partial(_uncaught, sys.excepthook, os.getpid())        # other ranks may wait for this one for ever

@@ -104,7 +104,7 @@ def watch_threads() -> Callable[[threading.ExceptHookArgs], object]:
 
 def uncaught(show: Callable, parent: int, kind: type[BaseException], error: BaseException,
              trace: TracebackType | None) -> None:
-    """End the job for an exception that nothing has caught: sys.excepthook of every program that makes groups.
+    """End the job for an exception that nothing has caught: sys.excepthook of every program that imports mpitp.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def uncaught(show: Callable, parent: int, kind: type[BaseException], error: Base
     kind, error, trace
         As sys.excepthook's.
     """
-    if MPI.COMM_WORLD.size == 1 or hasattr(sys, "ps1") or MPI.Is_finalized():
+    if not MPI.Is_initialized() or MPI.Is_finalized() or MPI.COMM_WORLD.size == 1 or hasattr(sys, "ps1"):
         show(kind, error, trace)
     elif os.getpid() != parent:
         show(kind, error, trace)

@@ -3,7 +3,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from math import prod
 from typing import Any
 
-from ..arrays import Array, compute_dtype, is_writable, module_of, sum_dtype
+from ..arrays import Array, compute_dtype, module_of, sum_dtype
 from ..comm.group import TensorParallelGroup
 from ..errors import InputError, is_integer, require
 from ..sharding.parameters import ParameterSpec, by_name, check_dense, initialise
@@ -143,15 +143,8 @@ class ParallelLayer:
         """Return arrays for the gradients of all parameters: those of `out`, an earlier backward's, or new ones."""
         if out is None:
             return {name: self.group.xp.empty(w.shape, self.sum_dtype) for name, w in self.weights.items()}
-        self.require_names(out, "out")
-        for name, w in self.weights.items():
-            g, kind = out[name], (w.shape, self.sum_dtype)
-            if module_of(g) is not self.group.xp or (g.shape, g.dtype) != kind or not is_writable(g):
-                raise InputError(f"out[{name!r}]: found {getattr(g, 'dtype', type(g))} {getattr(g, 'shape', '')}, "
-                                 f"expected C-contiguous {self.sum_dtype} {w.shape}, aligned and writable")
-        from .names import require_apart
-        require_apart(out, self.weights)
-        return out
+        from .names import require_gradients
+        return require_gradients(out, self)
 
     def require_names(self, arrays: Any, what: str) -> None:
         """Raise InputError unless `arrays` is a dict with the parameters' names."""

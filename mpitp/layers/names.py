@@ -1,8 +1,8 @@
-"""What is wrong with the names of arrays that a layer was given for its parameters."""
+"""What is wrong with arrays that a layer was given for its parameters: names, kinds, memory."""
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from ..arrays import Array
+from ..arrays import Array, is_writable, module_of
 from ..errors import InputError
 
 MANY = 12       # parameters; a message does not list as many
@@ -25,12 +25,25 @@ def some(names: Iterable[object]) -> str:
     return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "") if texts else "none"
 
 
+def require_gradients(out: dict[str, Array], layer: Any) -> dict[str, Array]:
+    """Return `out` if backward can write its gradients into these arrays. Raises InputError otherwise."""
+    layer.require_names(out, "out")
+    for name, w in layer.weights.items():
+        g = out[name]
+        fits = module_of(g) is layer.group.xp and g.shape == w.shape and g.dtype == layer.sum_dtype
+        if not (fits and is_writable(g)):
+            raise InputError(f"out[{name!r}]: found {getattr(g, 'dtype', type(g).__name__)} {getattr(g, 'shape', '')}, "
+                             f"expected C-contiguous {layer.sum_dtype} {w.shape}, aligned and writable")
+    require_apart(out, layer.weights)
+    return out
+
+
 def require_apart(out: Mapping[str, Array], weights: Mapping[str, Array]) -> None:
     """Raise InputError unless the gradients of `out` share no memory, neither with each other nor with weights."""
     places = []
     for what, arrays in (("out", out), ("weights", weights)):
         for name, a in arrays.items():
-            if a.size:
+            if getattr(a, "size", 0):               # a packed weight has no gradient
                 start = first_byte(a)
                 places.append((start, start + a.nbytes, what, name))
     places.sort()
