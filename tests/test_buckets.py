@@ -13,12 +13,11 @@ from mpi4py import MPI
 import mpitp
 import stand_in
 from mpitp.layers.block import ParallelBlock
-from mpitp.layers.norm import NormOverflow
 from mpitp.sharding.parameters import ParameterSpec
 from mpitp.training import gradients, loop
 from mpitp.training.buckets import GradientBuckets
 from mpitp.training.gradients import Flat, GradientSum, GradientTreeSum
-from mpitp.training.loop import Trainer, TrainingStopped
+from mpitp.training.loop import TrainingStopped
 from spmd import everywhere
 from test_grid import GRIDS, NORMED, Uneven, alone, far, problems, trained, trainer, write_text
 
@@ -211,26 +210,6 @@ def test_fault_pieces_before_the_last_are_left_out(text, grid, monkeypatch):
         made.complete_from = start
     monkeypatch.setattr(GradientBuckets, "add_from", alone_in_it)
     assert {"head.weight", "norm"} <= set(problems(grid, text, 4, **BESIDE))
-
-
-# --- what ends a step -------------------------------------------------------------------------------------------------
-
-def test_a_norm_that_overflows_on_one_data_rank(text, monkeypatch):
-    """The others have begun their buckets by then: it begins its own, and none is left under way."""
-    with mpitp.Grid(data=SIZE) as grid:
-        made = trainer(grid, text, micro_batch_size=1, gradient_accumulation=SIZE, **BESIDE)
-        right = Trainer.add_gradients
-
-        def planted(self, *given):
-            if self.data.rank == 1:
-                raise NormOverflow("a norm overflows")
-            right(self, *given)
-        monkeypatch.setattr(Trainer, "add_gradients", planted)
-        with pytest.raises(TrainingStopped, match="step 1: a norm overflows"):
-            made.train_step()
-        assert everywhere(not grid.data.pending)
-        monkeypatch.setattr(Trainer, "add_gradients", right)
-        assert everywhere(np.isfinite(made.train_step()["loss"]))
 
 
 # --- on a device ------------------------------------------------------------------------------------------------------

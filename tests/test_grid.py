@@ -383,9 +383,14 @@ def test_faults_of_a_steps_norms(text, reproducible, fault, monkeypatch):
 # --- what ends a run, and what it leaves ----------------------------------------------------------------------------
 
 @several
-def test_a_norm_that_overflows_on_one_data_rank(text, monkeypatch):
+@pytest.mark.parametrize("beside", [False, True], ids=["after backward", "beside it"])
+def test_a_norm_that_overflows_on_one_data_rank(text, monkeypatch, beside):
+    """The others may have begun their sums: it begins its own, none is left under way, and a step can follow."""
+    monkeypatch.setattr(gradients, "BUCKET", 1 << 13)
     with mpitp.Grid(data=WORLD.size) as grid:
-        made, right = trainer(grid, text), Trainer.add_gradients
+        made = trainer(grid, text, micro_batch_size=1, gradient_accumulation=WORLD.size, layers=3,
+                       overlap_grad_reduce=beside)
+        right = Trainer.add_gradients
 
         def planted(self, *given):
             if self.data.rank == 1:
@@ -394,6 +399,9 @@ def test_a_norm_that_overflows_on_one_data_rank(text, monkeypatch):
         monkeypatch.setattr(Trainer, "add_gradients", planted)
         with pytest.raises(TrainingStopped, match="step 1: a norm overflows"):
             made.train_step()
+        assert everywhere(not grid.data.pending)
+        monkeypatch.setattr(Trainer, "add_gradients", right)
+        assert everywhere(np.isfinite(made.train_step()["loss"]))
 
 
 @several

@@ -28,16 +28,10 @@ from .timed_cases import READ_HEADS, SCORED_HEADS, Case, TimedCases
 class Calibration(TimedCases):
     """A Calibration times every case once a pass; the machine has the medians of all passes.
 
-    On a GPU a time is what the GPU takes, without what Python takes to start it.
-
     Parameters
     ----------
-    group : TensorParallelGroup
-        Of one host, or of several. Collective.
-    dtype : str
-        Of the products.
-    sizes : Sizes or None
-        What is timed; None: all of Sizes().
+    group, dtype, sizes
+        TimedCases'.
     """
 
     def cases(self) -> Iterator[Case]:
